@@ -1,0 +1,359 @@
+"""The command line: one subcommand per stage, each importing its stage when it is called."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medssl import __version__
+from medssl.config import InputError, Resolved, find_configs, list_methods, load_config, render
+
+if TYPE_CHECKING:
+    from medssl.rounds import Outcome
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Segment medical scans when only a few are annotated.",
+    epilog="Start here: medssl demo; then: medssl check DATA; medssl train DATA labeled=4 test=40",
+)
+
+DELIVERED, FAILED, BAD_INPUT, STOPPED_BY_GATE, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_CODES = {
+    "delivered": DELIVERED,
+    "stopped_by_gate": STOPPED_BY_GATE,
+    "interrupted": INTERRUPTED,
+}
+
+First = Annotated[str, typer.Argument(metavar="DATA_OR_CONFIG", help="A folder, a list, a YAML.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Such as labeled=4 test=40 train.lr=1e-3"),
+]
+RunOrModel = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, or a model folder.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is a message and exit code 2, not a traceback."""
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"(monai|torch|ignite|mlflow)(\..*)?")
+    try:
+        app(standalone_mode=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        print(f"medssl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def describe(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Version.")
+    ] = False,
+) -> None:
+    """Segment medical scans when only a few are annotated."""
+
+
+@app.command()
+def check(first: First, overrides: Overrides = None) -> None:
+    """Show a data set as a table, and everything that is wrong with it."""
+    from medssl.data.cases import read_dataset, split_cases
+    from medssl.data.check import check_dataset
+
+    config = load_config(first, overrides or []).config
+    if config.data.root is None:
+        raise InputError(f"{first}: names no data; add data.root to it or give data.root=FOLDER")
+    dataset = read_dataset(config.data.root, config.data.format, config.data.labels)
+    splits = split_cases(dataset, config.data, config.validation)
+    result = check_dataset(dataset, splits, config.data.ignore)
+    print(result.render())
+    if result.problems:
+        raise SystemExit(BAD_INPUT)
+
+
+@app.command("config")
+def show_config(
+    first: Annotated[str | None, typer.Argument(metavar="[DATA_OR_CONFIG]")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Print the resolved configuration, and where each value came from."""
+    given = list(overrides or [])
+    if first is not None and "=" in first:
+        first, given = None, [first, *given]
+    print(render(load_config(first, given)))
+
+
+@app.command()
+def methods() -> None:
+    """List the presets that method=NAME takes, and the configurations that come along."""
+    for name, path in list_methods().items():
+        about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        print(f"{name:<16} {about}")
+    print("\nconfigurations:")
+    for path in sorted(find_configs().glob("*.yaml")):
+        print(f"  {path}")
+
+
+@app.command()
+def train(
+    first: First,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<data>.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete the run, start over.")] = False,
+    max_hours: Annotated[float | None, typer.Option(help="Stop after so many hours.")] = None,
+    predict_unlabeled: Annotated[
+        bool, typer.Option("--predict-unlabeled", help="Write masks of the unlabeled cases.")
+    ] = False,
+) -> None:
+    """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
+    given = list(overrides or [])
+    outcome = _train(
+        load_config(first, given),
+        lambda plan: load_config(first, given, plan),
+        run,
+        dry_run=dry_run,
+        restart=restart,
+        max_hours=max_hours,
+        predict_unlabeled=predict_unlabeled,
+    )
+    if outcome is not None:
+        raise SystemExit(EXIT_CODES[outcome.status])
+
+
+def _train(
+    resolved: Resolved,
+    reload: Callable[[Mapping[str, Any]], Resolved],
+    run: Path | None,
+    *,
+    dry_run: bool = False,
+    restart: bool = False,
+    max_hours: float | None = None,
+    predict_unlabeled: bool = False,
+) -> Outcome | None:
+    """Prepare, print the plan, run all rounds, and print what to do next."""
+    from medssl.rounds import prepare, run_training
+    from medssl.runs import StopFlag
+
+    root = resolved.config.data.root
+    if root is None:
+        raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
+    folder = run or Path("runs") / (root.resolve().stem or "run")
+    prepared = prepare(resolved, reload, None if restart else folder)
+    print(_describe_plan(prepared, folder), flush=True)
+    if dry_run:
+        print("\n" + render(prepared.resolved))
+        return None
+    stop = StopFlag(folder, max_hours)
+    with stop.catch_signals():
+        outcome = run_training(prepared, folder, stop, restart, predict_unlabeled)
+    report_path = _write_report(folder)
+    print(f"\n{outcome.message}")
+    print(f"report:    {report_path}")
+    print(f"predict:   medssl predict {folder} SCAN.nii.gz --out masks")
+    if prepared.splits.test:
+        print(f"evaluate:  medssl evaluate {folder}")
+    else:
+        print(f"evaluate:  medssl evaluate {folder} OTHER_LABELED_DATA --out evaluation")
+    print(f"compare:   medssl ui {folder.parent}")
+    return outcome
+
+
+def _describe_plan(prepared: Any, folder: Path) -> str:
+    """Return the plan with its reasons and costs as text."""
+    plan, splits = prepared.plan, prepared.splits
+    counts = ", ".join(
+        f"{len(getattr(splits, part))} {part}" for part in ("labeled", "unlabeled", "val", "test")
+    )
+    reasons = "\n".join(f"  - {reason}" for reason in plan.reasons)
+    estimate = plan.estimate
+    free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path()).free / 1e9
+    names = ", ".join(name for index, name in plan.labels.items() if index)
+    rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
+    return (
+        f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
+        f"  - round 0 on labels alone and {rounds} rounds of students, {plan.steps} steps each: "
+        f"about {estimate.get('hours', 0) * 60:.0f} minutes, {estimate['disk_mb'] / 1000:.2f} GB "
+        f"of disk ({free:.0f} GB free)\nrun folder: {folder}"
+    )
+
+
+def _write_report(folder: Path) -> Path:
+    """Write both reports of a run; the one to share has pseudonyms and no paths."""
+    from medssl.report import write_report
+
+    path = write_report(folder)
+    write_report(folder, share=True)
+    return path
+
+
+@app.command()
+def predict(
+    model: RunOrModel,
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files or folders.")],
+    out: Annotated[Path, typer.Option(help="Folder of the masks.")],
+    probs: Annotated[bool, typer.Option("--probs", help="Write class probabilities.")] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Write a map of predictive entropy, in nats.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Segment scans; masks have the input's grid and the original label values."""
+    from medssl.plan import choose_device
+    from medssl.predict import load_model, predict_files
+
+    loaded = load_model(model, choose_device(device))
+    predict_files(loaded, inputs, out, probs=probs, uncertainty=uncertainty, report=print)
+
+
+@app.command()
+def evaluate(
+    model: RunOrModel,
+    data: Annotated[Path | None, typer.Argument(help="Labeled data; default: own test.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the tables.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Of surface Dice, in mm.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure a model on labeled scans it was not trained on, on full volumes, in mm."""
+    from medssl.evaluate import evaluate_data, evaluate_run
+    from medssl.evaluate import render as render_summary
+    from medssl.plan import choose_device
+
+    chosen = choose_device(device)
+    if data is None:
+        summary = evaluate_run(model, tolerance=tolerance, device=chosen)
+        print(render_summary(summary))
+        _sync_quietly(model)
+        print(f"report: {_write_report(model)}")
+        return
+    if out is None:
+        raise InputError("--out is missing: name the folder that the tables go to")
+    print(render_summary(evaluate_data(model, data, out, tolerance=tolerance, device=chosen)))
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[str], typer.Argument(metavar="A B...", help="Runs, rounds, evaluations; arm=A,B")
+    ],
+) -> None:
+    """Compare runs, rounds or evaluations case by case, with intervals."""
+    from medssl.compare import compare as compare_runs
+
+    print(compare_runs(paths)[0])
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    share: Annotated[
+        bool, typer.Option("--share", help="Pseudonyms in place of case ids, no paths.")
+    ] = False,
+) -> None:
+    """Write one HTML page that shows what a run did and what it is worth."""
+    from medssl.report import write_report
+
+    print(write_report(run, share=share))
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="The folder that holds runs.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
+) -> None:
+    """Start the MLflow UI on the runs of a folder."""
+    from medssl.tracking import serve
+
+    raise SystemExit(serve(runs, host, port))
+
+
+@app.command()
+def sync(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    uri: Annotated[str | None, typer.Option(help="MLflow store; default: as configured.")] = None,
+) -> None:
+    """Bring MLflow up to what a run folder holds, after a server was away."""
+    from medssl.tracking import sync as sync_run
+
+    sync_run(run, uri)
+
+
+def _sync_quietly(run: Path) -> None:
+    """Bring MLflow up to date; an evaluation is not lost because a server is away."""
+    from medssl.tracking import sync as sync_run
+
+    settings = load_config(run / "config.yaml").config.tracking
+    if settings.uri == "none":
+        return
+    try:
+        sync_run(run)
+    except InputError as error:
+        print(f"note: {error}", file=sys.stderr)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is wrong with this machine, and what medssl sees of it."""
+    from medssl.doctor import examine
+
+    text, healthy = examine()
+    print(text)
+    if not healthy:
+        raise SystemExit(FAILED)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of scans and runs.")] = Path("medssl-demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Run the main job on made-up 3D scans: train, predict, evaluate, report."""
+    from medssl.data.phantoms import write_phantoms
+    from medssl.evaluate import evaluate_run
+    from medssl.evaluate import render as render_summary
+    from medssl.predict import load_model, predict_files
+
+    data, run = out / "phantoms", out / "runs" / "demo"
+    if not (data / "cases.csv").is_file():
+        print(f"drawing 4 labeled, 16 unlabeled and 12 test phantoms in {data}")
+        write_phantoms(data)
+    config = find_configs() / "phantoms.yaml"
+    given = [f"data.root={data}", *(overrides or [])]
+    outcome = _train(load_config(config, given), lambda plan: load_config(config, given, plan), run)
+    if outcome is None or outcome.status == "interrupted":
+        raise SystemExit(INTERRUPTED)
+    scans = sorted((data / "images").glob("*.nii.gz"))[-1:]
+    predict_files(load_model(run), scans, out / "masks", report=print)
+    summary = evaluate_run(run, report=lambda text: None)
+    _sync_quietly(run)
+    path = _write_report(run)
+    print(f"\n{render_summary(summary)}")
+    print(f"\nmeasured:  {summary['statement']}")
+    print(f"report:    {path}")
+    print(f"model:     {run / 'model'}")
+    print(f"MLflow UI: medssl ui {run.parent}")
+    raise SystemExit(EXIT_CODES[outcome.status])

@@ -1,0 +1,292 @@
+"""Runs, rounds or evaluation folders side by side: paired differences with intervals."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.config import InputError
+from medssl.metrics import (
+    MIN_CASES_FOR_VERDICT,
+    Row,
+    bootstrap_mean,
+    format_estimate,
+    judge,
+    paired_difference,
+    read_table,
+)
+
+Cell = float | None
+NAME_WIDTH = 22  # of a table's first column
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is compared: one evaluation, or several seeds or draws of one arm.
+
+    Attributes:
+        name: As shown.
+        num_tables: How many evaluations were averaged within each case.
+        cases: Columns of ``per_case.csv`` by case_id, averaged over the evaluations.
+        num_left_out: Cases that only some of the evaluations have.
+    """
+
+    name: str
+    num_tables: int
+    cases: dict[str, dict[str, Cell]]
+    num_left_out: int
+
+
+def compare(paths: Sequence[str | Path]) -> tuple[str, list[dict[str, Any]]]:
+    """Compare arms on the cases that all of them have; differences are to the first arm.
+
+    Args:
+        paths: Each a run, a round (``RUN/round_0``) or an evaluation folder that holds
+            ``per_case.csv``; ``arm=path1,path2`` averages several seeds or draws of one arm
+            within each case first.
+
+    Returns:
+        The table as text, at most 100 columns wide, and one row per arm: ``name, num_tables, n,
+        dice, difference, verdict, classes``; in ``classes``, by name, ``dice, hd95_mm (or
+        hd95_px), num_missed, difference``. ``dice`` is the mean over classes in each case.
+
+    Raises:
+        InputError: A path has no evaluation, or no case or class is common to all arms, or the
+            references of a case differ between arms.
+    """
+    if len(paths) < 2:
+        raise InputError("compare needs at least two runs, rounds or evaluation folders")
+    parsed = [_parse_arm(str(path)) for path in paths]
+    names = _name_apart([name or parts[0] for name, parts in parsed], [n for n, _ in parsed if n])
+    arms = [_read_arm(name, parts) for name, (_, parts) in zip(names, parsed, strict=True)]
+    shared = [case_id for case_id in arms[0].cases if all(case_id in a.cases for a in arms)]
+    num_all = len({case_id for arm in arms for case_id in arm.cases})
+    if not shared:
+        examples = "; ".join(f"{a.name}: {', '.join([*a.cases][:2]) or 'none'}" for a in arms)
+        raise InputError(
+            f"no case was evaluated in all {len(arms)} arms ({examples}); evaluate all of them on "
+            "the same data"
+        )
+    classes, dropped = _find_classes(arms)
+    _check_references(arms, shared, classes)
+    rows = [_compare_arm(arm, arms[0], shared, classes) for arm in arms]
+    notes = [f"{len(shared)} cases, evaluated in all {len(arms)} arms"]
+    if num_all > len(shared):
+        notes[0] += f"; {num_all - len(shared)} others only in some are left out"
+    if dropped:
+        notes.append(f"classes that only some arms have are left out: {', '.join(dropped)}")
+    notes += [
+        f"{arm.name}: {arm.num_left_out} cases that not all of its evaluations have are left out"
+        for arm in arms
+        if arm.num_left_out
+    ]
+    return _render(rows, classes, notes), rows
+
+
+def _parse_arm(text: str) -> tuple[str, list[str]]:
+    """Return the name, empty if none is given, and the paths of ``path`` or ``arm=path1,path2``."""
+    if Path(text).exists() or "=" not in text:
+        return "", [text]
+    name, _, rest = text.partition("=")
+    paths = [rest] if rest and Path(rest).exists() else [part for part in rest.split(",") if part]
+    if not paths or not name:
+        raise InputError(f"{text!r}: expected a path, or arm=path1,path2")
+    return name, paths
+
+
+def _name_apart(texts: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Shorten paths to what follows the folders that they share; given names stay."""
+    paths = {text: Path(text).parts for text in texts if text not in given}
+    parts = {t: p[:-1] if p[-1:] == ("evaluation",) else p for t, p in paths.items()}
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts.values()) and (
+        len({p[shared] for p in parts.values()}) == 1
+    ):
+        shared += 1
+    if shared and any(p[shared].startswith("round_") for p in parts.values()):
+        shared -= 1  # a round says nothing without its run
+    names = [Path(*parts[t][shared:]).as_posix() if t in parts else t for t in texts]
+    if len(set(names)) < len(names):
+        names = [f"{index}: {name}" for index, name in enumerate(names, 1)]
+    return names
+
+
+def _read_arm(name: str, paths: Sequence[str]) -> Arm:
+    """Read the evaluations of an arm and average them within each case."""
+    tables = [_read_cases(_find_table(Path(path))) for path in paths]
+    every = {case_id for table in tables for case_id in table}
+    shared = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
+    cases = {case_id: _average([table[case_id] for table in tables]) for case_id in shared}
+    return Arm(name, len(paths), cases, len(every) - len(shared))
+
+
+def _find_table(path: Path) -> Path:
+    """Return the ``per_case.csv`` of a run, round or evaluation folder.
+
+    Raises:
+        InputError: There is none; says how to make it.
+    """
+    options = [path / "per_case.csv", path / "evaluation" / "per_case.csv"]
+    options.append(path.parent / "evaluation" / path.name / "per_case.csv")
+    if path.is_file():
+        options = [path]
+    for option in options:
+        if option.is_file():
+            return option
+    if not path.exists():
+        raise InputError(f"{path}: no such run, round or evaluation folder")
+    run = path.parent if path.name.startswith("round_") else path
+    raise InputError(f"{path}: has not been evaluated; run: medssl evaluate {run}")
+
+
+def _read_cases(path: Path) -> dict[str, dict[str, Cell]]:
+    """Return the numbers of a ``per_case.csv`` by case_id."""
+    rows: list[Row] = read_table(path)
+    cases = {
+        str(row["case_id"]): {
+            key: None if value is None else float(value)
+            for key, value in row.items()
+            if key != "case_id"
+        }
+        for row in rows
+    }
+    if len(cases) < len(rows):
+        raise InputError(f"{path}: a case_id stands twice; run medssl evaluate again")
+    return cases
+
+
+def _average(rows: Sequence[Mapping[str, Cell]]) -> dict[str, Cell]:
+    """Return one case averaged over evaluations; n/a ones do not count."""
+    columns = [column for column in rows[0] if all(column in row for row in rows)]
+    return {column: _mean(row[column] for row in rows) for column in columns}
+
+
+def _mean(values: Iterable[Cell]) -> Cell:
+    """Return the mean of the values that are not n/a, n/a if there is none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _find_classes(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
+    """Return the classes that all arms have, and the others."""
+    per_arm = [
+        [c.partition("/")[2] for c in next(iter(arm.cases.values())) if c.startswith("dice/")]
+        for arm in arms
+        if arm.cases
+    ]
+    shared = [name for name in per_arm[0] if all(name in names for names in per_arm)]
+    if not shared:
+        found = "; ".join(f"{a.name}: {', '.join(n)}" for a, n in zip(arms, per_arm, strict=False))
+        raise InputError(f"the arms have no class in common ({found})")
+    return shared, sorted({name for names in per_arm for name in names} - set(shared))
+
+
+def _check_references(arms: Sequence[Arm], shared: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuse arms whose references of the same case_id have other volumes: other labels."""
+    first = arms[0]
+    for arm in arms[1:]:
+        for case_id in shared:
+            for name in classes:
+                ours, theirs = (_get_reference(a.cases[case_id], name) for a in (first, arm))
+                if ours is None or theirs is None or np.isclose(ours, theirs, rtol=1e-3):
+                    continue
+                raise InputError(
+                    f"{case_id}: the reference of {name!r} is {ours:.4g} ml in {first.name} and "
+                    f"{theirs:.4g} ml in {arm.name}: not the same label; evaluate both on the "
+                    "same data"
+                )
+
+
+def _get_reference(case: Mapping[str, Cell], name: str) -> Cell:
+    """Return the volume of a class in the reference of a case."""
+    return case.get(f"reference_ml/{name}", case.get(f"reference_px/{name}"))
+
+
+def _compare_arm(
+    arm: Arm, first: Arm, shared: Sequence[str], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the row of an arm."""
+    ours, theirs = (
+        [_mean(a.cases[case_id][f"dice/{name}"] for name in classes) for case_id in shared]
+        for a in (arm, first)
+    )
+    difference = None if arm is first else paired_difference(ours, theirs)
+    estimate = bootstrap_mean(ours)
+    return {
+        "name": arm.name,
+        "num_tables": arm.num_tables,
+        "n": estimate["n"],
+        "dice": estimate,
+        "difference": difference,
+        "verdict": None if difference is None else judge(difference),
+        "classes": {name: _compare_class(arm, first, shared, name) for name in classes},
+    }
+
+
+def _compare_class(arm: Arm, first: Arm, shared: Sequence[str], name: str) -> dict[str, Any]:
+    """Return the entry of a class in the row of an arm."""
+
+    def get_column(a: Arm, metric: str) -> list[Cell]:
+        return [a.cases[case_id].get(f"{metric}/{name}") for case_id in shared]
+
+    dice = get_column(arm, "dice")
+    in_mm = all(f"hd95_mm/{name}" in arm.cases[case_id] for case_id in shared)
+    hd95 = "hd95_mm" if in_mm else "hd95_px"
+    return {
+        "dice": bootstrap_mean(dice),
+        hd95: bootstrap_mean(get_column(arm, hd95)),
+        "num_missed": sum(value or 0.0 for value in get_column(arm, "missed")),
+        "difference": None if arm is first else paired_difference(dice, get_column(first, "dice")),
+    }
+
+
+def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Sequence[str]) -> str:
+    """Return the tables as text."""
+    first = rows[0]["name"]
+    notes = [*notes, f"Differences are to {first}, with 95 % intervals (paired bootstrap)."]
+    lines = [line for note in notes for line in textwrap.wrap(note, 100)]
+    heading = f"{'n':>4}  {'dice':<20}  {'difference':<23}  {'p':>6}  verdict"
+    lines += ["", f"{'mean over classes':<{NAME_WIDTH}}  {heading}"]
+    for row in rows:
+        difference = row["difference"]
+        text, p = "", ""
+        if difference is not None:
+            text = format_estimate(difference, "+")
+            p = "" if difference["p"] is None else f"{difference['p']:.4f}"
+        lines.append(
+            f"{_label(row):<{NAME_WIDTH}}  {row['n']:>4}  {format_estimate(row['dice']):<20}"
+            f"  {text:<23}  {p:>6}  {row['verdict'] or ''}"
+        )
+    for name in classes:
+        entries = [row["classes"][name] for row in rows]
+        hd95 = "hd95_mm" if all("hd95_mm" in entry for entry in entries) else "hd95_px"
+        heading = f"{'n':>4}  {'dice':<20}  {'difference':<23}  {hd95:>7}  missed"
+        lines += ["", f"{_cut(name):<{NAME_WIDTH}}  {heading}"]
+        for row, entry in zip(rows, entries, strict=True):
+            text = format_estimate(entry["difference"], "+") if entry["difference"] else ""
+            distance = entry.get(hd95, {"mean": None})["mean"]
+            lines.append(
+                f"{_label(row):<{NAME_WIDTH}}  {entry['dice']['n']:>4}"
+                f"  {format_estimate(entry['dice']):<20}  {text:<23}"
+                f"  {'n/a' if distance is None else f'{distance:.2f}':>7}"
+                f"  {entry['num_missed']:>6g}"
+            )
+    if any(row["verdict"] == "not measured" for row in rows):
+        lines += ["", f"not measured: a verdict needs {MIN_CASES_FOR_VERDICT} cases."]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """Return the name of an arm as it stands in the table."""
+    averaged = f" (x{row['num_tables']})" if row["num_tables"] > 1 else ""
+    return _cut(row["name"], NAME_WIDTH - len(averaged)) + averaged
+
+
+def _cut(text: str, width: int = NAME_WIDTH) -> str:
+    """Cut a text on the left, where paths differ least."""
+    return text if len(text) <= width else f"..{text[2 - width :]}"

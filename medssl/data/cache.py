@@ -1,0 +1,293 @@
+"""Every scan preprocessed once, kept as memory maps that never lie about their source.
+
+Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_id>/`. The image
+is described by `meta.json`, the label by `label.json`; each is written last and names the bytes
+that it was made from, so what exists is whole. Every file is replaced, never overwritten:
+several processes may build one entry, and maps that are open stay valid.
+"""
+
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.config import IGNORE, InputError
+from medssl.data.formats import Case
+from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
+from medssl.runs import hash_file, hash_json, read_json, seed_from, write_file, write_json
+from medssl.transforms.geometry import (
+    Affine,
+    Shape,
+    Spacing,
+    Volume,
+    affines_differ,
+    grid_spacing,
+)
+from medssl.transforms.preprocess import (
+    Preprocessing,
+    measure_percentiles,
+    preprocess_image,
+    preprocess_label,
+)
+
+FORMAT = 1  # raised whenever the same recipe would give other voxels
+MAX_CLASS_VOXELS = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class CachedCase:
+    """A preprocessed case on disk; arrays are opened when asked for.
+
+    Attributes:
+        case_id: The case.
+        folder: Folder of the entry.
+        shape: Shape (I, J, K) of the cache grid.
+        affine: Affine (4, 4) of the cache grid.
+        native_shape: Shape (I, J, K) of the scan.
+        native_affine: Affine (4, 4) of the scan.
+        percentiles: The 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
+        has_label: Whether this run may open a label; False for every unlabeled case.
+    """
+
+    case_id: str
+    folder: Path
+    shape: Shape
+    affine: Affine
+    native_shape: Shape
+    native_affine: Affine
+    percentiles: tuple[tuple[float, float, float], ...]
+    has_label: bool
+
+    @property
+    def spacing(self) -> Spacing:
+        """The spacing of the cache grid along I, J, K in mm."""
+        return grid_spacing(self.affine)
+
+    def image(self) -> NDArray[np.float16]:
+        """Map the image (C, I, J, K), float16."""
+        return _map(self.folder / "image.npy")
+
+    def label(self) -> NDArray[np.uint8] | None:
+        """Map the classes (I, J, K), 255 = ignore; None for an unlabeled case."""
+        return _map(self.folder / "label.npy") if self.has_label else None
+
+    def class_voxels(self) -> dict[int, NDArray[np.int32]]:
+        """Return up to 10,000 voxels (n, 3) of each foreground class that the label has."""
+        if not self.has_label:
+            return {}
+        with np.load(self.folder / "class_voxels.npz", allow_pickle=False) as stored:
+            return {int(index): stored[index] for index in stored.files}
+
+
+def build_cache(
+    cases: Sequence[Case],
+    recipe: Preprocessing,
+    folder: Path,
+    label_values: tuple[int, ...],
+    ignore: int | None,
+    num_channels: int,
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, CachedCase]:
+    """Preprocess what is not in the cache yet; a case without a label has none opened.
+
+    Args:
+        cases: The cases; their `label` is None where no label may be opened.
+        recipe: The stored recipe.
+        folder: Folder of all caches.
+        label_values: Value of each class index.
+        ignore: Label value that means: not annotated.
+        num_channels: Number of channels of every case.
+        report: Called with (cases done, cases) after each case.
+
+    Returns:
+        case_id -> the case in the cache.
+
+    Raises:
+        InputError: Some cases cannot be read or used; names all of them.
+    """
+    key = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "channels": num_channels}
+    entries = folder / hash_json(key)[:16]
+    cached: dict[str, CachedCase] = {}
+    problems: list[str] = []
+    for index, case in enumerate(cases):
+        try:
+            if Path(case.case_id).name != case.case_id:
+                raise InputError("a case_id names a folder: rename it without path separators")
+            entry = entries / case.case_id
+            meta = _open_image(entry, case, recipe, num_channels)
+            if case.label is not None:
+                _open_label(entry, case, case.label, meta, label_values, ignore)
+            cached[case.case_id] = _describe(entry, case, meta)
+        except InputError as error:
+            problems.append(f"  {case.case_id}: {error}")
+        if report is not None:
+            report(index + 1, len(cases))
+    if problems:
+        raise InputError(
+            "\n".join([f"{len(problems)} of {len(cases)} cases cannot be used:", *problems])
+        )
+    return cached
+
+
+def _open_image(
+    entry: Path, case: Case, recipe: Preprocessing, num_channels: int
+) -> dict[str, Any]:
+    """Return the description of a cached image, made anew if it is not whole and current."""
+    sources = [_hash_source(path) for path in case.images]
+    meta = _read(entry / "meta.json")
+    if (
+        meta is not None
+        and meta.get("sources") == sources
+        and _is_whole(entry / "image.npy", np.float16, (num_channels, *meta["shape"]))
+    ):
+        return meta
+    volume = read_image(case.images, num_channels)
+    image = preprocess_image(volume, recipe)
+    meta = {
+        "sources": sources,
+        "shape": image.shape,
+        "affine": image.affine.tolist(),
+        "native_shape": volume.shape,
+        "native_affine": volume.affine.tolist(),
+        "percentiles": measure_percentiles(volume),
+    }
+    (entry / "meta.json").unlink(missing_ok=True)
+    _save(entry / "image.npy", _halve(image))
+    write_json(entry / "meta.json", meta)
+    return meta
+
+
+def _open_label(
+    entry: Path,
+    case: Case,
+    path: Path,
+    meta: dict[str, Any],
+    label_values: tuple[int, ...],
+    ignore: int | None,
+) -> None:
+    """Make a cached label and its voxel lists anew if they are not whole and current."""
+    shape: Shape = tuple(meta["shape"])
+    made_from = {
+        "source": _hash_source(path),
+        "label_values": list(label_values),
+        "ignore": ignore,
+        "affine": meta["affine"],
+        "native_affine": meta["native_affine"],
+    }
+    stored = entry / "label.npy"
+    voxels = entry / "class_voxels.npz"
+    is_current = _read(entry / "label.json") == made_from
+    if is_current and _is_whole(stored, np.uint8, shape) and _is_archive(voxels):
+        return
+    classes, affine = read_label(path, label_values, ignore)
+    native = np.asarray(meta["native_affine"])
+    _compare(path, classes.shape, affine, tuple(meta["native_shape"]), native)
+    # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
+    label = preprocess_label(classes, native, shape, np.asarray(meta["affine"]))
+    (entry / "label.json").unlink(missing_ok=True)
+    _save(stored, label)
+    found: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
+    write_file(voxels, lambda temporary: np.savez(temporary, **found))
+    write_json(entry / "label.json", made_from)
+
+
+def _compare(
+    path: Path, shape: tuple[int, ...], affine: Affine, native_shape: Shape, native: Affine
+) -> None:
+    """Refuse a label that does not lie on the grid of its scan."""
+    if shape != native_shape:
+        raise InputError(
+            f"{path}: shape {shape} differs from the scan's {native_shape}: "
+            "resample the label to the scan (nearest neighbour), or find the label that belongs"
+        )
+    distance = affines_differ(native, affine, native_shape)
+    if distance > MAX_DISPLACEMENT:
+        raise InputError(
+            f"{path}: lies up to {distance:.2f} voxels beside its scan: affine {affine.tolist()} "
+            f"against {native.tolist()}; correct the header of the wrong one"
+        )
+
+
+def _describe(entry: Path, case: Case, meta: dict[str, Any]) -> CachedCase:
+    """Return the record of a cached case."""
+    return CachedCase(
+        case_id=case.case_id,
+        folder=entry,
+        shape=tuple(meta["shape"]),
+        affine=np.asarray(meta["affine"], dtype=np.float64),
+        native_shape=tuple(meta["native_shape"]),
+        native_affine=np.asarray(meta["native_affine"], dtype=np.float64),
+        percentiles=tuple((low, middle, high) for low, middle, high in meta["percentiles"]),
+        has_label=case.label is not None,
+    )
+
+
+def _halve(image: Volume) -> NDArray[np.float16]:
+    """Return the voxels in float16; values beyond its range are cut to it."""
+    limit = float(np.finfo(np.float16).max)
+    half: NDArray[np.float16] = np.clip(image.array, -limit, limit).astype(np.float16)
+    return half
+
+
+def _draw_voxels(label: NDArray[np.uint8], seed: int) -> dict[str, Any]:
+    """Return class index -> voxels (n, 3) drawn without replacement, for each foreground class."""
+    generator = np.random.default_rng(seed)
+    drawn = {}
+    for index in np.unique(label):
+        if index in (0, IGNORE):
+            continue
+        where = np.flatnonzero(label == index)
+        if where.size > MAX_CLASS_VOXELS:
+            where = np.sort(generator.choice(where, MAX_CLASS_VOXELS, replace=False))
+        drawn[str(index)] = np.stack(np.unravel_index(where, label.shape), 1).astype(np.int32)
+    return drawn
+
+
+def _hash_source(path: Path) -> str:
+    """Return the SHA-256 of a source file."""
+    try:
+        return hash_file(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): is it there?") from error
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a description, or None if it is missing or damaged."""
+    try:
+        content = read_json(path)
+    except InputError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _map(path: Path) -> NDArray[Any]:
+    """Map an array file, read-only."""
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _is_whole(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:
+    """Tell whether an array file holds all of its bytes (mapping a shorter one raises)."""
+    try:
+        array = _map(path)
+    except (OSError, ValueError, EOFError):
+        return False
+    return array.dtype == dtype and array.shape == shape
+
+
+def _is_archive(path: Path) -> bool:
+    """Tell whether an archive of arrays is whole, by its own check sums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, EOFError, zipfile.BadZipFile):
+        return False
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    """Write an array file atomically."""
+    write_file(path, lambda temporary: np.save(temporary, array, allow_pickle=False))

@@ -1,0 +1,205 @@
+"""Which cases a data set holds, which part each belongs to, and who may open which label.
+
+`read_dataset` reads the layouts, `split_cases` deals the cases out, and `take` hands out a part
+of them: the labels of unlabeled and test cases are not there to be opened.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from medssl.config import DataSection, InputError
+from medssl.data.formats import PARTS, Case, Dataset, Part, raise_all, read_dataset
+
+__all__ = [
+    "PARTS",
+    "Case",
+    "Dataset",
+    "Part",
+    "Splits",
+    "read_dataset",
+    "split_cases",
+    "take",
+    "take_test_with_labels",
+]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The case_ids of each part; scans that fit on no side (see `split_cases`) are in none."""
+
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def to_json(self) -> dict[str, list[str]]:
+        """Return the parts as plain lists."""
+        return {part: list(getattr(self, part)) for part in PARTS}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Splits":
+        """Read the parts back from what `to_json` returned; other keys are left alone."""
+        return cls(**{part: tuple(content[part]) for part in PARTS})
+
+
+def split_cases(dataset: Dataset, data: DataSection, validation: Literal["auto"] | int) -> Splits:
+    """Say which cases are labeled, unlabeled, validation and test cases.
+
+    What a list says in its split column stands. Of the other cases, those without a label are
+    unlabeled; `data.test` labeled cases become test cases and some validation cases, both drawn
+    by `data.split_seed`; of the rest `data.labeled` minus those for validation are drawn by
+    `data.split_seed` and `data.draw`, and all others become unlabeled (simulated: `take` strips
+    their labels). `auto` validation takes none where fewer than 5 are labeled or a list names
+    the labeled ones, else a fifth, at least 2: validation labels count as labels.
+
+    A draw takes whole patients, as many as fit; other scans of a test or validation patient are
+    left out of all parts. It orders patients by a hash of seed and patient, so it is a pure
+    function of the seeds and independent of the order of files.
+
+    Args:
+        dataset: The cases.
+        data: The data section of the configuration.
+        validation: Number of validation cases, or `auto`.
+
+    Raises:
+        InputError: There are fewer labeled cases than asked for, or list and settings disagree.
+    """
+    given = {part: [c for c in dataset.cases if c.split == part] for part in PARTS}
+    held_out = _patients(given["val"] + given["test"])
+    trained = _patients(given["labeled"] + given["unlabeled"])
+    free = [c for c in dataset.cases if not c.split and c.patient_id not in held_out]
+    _check_given(given, data.test, validation)
+
+    num_test = 0 if given["test"] else data.test
+    candidates = [c for c in free if c.label and c.patient_id not in trained]
+    drawn_test = _draw(candidates, num_test, ("test", data.split_seed))
+    rest = _drop(given["labeled"] + given["unlabeled"] + free, _patients(drawn_test))
+    pool = [c for c in rest if c.label and c.split != "unlabeled"]
+    num_labeled = len(pool) if data.labeled == "all" else data.labeled
+    _check_counts(dataset, data, len(candidates) - num_test, len(pool) - num_labeled)
+
+    num_val = _count_val(given, num_labeled, validation)
+    drawn_val = _draw(pool, num_val, ("val", data.split_seed))
+    rest = _drop(rest, _patients(drawn_val))
+    pool = _drop(pool, _patients(drawn_val))
+    num_left = num_labeled - len(drawn_val)
+    labeled = _draw(pool, num_left, ("labeled", data.split_seed, data.draw))
+    if not labeled:
+        raise InputError(
+            f"{dataset.root}: no labeled case is left for training: all belong to patients of "
+            f"test ({len(drawn_test)} cases) or validation ({len(drawn_val)}); lower data.test or "
+            "validation"
+        )
+    unlabeled = [case for case in rest if case not in labeled]
+    parts = (labeled, unlabeled, given["val"] + drawn_val, given["test"] + drawn_test)
+    return Splits(*(tuple(sorted(case.case_id for case in part)) for part in parts))
+
+
+def _patients(cases: Iterable[Case]) -> set[str]:
+    """Return the patients of cases."""
+    return {case.patient_id for case in cases}
+
+
+def _drop(cases: Iterable[Case], patients: set[str]) -> list[Case]:
+    """Return the cases of other patients."""
+    return [case for case in cases if case.patient_id not in patients]
+
+
+def _draw(cases: Sequence[Case], number: int, seed: tuple[object, ...]) -> list[Case]:
+    """Draw whole patients, as many as fit into a number of cases; at least one patient."""
+    groups: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        groups[case.patient_id].append(case)
+
+    def rank(patient_id: str) -> str:
+        return hashlib.sha256(repr((*seed, patient_id)).encode()).hexdigest()
+
+    order = sorted(groups, key=rank)
+    drawn: list[Case] = []
+    for patient_id in order:
+        if len(drawn) + len(groups[patient_id]) <= number:
+            drawn += groups[patient_id]
+    return groups[order[0]] if not drawn and order and number > 0 else drawn
+
+
+def _check_given(
+    given: Mapping[Part, Sequence[Case]], num_test: int, validation: Literal["auto"] | int
+) -> None:
+    """Refuse a list that names test or validation cases while the settings ask for others."""
+    problems = []
+    asked = {"test": ("data.test", num_test), "val": ("validation", validation)}
+    parts: tuple[Part, ...] = ("test", "val")
+    for part in parts:
+        key, number = asked[part]
+        if given[part] and number not in ("auto", 0, len(given[part])):
+            problems.append(
+                f"the list names {len(given[part])} {part} cases, but {key}={number} asks for "
+                "others: leave one of the two out"
+            )
+    raise_all(problems, "split")
+
+
+def _check_counts(dataset: Dataset, data: DataSection, test_over: int, labeled_over: int) -> None:
+    """Refuse draws that are larger than what is there, given what they leave over."""
+    total = sum(case.label is not None for case in dataset.cases)
+    if total == 0:
+        raise InputError(
+            f"{dataset.root}: none of {len(dataset.cases)} cases has a label; annotate some, or "
+            "check where the masks lie and how they are named"
+        )
+    if test_over < 0 or labeled_over < 0:
+        raise InputError(
+            f"{dataset.root}: data.test={data.test} and data.labeled={data.labeled} together ask "
+            f"for more labeled cases than there are: {total}, "
+            f"{-min(test_over, labeled_over)} too few; lower one of them"
+        )
+
+
+def _count_val(
+    given: Mapping[Part, Sequence[Case]], num_labeled: int, validation: Literal["auto"] | int
+) -> int:
+    """Return how many of the labeled cases validate."""
+    if given["val"]:
+        return 0
+    if validation != "auto":
+        if validation >= num_labeled:
+            raise InputError(
+                f"validation={validation}: leaves no case for training, since validation cases "
+                f"are taken out of the {num_labeled} labeled ones"
+            )
+        return validation
+    if given["labeled"] or num_labeled < 5:
+        return 0
+    return max(2, round(0.2 * num_labeled))
+
+
+def take(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
+    """Return the cases of a part; unlabeled and test cases have no way to their label.
+
+    Raises:
+        InputError: The splits name cases that the data set does not hold.
+    """
+    cases = _find_cases(dataset, getattr(splits, part))
+    return cases if part in ("labeled", "val") else tuple(case.without_label() for case in cases)
+
+
+def take_test_with_labels(dataset: Dataset, splits: Splits) -> tuple[Case, ...]:
+    """Return the test cases with their labels: for `evaluate` alone.
+
+    Raises:
+        InputError: The splits name cases that the data set does not hold.
+    """
+    return _find_cases(dataset, splits.test)
+
+
+def _find_cases(dataset: Dataset, case_ids: Sequence[str]) -> tuple[Case, ...]:
+    """Return cases by id, in the given order."""
+    known = {case.case_id: case for case in dataset.cases}
+    missing = [case_id for case_id in case_ids if case_id not in known]
+    raise_all(
+        [f"{case_id}: is in the splits, but not here" for case_id in missing], str(dataset.root)
+    )
+    return tuple(known[case_id] for case_id in case_ids)

@@ -1,0 +1,512 @@
+"""The gate that data pass before anything is trained: one look at every scan, all faults at once.
+
+Images of all cases are opened, labels of labeled and validation cases only. Test images are
+hashed, so that a duplicate among the others is found; nothing else of them is looked at.
+Legend: C channels, I J K voxel axes.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from medssl.config import IGNORE, InputError
+from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
+from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label_values
+from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
+
+PERCENTILES = (0.5, 50.0, 99.5)
+
+_MAX_SAMPLES = 500_000  # voxels of a channel that its percentiles are taken from
+_MAX_CLASSES = 100  # more label values than this are an image, not a label
+_PLAUSIBLE_MM = (0.02, 20.0)  # spacing outside of this is a header without units or a mistake
+_NUM_SHOWN = 12
+_CHUNK = 2**22  # bytes
+_NUM_THREADS = 2  # each holds one scan in memory
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, ArithmeticError, MemoryError),
+    *(zlib.error, ImageFileError, HeaderDataError),
+)
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What was seen of one case; of a test case the hash alone.
+
+    `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
+    volumes, None where no label was opened.
+    """
+
+    case_id: str
+    part: str
+    voxel_hash: str = ""
+    shape: Shape | None = None
+    spacing: Spacing | None = None
+    percentiles: tuple[tuple[float, ...], ...] = ()
+    volumes_ml: dict[int, float] | None = None
+    num_voxels: dict[int, int] | None = None
+    has_identity_affine: bool = False
+    has_rounded_label: bool = False
+    problems: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The facts about a data set, its problems (they stop a run), warnings and notes.
+
+    `labels` maps label values to names, 0 included: as declared, or as found in the files.
+    """
+
+    dataset: Dataset
+    splits: Splits
+    facts: tuple[CaseFacts, ...]
+    labels: dict[int, str]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def raise_problems(self) -> None:
+        """Stop if there are problems.
+
+        Raises:
+            InputError: Naming all of them.
+        """
+        if self.problems:
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            raise InputError(f"{self.dataset.root}: {self._count_problems()}\n{lines}")
+
+    def render(self) -> str:
+        """Return the data set as a table, then warnings, problems, and the verdict."""
+        lines = [*_render_parts(self), *_render_grids(self), *_render_classes(self)]
+        for title, texts in (("note", self.notes), ("warning", self.warnings)):
+            lines += [f"{title}: {text}" for text in texts]
+        lines += [f"PROBLEM: {text}" for text in self.problems]
+        return "\n".join([*lines, "", self._count_problems() if self.problems else "OK"])
+
+    def _count_problems(self) -> str:
+        """Return `1 problem`, `2 problems`."""
+        return f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+
+
+def check_dataset(
+    dataset: Dataset,
+    splits: Splits,
+    ignore: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> CheckResult:
+    """Look at every case once.
+
+    Args:
+        dataset: The cases.
+        splits: The part of each case, which decides whether its label may be opened.
+        ignore: Label value that means: not annotated; None takes what the data set declares.
+        report: Called with the number of cases seen and the number of all cases.
+
+    Returns:
+        What was seen; problems are collected, not raised.
+    """
+    ignore = dataset.ignore if ignore is None else ignore
+    tasks = [(case, part) for part in PARTS for case in take(dataset, splits, part)]
+    facts = []
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        look = pool.map(lambda task: _look(task[0], task[1], len(dataset.channels)), tasks)
+        for index, seen in enumerate(look):
+            facts.append(seen)
+            if report is not None:
+                report(index + 1, len(tasks))
+    labels = _name_labels(dataset, facts, ignore)
+    problems = [problem for seen in facts for problem in seen.problems]
+    problems += _check_values(dataset, facts, labels, ignore)
+    shared, repeated = _find_duplicates(facts)
+    problems += shared + _find_split_patients(dataset, splits)
+    warnings = repeated + _warn_of_labels(facts, labels, ignore) + _warn_of_grids(facts)
+    return CheckResult(
+        dataset,
+        splits,
+        tuple(facts),
+        labels,
+        tuple(problems),
+        (*dataset.notes, *warnings),
+        tuple(_collect_notes(dataset, splits, facts)),
+    )
+
+
+def find_labels(dataset: Dataset, splits: Splits, ignore: int | None = None) -> dict[int, str]:
+    """Return the names of label values, 0 included: as declared, else from the files.
+
+    Only labels of labeled and validation cases are opened; a class found there is `class_<value>`.
+
+    Raises:
+        InputError: A label cannot be read: all of them are named.
+    """
+    if dataset.labels is not None:
+        return dict(dataset.labels)
+    ignore = dataset.ignore if ignore is None else ignore
+    found: set[int] = set()
+    problems = []
+    for case in (*take(dataset, splits, "labeled"), *take(dataset, splits, "val")):
+        try:
+            found.update(read_label_values(case.label)[0] if case.label else ())
+        except InputError as error:
+            problems.append(f"{case.case_id}: {error}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return _name_values(found, ignore)
+
+
+def _name_labels(
+    dataset: Dataset, facts: Iterable[CaseFacts], ignore: int | None
+) -> dict[int, str]:
+    """Return the declared names, or those of the values that were found."""
+    if dataset.labels is not None:
+        return dict(dataset.labels)
+    return _name_values({value for seen in facts for value in seen.num_voxels or ()}, ignore)
+
+
+def _name_values(values: Iterable[int], ignore: int | None) -> dict[int, str]:
+    """Name label values by their number."""
+    classes = sorted(set(values) - {0, ignore})
+    return {0: "background", **{value: f"class_{value}" for value in classes}}
+
+
+def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
+    """Look at one case: its image, and its label if there is one to be opened."""
+    try:
+        with _refuse_damage(case.images):
+            volume = read_image(case.images, num_channels)
+    except InputError as error:
+        problems = [f"{case.case_id}: {error}"]
+        if case.label is not None:
+            problems += _look_at_label(case, case.label, None)["problems"]
+        return CaseFacts(case.case_id, part, problems=tuple(problems))
+    voxel_hash = _hash_voxels(volume.array)
+    if part == "test":
+        return CaseFacts(case.case_id, part, voxel_hash)
+    problems = []
+    num_bad = [int(np.count_nonzero(~np.isfinite(channel))) for channel in volume.array]
+    if any(num_bad):
+        problems.append(
+            f"{case.case_id}: {sum(num_bad)} of {volume.array.size} voxels are NaN or infinite in "
+            f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
+        )
+    seen = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
+    return CaseFacts(
+        case.case_id,
+        part,
+        voxel_hash,
+        volume.shape,
+        volume.spacing,
+        tuple(_measure_percentiles(channel) for channel in volume.array),
+        has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
+        **{**seen, "problems": (*problems, *seen["problems"])},
+    )
+
+
+@contextlib.contextmanager
+def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
+    """Turn whatever a damaged file makes of a read into an InputError that names it."""
+    try:
+        for path in paths:
+            nib.load(path).get_data_dtype()
+            if path.suffix == ".gz":
+                _read_to_end(path)
+        yield
+    except InputError:
+        raise
+    except _UNREADABLE as error:
+        names = ", ".join(str(path) for path in paths)
+        raise InputError(f"{names}: damaged or incomplete ({error}); copy it again") from error
+
+
+def _read_to_end(path: Path) -> None:
+    """Compare the checksum at the end of a .gz file, where nibabel does not get to."""
+    with gzip.open(path) as file:
+        while file.read(_CHUNK):
+            pass
+
+
+def _hash_voxels(array: NDArray[np.float32]) -> str:
+    """Return a hash of shape and voxels, not of the header."""
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
+    """Return the percentiles of a channel, of a large one from evenly spaced voxels."""
+    values = channel.reshape(-1)
+    values = values[:: -(-values.size // _MAX_SAMPLES)]
+    values = values[np.isfinite(values)]
+    if values.size == 0:
+        return (float("nan"),) * len(PERCENTILES)
+    return tuple(float(value) for value in np.percentile(values, PERCENTILES))
+
+
+def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, Any]:
+    """Return the facts that a label adds: volumes, values, its faults beside the image."""
+    try:
+        with _refuse_damage((path,)):
+            num_voxels, affine, shape = read_label_values(path)
+    except InputError as error:
+        return {"problems": (f"{case.case_id}: {error}",)}
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    return {
+        "volumes_ml": {value: count * voxel_ml for value, count in num_voxels.items()},
+        "num_voxels": num_voxels,
+        "has_rounded_label": _is_rounded(path),
+        "problems": _compare_grids(case, path, volume, shape, affine) if volume else (),
+    }
+
+
+def _is_rounded(path: Path) -> bool:
+    """Tell whether a label file holds almost-integers like 0.9999999."""
+    image: Any = nib.load(path)
+    if image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0):
+        return False
+    values = np.asanyarray(image.dataobj)
+    return bool((values != np.rint(values)).any())
+
+
+def _compare_grids(
+    case: Case, path: Path, volume: Volume, shape: Shape, affine: NDArray[np.float64]
+) -> tuple[str, ...]:
+    """Return how the grid of a label differs from that of the image."""
+    if shape != volume.shape:
+        return (
+            f"{case.case_id}: the image has shape {volume.shape}, its label {path} {shape}: bring "
+            "the label to the grid of the image (nearest neighbor)",
+        )
+    distance = affines_differ(volume.affine, affine, shape)
+    if distance <= MAX_DISPLACEMENT:
+        return ()
+    return (
+        f"{case.case_id}: the label {path} lies up to {distance:.2f} voxels beside the image: "
+        f"affine of the image {_show_affine(volume.affine)}, of the label {_show_affine(affine)}; "
+        "copy the image's header to the label if the voxels agree, else resample the label",
+    )
+
+
+def _show_affine(affine: NDArray[np.float64]) -> str:
+    """Return the three rows of an affine that say something."""
+    rows = [", ".join(f"{value:.6g}" for value in row) for row in affine[:3]]
+    return f"[{'; '.join(rows)}]"
+
+
+def _check_values(
+    dataset: Dataset, facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None
+) -> list[str]:
+    """Name the label values that nobody declared, with their cases."""
+    where: dict[int, list[str]] = defaultdict(list)
+    for seen in facts:
+        for value, count in (seen.num_voxels or {}).items():
+            where[value].append(f"{seen.case_id} ({count} voxels)")
+    if dataset.labels is None and len(where) > _MAX_CLASSES:
+        return [
+            f"the labels hold {len(where)} different values, from {min(where)} to {max(where)}: "
+            "are they images? Check the paths, or name the classes by data.labels"
+        ]
+    known = set(labels) | {0, ignore}
+    if dataset.labels is None:  # 255 and negative values mean something else in half of all sets
+        known -= {value for value in where if (value == IGNORE or value < 0) and value != ignore}
+    return [
+        f"label value {value} is not declared: {', '.join(cases)}; "
+        f"{_offer(value, set(where), known - {None})}"
+        for value, cases in sorted(where.items())
+        if value not in known
+    ]
+
+
+def _offer(value: int, found: set[int], known: set[int | None]) -> str:
+    """Say how to declare a value."""
+    if found == {0, IGNORE}:
+        return "if it is the structure to segment, add data.labels.255=name"
+    declared = ", ".join(str(number) for number in sorted(number or 0 for number in known))
+    return (
+        f"declared are {declared}: correct the files, or name it (data.labels.{value}=name, with "
+        f"all other classes), or, if it means not annotated, data.ignore={value}"
+    )
+
+
+def _find_duplicates(facts: Iterable[CaseFacts]) -> tuple[list[str], list[str]]:
+    """Return problems and warnings: equal scans of different parts, and of one part."""
+    groups: dict[str, list[CaseFacts]] = defaultdict(list)
+    for seen in facts:
+        if seen.voxel_hash:
+            groups[seen.voxel_hash].append(seen)
+    problems, warnings = [], []
+    for group in groups.values():
+        names = ", ".join(f"{seen.case_id} ({seen.part})" for seen in group)
+        if len({seen.part for seen in group}) > 1:
+            problems.append(
+                f"the same scan, voxel by voxel, is in different parts: {names}; keep one of them"
+            )
+        elif len(group) > 1:
+            warnings.append(f"the same scan, voxel by voxel, is there {len(group)} times: {names}")
+    return problems, warnings
+
+
+def _find_split_patients(dataset: Dataset, splits: Splits) -> list[str]:
+    """Name patients of whom scans stand on two sides: training, validation, test."""
+    sides: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for part in PARTS:
+        side = "training" if part in ("labeled", "unlabeled") else part
+        for case in take(dataset, splits, part):
+            sides[case.patient_id][side].append(f"{case.case_id} ({part})")
+    return [
+        f"patient {patient} stands on two sides: "
+        f"{', '.join(name for names in found.values() for name in names)}; give all scans of a "
+        "patient one side in the split column, or correct patient_id"
+        for patient, found in sorted(sides.items())
+        if len(found) > 1
+    ]
+
+
+def _warn_of_labels(
+    facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None
+) -> list[str]:
+    """Warn of labels without foreground and of classes without voxels."""
+    opened = [seen for seen in facts if seen.num_voxels is not None]
+    empty = [seen.case_id for seen in opened if not set(seen.num_voxels or ()) - {0, ignore}]
+    warnings = [f"labels without any foreground: {_shorten(empty)}"] if empty else []
+    found = {value for seen in opened for value in seen.num_voxels or ()}
+    lost = [f"{name} ({value})" for value, name in labels.items() if value and value not in found]
+    if lost and opened:
+        warnings.append(
+            f"declared, but in none of the {len(opened)} labels opened: {', '.join(lost)}; such a "
+            "class cannot be learned"
+        )
+    return warnings
+
+
+def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
+    """Warn of headers that say nothing, implausible spacing and constant images."""
+    seen_grids = [seen for seen in facts if seen.spacing is not None]
+    identity = [seen.case_id for seen in seen_grids if seen.has_identity_affine]
+    low, high = _PLAUSIBLE_MM
+    odd = [
+        f"{seen.case_id} ({_show_numbers(seen.spacing or ())})"
+        for seen in seen_grids
+        if not all(low <= size <= high for size in seen.spacing or ())
+    ]
+    flat = [
+        seen.case_id
+        for seen in seen_grids
+        if any(channel[0] == channel[-1] for channel in seen.percentiles)
+    ]
+    texts = (
+        ("the header places no voxels (identity affine), 1 mm is assumed", identity),
+        (f"spacing outside of {low:g} to {high:g} mm: is the unit right?", odd),
+        ("images of a single value (99 % of the voxels at least)", flat),
+    )
+    return [f"{text}: {_shorten(names)}" for text, names in texts if names]
+
+
+def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts]) -> list[str]:
+    """Note what was done silently: rounded labels, cases that are in no part; and a way out."""
+    rounded = [seen.case_id for seen in facts if seen.has_rounded_label]
+    notes = [f"almost-integer label values were rounded: {_shorten(rounded)}"] if rounded else []
+    used = {case_id for part in PARTS for case_id in getattr(splits, part)}
+    unused = [case.case_id for case in dataset.cases if case.case_id not in used]
+    if unused:
+        notes.append(
+            f"left out, as other scans of their patients validate or test: {_shorten(unused)}"
+        )
+    if facts and dataset.channels == ("",) and not any(seen.voxel_hash for seen in facts):
+        notes.append(
+            "no scan could be read; if each file holds several channels, name them in a "
+            'cases.json: {"channels": ["T1", "T2"], "cases": [{"case_id": ..., "image": ...}]}'
+        )
+    return notes
+
+
+def _shorten(names: Sequence[str]) -> str:
+    """Join names, and count those beyond the first twelve."""
+    shown = ", ".join(names[:_NUM_SHOWN])
+    num_more = len(names) - _NUM_SHOWN
+    return f"{len(names)} cases: {shown} and {num_more} more" if num_more > 0 else shown
+
+
+def _render_parts(result: CheckResult) -> list[str]:
+    """Return the head of the table: name, layout, channels, cases of each part."""
+    dataset = result.dataset
+    names = ", ".join(name or f"channel {i}" for i, name in enumerate(dataset.channels))
+    counts = Counter(seen.part for seen in result.facts)
+    hidden = set(result.splits.unlabeled)
+    simulated = sum(case.case_id in hidden and case.label is not None for case in dataset.cases)
+    remarks = {
+        "labeled": "(labels opened)",
+        "unlabeled": f"({simulated} of them have a label that stays closed)" if simulated else "",
+        "val": "(validation; their labels count as labels)",
+        "test": "(locked: images hashed for duplicates, labels not opened)",
+    }
+    lines = [f"{dataset.name}: {len(dataset.cases)} cases, {dataset.format} layout, {names}", ""]
+    lines += [f"  {p:<12}{counts[p]:>6}  {remarks[p] if counts[p] else ''}".rstrip() for p in PARTS]
+    return [*lines, ""]
+
+
+def _render_grids(result: CheckResult) -> list[str]:
+    """Return spacing, shape and intensity over all cases but those of test."""
+    facts = [seen for seen in result.facts if seen.shape and seen.spacing]
+    if not facts:
+        return []
+    rows: list[tuple[str, Sequence[float]]] = []
+    for axis, name in enumerate("IJK"):
+        rows.append((f"spacing {name}, mm", [(seen.spacing or (0, 0, 0))[axis] for seen in facts]))
+    for axis, name in enumerate("IJK"):
+        rows.append((f"shape {name}, voxels", [(seen.shape or (0, 0, 0))[axis] for seen in facts]))
+    for channel, name in enumerate(result.dataset.channels):
+        for index, percent in enumerate(PERCENTILES):
+            title = f"{name or f'channel {channel}'}, {percent:g} % of voxels below"
+            rows.append((title, [seen.percentiles[channel][index] for seen in facts]))
+    return _render_table(f"over {len(facts)} cases", ("min", "median", "max"), rows)
+
+
+def _render_table(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
+) -> list[str]:
+    """Return rows of min, median and max."""
+    lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
+    for name, values in rows:
+        numbers = (min(values), float(np.median(values)), max(values))
+        lines.append("  " + f"{name:<34}" + "".join(f"{_show(value):>11}" for value in numbers))
+    return [*lines, ""]
+
+
+def _render_classes(result: CheckResult) -> list[str]:
+    """Return one line per foreground class: in how many labels it is, and its volumes."""
+    opened = [seen.volumes_ml for seen in result.facts if seen.volumes_ml is not None]
+    if not opened:
+        return []
+    title = f"in the {len(opened)} labels opened"
+    columns = ("value", "labels", "min ml", "median ml", "max ml")
+    lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
+    for value, name in result.labels.items():
+        volumes = [found[value] for found in opened if value in found]
+        if value == 0:
+            continue
+        numbers = (min(volumes), float(np.median(volumes)), max(volumes)) if volumes else ()
+        cells = "".join(f"{_show(number):>11}" for number in numbers)
+        lines.append("  " + f"{name:<34}{value:>11}{len(volumes):>11}" + cells)
+    return [*lines, ""]
+
+
+def _show(value: float) -> str:
+    """Return a number with four digits, without an exponent where people expect none."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def _show_numbers(values: Iterable[float]) -> str:
+    """Return numbers as `1 x 1 x 2.5`."""
+    return " x ".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,584 @@
+"""From a folder or list to cases: the layouts that are read as they are.
+
+Medical Segmentation Decathlon and nnU-Net v2 folders, `images/ labels/ [unlabeled/]`, and lists
+of cases (CSV or JSON). Only names and lists are read here: no scan is opened.
+"""
+
+import csv
+import difflib
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from medssl.config import InputError
+from medssl.data.files import (
+    SUFFIXES,
+    describe_unknown,
+    guess_patient,
+    is_mask,
+    list_scans,
+    strip_suffix,
+    walk_files,
+)
+
+Part = Literal["labeled", "unlabeled", "val", "test"]
+PARTS: tuple[Part, ...] = ("labeled", "unlabeled", "val", "test")
+
+_MAX_HINTS = 20  # missing files for which a near name is looked for
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan: one file per channel (or one 4D file), and perhaps its label.
+
+    `split` is what the list says of the case: one of `PARTS`, or empty.
+    """
+
+    case_id: str
+    images: tuple[Path, ...]
+    label: Path | None
+    patient_id: str
+    split: str = ""
+
+    def without_label(self) -> "Case":
+        """Return the case with no way to its label."""
+        return replace(self, label=None)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The cases of a folder or list, sorted by case_id, and what is declared about them.
+
+    `labels` maps a label's value to its name, 0 included; None: nothing is declared. `channels`
+    are names of modalities, empty where unknown. `ignore` is the value of voxels that nobody
+    annotated. `notes` are remarks of the reader for the user.
+    """
+
+    name: str
+    root: Path
+    format: str
+    cases: tuple[Case, ...]
+    labels: dict[int, str] | None
+    channels: tuple[str, ...]
+    ignore: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_dataset(
+    root: Path, format: str = "auto", labels: Mapping[int, str] | None = None
+) -> Dataset:
+    """Read which cases a folder or list holds.
+
+    Args:
+        root: A folder, a CSV or JSON list, or a dataset.json.
+        format: `decathlon`, `nnunet`, `folders`, `list`, or `auto`.
+        labels: Names of label values that replace what the data set declares.
+
+    Raises:
+        InputError: Nothing is there, the layout is unknown (the message shows the tree as it
+            was understood and names a draft list to edit), or cases are wrong: all of them.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise InputError(f"{root}: no such file or folder{_suggest_path(root)}")
+    format, source = _detect_format(root) if format == "auto" else (format, _locate(root, format))
+    dataset = _READERS[format](source)
+    _check_cases(dataset, source)
+    if labels is not None:
+        dataset = replace(dataset, labels=_with_background(labels))
+    return replace(dataset, cases=tuple(sorted(dataset.cases, key=lambda case: case.case_id)))
+
+
+def _suggest_path(path: Path) -> str:
+    """Return a hint at the nearest existing sibling of the first missing part of a path."""
+    missing = path.absolute()
+    while not missing.parent.exists():
+        missing = missing.parent
+    if not missing.parent.is_dir():
+        return f"; {missing.parent} is a file"
+    names = [entry.name for entry in missing.parent.iterdir() if entry.name[0] != "."]
+    near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
+    return f"; did you mean {missing.parent / near[0]}?" if near else ""
+
+
+def _detect_format(root: Path) -> tuple[str, Path]:
+    """Return the format of a folder or file, and the file or folder to read."""
+    if root.is_file():
+        return _detect_file_format(root)
+    lists = [root / name for name in ("cases.csv", "cases.json") if (root / name).is_file()]
+    if len(lists) == 2:
+        raise InputError(f"{root}: holds cases.csv and cases.json; name the one to read")
+    if lists:
+        return "list", lists[0]
+    if (root / "dataset.json").is_file():
+        return _detect_file_format(root / "dataset.json")
+    if _is_folders(root):
+        return "folders", root
+    raise InputError(describe_unknown(root))
+
+
+def _is_folders(root: Path) -> bool:
+    """Tell whether a folder is `images/ labels/`; one whose masks lie elsewhere is not."""
+    if not (root / "images").is_dir() or not list_scans(root / "images"):
+        return False
+    if (root / "labels").is_dir():
+        return True
+    return not any(is_mask(path, root) for path in walk_files(root) if strip_suffix(path.name))
+
+
+def _detect_file_format(path: Path) -> tuple[str, Path]:
+    """Return the format of a list or dataset.json."""
+    if path.suffix.lower() == ".csv":
+        return "list", path
+    if path.suffix.lower() != ".json":
+        raise InputError(
+            f"{path}: is a file, and not a CSV or JSON list of cases; give the folder of the scans"
+        )
+    content = _read_json(path)
+    keys = set(content) if isinstance(content, dict) else set()
+    if "training" in keys:
+        return "decathlon", path
+    if keys & {"channel_names", "file_ending"}:
+        return "nnunet", path
+    if isinstance(content, list) or "cases" in keys:
+        return "list", path
+    raise InputError(
+        f"{path}: neither a Decathlon dataset (no `training`), nor one of nnU-Net v2 (no "
+        f"`channel_names`), nor a list of cases; its keys: {', '.join(sorted(keys)) or 'none'}"
+    )
+
+
+def _locate(root: Path, format: str) -> Path:
+    """Return the file or folder to read for a format that the user named."""
+    names = {"list": ("cases.csv", "cases.json"), "folders": ("images",)}
+    options = names.get(format, ("dataset.json",))
+    if root.is_file() and format != "folders":
+        return root
+    found = [root / name for name in options if (root / name).exists()]
+    if not found:
+        raise InputError(
+            f"{root}: data.format={format} needs {' or '.join(options)} there; leave data.format "
+            "out to have the layout recognized"
+        )
+    return root if format == "folders" else found[0]
+
+
+def _read_json(path: Path) -> Any:
+    """Read JSON; a duplicate key is an error, not a silent choice."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise ValueError(f"the key {twice[0]!r} stands twice")
+        return dict(pairs)
+
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text, object_pairs_hook=refuse_duplicates)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object."""
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected an object with keys, got a {type(content).__name__}")
+    return content
+
+
+def _read_decathlon(path: Path) -> Dataset:
+    """Read a Decathlon dataset.json; the images of `test` are unlabeled cases."""
+    content, root = _read_object(path), path.parent
+    problems: list[str] = []
+    channels = _read_channels(content.get("modality") or content.get("channel_names"), problems)
+    labels = _read_names(content.get("labels"), problems)
+    cases: list[Case] = []
+    num_lost = 0
+    for key, entry in _list_entries(content, problems):
+        images, label = _read_entry(entry)
+        if not images:
+            problems.append(f"{key}: expected an image, got {entry!r}")
+            continue
+        paths = tuple(root / image for image in images)
+        if len(paths) == 1:
+            paths = _find_channels(paths[0], len(channels))
+        mask = root / label if label and key.startswith("training") else None
+        num_lost += mask is not None and not mask.is_file()
+        cases.append(_make_case(paths, mask if mask and mask.is_file() else None))
+    raise_all(problems, str(path))
+    note = f"{num_lost} label files named in {path.name} do not exist: their cases are unlabeled"
+    notes = (note,) if num_lost else ()
+    name = str(content.get("name") or root.resolve().name)
+    return Dataset(name, root, "decathlon", tuple(cases), labels, channels, notes=notes)
+
+
+def _list_entries(content: Mapping[str, Any], problems: list[str]) -> list[tuple[str, Any]]:
+    """Return the entries of a dataset.json with their places."""
+    found = []
+    for key in ("training", "test"):
+        entries = content.get(key) or []
+        if not isinstance(entries, list):
+            problems.append(f"{key}: expected a list of cases, got {entries!r}")
+        else:
+            found += [(f"{key}[{index}]", entry) for index, entry in enumerate(entries)]
+    return found
+
+
+def _read_entry(entry: Any) -> tuple[list[str], str | None]:
+    """Return images and label of an entry; no image where it cannot be understood."""
+    fields = entry if isinstance(entry, dict) else {"image": entry}
+    images, label = fields.get("image"), fields.get("label") or None
+    images = images if isinstance(images, list) else [images]
+    if not all(isinstance(text, str) and text for text in (*images, label or "none")):
+        return [], None
+    return images, label
+
+
+def _find_channels(image: Path, num_channels: int) -> tuple[Path, ...]:
+    """Return an image, or in its absence the `_0000` files of its channels (nnU-Net v1)."""
+    stem = strip_suffix(image.name)
+    if image.is_file() or stem is None:
+        return (image,)
+    suffix = image.name[len(stem) :]
+    options = tuple(image.with_name(f"{stem}_{i:04d}{suffix}") for i in range(num_channels))
+    return options if options[0].is_file() else (image,)
+
+
+def _make_case(images: tuple[Path, ...], label: Path | None, case_id: str = "") -> Case:
+    """Make a case whose id is its file's name."""
+    if not case_id:
+        stem = strip_suffix(images[0].name) or images[0].name
+        case_id = stem if len(images) == 1 else stem.removesuffix("_0000")
+    return Case(case_id, images, label, guess_patient(case_id))
+
+
+def _read_channels(declared: Any, problems: list[str]) -> tuple[str, ...]:
+    """Read channel names: a mapping index -> name, or a list."""
+    if isinstance(declared, list):
+        declared = {str(index): name for index, name in enumerate(declared)}
+    if not isinstance(declared, dict) or not declared:
+        problems.append(f'channels: expected names like {{"0": "MRI"}}, got {declared!r}')
+        return ("",)
+    if sorted(declared) != sorted(str(index) for index in range(len(declared))):
+        problems.append(f"channels: expected the keys 0, 1, ..., got {', '.join(declared)}")
+        return ("",)
+    return tuple(str(declared[str(index)]) for index in range(len(declared)))
+
+
+def _read_names(declared: Any, problems: list[str]) -> dict[int, str] | None:
+    """Read label names: a mapping value -> name."""
+    if declared is None:
+        return None
+    try:
+        return _with_background({int(value): str(name) for value, name in declared.items()})
+    except (AttributeError, ValueError):
+        problems.append(f'labels: expected names like {{"1": "liver"}}, got {declared!r}')
+        return None
+
+
+def _with_background(labels: Mapping[int, str]) -> dict[int, str]:
+    """Return label names sorted by value, with 0."""
+    return dict(sorted({0: "background", **labels}.items()))
+
+
+def _read_nnunet(path: Path) -> Dataset:
+    """Read an nnU-Net v2 raw folder."""
+    content, root = _read_object(path), path.parent
+    problems: list[str] = []
+    channels = _read_channels(content.get("channel_names"), problems)
+    labels, ignore = _read_nnunet_labels(content.get("labels"), problems)
+    ending = content.get("file_ending", ".nii.gz")
+    if ending not in SUFFIXES:
+        problems.append(f"file_ending: only {' and '.join(SUFFIXES)} are read, got {ending!r}")
+    raise_all(problems, str(path))
+    if not (root / "imagesTr").is_dir():
+        raise InputError(f"{root}: there is no folder imagesTr beside dataset.json")
+    training = _group_channels(root / "imagesTr", len(channels), problems)
+    unlabeled = _group_channels(root / "imagesTs", len(channels), problems)
+    masks = list_scans(root / "labelsTr") if (root / "labelsTr").is_dir() else {}
+    problems += _find_lone_labels(masks, training, "imagesTr")
+    raise_all(problems, str(root))
+    cases = [_make_case(images, masks.get(name), name) for name, images in training.items()]
+    cases += [_make_case(images, None, name) for name, images in unlabeled.items()]
+    name = str(content.get("name") or root.resolve().name)
+    return Dataset(name, root, "nnunet", tuple(cases), labels, channels, ignore)
+
+
+def _read_nnunet_labels(
+    declared: Any, problems: list[str]
+) -> tuple[dict[int, str] | None, int | None]:
+    """Read nnU-Net's name -> value, of which `ignore` is no class; refuse regions."""
+    if not isinstance(declared, dict):
+        problems.append(f'labels: expected values like {{"liver": 1}}, got {declared!r}')
+        return None, None
+    regions = [name for name, value in declared.items() if isinstance(value, list)]
+    if regions:
+        problems.append(
+            f"labels: {', '.join(regions)} are regions (lists of values), which are not trained "
+            "here; give each value one name in dataset.json"
+        )
+        return None, None
+    values = {name: value for name, value in declared.items() if name != "ignore"}
+    ignore = _read_ignore(declared.get("ignore"), problems)
+    twice = [value for value, count in Counter(values.values()).items() if count > 1]
+    problems += [f"labels: the value {value} has several names" for value in twice]
+    return _read_names({value: name for name, value in values.items()}, problems), ignore
+
+
+def _read_ignore(declared: Any, problems: list[str]) -> int | None:
+    """Read the label value of voxels that nobody annotated."""
+    if declared is None or type(declared) is int:
+        return declared
+    problems.append(f"ignore: expected a label value, got {declared!r}")
+    return None
+
+
+def _group_channels(
+    folder: Path, num_channels: int, problems: list[str]
+) -> dict[str, tuple[Path, ...]]:
+    """Group the `<case>_0000` files of a folder; a folder that does not exist is empty."""
+    groups: dict[str, dict[int, Path]] = defaultdict(dict)
+    for stem, path in (list_scans(folder) if folder.is_dir() else {}).items():
+        match = re.fullmatch(r"(.+)_(\d{4})", stem)
+        if match is None:
+            problems.append(f"{folder.name}/{path.name}: has no channel number like _0000")
+        else:
+            groups[match[1]][int(match[2])] = path
+    for name, found in groups.items():
+        if sorted(found) != list(range(num_channels)):
+            got = ", ".join(f"_{index:04d}" for index in sorted(found))
+            problems.append(
+                f"{folder.name}/{name}: expected {num_channels} channels "
+                f"(_0000 to _{num_channels - 1:04d}), got {got}"
+            )
+    return {name: tuple(found[i] for i in sorted(found)) for name, found in groups.items()}
+
+
+def _find_lone_labels(labels: Iterable[str], cases: Iterable[str], folder: str) -> list[str]:
+    """Name the labels that belong to no image, with the nearest one."""
+    known = sorted(cases)
+    problems = []
+    for stem in sorted(set(labels) - set(known)):
+        near = difflib.get_close_matches(stem, known, n=1)
+        hint = f"; the nearest name there is {near[0]}" if near else ""
+        problems.append(f"label {stem}: no image of this name in {folder}/{hint}")
+    return problems
+
+
+def _read_folders(root: Path) -> Dataset:
+    """Read `images/ labels/ [unlabeled/]`; an image without a label is unlabeled too."""
+    found = {
+        name: list_scans(root / name) if (root / name).is_dir() else {}
+        for name in ("images", "labels", "unlabeled")
+    }
+    images, masks, unlabeled = found["images"], found["labels"], found["unlabeled"]
+    if not images:
+        kinds = sorted({path.suffix for path in (root / "images").iterdir() if path.is_file()})
+        got = f"files of the kind {', '.join(kinds)}" if kinds else "no file"
+        raise InputError(f"{root / 'images'}: expected NIfTI files (.nii, .nii.gz), got {got}")
+    problems: list[str] = []
+    groups: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in images.items()}
+    more: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in unlabeled.items()}
+    num_channels = 1
+    if not set(masks) <= set(images) and set(masks) <= {re.sub(r"_\d{4}$", "", s) for s in images}:
+        num_channels = len({stem[-5:] for stem in images})
+        groups = _group_channels(root / "images", num_channels, problems)
+        more = _group_channels(root / "unlabeled", num_channels, problems)
+    problems += _find_lone_labels(masks, groups, "images")
+    raise_all(problems, str(root))
+    cases = [_make_case(paths, masks.get(name), name) for name, paths in groups.items()]
+    cases += [_make_case(paths, None, name) for name, paths in more.items()]
+    channels = ("",) * num_channels
+    return Dataset(root.resolve().name, root, "folders", tuple(cases), None, channels)
+
+
+_COLUMNS = ("case_id", "image", "label", "patient_id", "split")
+_OTHER_WORDS = {
+    "case_id": {"id", "case", "name", "uid", "scan_id"},
+    "image": {"image_0", "img", "scan", "volume", "file", "path"},
+    "label": {"mask", "seg", "segmentation", "gt", "ground_truth", "annotation", "labels"},
+    "patient_id": {"patient", "subject", "subject_id", "pid", "participant_id"},
+    "split": {"set", "partition", "part", "subset", "fold"},
+}
+_SPLIT_WORDS = {"train": "labeled", "training": "labeled", "validation": "val", "valid": "val"}
+
+
+def _read_list(path: Path) -> Dataset:
+    """Read a CSV or JSON list; paths in it are relative to the list's folder."""
+    content: dict[str, Any] = {}
+    problems: list[str] = []
+    if path.suffix.lower() == ".json":
+        content, rows = _read_json_rows(path)
+    else:
+        rows = _read_csv_rows(path, problems)
+    raise_all(problems + _check_columns(rows), str(path))
+    if not rows:
+        raise InputError(f"{path}: lists no case")
+    columns = sorted({k for _, row in rows for k in row if _is_channel(k)}, key=_channel_index)
+    cases = [_read_row(where, row, columns, path.parent, problems) for where, row in rows]
+    channels = ("",) * len(columns)
+    if content.get("channels") is not None:
+        channels = _read_channels(content["channels"], problems)
+        if len(columns) not in (1, len(channels)):
+            problems.append(f"channels: {len(channels)} are named, but there are {len(columns)}")
+    labels = _read_names(content.get("labels"), problems)
+    ignore = _read_ignore(content.get("ignore"), problems)
+    raise_all(problems, str(path))
+    default = path.parent.resolve().name if path.stem == "cases" else path.stem
+    name = str(content.get("name") or default.removesuffix("_cases"))
+    return Dataset(name, path.parent, "list", tuple(cases), labels, channels, ignore)
+
+
+def _read_json_rows(path: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, str]]]]:
+    """Read the rows of a JSON list: an array, or an object with `cases` and declarations."""
+    content = _read_json(path)
+    if isinstance(content, list):
+        content = {"cases": content}
+    rows = content.get("cases") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(
+            f'{path}: expected [{{"case_id": ..., "image": ..., "label": ...}}, ...], or an object '
+            "with such a list as `cases` (and name, channels, labels, ignore)"
+        )
+    known = ("cases", "name", "channels", "labels", "ignore")
+    raise_all(
+        [f"unknown key {key!r}{_suggest(key, known)}" for key in content if key not in known],
+        str(path),
+    )
+    texts = [{k: "" if v is None else str(v).strip() for k, v in row.items()} for row in rows]
+    return content, [(f"cases[{index}]", row) for index, row in enumerate(texts)]
+
+
+def _read_csv_rows(path: Path, problems: list[str]) -> list[tuple[str, dict[str, str]]]:
+    """Read the rows of a CSV and their lines; comma, semicolon or tab; `#` columns are notes."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
+    header = text.split("\n", 1)[0]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
+    names = [name.strip() for name in next(reader, [])]
+    problems += [f"column {name!r} stands twice" for name, n in Counter(names).items() if n > 1]
+    rows = []
+    for values in reader:
+        where = f"line {reader.line_num}"
+        if not any(value.strip() for value in values):
+            continue
+        if len(values) > len(names):
+            problems.append(f"{where}: {len(values)} values for {len(names)} columns")
+        row = {name: value.strip() for name, value in zip(names, values, strict=False)}
+        rows.append((where, {**dict.fromkeys(names, ""), **row}))
+    return [(where, {k: v for k, v in row.items() if k[:1] != "#"}) for where, row in rows]
+
+
+def _is_channel(column: str) -> bool:
+    """Tell whether a column holds images."""
+    return column == "image" or re.fullmatch(r"image_[1-9]\d*", column) is not None
+
+
+def _channel_index(column: str) -> int:
+    """Return the channel of an image column."""
+    return int(column[6:] or 0)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    """Return a hint at the known word nearest to a word."""
+    synonyms = [name for name, words in _OTHER_WORDS.items() if word.lower() in words]
+    near = [name for name in synonyms if name in known] or difflib.get_close_matches(
+        word.lower(), known, n=1
+    )
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _check_columns(rows: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
+    """Name unknown and missing columns."""
+    found = {column: None for _, row in rows for column in row}
+    problems = [
+        f"unknown column {column!r}{_suggest(column, _COLUMNS)} (a note for people starts with #)"
+        for column in found
+        if column not in _COLUMNS and not _is_channel(column)
+    ]
+    channels = sorted(_channel_index(column) for column in found if _is_channel(column))
+    if channels and channels != list(range(len(channels))):
+        problems.append("image columns must be image, image_1, image_2, ... without a gap")
+    missing = [c for c in ("case_id", "image") if rows and c not in found]
+    return problems + [f"there is no column {column!r}" for column in missing]
+
+
+def _read_row(
+    where: str, row: Mapping[str, str], columns: Sequence[str], root: Path, problems: list[str]
+) -> Case:
+    """Make a case of a row."""
+    case_id, split = row.get("case_id", ""), row.get("split", "").lower()
+    place = f"{where} ({case_id})" if case_id else where
+    if not case_id:
+        problems.append(f"{where}: case_id is empty")
+    empty = [column for column in columns if not row.get(column)]
+    problems += [f"{place}: {column} is empty" for column in empty]
+    if split and split not in PARTS:
+        near = _SPLIT_WORDS.get(split)
+        hint = f"; did you mean {near!r}?" if near else _suggest(split, PARTS)
+        problems.append(f"{place}: unknown split {split!r}{hint}")
+    label = root / row["label"] if row.get("label") else None
+    if label is None and split in ("labeled", "val", "test"):
+        problems.append(f"{place}: split is {split}, but there is no label")
+    images = tuple(root / row.get(column, "") for column in columns)
+    return Case(case_id, images, label, row.get("patient_id") or guess_patient(case_id), split)
+
+
+def _check_cases(dataset: Dataset, source: Path) -> None:
+    """Refuse missing files, duplicate case_ids and those that cannot name a folder."""
+    problems = []
+    counts = Counter(case.case_id for case in dataset.cases)
+    problems += [f"case_id {name} stands {n} times" for name, n in counts.items() if n > 1]
+    num_hints = _MAX_HINTS
+    for case in dataset.cases:
+        if re.search(r"[/\\:\x00-\x1f]", case.case_id) or case.case_id.startswith("."):
+            problems.append(
+                f"case_id {case.case_id!r}: names a folder of the run, so it may not start with a "
+                "dot or hold a slash, backslash or colon"
+            )
+        for path in filter(_is_bad, (*case.images, *([case.label] if case.label else []))):
+            num_hints -= 1
+            hint = _suggest_path(path) if num_hints >= 0 and not path.exists() else ""
+            problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
+    raise_all(problems, str(source))
+    if not dataset.cases:
+        raise InputError(f"{source}: lists no case")
+
+
+def _is_bad(path: Path) -> bool:
+    """Tell whether a path is no NIfTI file."""
+    return strip_suffix(path.name) is None or not path.is_file()
+
+
+def _explain_file(path: Path) -> str:
+    """Say why a file cannot be used."""
+    if path.is_file():
+        return f"{path} is no NIfTI file (.nii, .nii.gz), and only those are read"
+    return f"{path} does not exist"
+
+
+def raise_all(problems: Sequence[str], place: str) -> None:
+    """Raise one error that names all problems of a place.
+
+    Raises:
+        InputError: There is a problem.
+    """
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise InputError("\n".join([f"{place}: {count}", *(f"  {text}" for text in problems)]))
+
+
+_READERS: dict[str, Callable[[Path], Dataset]] = {
+    "decathlon": _read_decathlon,
+    "nnunet": _read_nnunet,
+    "folders": _read_folders,
+    "list": _read_list,
+}

@@ -1,0 +1,167 @@
+"""Batches of patches, each a pure function of (seed, round, step, index in batch, purpose).
+
+Nothing about the randomness has to be saved, and any number of workers gives the same batches.
+Axes: B batch, C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from medssl.config import IGNORE
+from medssl.data.cache import CachedCase
+from medssl.runs import seed_from
+from medssl.transforms.intensity import apply_seeded, build_intensity, build_occlusion
+from medssl.transforms.spatial import SpatialDraw, draw_spatial
+
+Batch = dict[str, dict[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class UnlabeledCase:
+    """An unlabeled case and its pseudo-label.
+
+    ``folder`` holds probs.npy (num_classes, I, J, K) uint8, uncertainty.npy (I, J, K) float16 and
+    class_voxels.npz, all on the cache grid; None for a method whose targets are made online.
+    """
+
+    cached: CachedCase
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What decides the patches of a round besides the cases.
+
+    ``foreground`` is the share of patches around a foreground voxel; ``strong`` scales the strong
+    view; ``flips`` are the axes that may be mirrored; ``num_unlabeled`` counts unlabeled patches
+    per step.
+    """
+
+    seed: int
+    round_index: int
+    patch_size: tuple[int, int, int]
+    batch: int
+    num_unlabeled: int
+    foreground: float
+    strong: float
+    flips: tuple[int, ...]
+
+
+class PatchDataset(Dataset[Batch]):
+    """The batch of each step of a round."""
+
+    def __init__(
+        self,
+        labeled: Sequence[CachedCase],
+        unlabeled: Sequence[UnlabeledCase],
+        sampling: Sampling,
+    ) -> None:
+        self.labeled = list(labeled)
+        self.unlabeled = list(unlabeled)
+        self.sampling = sampling
+        self._weak = build_intensity(1.0)
+        self._strong = build_intensity(2.0 * sampling.strong)
+        self._occlusion = build_occlusion(sampling.patch_size, 2.0 * sampling.strong)
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        labeled = [self._draw_labeled(step, index) for index in range(self.sampling.batch)]
+        count = self.sampling.num_unlabeled if self.unlabeled else 0
+        unlabeled = [self._draw_unlabeled(step, index) for index in range(count)]
+        return {"labeled": _stack(labeled), "unlabeled": _stack(unlabeled) if unlabeled else None}
+
+    def _draw_labeled(self, step: int, index: int) -> dict[str, Tensor]:
+        """Cut one labeled patch."""
+        case = self.labeled[self._choose(len(self.labeled), "labeled", step, index)]
+        label = case.label()
+        if label is None:
+            raise ValueError(f"{case.case_id}: a labeled case without a label in the cache")
+        seed = self._seed(step, index, "labeled")
+        draw = self._draw(seed, case, case.class_voxels())
+        image = apply_seeded(self._weak, draw.sample(case.image(), nearest=False), seed)
+        classes = draw.sample(label[None], nearest=True)
+        inside = draw.find_inside(case.shape)
+        weight = inside * (classes != IGNORE)
+        return {"image": image * inside, "label": classes.to(torch.uint8), "weight": weight}
+
+    def _draw_unlabeled(self, step: int, index: int) -> dict[str, Tensor]:
+        """Cut one unlabeled patch with its weak and strong view and its pseudo-label."""
+        case = self.unlabeled[self._choose(len(self.unlabeled), "unlabeled", step, index)]
+        seed = self._seed(step, index, "unlabeled")
+        voxels = _load_class_voxels(case.folder) if case.folder else {}
+        draw = self._draw(seed, case.cached, voxels)
+        weak = draw.sample(case.cached.image(), nearest=False)
+        inside = draw.find_inside(case.cached.shape)
+        strong = apply_seeded(self._occlusion, apply_seeded(self._strong, weak, seed), seed + 1)
+        patch = {"weak": weak * inside, "strong": strong * inside, "weight": inside}
+        if case.folder is None:
+            return patch
+        probs = np.load(case.folder / "probs.npy", mmap_mode="r", allow_pickle=False)
+        doubt = np.load(case.folder / "uncertainty.npy", mmap_mode="r", allow_pickle=False)
+        sampled = draw.sample(probs, nearest=False)
+        total = sampled.sum(0, keepdim=True)
+        patch["probs"] = torch.where(total > 0, sampled / total.clamp(min=1.0), sampled)
+        patch["uncertainty"] = draw.sample(doubt[None], nearest=False)
+        patch["weight"] = inside * (total > 0)
+        return patch
+
+    def _draw(self, seed: int, case: CachedCase, voxels: Mapping[int, object]) -> SpatialDraw:
+        """Draw the geometry of a patch, around a foreground voxel in a share of the patches."""
+        rng = np.random.default_rng(seed)
+        wants_foreground, which = rng.random(2)
+        classes = [c for c, found in voxels.items() if c > 0 and len(np.asarray(found))]
+        target = None
+        if classes and wants_foreground < self.sampling.foreground:
+            found = np.asarray(voxels[classes[int(which * len(classes))]])
+            target = found[rng.integers(len(found))]
+        spacing = np.linalg.norm(case.affine[:3, :3], axis=0)
+        return draw_spatial(
+            rng, case.shape, self.sampling.patch_size, target, self.sampling.flips, 1.0, spacing
+        )
+
+    def _choose(self, num_cases: int, purpose: str, step: int, index: int) -> int:
+        """Return which case a patch is cut from: every case once per pass, in random order."""
+        per_step = self.sampling.batch if purpose == "labeled" else self.sampling.num_unlabeled
+        turn, place = divmod(step * per_step + index, num_cases)
+        key = (self.sampling.seed, self.sampling.round_index, purpose, "order", turn)
+        return int(np.random.default_rng(seed_from(*key)).permutation(num_cases)[place])
+
+    def _seed(self, step: int, index: int, purpose: str) -> int:
+        """Return the seed of one patch."""
+        sampling = self.sampling
+        return seed_from(sampling.seed, sampling.round_index, step, index, purpose)
+
+
+def _load_class_voxels(folder: Path) -> dict[int, object]:
+    """Read the foreground voxels of a pseudo-label."""
+    with np.load(folder / "class_voxels.npz", allow_pickle=False) as archive:
+        return {int(name): archive[name] for name in archive.files}
+
+
+def _stack(patches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack patches into a batch."""
+    return {key: torch.stack([patch[key] for patch in patches]) for key in patches[0]}
+
+
+def iterate_batches(
+    dataset: PatchDataset, first_step: int, num_steps: int, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Yield the batches of the steps from ``first_step`` up to ``num_steps``, in order."""
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,
+        sampler=range(first_step, num_steps),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        persistent_workers=False,
+    )
+    yield from loader

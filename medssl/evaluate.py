@@ -1,0 +1,524 @@
+"""A model and labeled cases in; a table per case and a summary with intervals out.
+
+Everything is measured on full volumes in the native grid of the scan, under the policy that
+stands in `medssl.metrics`. Tables are written once the last case is done: a table that exists
+is complete. Here, and nowhere else, labels of test cases are opened.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.config import DataSection, InputError, load_config
+from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
+from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_label, write_mask
+from medssl.metrics import (
+    MIN_CASES_FOR_VERDICT,
+    ClassMetrics,
+    Row,
+    bootstrap_mean,
+    case_metrics,
+    format_estimate,
+    judge,
+    mean_dice,
+    paired_difference,
+    surface_tolerance,
+)
+from medssl.predict import Model, load_model, predict_case
+from medssl.runs import hash_file, hash_json, read_json, write_json, write_text
+from medssl.transforms.geometry import affines_differ, grid_spacing
+
+Report = Callable[[str], object]
+
+
+def evaluate_model(
+    model: Model,
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    ignore: int | None = None,
+    tolerance: float | None = None,
+    about: Mapping[str, Any] | None = None,
+    report: Report = print,
+) -> dict[str, Any]:
+    """Predict cases, compare with their labels, and write the tables.
+
+    Writes ``per_case.csv`` and ``summary.json`` into `out`, and the masks as
+    ``predictions/<case_id>.nii.gz``. Cases without a label are left out, which is said.
+
+    Args:
+        model: Of ``load_model``.
+        cases: Cases with their labels.
+        out: The folder of the tables.
+        ignore: Label value that means: not annotated.
+        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing) of each case.
+        about: What else the summary is to hold, such as the name of the data set.
+        report: Takes a line of progress.
+
+    Returns:
+        The content of ``summary.json``.
+
+    Raises:
+        InputError: No case has a label, or labels are unreadable, hold values that the model
+            does not know, or lie on another grid than their scan: all such cases at once.
+        FloatingPointError: The network gave non-finite logits; names the case.
+    """
+    labeled, unlabeled = _split_by_label(cases, report)
+    _check_labels(labeled, model.info.label_values, ignore)
+    _remove_tables(out)
+    rows, summary = _measure(model, labeled, ignore, tolerance, out / "predictions", report)
+    summary = {**(about or {}), **summary, "without_label": unlabeled}
+    write_tables(out, rows, summary)
+    return summary
+
+
+def evaluate_data(
+    path: Path,
+    root: Path,
+    out: Path,
+    *,
+    data: DataSection | None = None,
+    tolerance: float | None = None,
+    device: str = "cpu",
+    report: Report = print,
+) -> dict[str, Any]:
+    """Evaluate a run, one of its rounds, or a model folder on the labeled cases of a data set.
+
+    Cases that the run was trained on (labeled, unlabeled or validation) are left out: their
+    metrics would say nothing of new scans, and the labels of simulated-unlabeled ones are not
+    evaluation's to open.
+
+    Args:
+        path: The run, round or model folder.
+        root: The data set.
+        out: The folder of the tables.
+        data: How to read it: ``format``, ``labels``, ``ignore``; None takes the defaults.
+        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        device: Torch device.
+        report: Takes a line of progress.
+
+    Raises:
+        InputError: The label map of the data is not the model's, or there is no case to evaluate.
+    """
+    data = data or DataSection()
+    model = load_model(path, device)
+    dataset = read_dataset(root, data.format, data.labels)
+    ignore = dataset.ignore if data.ignore is None else data.ignore
+    _check_label_map(model, dataset, ignore)
+    seen, notes = _find_trained_on(path, dataset)
+    cases = [case for case in dataset.cases if case.case_id not in seen]
+    if seen:
+        report(f"{len(seen)} cases are left out: the run was trained on them: {_shorten(seen)}")
+    if not any(case.label is not None for case in cases):
+        trained = f" ({len(seen)} the run was trained on)" if seen else ""
+        raise InputError(
+            f"{root}: none of {len(dataset.cases)} cases is labeled and new to the model"
+            f"{trained}; there is nothing to evaluate it on"
+        )
+    for note in notes:
+        report(note)
+    about = {"model": str(path), "dataset": dataset.name, "trained_on": seen, "remarks": notes}
+    return evaluate_model(
+        model, cases, out, ignore=ignore, tolerance=tolerance, about=about, report=report
+    )
+
+
+def evaluate_run(
+    run_dir: Path,
+    *,
+    tolerance: float | None = None,
+    device: str = "cpu",
+    report: Report = print,
+) -> dict[str, Any]:
+    """Evaluate the delivered model and every round of a run on the run's own test cases.
+
+    Writes ``evaluation/{per_case.csv, summary.json, predictions/}`` for the delivered model and
+    ``evaluation/round_<r>/{per_case.csv, summary.json}`` for each round.
+
+    Args:
+        run_dir: The run folder.
+        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        device: Torch device.
+        report: Takes a line of progress.
+
+    Returns:
+        The content of ``evaluation/summary.json``: ``delivered`` and ``rounds`` (name -> mean
+        dice), ``paired`` (delivered minus round 0), ``verdict`` and the ``statement`` of it.
+
+    Raises:
+        InputError: The run has no test cases or has delivered no model.
+    """
+    splits, data = _read_splits(run_dir)
+    if not splits.test:
+        raise InputError(
+            f"{run_dir}: the run has no test cases; train with test=N, or give labeled scans that "
+            f"are new to it: medssl evaluate {run_dir} DATA --out DIR"
+        )
+    dataset = _read_run_dataset(data)
+    ignore = dataset.ignore if data.ignore is None else data.ignore
+    labeled, unlabeled = _split_by_label(take_test_with_labels(dataset, splits), report)
+    run_summary = read_json(run_dir / "summary.json")
+    paths = {"model": run_dir, **{name: run_dir / name for name in _find_rounds(run_dir)}}
+    hashes = {name: _hash_model(path) for name, path in paths.items()}
+    out = run_dir / "evaluation"
+    folders = {name: out if name == "model" else out / name for name in paths}
+    _check_labels(labeled, load_model(run_dir, device).info.label_values, ignore)
+    for folder in folders.values():
+        _remove_tables(folder)
+    measured: dict[str, tuple[list[Row], dict[str, Any]]] = {}
+    for name, path in paths.items():
+        if hashes[name] not in measured:  # the delivered model is mostly one of the rounds
+            report(f"{path}: {len(labeled)} test cases")
+            masks = out / "predictions" if name == "model" else None
+            model = load_model(path, device)
+            measured[hashes[name]] = _measure(model, labeled, ignore, tolerance, masks, report)
+    dice = {name: _column(measured[value][0], "dice") for name, value in hashes.items()}
+    verdict = {
+        "delivered": run_summary["delivered"],
+        **_compare_to_baseline(run_summary, dice),
+    }
+    for name in reversed(paths):  # that of the delivered model, with the verdict, comes last
+        rows, summary = measured[hashes[name]]
+        about = {"model": str(paths[name]), "dataset": dataset.name}
+        summary = {**about, **summary, "without_label": unlabeled}
+        if name == "model":
+            summary |= verdict
+        write_tables(folders[name], rows, summary)
+    return summary
+
+
+def _split_by_label(cases: Sequence[Case], report: Report) -> tuple[list[Case], list[str]]:
+    """Return the cases with a label, and the case_ids of the others, which are said."""
+    labeled = [case for case in cases if case.label is not None]
+    unlabeled = [case.case_id for case in cases if case.label is None]
+    if unlabeled:
+        report(f"{len(unlabeled)} cases have no label and are left out: {_shorten(unlabeled)}")
+    if not labeled:
+        raise InputError(f"none of {len(cases)} cases has a label to compare a prediction with")
+    return labeled, unlabeled
+
+
+def _remove_tables(folder: Path) -> None:
+    """Remove the tables of an earlier evaluation, which would not fit the new masks."""
+    for name in ("summary.json", "per_case.csv"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _measure(
+    model: Model,
+    cases: Sequence[Case],
+    ignore: int | None,
+    tolerance: float | None,
+    masks: Path | None,
+    report: Report,
+) -> tuple[list[Row], dict[str, Any]]:
+    """Predict and measure cases; write the masks into a folder where one is given."""
+    info = model.info
+    names = {index: name for index, name in info.labels.items() if index > 0}
+    rows: list[Row] = []
+    flags: dict[str, list[str]] = {}
+    tolerances: list[float] = []
+    for number, case in enumerate(cases, 1):
+        try:
+            prediction = predict_case(model, case.images)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{case.case_id}: {error}") from error
+        label, affine = _read_label(case, info.label_values, ignore)
+        spacing = grid_spacing(affine)
+        tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
+        num_classes = len(info.label_values)
+        metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
+        rows.append(tabulate(case.case_id, metrics, names))
+        if prediction.flags:
+            flags[case.case_id] = list(prediction.flags)
+        if masks is not None:
+            path = masks / f"{case.case_id}.nii.gz"
+            write_mask(path, prediction.mask, prediction.affine, info.label_values)
+        report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
+    summary = summarize(rows)
+    num_patients = len({case.patient_id for case in cases})
+    if num_patients < len(cases):
+        summary["notes"].append(
+            f"{len(cases)} cases are of {num_patients} patients: not independent, so the true "
+            "intervals are wider"
+        )
+    extent = {"low": min(tolerances), "high": max(tolerances)}
+    return rows, {**summary, "surface_tolerance_mm": extent, "flags": flags}
+
+
+def tabulate(
+    case_id: str, metrics: Mapping[int, ClassMetrics], names: Mapping[int, str], in_mm: bool = True
+) -> Row:
+    """Return the row of a case in ``per_case.csv``; ``dice``, the mean over classes, is last.
+
+    Args:
+        case_id: The case.
+        metrics: Of ``case_metrics``, by class index.
+        names: Name of each foreground class.
+        in_mm: Whether a spacing was known; else the columns end in ``_px``.
+    """
+    columns = {
+        "dice": "dice",
+        "hd95_mm" if in_mm else "hd95_px": "hd95_mm",
+        "surface_dice": "surface_dice",
+        "volume_ml" if in_mm else "volume_px": "volume_ml",
+        "reference_ml" if in_mm else "reference_px": "reference_ml",
+        "missed": "missed",
+    }
+    row: Row = {"case_id": case_id}
+    for column, attribute in columns.items():
+        for index, name in names.items():
+            row[f"{column}/{name}"] = getattr(metrics[index], attribute)
+    row["dice"] = mean_dice(dict(metrics))
+    return row
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return means with 95 % intervals, and how often a class was missed or absent.
+
+    Args:
+        rows: Of ``tabulate``, one a case.
+    """
+    names = [column.partition("/")[2] for column in rows[0] if column.startswith("dice/")]
+    unit = "mm" if any(column.startswith("hd95_mm/") for column in rows[0]) else "px"
+    classes = {name: _summarize_class(rows, name, unit) for name in names}
+    return {
+        "num_cases": len(rows),
+        "dice": bootstrap_mean(_column(rows, "dice")),
+        "num_missed": sum(entry["num_missed"] for entry in classes.values()),
+        "classes": classes,
+        "notes": [
+            "Intervals: percentile bootstrap over cases (10,000 resamples), which assumes "
+            "independent cases.",
+            "A missed structure and a false alarm count as dice 0 and hd95 = diagonal of the "
+            "image; a class absent in reference and prediction is n/a and in no mean.",
+        ],
+    }
+
+
+def _summarize_class(rows: Sequence[Row], name: str, unit: str) -> dict[str, Any]:
+    """Return the summary of one class."""
+    dice = _column(rows, f"dice/{name}")
+    size = "ml" if unit == "mm" else "px"
+    reference = _column(rows, f"reference_{size}/{name}")
+    predicted = _column(rows, f"volume_{size}/{name}")
+    pairs = list(zip(reference, predicted, strict=True))
+    summary: dict[str, Any] = {
+        metric: bootstrap_mean(_column(rows, f"{metric}/{name}"))
+        for metric in ("dice", f"hd95_{unit}", "surface_dice")
+    }
+    return {
+        **summary,
+        "num_present": sum(1 for volume in reference if volume),
+        "num_missed": int(sum(v or 0 for v in _column(rows, f"missed/{name}"))),
+        "num_false_alarms": sum(1 for there, ours in pairs if not there and ours),
+        "num_absent": sum(1 for value in dice if value is None),
+    }
+
+
+def write_tables(out: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
+    """Write ``per_case.csv`` and then ``summary.json``, each atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{key: _format(value) for key, value in row.items()} for row in rows])
+    write_text(out / "per_case.csv", text.getvalue())
+    write_json(out / "summary.json", summary)
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Return a summary as text for the terminal, at most 100 columns wide."""
+    unit = "mm" if all("hd95_mm" in entry for entry in summary["classes"].values()) else "px"
+    width = min(26, max([len("mean over classes"), *(len(name) for name in summary["classes"])]))
+    head = f"{'':<{width}}  {'dice [95 % interval]':<22}  {f'hd95 ({unit})':>9}"
+    lines = [f"{summary['num_cases']} cases", f"{head}  surface_dice  missed  alarms  absent"]
+    for name, entry in summary["classes"].items():
+        hd95, surface = entry[f"hd95_{unit}"]["mean"], entry["surface_dice"]["mean"]
+        lines.append(
+            f"{name[:width]:<{width}}  {format_estimate(entry['dice']):<22}"
+            f"  {'n/a' if hd95 is None else f'{hd95:.2f}':>9}"
+            f"  {'n/a' if surface is None else f'{surface:.3f}':>12}"
+            f"  {entry['num_missed']:>6}  {entry['num_false_alarms']:>6}  {entry['num_absent']:>6}"
+        )
+    lines.append(f"{'mean over classes':<{width}}  {format_estimate(summary['dice'])}")
+    if "statement" in summary:
+        means = summary["rounds"].items()
+        lines.append(", ".join(f"{n}: {'n/a' if d is None else f'{d:.3f}'}" for n, d in means))
+        lines.append(summary["statement"])
+    return "\n".join(lines)
+
+
+def _column(rows: Sequence[Row], name: str) -> list[float | None]:
+    """Return the numbers of a column."""
+    values = [row[name] for row in rows]
+    return [None if value is None else float(value) for value in values]
+
+
+def _format(value: str | float | int | None) -> str:
+    """Return a cell: empty for n/a, six significant digits for a fraction, mm or ml."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _describe(metrics: Mapping[int, ClassMetrics], names: Mapping[int, str]) -> str:
+    """Return the line of progress of a case."""
+    dice = mean_dice(dict(metrics))
+    text = "no class is present" if dice is None else f"dice {dice:.3f}"
+    missed = [name for index, name in names.items() if metrics[index].missed]
+    return f"{text}, missed: {', '.join(missed)}" if missed else text
+
+
+def _shorten(case_ids: Sequence[str]) -> str:
+    """Return the first few of many case_ids."""
+    more = f" and {len(case_ids) - 5} more" if len(case_ids) > 5 else ""
+    return ", ".join(case_ids[:5]) + more
+
+
+def _read_label(
+    case: Case, label_values: tuple[int, ...], ignore: int | None
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Read the label of a case and refuse one on another grid than its scan."""
+    assert case.label is not None, "cases without a label were left out"
+    label, affine = read_label(case.label, label_values, ignore)
+    shape, image_affine = read_geometry(case.images[0])
+    if label.shape != shape:
+        raise InputError(
+            f"{case.label}: shape {label.shape} differs from {shape} of {case.images[0]}; "
+            "resample the label to the grid of its scan"
+        )
+    distance = affines_differ(image_affine, affine, shape)
+    if distance > MAX_DISPLACEMENT:
+        raise InputError(
+            f"{case.label}: lies up to {distance:.2f} voxels beside {case.images[0]}; correct the "
+            "header or resample the label"
+        )
+    return label, affine
+
+
+def _check_labels(cases: Sequence[Case], label_values: tuple[int, ...], ignore: int | None) -> None:
+    """Read every label before the first prediction, and name all bad cases at once."""
+    problems = []
+    for case in cases:
+        try:
+            _read_label(case, label_values, ignore)
+        except InputError as error:
+            problems.append(f"  {case.case_id}: {error}")
+    if problems:
+        known = f"the model knows the label values {list(label_values)}"
+        head = f"{len(problems)} of {len(cases)} labels cannot be compared with predictions"
+        raise InputError("\n".join([f"{head} ({known}):", *problems]))
+
+
+def _check_label_map(model: Model, dataset: Dataset, ignore: int | None) -> None:
+    """Refuse a data set whose declared label map is not the model's."""
+    if dataset.labels is None:
+        return
+    values = model.info.label_values
+    ours = {values[index]: name for index, name in model.info.labels.items()}
+    theirs = {value: name for value, name in dataset.labels.items() if value != ignore}
+    moved = [
+        f"{name!r} is {value} in the data and {other} in the model"
+        for value, name in theirs.items()
+        for other, other_name in ours.items()
+        if value and name.lower() == other_name.lower() and value != other
+    ]
+    if set(ours) != set(theirs) or moved:
+        detail = f" ({'; '.join(moved)})" if moved else ""
+        raise InputError(
+            f"{dataset.root}: the labels of the data are {theirs}, those of the model {ours}"
+            f"{detail}; evaluate needs the same values: give data with the model's label map"
+        )
+
+
+def _find_trained_on(path: Path, dataset: Dataset) -> tuple[list[str], list[str]]:
+    """Return the cases of a data set that the run of a model was trained on, and remarks.
+
+    A case is the same one where a scan file is; one that only bears the same case_id is not
+    left out but remarked.
+    """
+    resolved = path.resolve()
+    runs = [p for p in (resolved, *resolved.parents[:3]) if (p / "splits.json").is_file()]
+    if not runs:
+        return [], []
+    splits, data = _read_splits(runs[0])
+    trained = {*splits.labeled, *splits.unlabeled, *splits.val}
+    try:
+        original = _read_run_dataset(data).cases
+    except InputError:  # the data of the run is no longer where it was
+        original = ()
+    files = {i.resolve() for case in original if case.case_id in trained for i in case.images}
+    seen = [c.case_id for c in dataset.cases if any(i.resolve() in files for i in c.images)]
+    alike = [c.case_id for c in dataset.cases if c.case_id in trained and c.case_id not in seen]
+    remark = (
+        f"{len(alike)} cases bear the case_id of a case that the run was trained on "
+        f"({_shorten(alike)}): if they are the same scans, this is no test"
+    )
+    return seen, [remark] if alike else []
+
+
+def _read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
+    """Return the splits of a run, and how and where its data is read."""
+    content = read_json(run_dir / "splits.json")
+    data = load_config(run_dir / "config.yaml").config.data
+    root = Path(content["dataset"]["root"])
+    return Splits.from_json(content), data.model_copy(update={"root": root})
+
+
+def _read_run_dataset(data: DataSection) -> Dataset:
+    """Read the data set of a run."""
+    assert data.root is not None, "splits.json names the root"
+    return read_dataset(data.root, data.format, data.labels)
+
+
+def _find_rounds(run_dir: Path) -> list[str]:
+    """Return the names of the rounds that are done, in order."""
+    done = [path.parent.name for path in run_dir.glob("round_*/done.json")]
+    return sorted(done, key=lambda name: int(name.removeprefix("round_")))
+
+
+def _hash_model(folder: Path) -> str:
+    """Return a hash of the weights of a run's or round's model."""
+    files = sorted(
+        p for part in ("model", "models") for p in folder.glob(f"{part}/**/*.safetensors")
+    )
+    if not files:
+        raise InputError(
+            f"{folder}: holds no model; run the same medssl train command again to finish the run"
+        )
+    return hash_json([(str(path.relative_to(folder)), hash_file(path)) for path in files])
+
+
+def _compare_to_baseline(
+    run_summary: Mapping[str, Any],
+    dice: Mapping[str, Sequence[float | None]],
+) -> dict[str, Any]:
+    """Return means of all rounds, and the paired difference of the delivered model to round 0.
+
+    Args:
+        run_summary: The run's ``summary.json``.
+        dice: Mean dice of each case, by round, and of the delivered model as ``model``.
+    """
+    delivered = str(run_summary["delivered"])
+    rounds = {name: bootstrap_mean(v)["mean"] for name, v in dice.items() if name != "model"}
+    students = [name for name in rounds if name != "round_0"]
+    paired = paired_difference(dice["model"], dice["round_0"]) if students else None
+    verdict = judge(paired)
+    steps = (run_summary.get("baseline") or {}).get("steps")
+    baseline = f"round_0 (labels only{f', {steps} steps' if steps else ''})"
+    if paired is None:
+        statement = "not measured: the run has no round after round_0"
+    else:
+        why = f", a verdict needs {MIN_CASES_FOR_VERDICT}" if verdict == "not measured" else ""
+        statement = (
+            f"{verdict}: dice of the delivered model ({delivered}) minus {baseline}: "
+            f"{format_estimate(paired, '+')} on {paired['n']} test cases{why}"
+        )
+    return {"rounds": rounds, "paired": paired, "verdict": verdict, "statement": statement}

@@ -1,0 +1,403 @@
+"""A model folder and a scan in, probs and mask on the scan's own grid out.
+
+Axes: B batch, C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medssl.config import InputError
+from medssl.data.io import read_image, write_map, write_mask
+from medssl.losses.entropy import renyi_entropy
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
+from medssl.networks.noise import sample_dropout
+from medssl.plan import Plan
+from medssl.runs import read_json, write_file, write_json
+from medssl.transforms.geometry import Volume, to_native
+from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
+
+OVERLAP = 0.5  # of neighboring windows, fraction
+MC_PASSES = 8
+FORMAT = 1
+
+
+class ModelInfo(BaseModel):
+    """What stands in model.json; with the weights it is all that prediction needs, ever.
+
+    ``intensity_range`` holds, per channel, the lowest 0.5 and highest 99.5 percentile of the
+    training scans; ``spacing_range`` the smallest and largest spacing per axis in mm.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    network: NetworkSpec
+    labels: dict[int, str]
+    label_values: tuple[int, ...]
+    channels: tuple[str, ...]
+    preprocessing: Preprocessing
+    patch_size: tuple[int, int, int]
+    flips: tuple[int, ...]
+    precision: str
+    intensity_range: tuple[tuple[float, float], ...] = ()
+    spacing_range: tuple[tuple[float, float], ...] = ()
+    provenance: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network in evaluation mode with everything that its use needs."""
+
+    network: SegmentationNetwork
+    info: ModelInfo
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one scan, on the scan's grid.
+
+    ``probs`` (num_classes, I, J, K) float32; ``mask`` (I, J, K) uint8 class indices;
+    ``uncertainty`` (I, J, K) float32 in nats, or None; ``flags`` are sentences about what lies
+    outside of the training range.
+    """
+
+    probs: NDArray[np.float32]
+    mask: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+    uncertainty: NDArray[np.float32] | None
+    flags: tuple[str, ...]
+
+
+def describe_model(plan: Plan, provenance: dict[str, Any], **ranges: Any) -> ModelInfo:
+    """Return what a model folder of this plan says about itself."""
+    return ModelInfo(
+        network=plan.network,
+        labels=plan.labels,
+        label_values=plan.label_values,
+        channels=plan.channels,
+        preprocessing=plan.preprocessing,
+        patch_size=plan.patch_size,
+        flips=plan.flips,
+        precision=plan.precision,
+        provenance=provenance,
+        **ranges,
+    )
+
+
+def save_model(folder: Path, network: SegmentationNetwork, info: ModelInfo) -> None:
+    """Write a model folder; model.json comes last, so that its existence means whole."""
+    weights = {key: value.detach().cpu().contiguous() for key, value in _unshare(network).items()}
+    write_file(folder / "weights.safetensors", lambda path: save_file(weights, path))
+    write_json(folder / "model.json", info.model_dump(mode="json"))
+
+
+def _unshare(network: SegmentationNetwork) -> dict[str, Tensor]:
+    """Return the weights once each: DynUNet names most of its blocks twice."""
+    seen: dict[int, str] = {}
+    result = {}
+    for key, value in network.state_dict().items():
+        if value.data_ptr() not in seen:
+            seen[value.data_ptr()] = key
+            result[key] = value
+    return result
+
+
+def resolve_model(path: Path) -> Path:
+    """Return the model folder of a run, one of its rounds, or a model folder itself.
+
+    Raises:
+        InputError: There is none; says what stands there instead.
+    """
+    for folder in (path, path / "model"):
+        if (folder / "model.json").is_file():
+            return folder
+    if not path.exists():
+        raise InputError(f"{path}: no such run or model folder")
+    rounds = sorted(p.parent.parent.name for p in path.glob("round_*/model/model.json"))
+    hint = f"; finished rounds: {', '.join(rounds)} (use {path / rounds[-1]})" if rounds else ""
+    raise InputError(f"{path}: holds no model (model/model.json){hint}")
+
+
+def load_model(path: Path, device: str = "cpu") -> Model:
+    """Load a model for prediction.
+
+    Args:
+        path: A run, one of its rounds, or a model folder.
+        device: Torch device.
+
+    Raises:
+        InputError: There is no model, or it is damaged or of another format.
+    """
+    folder = resolve_model(path)
+    try:
+        info = ModelInfo.model_validate(read_json(folder / "model.json"))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InputError(
+            f"{folder / 'model.json'}: not a model of this program: {problems}"
+        ) from error
+    network = build_network(info.network)
+    try:
+        weights = load_file(folder / "weights.safetensors")
+        missing, unknown = network.load_state_dict(weights, strict=False)
+    except Exception as error:  # safetensors and torch have no common error class
+        raise InputError(f"{folder}: the weights cannot be read: {error}") from error
+    held = {value.data_ptr() for key, value in network.state_dict().items() if key in weights}
+    lost = [key for key in missing if network.state_dict()[key].data_ptr() not in held]
+    if lost or unknown:
+        raise InputError(
+            f"{folder}: weights do not fit model.json: missing {lost}, unknown {unknown}"
+        )
+    return Model(network.to(device).eval(), info, torch.device(device))
+
+
+@torch.no_grad()
+def predict_logits(
+    network: SegmentationNetwork, image: Tensor, patch_size: Sequence[int], precision: str
+) -> Tensor:
+    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K).
+
+    Windows overlap by half and are blended with Gaussian weights; a volume smaller than the
+    patch is padded and cut back. The network's mode is left as it is.
+
+    Raises:
+        FloatingPointError: The logits are not finite.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+    def run(window: Tensor) -> Tensor:
+        window = window.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32):
+            return network(window).float()  # type: ignore[no-any-return]  # a module's call is Any
+
+    logits = torch.as_tensor(
+        sliding_window_inference(
+            image,
+            tuple(patch_size),
+            1,
+            run,
+            overlap=OVERLAP,
+            mode="gaussian",
+            padding_mode="constant",
+        )
+    )
+    if not bool(torch.isfinite(logits).all()):
+        raise FloatingPointError("the network gave logits that are not finite")
+    return logits
+
+
+def predict_probs(
+    network: SegmentationNetwork,
+    image: Tensor,
+    patch_size: Sequence[int],
+    precision: str,
+    flips: Sequence[int] = (),
+) -> Tensor:
+    """Return probs (1, num_classes, I, J, K), averaged over all mirrorings along ``flips``."""
+    total = torch.zeros(())
+    subsets = [
+        [axis + 2 for axis in subset]
+        for size in range(len(flips) + 1)
+        for subset in itertools.combinations(flips, size)
+    ]
+    for axes in subsets:
+        logits = predict_logits(network, image.flip(axes), patch_size, precision)
+        total = total.to(image.device) + torch.softmax(logits, dim=1).flip(axes)
+    return total / len(subsets)
+
+
+def measure_uncertainty(
+    network: SegmentationNetwork,
+    image: Tensor,
+    patch_size: Sequence[int],
+    precision: str,
+    passes: int,
+) -> tuple[Tensor, Tensor]:
+    """Return predictive entropy and mutual information (1, 1, I, J, K), in nats, of MC dropout.
+
+    Raises:
+        InputError: The network has no active dropout, or the passes do not differ.
+
+    Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
+    """
+    mean = torch.zeros(())
+    mean_entropy = torch.zeros(())
+    first: Tensor | None = None
+    spread = 0.0
+    with sample_dropout(network):
+        for _ in range(passes):
+            logits = predict_logits(network, image, patch_size, precision)
+            first = logits if first is None else first
+            spread = max(spread, float((logits - first).abs().max()))
+            mean = mean.to(logits.device) + torch.softmax(logits, dim=1) / passes
+            mean_entropy = mean_entropy.to(logits.device) + renyi_entropy(logits, 1.0) / passes
+    if spread == 0.0:
+        raise InputError(f"{passes} MC dropout passes gave the same result: no dropout is active")
+    entropy = renyi_entropy(mean.clamp(min=1e-12).log(), 1.0)
+    return entropy, (entropy - mean_entropy).clamp(min=0.0)
+
+
+def predict_case(
+    model: Model,
+    images: tuple[Path, ...],
+    passes: int = 0,
+    test_time_flips: bool = True,
+) -> Prediction:
+    """Segment one scan and bring the result back to its own grid.
+
+    Args:
+        model: A loaded model.
+        images: One file per channel, or one 4D file.
+        passes: MC dropout passes for the uncertainty map; 0 for none.
+        test_time_flips: Average over the mirrorings that training used.
+
+    Raises:
+        InputError: A file cannot be read or has other channels than the model.
+        FloatingPointError: The network gave non-finite logits; no mask may be made of them.
+    """
+    volume = read_image(images, len(model.info.channels))
+    prepared = preprocess_image(volume, model.info.preprocessing)
+    tensor = torch.from_numpy(prepared.array)[None].to(model.device)
+    flips = model.info.flips if test_time_flips else ()
+    size, precision = model.info.patch_size, model.info.precision
+    probs = predict_probs(model.network, tensor, size, precision, flips)[0]
+    native = _return(probs, prepared, volume)
+    uncertainty = None
+    if passes:
+        entropy, _ = measure_uncertainty(model.network, tensor, size, precision, passes)
+        uncertainty = _return(entropy[0], prepared, volume)[0]
+    return Prediction(
+        probs=native,
+        mask=native.argmax(0).astype(np.uint8),
+        affine=volume.affine,
+        uncertainty=uncertainty,
+        flags=_find_flags(model.info, volume),
+    )
+
+
+def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float32]:
+    """Bring maps (C, I, J, K) back to the scan's grid."""
+    array = maps.cpu().numpy().astype(np.float32)
+    i, j, k = volume.array.shape[1:]
+    return to_native(array, prepared.affine, (i, j, k), volume.affine)
+
+
+def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
+    """Say what of a scan lies outside of what the model was trained on."""
+    flags = []
+    for spacing, (low, high) in zip(sorted(volume.spacing), info.spacing_range, strict=False):
+        if not 0.67 * low <= spacing <= 1.5 * high:
+            flags.append(
+                f"spacing {spacing:.3g} mm is outside the training range {low:.3g}-{high:.3g}"
+            )
+    measured = measure_percentiles(volume)
+    for channel, ((low, high), (bottom, _, top)) in enumerate(
+        zip(info.intensity_range, measured, strict=False)
+    ):
+        width = max(high - low, 1e-6)
+        if bottom < low - width or top > high + width or top - bottom < 0.05 * width:
+            flags.append(
+                f"channel {channel}: intensities {bottom:.4g} to {top:.4g} are far from the "
+                f"training range {low:.4g} to {high:.4g}"
+            )
+    return tuple(flags)
+
+
+def predict_files(
+    model: Model,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    probs: bool = False,
+    uncertainty: bool = False,
+    report: Callable[[str], object] = print,
+) -> None:
+    """Segment files and folders of NIfTI scans; one mask each, and predictions.json.
+
+    Args:
+        model: A loaded model.
+        inputs: NIfTI files, or folders of them; with several channels, files that end in
+            _0000, _0001, ... or one 4D file.
+        out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for.
+        probs: Write class probabilities, (I, J, K, num_classes).
+        uncertainty: Write the predictive entropy of MC dropout, in nats.
+        report: Is told of every file.
+
+    Raises:
+        InputError: No scan was found, or some could not be segmented: all of these are named
+            after the others were written.
+    """
+    scans = find_scans(inputs, len(model.info.channels))
+    problems, flags = [], {}
+    for name, images in scans.items():
+        target = out / f"{name}.nii.gz"
+        if target.resolve() in {image.resolve() for image in images}:
+            problems.append(f"{target}: would overwrite its own scan; give another --out")
+            continue
+        try:
+            found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
+        except (InputError, FloatingPointError) as error:
+            problems.append(f"{images[0]}: {error}")
+            continue
+        if probs:
+            write_map(out / f"{name}_probs.nii.gz", np.moveaxis(found.probs, 0, -1), found.affine)
+        if found.uncertainty is not None:
+            write_map(out / f"{name}_uncertainty.nii.gz", found.uncertainty, found.affine)
+        write_mask(target, found.mask, found.affine, model.info.label_values)
+        flags[name] = list(found.flags)
+        report(f"{target}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+    labels = {str(v): model.info.labels[i] for i, v in enumerate(model.info.label_values)}
+    if flags:
+        content = {"labels": labels, "model": model.info.provenance, "flags": flags}
+        write_json(out / "predictions.json", content)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise InputError(f"{len(problems)} of {len(scans)} scans were not segmented:\n{listed}")
+
+
+def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Path, ...]]:
+    """Return the image files of each scan by its name.
+
+    Raises:
+        InputError: A path does not exist, holds no NIfTI file, or two scans share a name.
+    """
+    problems: list[str] = []
+    files: list[Path] = []
+    for path in inputs:
+        found = sorted(path.glob("*.nii*")) if path.is_dir() else [path]
+        found = [file for file in found if not file.name.startswith(".")]
+        if not path.exists():
+            problems.append(f"{path}: no such file or folder")
+        elif not found or not all(f.name.endswith((".nii", ".nii.gz")) for f in found):
+            problems.append(f"{path}: no NIfTI file (.nii, .nii.gz)")
+        else:
+            files += found
+    scans: dict[str, list[Path]] = {}
+    for file in files:
+        name = file.name.removesuffix(".gz").removesuffix(".nii")
+        if re.search(r"_\d{4}$", name) and num_channels > 1:
+            name = name[:-5]
+        scans.setdefault(name, []).append(file)
+    problems += [
+        f"{name}: {len(found)} files, the model wants {num_channels} channels"
+        for name, found in scans.items()
+        if len(found) not in (1, num_channels)
+    ]
+    if problems:
+        raise InputError("\n".join(problems))
+    return {name: tuple(found) for name, found in scans.items()}

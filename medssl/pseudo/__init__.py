@@ -1,0 +1,1 @@
+"""Pseudo-labels: thresholds, gates, the store on disk and the pictures of it."""

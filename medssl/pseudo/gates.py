@@ -1,0 +1,179 @@
+"""Gates: which pseudo-labeled cases a student may learn from, and which model may teach.
+
+A model that lost a class, floods the volume or contradicts its predecessor makes pseudo-labels
+that the next student would agree with; nothing later would notice. Axes: I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.config import FilterSection
+
+OFTEN = 0.5  # share of labeled cases that makes a class an expected one
+LEAST_ACCEPTED = 0.5  # share of cases
+LEAST_PRIOR = 0.2  # share of the class's labeled voxel share
+MOST_PRIOR = 5.0
+LEAST_AGREEMENT = 0.4  # mean Dice with the pseudo-labels of the round before
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What labeled cases lead one to expect of a pseudo-label.
+
+    ``presence`` and ``share`` give, per foreground class, the fraction of labeled cases that have
+    it and its mean fraction of a volume's voxels.
+    """
+
+    presence: Mapping[int, float]
+    share: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class CaseReview:
+    """One row of review.csv: what is known of the pseudo-label of a case.
+
+    ``confidence`` and ``uncertainty`` (nats) are means over predicted foreground; ``agreement`` is
+    the mean Dice with the round before, or None; ``coverage`` are accepted fractions.
+    """
+
+    case_id: str
+    accepted: bool
+    reason: str
+    confidence: float
+    uncertainty: float
+    agreement: float | None
+    coverage: float
+    coverage_per_class: dict[str, float]
+    volume_ml: dict[str, float]
+    share: dict[int, float] = field(repr=False)
+
+    def to_row(self) -> dict[str, object]:
+        """Return the row of review.csv."""
+        row = {k: v for k, v in asdict(self).items() if not isinstance(v, dict)}
+        row["accepted"] = int(self.accepted)
+        row |= {f"coverage/{name}": value for name, value in self.coverage_per_class.items()}
+        return row | {f"volume_ml/{name}": value for name, value in self.volume_ml.items()}
+
+
+def expect_from(labels: Sequence[NDArray[np.uint8]], num_classes: int) -> Expectation:
+    """Return what the labeled cases lead one to expect."""
+    shares = {
+        index: [float((label == index).mean()) for label in labels]
+        for index in range(1, num_classes)
+    }
+    return Expectation(
+        presence={index: float(np.mean(np.array(s) > 0)) for index, s in shares.items()},
+        share={index: float(np.mean(s)) for index, s in shares.items()},
+    )
+
+
+def review_case(
+    case_id: str,
+    probs: NDArray[np.float32],
+    uncertainty: NDArray[np.float32],
+    agreement: float | None,
+    voxel_ml: float,
+    names: Mapping[int, str],
+    expectation: Expectation,
+    section: FilterSection,
+) -> CaseReview:
+    """Judge the pseudo-label of one case.
+
+    Args:
+        case_id: The case.
+        probs: (num_classes, I, J, K).
+        uncertainty: (I, J, K), nats.
+        agreement: Mean Dice with the pseudo-label of the round before, or None.
+        voxel_ml: Volume of a voxel of this grid in ml.
+        names: Class names by index.
+        expectation: What the labeled cases lead one to expect.
+        section: The filter's settings.
+    """
+    classes = probs.argmax(0)
+    confidence = probs.max(0)
+    limit = section.uncertainty.start * np.log(len(probs))
+    trusted = confidence >= (0.0 if section.threshold.name == "none" else section.threshold.end)
+    if section.uncertainty.source != "none":
+        trusted &= uncertainty < limit
+    foreground = classes > 0
+    where = foreground if foreground.any() else np.ones_like(foreground)
+    kept = {i: classes == i for i in names if i > 0}
+    mean_confidence = float(confidence[where].mean())
+    reason = _find_reason(classes, mean_confidence, expectation, names, section)
+    return CaseReview(
+        case_id=case_id,
+        accepted=not reason,
+        reason=reason,
+        confidence=mean_confidence,
+        uncertainty=float(uncertainty[where].mean()),
+        agreement=agreement,
+        coverage=float(trusted.mean()),
+        coverage_per_class={
+            names[i]: float(trusted[m].mean()) if m.any() else 0.0 for i, m in kept.items()
+        },
+        volume_ml={names[i]: float(m.sum()) * voxel_ml for i, m in kept.items()},
+        share={i: float(m.mean()) for i, m in kept.items()},
+    )
+
+
+def _find_reason(
+    classes: NDArray[np.intp],
+    confidence: float,
+    expectation: Expectation,
+    names: Mapping[int, str],
+    section: FilterSection,
+) -> str:
+    """Return why a case is not used, or nothing."""
+    if classes.min() == classes.max():
+        return "empty" if classes.max() == 0 else f"constant: all {names[int(classes.max())]}"
+    if confidence < section.case.confidence:
+        return f"confidence {confidence:.2f} is below {section.case.confidence:g}"
+    lost = [
+        names[i] for i, p in expectation.presence.items() if p > OFTEN and not (classes == i).any()
+    ]
+    return f"lost {', '.join(lost)}" if lost else ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether a model may teach and be delivered, and why not."""
+
+    passed: bool
+    reasons: tuple[str, ...]
+
+
+def judge_model(
+    reviews: Sequence[CaseReview], expectation: Expectation, names: Mapping[int, str]
+) -> Gate:
+    """Judge a model by its pseudo-labels.
+
+    It fails if most of its pseudo-labels were refused, if a class covers under a fifth or over
+    five times of its labeled share, or if it contradicts the round before.
+    """
+    if not reviews:
+        return Gate(True, ("no unlabeled case to judge it by",))
+    reasons = []
+    accepted = [review for review in reviews if review.accepted]
+    if len(accepted) < LEAST_ACCEPTED * len(reviews):
+        first = next(review.reason for review in reviews if not review.accepted)
+        reasons.append(
+            f"{len(reviews) - len(accepted)} of {len(reviews)} pseudo-labels were refused "
+            f"(first reason: {first})"
+        )
+    for index, prior in expectation.share.items():
+        share = float(np.mean([review.share[index] for review in reviews]))
+        if prior > 0 and not LEAST_PRIOR * prior <= share <= MOST_PRIOR * prior:
+            reasons.append(
+                f"{names[index]} covers {share:.3%} of the volumes, {prior:.3%} in labeled cases"
+            )
+    agreements = [review.agreement for review in reviews if review.agreement is not None]
+    if agreements and float(np.mean(agreements)) < LEAST_AGREEMENT:
+        reasons.append(
+            f"mean Dice {np.mean(agreements):.2f} with the pseudo-labels of the round before"
+        )
+    return Gate(not reasons, tuple(reasons))

@@ -1,0 +1,100 @@
+"""Pseudo-labels on disk: probs and uncertainty on the cache grid, with no threshold applied.
+
+Axes: I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.runs import read_json, seed_from, write_file, write_json
+
+MOST_VOXELS = 5_000  # per class, kept to place patches on
+
+
+def write_pseudo_label(
+    folder: Path, probs: NDArray[np.float32], uncertainty: NDArray[np.float32], teacher: str
+) -> None:
+    """Write the pseudo-label of a case; meta.json comes last, so its existence means whole.
+
+    Args:
+        folder: pseudo_labels/<case_id>.
+        probs: (num_classes, I, J, K); stored as uint8, 255 = 1.
+        uncertainty: (I, J, K) predictive entropy in nats; stored as float16.
+        teacher: Hash of the weights that made it.
+
+    Raises:
+        FloatingPointError: Probs or uncertainty are not finite.
+    """
+    if not (np.isfinite(probs).all() and np.isfinite(uncertainty).all()):
+        raise FloatingPointError(f"{folder.name}: a pseudo-label of non-finite numbers")
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = np.rint(probs * 255).astype(np.uint8)
+    voxels = _draw_class_voxels(stored)
+    _save(folder / "probs.npy", stored)
+    _save(folder / "uncertainty.npy", uncertainty.astype(np.float16))
+    named: dict[str, Any] = {str(index): found for index, found in voxels.items()}
+    write_file(folder / "class_voxels.npz", lambda path: _save_archive(path, named))
+    write_json(folder / "meta.json", {"teacher": teacher})
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    """Write an array atomically."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+    write_file(path, save)
+
+
+def _save_archive(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write named arrays under exactly this file name."""
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _draw_class_voxels(probs: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]:
+    """Return some voxels of each foreground class of a pseudo-label."""
+    classes = probs.argmax(0)
+    result = {}
+    for index in range(1, len(probs)):
+        found = np.argwhere(classes == index).astype(np.int32)
+        rng = np.random.default_rng(seed_from("class_voxels", index))
+        chosen = rng.choice(len(found), min(len(found), MOST_VOXELS), replace=False)
+        result[index] = found[np.sort(chosen)]
+    return result
+
+
+def has_pseudo_label(folder: Path, teacher: str) -> bool:
+    """Return whether a whole pseudo-label of this teacher stands here."""
+    path = folder / "meta.json"
+    return path.is_file() and read_json(path) == {"teacher": teacher}
+
+
+def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return probs (num_classes, I, J, K) and uncertainty (I, J, K) of a pseudo-label."""
+    probs = np.load(folder / "probs.npy", allow_pickle=False).astype(np.float32) / 255
+    uncertainty = np.load(folder / "uncertainty.npy", allow_pickle=False).astype(np.float32)
+    return probs, uncertainty
+
+
+def measure_agreement(
+    first: NDArray[np.integer[Any]], second: NDArray[np.integer[Any]], classes: Sequence[int]
+) -> float:
+    """Return the mean Dice of two class maps over the classes that either of them has.
+
+    1 where both are empty.
+    """
+    values = []
+    for index in classes:
+        a, b = first == index, second == index
+        size = int(a.sum()) + int(b.sum())
+        if size:
+            values.append(2.0 * int((a & b).sum()) / size)
+    return float(np.mean(values)) if values else 1.0

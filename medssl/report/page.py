@@ -1,0 +1,393 @@
+"""The page: what was read, said and drawn, put into template.html."""
+
+from __future__ import annotations
+
+import base64
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from medssl.report import figures, overlays, sentences
+from medssl.report.overlays import Overlay, Sources
+from medssl.report.read import RoundFiles, RunFiles, mean, number, read_run
+from medssl.report.sentences import Names, format_number
+from medssl.runs import write_text
+
+NUM_LISTED = 12
+NUM_THUMBNAILS = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture with its caption; ``problem`` says why there is none."""
+
+    title: str
+    caption: str
+    src: str
+    problem: str = ""
+
+
+def write_report(run_dir: Path, share: bool = False) -> Path:
+    """Write one self-contained HTML page on a run, from its files alone.
+
+    Args:
+        run_dir: The run folder; whatever of it is missing is said to be missing on the page.
+        share: Whether the page is fit to be given away: pseudonyms in place of case ids, no
+            paths, no name of the data set.
+
+    Returns:
+        ``run_dir/report.html``, or ``run_dir/report_share.html`` if shared.
+
+    Raises:
+        InputError: It is no run folder.
+    """
+    run = read_run(Path(run_dir))
+    names = sentences.choose_names(run, share)
+    sources = overlays.find_sources(run)
+    environment = Environment(
+        loader=PackageLoader("medssl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = _mark_code
+    page = environment.get_template("template.html").render(
+        title="medssl report" if share else f"{run.folder.resolve().name}: medssl report",
+        name="" if share else run.folder.resolve().name,
+        shared=share,
+        started=str(run.provenance.get("started") or "")[:10],
+        headline=sentences.write_headline(run, names),
+        status=sentences.describe_status(run),
+        damaged=run.damaged,
+        facts=_list_facts(run),
+        verdict=_describe_verdict(run, sources, names),
+        interval=_place_interval(run),
+        rounds=sentences.tabulate_rounds(run, names),
+        ending=_capitalize(names.text(str(run.summary.get("exit") or ""))),
+        classes=_tabulate_classes(run),
+        pairs=_show_pairs(run, names),
+        curves=_show_curves(run),
+        coverage=_show_coverage(run),
+        colors=_list_colors(run),
+        cases=_show_cases(run, sources, names),
+        annotate=_show_annotate(run, sources, names),
+        origin=_describe_origin(run, names),
+    )
+    path = run.folder / ("report_share.html" if share else "report.html")
+    write_text(path, page)
+    return path
+
+
+def _capitalize(text: str) -> str:
+    """Return a text as a sentence; nothing for nothing."""
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+def _mark_code(text: str) -> Markup:
+    """Return escaped text in which `backticks` mark code."""
+    parts = [escape(part) for part in text.split("`")]
+    marked = [Markup("<code>{}</code>").format(p) if i % 2 else p for i, p in enumerate(parts)]
+    return Markup("").join(marked)
+
+
+def _embed(png: bytes) -> str:
+    """Return a PNG as a data address; nothing for nothing."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}" if png else ""
+
+
+def _list_facts(run: RunFiles) -> list[tuple[str, str]]:
+    """Return the numbers of the strip under the headline."""
+    parts = ("labeled", "unlabeled", "val", "test")
+    titles = ("labeled", "unlabeled", "validation", "test")
+    sizes = [f"{len(run.list_part(part)):,}" if run.splits else sentences.MISSING for part in parts]
+    steps = sentences.count_steps(run)
+    seconds = [number(entry.done.get("seconds")) for entry in run.rounds]
+    total = sum(value for value in seconds if value is not None)
+    return [
+        *zip(titles, sizes, strict=True),
+        ("foreground classes", str(len(sentences.list_classes(run)) or sentences.MISSING)),
+        ("rounds after round 0", str(sum(entry.index > 0 for entry in run.rounds))),
+        ("steps in all", sentences.MISSING if steps is None else f"{steps:,}"),
+        ("training time", sentences.format_seconds(total or None)),
+        ("device", str(run.provenance.get("device") or sentences.MISSING)),
+    ]
+
+
+def _describe_verdict(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]:
+    """Return the verdict as the template shows it."""
+    verdict = sentences.write_verdict(run, overlays.describe_patients(run, sources))
+    return {
+        "kind": verdict.kind.replace(" ", "-"),
+        "word": verdict.word,
+        "sentence": verdict.sentence,
+        "details": [names.text(detail) for detail in verdict.details],
+    }
+
+
+def _place_interval(run: RunFiles) -> dict[str, Any] | None:
+    """Return where the interval of the paired difference lies on a line of 100 units."""
+    paired = run.evaluation.get("paired") or {}
+    difference, low, high = (number(paired.get(key)) for key in ("mean", "low", "high"))
+    if difference is None or low is None or high is None or low == high:
+        return None
+    start, end = min(0.0, low), max(0.0, high)
+    margin = 0.18 * (end - start)
+    start, end = start - margin, end + margin
+
+    def place(value: float) -> float:
+        return round(100 * (value - start) / (end - start), 2)
+
+    marks = {"zero": 0.0, "low": low, "mean": difference, "high": high}
+    texts = {key: format_number(value, sign=True) for key, value in marks.items()}
+    return {"at": {key: place(value) for key, value in marks.items()}, "text": texts}
+
+
+def _tabulate_classes(run: RunFiles) -> list[dict[str, str]]:
+    """Return what was measured of each class on the test cases, by the delivered model."""
+    rows = []
+    for name, entry in (run.evaluation.get("classes") or {}).items():
+        dice = entry.get("dice") or {}
+        unit = "mm" if "hd95_mm" in entry else "px"
+        low, high = number(dice.get("low")), number(dice.get("high"))
+        index = {other: i for i, other in run.classes.items()}.get(name, 1)
+        interval = f"{format_number(low)} to {format_number(high)}"
+        rows.append(
+            {
+                "name": name,
+                "color": figures.class_color(index),
+                "dice": format_number(dice.get("mean")),
+                "interval": sentences.MISSING if low is None else interval,
+                "hd95": format_number((entry.get(f"hd95_{unit}") or {}).get("mean"), 2),
+                "unit": unit,
+                "surface": format_number((entry.get("surface_dice") or {}).get("mean")),
+                "missed": str(entry.get("num_missed", sentences.MISSING)),
+                "present": str(entry.get("num_present", sentences.MISSING)),
+            }
+        )
+    return rows
+
+
+def _show_pairs(run: RunFiles, names: Names) -> Picture:
+    """Return the dot plot of Dice per case, labels only against delivered."""
+    title = "Every test case, before and after"
+    before = run.rounds[0].dice if run.rounds and run.rounds[0].index == 0 else {}
+    after = run.dice
+    shared = sorted(set(before) & set(after))
+    if not shared:
+        why = "No case has been measured with both round 0 and the delivered model."
+        return Picture(title, "", "", why)
+    better = sum(after[case_id] > before[case_id] for case_id in shared)
+    worse = sum(after[case_id] < before[case_id] for case_id in shared)
+    caption = (
+        f"{better} of {sentences.count(len(shared), 'test case')} are better than with labels "
+        f"only, {worse} worse. Mean Dice {mean([before[c] for c in shared]):.3f} with labels "
+        f"only, {mean([after[c] for c in shared]):.3f} delivered."
+    )
+    return Picture(title, caption, _embed(figures.draw_pairs(before, after, names.case)))
+
+
+def _show_curves(run: RunFiles) -> Picture:
+    """Return the curves of training."""
+    png = figures.draw_curves(run)
+    caption = (
+        "One line per round, its number at its end: grey is round 0 (labels only), darker blue is "
+        "later. Thin lines are single records, thick ones their running mean."
+    )
+    why = "metrics.jsonl is missing or holds no loss yet."
+    return Picture("Training", caption, _embed(png), "" if png else why)
+
+
+def _show_coverage(run: RunFiles) -> list[Picture]:
+    """Return the pictures of coverage, thresholds and agreement."""
+    students = any(entry.index > 0 for entry in run.rounds)
+    why = "the run has no student round yet" if not students else "no file of the run says it"
+    reviews, curves = figures.draw_reviews(run), figures.draw_coverage_curves(run)
+    many = len(run.classes) > len(figures.list_shown_classes(run))
+    note = " Only the first seven classes are shown." if many else ""
+    return [
+        Picture(
+            "Coverage and agreement of each unlabeled scan",
+            "A dot is a scan, a bar the median. Coverage: of the voxels that the model of the "
+            "round calls this class, the fraction that is trusted. Agreement: mean Dice with the "
+            f"pseudo-mask of its teacher.{note}",
+            _embed(reviews),
+            "" if reviews else f"No review of pseudo-labels: {why}.",
+        ),
+        Picture(
+            "Coverage and threshold while the student learns",
+            "Fraction of voxels of a predicted class that enter the loss, and the confidence that "
+            f"a voxel of this class has to reach.{note}",
+            _embed(curves),
+            "" if curves else f"No curve of coverage: {why}.",
+        ),
+    ]
+
+
+def _list_colors(run: RunFiles) -> list[tuple[str, str]]:
+    """Return name and colour of each foreground class for the key of the overlays."""
+    return [(name, figures.class_color(i)) for i, name in sorted(run.classes.items()) if i > 0]
+
+
+def _show_cases(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]:
+    """Return overlays of the best, median and worst test case, or of pseudo-masks without one."""
+    ranked = sorted(run.dice, key=lambda case_id: (-run.dice[case_id], case_id))
+    if ranked:
+        draw = partial(overlays.draw_test_case, run, sources)
+        pictures = [
+            _show(draw(case_id), role, names, _describe_dice(run, case_id))
+            for role, case_id in _pick(ranked, ("Best", "Median", "Worst"))
+        ]
+        return {"pictures": pictures, "note": "", "has_reference": True}
+    last = run.reviewed
+    if last is None:
+        note = (
+            "No test case was evaluated and no unlabeled scan was pseudo-labeled: nothing to show."
+        )
+        return {"pictures": [], "note": note, "has_reference": False}
+    ranked = [row["case_id"] for row in reversed(_rank_by_uncertainty(last))]
+    found = {row["case_id"]: number(row.get("uncertainty")) for row in last.review}
+    picked = _pick(ranked, ("Most certain", "Median", "Least certain"))[:2]
+    pictures = [
+        _show(
+            overlays.draw_pseudo_mask(run, sources, case_id, last.folder),
+            role,
+            names,
+            f"uncertainty {format_number(found[case_id])} nats",
+        )
+        for role, case_id in picked
+    ]
+    note = (
+        f"No test case was evaluated, so these are pseudo-masks of unlabeled scans (round "
+        f"{last.index}): what the model says, not what is true."
+    )
+    return {"pictures": pictures, "note": note, "has_reference": False}
+
+
+def _describe_dice(run: RunFiles, case_id: str) -> str:
+    """Return the Dice of a case, and of its classes where there are few."""
+    row = next(row for row in run.rows if row["case_id"] == case_id)
+    names = sentences.list_classes(run)
+    parts = [f"{name} {format_number(row.get(f'dice/{name}'))}" for name in names]
+    classes = f" ({', '.join(parts)})" if 1 < len(parts) <= 6 else ""
+    return f"Dice {run.dice[case_id]:.3f}{classes}"
+
+
+def _pick(ranked: list[str], roles: tuple[str, str, str]) -> list[tuple[str, str]]:
+    """Return the first, middle and last of a ranking, each case once."""
+    places = dict(zip((0, len(ranked) // 2, len(ranked) - 1), roles, strict=True))
+    if len(ranked) < 3:
+        places = dict(list(zip(range(len(ranked)), (roles[0], roles[2]), strict=False)))
+    return [(role, ranked[place]) for place, role in sorted(places.items())]
+
+
+def _show(overlay: Overlay, role: str, names: Names, caption: str) -> Picture:
+    """Return an overlay with the name that may be shown."""
+    title = f"{role}: {names.case(overlay.case_id)}"
+    problem = f"No picture: {overlay.problem}." if overlay.problem else ""
+    return Picture(title, caption, _embed(overlay.png), problem)
+
+
+def _rank_by_uncertainty(entry: RoundFiles) -> list[Mapping[str, str]]:
+    """Return the rows of review.csv, the most uncertain case first, unknown ones last."""
+
+    def key(row: Mapping[str, str]) -> tuple[float, str]:
+        value = number(row.get("uncertainty"))
+        return (float("inf") if value is None else -value, row["case_id"])
+
+    return sorted(entry.review, key=key)
+
+
+def _show_annotate(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]:
+    """Return the scans to annotate next: table, pictures, or why there is none."""
+    last = run.reviewed
+    if last is None:
+        why = "No unlabeled scan has been pseudo-labeled, so none is known to be difficult."
+        return {"rows": [], "pictures": [], "note": why, "num_reviewed": 0}
+    ranked = _rank_by_uncertainty(last)
+    classes = sentences.list_classes(run)
+    largest = max((number(row.get("uncertainty")) or 0.0 for row in ranked), default=0.0) or 1.0
+    rows = [
+        {
+            "name": names.case(row["case_id"]),
+            "uncertainty": format_number(row.get("uncertainty")),
+            "bar": round(100 * (number(row.get("uncertainty")) or 0.0) / largest),
+            "agreement": format_number(row.get("agreement"), 2),
+            "coverage": _percent(row.get("coverage")),
+            "used": {1.0: "yes", 0.0: "no"}.get(number(row.get("accepted")) or 0.0, "–"),
+            "why": sentences.explain_row(row, classes, names),
+        }
+        for row in ranked[:NUM_LISTED]
+    ]
+    pictures = [
+        _show(
+            overlays.draw_pseudo_mask(run, sources, row["case_id"], last.folder, width=5.0),
+            f"{place}",
+            names,
+            f"uncertainty {format_number(row.get('uncertainty'))} nats",
+        )
+        for place, row in enumerate(ranked[:NUM_THUMBNAILS], 1)
+    ]
+    problems = {picture.problem for picture in pictures}
+    note = (
+        f"From the review of round {last.index}: {len(rows)} of "
+        f"{sentences.count(len(ranked), 'unlabeled scan')}, the most uncertain first."
+    )
+    if len(problems) == 1 and "" not in problems:  # the same for all: say it once
+        note += f" No pictures: {problems.pop().removeprefix('No picture: ')}"
+        pictures = []
+    return {"rows": rows, "pictures": pictures, "note": note, "num_reviewed": len(ranked)}
+
+
+def _percent(value: object) -> str:
+    """Return a fraction as a percentage."""
+    found = number(value)
+    return sentences.MISSING if found is None else f"{found:.0%}"
+
+
+def _describe_origin(run: RunFiles, names: Names) -> dict[str, Any]:
+    """Return why the run is as it is, and how to make it again."""
+    provenance = run.provenance
+    versions = dict(provenance.get("versions") or {})
+    versions.update({k: provenance[k] for k in ("python", "system") if provenance.get(k)})
+    if provenance.get("revision"):
+        versions["revision"] = provenance["revision"]
+    if provenance.get("threads"):
+        versions["threads"] = provenance["threads"]
+    config = _remove_paths(dict(run.config)) if names.shared else dict(run.config)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+    command = str(provenance.get("command") or "")
+    folder = "RUN" if names.shared else shlex.quote(str(run.folder))
+    return {
+        "reasons": [names.text(str(reason)) for reason in run.plan.get("reasons") or ()],
+        "command": _hide_arguments(command) if names.shared else command,
+        "versions": [(key, str(value)) for key, value in versions.items()],
+        "config": text,
+        "predict": f"medssl predict {folder} SCAN.nii.gz --out OUT",
+        "evaluate": f"medssl evaluate {folder}",
+        "dataset": "" if names.shared else str((run.splits.get("dataset") or {}).get("root") or ""),
+    }
+
+
+def _hide_arguments(command: str) -> str:
+    """Return a command with what may be a path or a name replaced by DATA."""
+    words = command.split()
+    kept = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
+    return " ".join([*words[:2], *kept])
+
+
+def _remove_paths(tree: Any) -> Any:
+    """Return settings without texts that look like a path, and without the data's root."""
+    if isinstance(tree, dict):
+        return {k: _remove_paths(v) for k, v in tree.items() if k not in ("root", "tracking")}
+    if isinstance(tree, list):
+        return [_remove_paths(value) for value in tree]
+    return "[path]" if isinstance(tree, str) and re.search(r"[\\/]", tree) else tree

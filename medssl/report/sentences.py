@@ -1,0 +1,360 @@
+"""What the report says in words: headline, verdict, caveats, and the names that may be shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from medssl.metrics import MIN_CASES_FOR_VERDICT
+from medssl.report.read import RoundFiles, RunFiles, mean, number
+
+MISSING = "–"
+
+_FILE = r"[^\s,;:'\"()]*\.(?:nii|gz|nrrd|mha|dcm|csv|json|ya?ml|npy|db)\b"
+_PATH = re.compile(rf"(?:(?<=\s)|^|(?<=['\"(=]))(?:[~.]{{0,2}}[\\/]|[A-Za-z]:[\\/])\S+|{_FILE}")
+
+
+@dataclass(frozen=True)
+class Names:
+    """How cases and texts are shown: as they are, or fit to be shared.
+
+    ``pseudonyms`` holds every case that the run knows, or nothing if the names are kept.
+    """
+
+    pseudonyms: Mapping[str, str]
+    hidden: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether names and paths are left out."""
+        return bool(self.hidden) or bool(self.pseudonyms)
+
+    def case(self, case_id: str) -> str:
+        """Return the name to show for a case; an unknown one is not shown when shared."""
+        return self.pseudonyms.get(case_id, "case ?" if self.shared else case_id)
+
+    def text(self, text: str) -> str:
+        """Return a sentence, when shared without case ids, paths and file names."""
+        if not self.shared:
+            return text
+        for word in self.hidden:
+            text = text.replace(word, "[left out]")
+        text = _PATH.sub("[path]", text)
+        for case_id in sorted(self.pseudonyms, key=len, reverse=True):
+            if case_id in text and (len(case_id) > 3 or not case_id.isdigit()):
+                bounded = rf"(?<![\w]){re.escape(case_id)}(?![\w])"
+                text = re.sub(bounded, self.pseudonyms[case_id], text)
+        return text
+
+
+def choose_names(run: RunFiles, share: bool) -> Names:
+    """Return the names to show; a case without a pseudonym gets a number in a shared report."""
+    if not share:
+        return Names({})
+    known: set[str] = {str(row["case_id"]) for row in run.rows}
+    for part in ("labeled", "unlabeled", "val", "test"):
+        known.update(run.list_part(part))
+    for entry in run.rounds:
+        known.update(row["case_id"] for row in entry.review)
+        known.update(entry.dice)
+    pseudonyms = {str(key): str(name) for key, name in run.pseudonyms.items()}
+    for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
+        pseudonyms[case_id] = f"case_{index:03d}"
+    dataset = run.splits.get("dataset") or {}
+    roots = (dataset.get("root"), (run.config.get("data") or {}).get("root"), str(run.folder))
+    hidden = tuple(str(root) for root in roots if root and len(str(root)) > 2)
+    return Names(pseudonyms, hidden or ("\0",))
+
+
+def count(amount: int, noun: str) -> str:
+    """Return "1 scan", "2 scans" or "1,200 steps"."""
+    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
+
+
+def format_seconds(value: object) -> str:
+    """Return a duration as people say it; a dash where it is unknown."""
+    seconds = number(value)
+    if seconds is None:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_number(value: object, digits: int = 3, sign: bool = False) -> str:
+    """Return a number with a typographic minus; a dash where it is unknown."""
+    found = number(value)
+    if found is None:
+        return MISSING
+    text = f"{found:+.{digits}f}" if sign else f"{found:.{digits}f}"
+    return text.replace("-", "−")
+
+
+def list_classes(run: RunFiles) -> list[str]:
+    """Return the names of the foreground classes."""
+    return [name for index, name in sorted(run.classes.items()) if index > 0]
+
+
+def count_steps(run: RunFiles) -> int | None:
+    """Return the steps of all rounds that are done, or None where no file says it."""
+    total = number(run.summary.get("total_steps"))
+    if total is not None:
+        return int(total)
+    steps = [number(entry.done.get("steps")) for entry in run.rounds if entry.done]
+    return int(sum(s for s in steps if s is not None)) if any(steps) else None
+
+
+def write_headline(run: RunFiles, names: Names) -> str:
+    """Return one sentence: what was trained on what."""
+    dataset = run.splits.get("dataset") or {}
+    where = "" if names.shared or not dataset.get("name") else f" of {dataset['name']}"
+    labeled, unlabeled = (len(run.list_part(part)) for part in ("labeled", "unlabeled"))
+    classes = list_classes(run)
+    what = f" to find {_join(classes)}" if classes else ""
+    students = sum(entry.index > 0 for entry in run.rounds)
+    rounds = f"labels only and {count(students, 'self-training round')}"
+    steps = count_steps(run)
+    effort = [rounds if students else "labels only, no self-training round"]
+    effort += [] if steps is None else [f"{count(steps, 'step')}"]
+    seconds = [number(entry.done.get("seconds")) for entry in run.rounds]
+    if any(seconds):
+        device = run.provenance.get("device")
+        on = f" on {device}" if device else ""
+        effort.append(f"{format_seconds(sum(s for s in seconds if s))}{on}")
+    parts = (
+        f"{labeled:,} labeled and {unlabeled:,} unlabeled" if run.splits else "an unknown set of"
+    )
+    return f"A model was trained on {parts} scans{where}{what}: {', '.join(effort)}."
+
+
+def describe_status(run: RunFiles) -> str:
+    """Return a sentence if the run did not end with a delivered model; else nothing."""
+    status = str(run.state.get("status", ""))
+    step, index = run.state.get("step", "?"), run.state.get("round", "?")
+    if status == "stopped_by_gate":
+        last = f"; {_spell(run.delivered)} is the last good one" if run.delivered else ""
+        return f"The run was stopped by its gate{last}."
+    known = {
+        "running": f"The run is not finished: its last checkpoint is step {step} of round {index}.",
+        "interrupted": f"The run was interrupted after step {step} of round {index}; the same "
+        "`medssl train` command goes on from there.",
+        "failed": f"The run failed; its last checkpoint is step {step} of round {index}.",
+    }
+    return known.get(status, "")
+
+
+@dataclass(frozen=True)
+class VerdictText:
+    """The verdict: ``kind`` is gain, loss, no gain or not measured; ``details`` are caveats."""
+
+    kind: str
+    word: str
+    sentence: str
+    details: tuple[str, ...]
+
+
+def write_verdict(run: RunFiles, patients: str) -> VerdictText:
+    """Return what may be said of the delivered model against labels only.
+
+    Args:
+        run: The run.
+        patients: What is known of the patients of the test cases, as a sentence.
+    """
+    paired: Mapping[str, Any] = run.evaluation.get("paired") or {}
+    difference, n = number(paired.get("mean")), int(number(paired.get("n")) or 0)
+    details = _list_caveats(run, patients if difference is not None else "")
+    if difference is None:
+        word, sentence = "Not measured", _say_why_not_measured(run)
+        return VerdictText("not measured", word, sentence, tuple(details))
+    low, high = number(paired.get("low")), number(paired.get("high"))
+    kind = str(run.evaluation.get("verdict") or "not measured")
+    if kind == "no gain" and high is not None and high < 0:
+        kind = "loss"
+    amount = f"{format_number(abs(difference))} Dice {'above' if difference >= 0 else 'below'}"
+    interval = f"{format_number(low, sign=True)} to {format_number(high, sign=True)}"
+    steps = _baseline_steps(run)
+    baseline = f"labels only ({count(steps, 'step')})" if steps else "labels only"
+    sentence = (
+        f"The delivered model ({_spell(run.delivered)}) is {amount} {baseline}: "
+        f"paired difference {format_number(difference, sign=True)}, 95 % interval {interval}, "
+        f"on {count(n, 'test case')} that it was not trained on."
+    )
+    if run.delivered == "round_0":
+        sentence = (
+            f"The delivered model is round 0 itself, trained on labels only: there is no gain "
+            f"over it to measure ({count(n, 'test case')})."
+        )
+        kind = "no gain"
+    if kind == "not measured":
+        sentence += f" A verdict needs {MIN_CASES_FOR_VERDICT} such cases."
+    if kind == "no gain" and low is not None and high is not None and low <= 0 <= high and low:
+        sentence += " The interval includes zero."
+    words = {"gain": "Gain", "no gain": "No gain", "loss": "No gain: worse than labels only"}
+    return VerdictText(kind, words.get(kind, "Not measured"), sentence, tuple(details))
+
+
+def _say_why_not_measured(run: RunFiles) -> str:
+    """Return why there is no paired difference."""
+    num_test = len(run.list_part("test"))
+    if run.evaluation:
+        return "The run has no round after round 0: there is nothing to compare with labels only."
+    if not run.splits:
+        return "splits.json is missing, so nobody can say which cases the model has not seen."
+    if num_test == 0:
+        return (
+            "The run has no test cases, so no case says how good the model is on new scans. Train "
+            "with test=N, or evaluate it on labeled scans that are new to it."
+        )
+    if not run.summary:
+        return (
+            f"The run has not delivered a model yet; its {count(num_test, 'test case')} "
+            f"{'is' if num_test == 1 else 'are'} untouched."
+        )
+    return (
+        f"The {count(num_test, 'test case')} of the run have not been looked at yet: "
+        "`medssl evaluate` on this run folder measures the model on them."
+    )
+
+
+def _list_caveats(run: RunFiles, patients: str) -> list[str]:
+    """Return what a reader of the verdict has to know."""
+    details = []
+    steps, total = _baseline_steps(run), count_steps(run)
+    if steps and total and total > steps:
+        details.append(
+            f"Labels only is round 0 with {count(steps, 'step')}; the run used {total:,} in all "
+            "its rounds. Longer training alone can give a part of a gain: labels only with all "
+            f"steps is `medssl train DATA rounds=0 steps={total}`."
+        )
+    labeled, val = len(run.list_part("labeled")), len(run.list_part("val"))
+    if val:
+        details.append(
+            f"Validation labels count as labels: {labeled} for training and {val} for validation "
+            f"are {labeled + val} labels."
+        )
+    elif run.splits:
+        details.append(
+            f"Validation labels count as labels: there is no validation case, so the run used "
+            f"{count(labeled, 'label')}, and the last round that passed its gate was delivered."
+        )
+    measured, now = run.evaluation.get("delivered"), run.summary.get("delivered")
+    if measured and now and measured != now:
+        details.append(
+            f"The evaluation is older than the run: it measured {_spell(str(measured))}, delivered "
+            f"is {_spell(str(now))}; `medssl evaluate` on the run folder measures it again."
+        )
+    if patients:
+        details.append(patients)
+    details += [str(note) for note in run.evaluation.get("notes") or ()]
+    return details
+
+
+def _baseline_steps(run: RunFiles) -> int | None:
+    """Return the steps of round 0."""
+    given = number((run.summary.get("baseline") or {}).get("steps"))
+    if given is None and run.rounds and run.rounds[0].index == 0:
+        given = number(run.rounds[0].done.get("steps"))
+    return None if given is None else int(given)
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """One row of the table of rounds, as text; ``gate`` is passed, rejected or none."""
+
+    label: str
+    role: str
+    delivered: bool
+    steps: str
+    seconds: str
+    gate: str
+    reasons: tuple[str, ...]
+    learned: str
+    kept: str
+    agreement: str
+    coverage: str
+    val: str
+    test: str
+
+
+def tabulate_rounds(run: RunFiles, names: Names) -> list[RoundRow]:
+    """Return the table of rounds."""
+    return [_describe_round(run, entry, names) for entry in run.rounds]
+
+
+def _describe_round(run: RunFiles, entry: RoundFiles, names: Names) -> RoundRow:
+    """Return the row of one round."""
+    listed = {r.get("round"): r for r in run.summary.get("rounds") or () if isinstance(r, dict)}
+    known = {**(listed.get(entry.index) or {}), **entry.done}
+    gate = known.get("gate") or {}
+    passed = {True: "passed", False: "rejected"}[bool(gate["passed"])] if "passed" in gate else ""
+    final = known.get("final") or {}
+    accepted = [number(row.get("accepted")) for row in entry.review]
+    kept = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
+    coverage = mean([number(row.get("coverage")) for row in entry.review])
+    agreement = number(final.get("monitors/agreement"))
+    if agreement is None:
+        agreement = number(known.get("agreement"))
+    if agreement is None:
+        agreement = mean([number(row.get("agreement")) for row in entry.review])
+    test = number((run.evaluation.get("rounds") or {}).get(entry.name))
+    curve = entry.curves.get("val/dice")
+    val = number(final.get("val/dice")) or (curve[-1][1] if curve else None)
+    unfinished = "" if entry.done else "not finished"
+    return RoundRow(
+        label=f"Round {entry.index}",
+        role=unfinished or ("labels only" if entry.index == 0 else "student"),
+        delivered=entry.name == run.delivered,
+        steps=f"{int(steps):,}" if (steps := number(known.get("steps"))) else MISSING,
+        seconds=format_seconds(known.get("seconds")),
+        gate=passed,
+        reasons=tuple(names.text(str(reason)) for reason in gate.get("reasons") or ()),
+        learned=_describe_material(known),
+        kept=kept,
+        agreement=format_number(agreement),
+        coverage=MISSING if coverage is None else f"{coverage:.0%}",
+        val=format_number(val),
+        test=format_number(test),
+    )
+
+
+def _describe_material(known: Mapping[str, Any]) -> str:
+    """Return how many labeled and pseudo-labeled scans a round was trained on."""
+    labeled, pseudo = number(known.get("num_labeled")), number(known.get("num_unlabeled"))
+    if labeled is None:
+        return MISSING
+    return f"{labeled:.0f} + {pseudo:.0f}" if pseudo and known.get("round") else f"{labeled:.0f}"
+
+
+def explain_row(row: Mapping[str, str], classes: Iterable[str], names: Names) -> str:
+    """Return why a scan is worth annotating, from its row of review.csv."""
+    reasons = []
+    if number(row.get("accepted")) == 0.0:
+        why = names.text(row.get("reason") or "")
+        reasons.append(f"not used for training{f' ({why})' if why else ''}")
+    agreement = number(row.get("agreement"))
+    if agreement is not None and agreement < 0.8:
+        reasons.append(f"it changed since the round before: Dice {agreement:.2f}")
+    coverage = {name: number(row.get(f"coverage/{name}")) for name in classes}
+    known = {name: value for name, value in coverage.items() if value is not None}
+    if known:
+        name = min(known, key=lambda key: known[key])
+        if known[name] < 0.7:
+            reasons.append(f"only {known[name]:.0%} of {name} is trusted")
+    return "; ".join(reasons) or "the model is less certain than on other scans"
+
+
+def _spell(name: str) -> str:
+    """Return "round 2" for round_2."""
+    return name.replace("_", " ")
+
+
+def _join(words: list[str]) -> str:
+    """Return "a, b and c", shortened where there are many."""
+    if len(words) > 8:
+        return f"{len(words)} classes ({', '.join(words[:6])} and others)"
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

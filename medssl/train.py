@@ -1,0 +1,282 @@
+"""The training loop, written once, for teacher and student alike.
+
+Axes: B batch, C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from medssl.config import Config, InputError
+from medssl.data.loaders import PatchDataset, iterate_batches
+from medssl.plan import Plan
+from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
+
+Sums = collections.defaultdict[str, float]
+MOST_NONFINITE = 10  # steps in a row
+HIGH_WAIT = 0.3  # share of the time spent waiting for data
+
+
+def train(
+    objective: nn.Module,
+    dataset: PatchDataset,
+    config: Config,
+    plan: Plan,
+    run_dir: Path,
+    round_index: int,
+    stop: StopFlag,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    on_checkpoint: Callable[[], None] = lambda: None,
+) -> int:
+    """Train one round, from its checkpoint if there is one.
+
+    Args:
+        objective: Has student, losses and teacher; the contract stands in objective.py.
+        dataset: The batch of each step.
+        config: The resolved configuration.
+        plan: Steps, device and precision.
+        run_dir: The run folder; the checkpoint goes to round_<r>/checkpoint.pt.
+        round_index: 0 for labels only.
+        stop: Checked after each step.
+        validate: Returns val/* metrics; called when a checkpoint is written.
+        on_checkpoint: Called after a checkpoint is on disk.
+
+    Returns:
+        The number of steps done: fewer than planned if the stop flag was set.
+
+    Raises:
+        InputError: The checkpoint is not one of this run.
+        FloatingPointError: The loss was not finite for many steps in a row.
+    """
+    device = torch.device(plan.device)
+    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
+    objective.to(device).train()
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.train.lr, weight_decay=config.train.weight_decay
+    )
+    path = run_dir / f"round_{round_index}" / "checkpoint.pt"
+    identity = hash_json(
+        [plan.model_dump(mode="json", exclude={"estimate", "reasons"}), round_index]
+    )
+    step, pending = _load(path, identity, objective, optimizer, device)
+    journal = Journal(run_dir / "metrics.jsonl")
+    journal.cut(round_index, step)
+    progress = Progress(round_index, step, plan.steps)
+    batches = iterate_batches(
+        dataset, step, plan.steps, plan.workers, pin_memory=device.type == "cuda"
+    )
+    nonfinite = 0
+    while step < plan.steps:
+        started = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - started
+        labeled = _move(batch["labeled"], device)
+        unlabeled = _move(batch["unlabeled"], device)
+        generator = _seed_step(config.train.seed, round_index, step)
+        optimizer.param_groups[0]["lr"] = find_lr(config, step, plan.steps)
+
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            terms = objective(labeled, unlabeled, step / plan.steps, generator)
+        loss = torch.stack(list(terms.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        norm = nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
+        if bool(torch.isfinite(loss + norm)):
+            optimizer.step()
+            objective.after_step()  # type: ignore[operator]  # part of the objective's contract
+            nonfinite = 0
+        else:
+            nonfinite += 1
+        step += 1
+
+        _collect(pending, terms, loss, norm, objective, nonfinite)
+        pending["monitors/data_wait"] += waited
+        pending["seconds"] += time.perf_counter() - started
+        if nonfinite >= MOST_NONFINITE:
+            raise FloatingPointError(
+                f"round {round_index}, step {step}: the loss was not finite for {nonfinite} steps "
+                f"in a row; the last good checkpoint is {path}; lower train.lr "
+                f"(now {config.train.lr:g}) or set train.precision=float32"
+            )
+        if step % config.train.log_every == 0 or step == plan.steps:
+            metrics = _average(pending, optimizer.param_groups[0]["lr"])
+            journal.append(round_index, step, metrics)
+            progress.report(step, metrics)
+        progress.advance(step)
+        stopping = stop.is_set()
+        if step % config.train.checkpoint_every == 0 or step == plan.steps or stopping:
+            if validate is not None:
+                journal.append(round_index, step, validate())
+                objective.train()
+            _save(path, identity, objective, optimizer, step, pending)
+            write_state(run_dir, "running", round_index, step)
+            on_checkpoint()
+        if stopping:
+            break
+    progress.close()
+    return step
+
+
+def find_lr(config: Config, step: int, steps: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then polynomial decay to zero.
+
+    Source: Isensee et al. 2021 (nnU-Net), the exponent of 0.9.
+    """
+    warmup = max(1, round(config.train.warmup * steps))
+    rising = min(1.0, (step + 1) / warmup)
+    return float(config.train.lr * rising * (1.0 - step / steps) ** 0.9)
+
+
+def _seed_step(seed: int, round_index: int, step: int) -> torch.Generator:
+    """Seed dropout and stochastic depth of a step; return the generator of its mixing."""
+    torch.manual_seed(seed_from(seed, round_index, step, "noise"))
+    return torch.Generator().manual_seed(seed_from(seed, round_index, step, "mixing"))
+
+
+def _move(part: dict[str, Tensor] | None, device: torch.device) -> dict[str, Tensor] | None:
+    """Bring a part of a batch to the device."""
+    if part is None:
+        return None
+    return {key: value.to(device, non_blocking=True) for key, value in part.items()}
+
+
+def _collect(
+    pending: Sums,
+    terms: Mapping[str, Tensor],
+    loss: Tensor,
+    norm: Tensor,
+    objective: nn.Module,
+    nonfinite: int,
+) -> None:
+    """Add the numbers of a step to the sums until the next line of the journal."""
+    pending["steps"] += 1
+    pending["monitors/nonfinite"] += int(nonfinite > 0)
+    if nonfinite:
+        return
+    values = {f"losses/{name}": float(term.detach()) for name, term in terms.items()}
+    values |= {"losses/total": float(loss.detach()), "monitors/grad_norm": float(norm)}
+    monitors: Mapping[str, float] = objective.monitors  # type: ignore[assignment]  # its contract
+    values |= {f"monitors/{name}": float(value) for name, value in monitors.items()}
+    for name, value in values.items():
+        pending[name] += value
+        pending[f"#{name}"] += 1
+
+
+def _average(pending: Sums, lr: float) -> dict[str, float]:
+    """Return the means since the last line of the journal, and start over."""
+    seconds, steps = pending.pop("seconds"), pending.pop("steps")
+    result = {
+        "monitors/data_wait": pending.pop("monitors/data_wait") / max(seconds, 1e-9),
+        "monitors/steps_per_second": steps / max(seconds, 1e-9),
+        "monitors/nonfinite": float(pending.pop("monitors/nonfinite")),
+        "monitors/lr": lr,
+    }
+    names = [name for name in pending if not name.startswith("#")]
+    result |= {name: pending[name] / pending[f"#{name}"] for name in names}
+    pending.clear()
+    return result
+
+
+def _save(
+    path: Path,
+    identity: str,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    pending: Sums,
+) -> None:
+    """Write the checkpoint atomically; the one before stands until the new one is whole."""
+    content = {
+        "identity": identity,
+        "step": step,
+        "pending": dict(pending),
+        "objective": objective.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write_file(path, lambda temporary: torch.save(content, temporary))
+
+
+def _load(
+    path: Path,
+    identity: str,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> tuple[int, Sums]:
+    """Restore a checkpoint; return its step and the sums that were pending."""
+    if not path.is_file():
+        return 0, Sums(float)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(
+            f"{path}: the checkpoint cannot be read ({error}); delete it to redo this round"
+        ) from error
+    if content["identity"] != identity:
+        raise InputError(
+            f"{path}: made with another plan or configuration; give another --run, or --restart"
+        )
+    objective.load_state_dict(content["objective"])
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"], Sums(float, content["pending"])
+
+
+class Progress:
+    """A bar with rate and remaining time on a terminal, a line now and then in a log."""
+
+    def __init__(self, round_index: int, first_step: int, steps: int) -> None:
+        self.name = f"round {round_index}"
+        self.first, self.steps = first_step, steps
+        self.started = time.monotonic()
+        self.bar: tqdm[Any] | None = None
+        self.warned = False
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=steps, initial=first_step, desc=self.name, unit="step", dynamic_ncols=True
+            )
+
+    def advance(self, step: int) -> None:
+        """Move the bar; in a log, tell the remaining time once, after 20 steps."""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        elif step - self.first == 20:
+            print(f"{self.name}: {self._remaining(step)} remaining of this round", flush=True)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the losses; in a log, print a line."""
+        losses = {k.removeprefix("losses/"): v for k, v in metrics.items() if "losses/" in k}
+        text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+        else:
+            rate = metrics["monitors/steps_per_second"]
+            head = f"{self.name}: step {step}/{self.steps}  {text}"
+            print(f"{head}  {rate:.2f} steps/s  ETA {self._remaining(step)}", flush=True)
+        if metrics["monitors/data_wait"] > HIGH_WAIT and not self.warned:
+            self.warned = True
+            print(
+                f"hint: {metrics['monitors/data_wait']:.0%} of the time goes into waiting for "
+                "data; more loader processes may help: train.workers=4",
+                file=sys.stderr,
+            )
+
+    def _remaining(self, step: int) -> str:
+        """Return the remaining time of the round as h:mm:ss."""
+        seconds = (time.monotonic() - self.started) / max(1, step - self.first)
+        left = int(seconds * (self.steps - step))
+        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,1 @@
+"""What happens to voxels: grids and preprocessing here, views and mixing beside them."""

@@ -1,0 +1,201 @@
+"""Grids: where voxels lie in the world, and the way from one grid to another and back.
+
+Legend: C channels, I J K voxel axes. An affine (4, 4) float64 takes the index of a voxel's
+centre to RAS+ world coordinates in mm. Arrays are sampled at voxel centres, in float64
+coordinates, by scipy: no normalized coordinates, so no half-voxel convention to get wrong, and
+axes of one voxel need no special case.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Affine = NDArray[np.float64]
+Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+_SLACK = 0.1  # voxels of the field of view that a grid may leave uncovered, both sides together
+_EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of their axes
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An array (C, I, J, K) with its affine (4, 4), voxel centre -> RAS+ world in mm."""
+
+    array: NDArray[Any]
+    affine: Affine
+
+    def __post_init__(self) -> None:
+        """Refuse an array that is not (C, I, J, K), and an affine that is not one."""
+        if self.array.ndim != 4:
+            raise ValueError(f"a volume is (C, I, J, K), got shape {self.array.shape}")
+        check_affine(self.affine)
+
+    @property
+    def shape(self) -> Shape:
+        """The voxel counts (I, J, K)."""
+        i, j, k = self.array.shape[1:]
+        return i, j, k
+
+    @property
+    def spacing(self) -> Spacing:
+        """The distance of neighboring voxels along I, J, K in mm."""
+        return grid_spacing(self.affine)
+
+
+def check_affine(affine: Affine) -> None:
+    """Refuse an affine that does not place voxels in space.
+
+    Raises:
+        ValueError: The affine is not (4, 4), not finite, or flattens the volume.
+    """
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise ValueError(f"an affine is a finite (4, 4) matrix, got {affine.tolist()}")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if lengths.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+        raise ValueError(f"the affine flattens the volume: {affine.tolist()}")
+
+
+def grid_spacing(affine: Affine) -> Spacing:
+    """Return the distance of neighboring voxels along I, J, K in mm."""
+    i, j, k = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
+    return i, j, k
+
+
+def cache_grid(shape: Shape, affine: Affine, spacing: Spacing) -> tuple[Shape, Affine]:
+    """Lay the grid of the cache over a scan.
+
+    The scan's own axes are kept (an oblique scan is not rotated: nothing is cut, nothing is
+    blurred), reordered and flipped so that I, J, K point as closely as possible to right,
+    anterior, superior. Both grids have the same centre; the new one covers the field of view
+    from outer voxel face to outer voxel face.
+
+    Args:
+        shape: Voxel counts (I, J, K) of the scan.
+        affine: Affine (4, 4) of the scan.
+        spacing: Spacing of the new grid along its own I, J, K in mm.
+
+    Returns:
+        Shape (I, J, K) and affine (4, 4) of the new grid.
+    """
+    order = np.argsort(nib.orientations.io_orientation(affine)[:, 0])
+    flips = nib.orientations.io_orientation(affine)[order, 1]
+    old_spacing = np.asarray(grid_spacing(affine))[order]
+    old_shape = np.asarray(shape)[order]
+    steps = np.asarray(spacing, dtype=np.float64)
+    counts = np.maximum(np.ceil(old_shape * old_spacing / steps - _SLACK), 1).astype(int)
+    grid = np.eye(4)
+    grid[:3, :3] = affine[:3, :3][:, order] * (flips / old_spacing * steps)
+    centre = affine[:3, :3] @ ((np.asarray(shape) - 1) / 2) + affine[:3, 3]
+    grid[:3, 3] = centre - grid[:3, :3] @ ((counts - 1) / 2)
+    return (int(counts[0]), int(counts[1]), int(counts[2])), grid
+
+
+def resample(
+    array: NDArray[Any],
+    affine: Affine,
+    to_shape: Shape,
+    to_affine: Affine,
+    mode: Literal["linear", "nearest"],
+) -> NDArray[Any]:
+    """Sample an array on another grid, by world coordinates.
+
+    Outside the array the nearest border value is taken. Grids that differ only in the order
+    and direction of their axes are copied without any interpolation.
+
+    Args:
+        array: Values (C, I, J, K).
+        affine: Affine (4, 4) of the array.
+        to_shape: Shape (I, J, K) of the new grid.
+        to_affine: Affine (4, 4) of the new grid.
+        mode: `linear` for images and probs, `nearest` for anything that must not be mixed.
+
+    Returns:
+        Values (C, *to_shape) in the dtype of `array`.
+    """
+    matrix: Affine = (
+        np.linalg.inv(affine) @ to_affine
+    )  # voxel of the new grid -> voxel of the old one
+    reordered = _reorder(array, matrix, to_shape)
+    if reordered is not None:
+        return reordered
+    result = np.empty((array.shape[0], *to_shape), dtype=array.dtype)
+    for source, target in zip(array, result, strict=True):
+        ndimage.affine_transform(
+            source,
+            matrix,
+            output_shape=to_shape,
+            output=target,
+            order=1 if mode == "linear" else 0,
+            mode="nearest",
+        )
+    return result
+
+
+def to_native(
+    probs: NDArray[np.float32], affine: Affine, native_shape: Shape, native_affine: Affine
+) -> NDArray[np.float32]:
+    """Bring probs from the cache grid back to the grid of the scan: the one way back.
+
+    Args:
+        probs: Class probabilities (C, I, J, K) on the cache grid.
+        affine: Affine (4, 4) of the cache grid.
+        native_shape: Shape (I, J, K) of the scan.
+        native_affine: Affine (4, 4) of the scan.
+
+    Returns:
+        Class probabilities (C, *native_shape), float32.
+
+    Raises:
+        ValueError: The grid that `probs` are on is not one that was laid over this scan.
+    """
+    shape = (probs.shape[1], probs.shape[2], probs.shape[3])
+    expected_shape, expected = cache_grid(native_shape, native_affine, grid_spacing(affine))
+    if shape != expected_shape or affines_differ(expected, affine, shape) > 1e-2:
+        raise ValueError(
+            f"probs of shape {shape} are not on the cache grid of this scan: "
+            f"expected shape {expected_shape}, affine {expected.tolist()}, got {affine.tolist()}"
+        )
+    native = resample(probs, affine, native_shape, native_affine, "linear")
+    assert native.shape == (probs.shape[0], *native_shape), "resample kept its promise"
+    return native.astype(np.float32, copy=False)
+
+
+def affines_differ(first: Affine, second: Affine, shape: Shape) -> float:
+    """Return how far two grids of one shape are apart: the largest distance of their corners.
+
+    Args:
+        first: Affine (4, 4) whose voxels are the unit.
+        second: Affine (4, 4).
+        shape: Shape (I, J, K) of both grids.
+
+    Returns:
+        The largest displacement over the 8 corner voxels, in voxels of `first`.
+    """
+    ends = [(0, size - 1) for size in shape]
+    corners = np.array([(*c, 1) for c in np.stack(np.meshgrid(*ends), -1).reshape(-1, 3)]).T
+    moved = np.linalg.solve(first, second @ corners)
+    return float(np.linalg.norm(moved[:3] - corners[:3], axis=0).max())
+
+
+def _reorder(array: NDArray[Any], matrix: Affine, to_shape: Shape) -> NDArray[Any] | None:
+    """Copy with axes reordered and flipped if that is all that `matrix` does, else None."""
+    turn = np.rint(matrix[:3, :3])
+    is_permutation = (np.abs(turn).sum(0) == 1).all() and (np.abs(turn).sum(1) == 1).all()
+    if not is_permutation:
+        return None
+    sources = np.abs(turn).argmax(0)  # new axis -> old axis
+    old_shape = tuple(array.shape[1 + source] for source in sources)
+    shift = np.where(turn.sum(1) < 0, np.asarray(array.shape[1:]) - 1, 0)
+    exact = np.eye(4)
+    exact[:3, :3], exact[:3, 3] = turn, shift
+    ends = np.asarray([*to_shape, 1.0]) * np.abs(matrix - exact)
+    if old_shape != to_shape or ends.sum(1).max() > _EXACT:
+        return None
+    result = np.transpose(array, (0, *(1 + sources)))
+    flipped = tuple(1 + axis for axis in range(3) if turn[sources[axis], axis] < 0)
+    return np.ascontiguousarray(np.flip(result, flipped))

@@ -1,0 +1,66 @@
+"""Weak and strong intensity views: MONAI transforms with a stated range for each.
+
+Images are normalized, so ranges are in standard deviations of the scan. Axes: C channels,
+I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.transforms import (
+    Compose,
+    RandAdjustContrast,
+    RandBiasField,
+    RandCoarseDropout,
+    RandGaussianNoise,
+    RandGaussianSmooth,
+    RandScaleIntensity,
+    RandShiftIntensity,
+    RandSimulateLowResolution,
+    Transform,
+)
+from torch import Tensor
+
+
+def build_intensity(strength: float) -> Compose:
+    """Build the intensity augmentation of labeled patches and, stronger, of strong views.
+
+    Args:
+        strength: 1 is nnU-Net's augmentation; 2 is the strong view; probabilities and ranges
+            grow with it.
+
+    Source: Isensee et al. 2021 (nnU-Net), supplementary note 4.
+    """
+    often = min(1.0, 0.15 * strength)
+    steps: list[Transform] = [
+        RandBiasField(prob=often, degree=3, coeff_range=(0.0, 0.1)),
+        RandGaussianSmooth((0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=often),
+        RandSimulateLowResolution(prob=often, zoom_range=(0.5, 1.0)),
+        RandScaleIntensity(factors=0.25 * strength, prob=min(1.0, 2 * often)),
+        RandShiftIntensity(offsets=0.2 * strength, prob=min(1.0, 2 * often)),
+        RandAdjustContrast(prob=min(1.0, 2 * often), gamma=(0.7, 1.5), retain_stats=True),
+        RandGaussianNoise(prob=often, std=0.15 * strength),
+    ]
+    return Compose(steps)
+
+
+def build_occlusion(patch_size: tuple[int, int, int], strength: float) -> Compose:
+    """Build the occlusion of strong views: up to three boxes of up to a quarter of each side."""
+    smallest = tuple(max(1, n // 10) for n in patch_size)
+    largest = tuple(max(2, n // 4) for n in patch_size)
+    drop = RandCoarseDropout(
+        holes=1,
+        max_holes=3,
+        spatial_size=smallest,
+        max_spatial_size=largest,
+        fill_value=0.0,
+        prob=min(1.0, 0.25 * strength),
+    )
+    return Compose([drop])
+
+
+def apply_seeded(transform: Compose, patch: Tensor, seed: int) -> Tensor:
+    """Return the patch (C, I, J, K) under the draw that belongs to the seed."""
+    transform.set_random_state(seed=seed % 2**32)
+    result = torch.as_tensor(transform(patch.clone()), dtype=torch.float32)
+    return result.as_subclass(Tensor)

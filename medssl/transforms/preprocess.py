@@ -1,0 +1,172 @@
+"""From a scan on its own grid to what the network sees: one stored recipe, applied for ever.
+
+Legend: C channels, I J K voxel axes. The recipe is decided once per plan, travels with the
+model, and is applied unchanged to every later scan. No statistic of a scan depends on a label.
+"""
+
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from medssl.config import IGNORE, InputError
+from medssl.transforms.geometry import Affine, Shape, Volume, cache_grid, resample
+
+_LOW, _HIGH = 0.5, 99.5  # percentiles between which the intensities of a scan are believed
+_EMPTY = 1 / 3  # share of exact zeros above which zero means: nothing was measured here
+
+
+class Normalization(BaseModel):
+    """How one channel is normalized.
+
+    `zscore`: clip to the scan's own 0.5 and 99.5 percentiles, subtract the mean, divide by the
+    standard deviation; over non-zero voxels if more than a third of them are exactly zero.
+    `ct`: clip to `low` and `high`, subtract `mean`, divide by `std`: numbers (in HU) that were
+    taken once from the labeled foreground, the same for every scan.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: Literal["zscore", "ct"]
+    low: float | None = None
+    high: float | None = None
+    mean: float | None = None
+    std: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = [x is not None for x in (self.low, self.high, self.mean, self.std)]
+        if self.kind == "zscore" and any(given):
+            raise ValueError("zscore takes its numbers from each scan: give none")
+        if self.kind == "ct" and not all(given):
+            raise ValueError("ct needs low, high, mean and std")
+        if self.low is not None and self.high is not None and self.low >= self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.std is not None and self.std <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
+        return self
+
+
+class Preprocessing(BaseModel):
+    """The recipe: spacing of the cache grid along right, anterior, superior in mm; channels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    spacing: tuple[float, float, float]
+    normalization: tuple[Normalization, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if min(self.spacing) <= 0:
+            raise ValueError(f"spacing must be above 0 mm, got {self.spacing}")
+        if not self.normalization:
+            raise ValueError("normalization needs one entry per channel, got none")
+        return self
+
+
+def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
+    """Normalize a scan and bring it to the cache grid.
+
+    The numbers of a z-score are taken on the native grid, so they do not depend on the spacing
+    that the plan chose.
+
+    Args:
+        volume: The scan (C, I, J, K) as read.
+        recipe: The stored recipe.
+
+    Returns:
+        The scan (C, I, J, K) float32 on its cache grid.
+
+    Raises:
+        InputError: The scan holds NaN or infinity, or other channels than the recipe.
+    """
+    num_channels = volume.array.shape[0]
+    if num_channels != len(recipe.normalization):
+        raise InputError(
+            f"the scan has {num_channels} channels, the model was made for "
+            f"{len(recipe.normalization)}: give the channels it was trained on, in their order"
+        )
+    num_bad = int(volume.array.size - np.count_nonzero(np.isfinite(volume.array)))
+    if num_bad:
+        raise InputError(
+            f"{num_bad} of {volume.array.size} voxels are NaN or infinite: "
+            "replace them (by the value of air or background) and try again"
+        )
+    normalized = np.empty(volume.array.shape, dtype=np.float32)
+    for index, how in enumerate(recipe.normalization):
+        normalized[index] = _normalize(volume.array[index], how)
+    shape, affine = cache_grid(volume.shape, volume.affine, recipe.spacing)
+    return Volume(resample(normalized, volume.affine, shape, affine, "linear"), affine)
+
+
+def preprocess_label(
+    label: NDArray[np.uint8], affine: Affine, grid_shape: Shape, grid_affine: Affine
+) -> NDArray[np.uint8]:
+    """Bring a label to the cache grid: each class linearly, then the largest; 255 stays 255.
+
+    Nearest neighbour leaves steps on oblique surfaces and loses thin structures; the share of
+    each class does not. Voxels whose nearest native voxel is ignored are ignored.
+
+    Args:
+        label: Classes (I, J, K), 255 = ignore.
+        affine: Affine (4, 4) of the label.
+        grid_shape: Shape (I, J, K) of the cache grid.
+        grid_affine: Affine (4, 4) of the cache grid.
+
+    Returns:
+        Classes (I, J, K) uint8 on the cache grid, 255 = ignore.
+    """
+    result = np.zeros(grid_shape, dtype=np.uint8)
+    largest = np.full(grid_shape, -1.0, dtype=np.float32)
+    for index in np.unique(label[label != IGNORE]):
+        one = (label == index).astype(np.float32)[None]
+        share = resample(one, affine, grid_shape, grid_affine, "linear")[0]
+        wins = share > largest
+        result[wins] = index
+        largest[wins] = share[wins]
+    if (label == IGNORE).any():
+        nearest = resample(label[None], affine, grid_shape, grid_affine, "nearest")[0]
+        result[nearest == IGNORE] = IGNORE
+    return result
+
+
+def measure_percentiles(volume: Volume) -> tuple[tuple[float, float, float], ...]:
+    """Return the 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
+
+    Used to say that a scan lies outside of what a model was trained on.
+    """
+    return tuple(
+        (float(low), float(middle), float(high))
+        for low, middle, high in (
+            np.percentile(channel, (_LOW, 50, _HIGH)) for channel in volume.array
+        )
+    )
+
+
+def _normalize(channel: NDArray[np.float32], how: Normalization) -> NDArray[np.float32]:
+    """Normalize one channel (I, J, K); a constant one becomes zero."""
+    if how.kind == "ct":
+        assert how.mean is not None, "validated"
+        assert how.std is not None, "validated"
+        return (np.clip(channel, how.low, how.high) - np.float32(how.mean)) / np.float32(how.std)
+    numbers = None
+    measured = channel[channel != 0]
+    if measured.size < (1 - _EMPTY) * channel.size:
+        numbers = _measure_zscore(measured)
+    numbers = numbers or _measure_zscore(channel.ravel())
+    if numbers is None:
+        return np.zeros(channel.shape, dtype=np.float32)
+    low, high, mean, std = numbers
+    return ((np.clip(channel, low, high) - mean) / std).astype(np.float32)
+
+
+def _measure_zscore(values: NDArray[np.float32]) -> tuple[float, float, float, float] | None:
+    """Return clip limits, mean and standard deviation of values (n,); None if all are equal."""
+    if values.size == 0 or values.min() == values.max():
+        return None
+    low, high = (float(limit) for limit in np.percentile(values, (_LOW, _HIGH)))
+    if low == high:  # a few bright voxels on an even ground: they are what there is to see
+        low, high = float(values.min()), float(values.max())
+    believed = np.clip(values.astype(np.float64), low, high)
+    return low, high, float(believed.mean()), float(believed.std())

@@ -1,0 +1,141 @@
+"""One spatial draw per patch: where it is cut, how it is turned, scaled, bent and flipped.
+
+Drawing is apart from applying, so image, probs and label of a patch see the same geometry and
+voxels of all views correspond. Axes: C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+ROTATION_DEGREES = 30.0
+SCALES = (0.7, 1.4)
+ELASTIC_NODES = 5
+ELASTIC_SHARE = 0.03  # standard deviation of a node's displacement, fraction of the patch
+
+
+@dataclass(frozen=True)
+class SpatialDraw:
+    """Where each voxel of a patch lies in the volume that it is cut from.
+
+    ``coordinates`` is (I, J, K, 3) float32, in voxels of the volume.
+    """
+
+    coordinates: Tensor
+
+    def sample(self, volume: NDArray[np.generic], nearest: bool) -> Tensor:
+        """Return the patch (C, I, J, K) float32 of a volume (C, I', J', K'); 0 outside of it."""
+        shape = np.array(volume.shape[1:])
+        flat = self.coordinates.reshape(-1, 3)
+        low = np.clip(np.floor(flat.amin(0).numpy()).astype(int), 0, shape - 1)
+        high = np.clip(np.ceil(flat.amax(0).numpy()).astype(int) + 1, low + 1, shape)
+        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        crop = torch.from_numpy(np.ascontiguousarray(volume[(slice(None), *box)], dtype=np.float32))
+        local = self.coordinates - torch.as_tensor(low, dtype=torch.float32)
+        size = torch.as_tensor(high - low, dtype=torch.float32)
+        # grid_sample wants (x, y, z) = (K, J, I) in [-1, 1]; an axis of one voxel has no extent
+        grid = torch.where(size > 1, 2 * local / (size - 1).clamp(min=1) - 1, 2 * local)
+        mode = "nearest" if nearest else "bilinear"
+        patch = F.grid_sample(
+            crop[None], grid.flip(-1)[None], mode=mode, padding_mode="zeros", align_corners=True
+        )
+        return patch[0]
+
+    def find_inside(self, shape: Sequence[int]) -> Tensor:
+        """Return (1, I, J, K) float32: 1 where the patch lies inside the volume, 0 in padding."""
+        limit = torch.tensor([float(n) - 1 for n in shape])
+        inside = ((self.coordinates > -0.5) & (self.coordinates < limit + 0.5)).all(-1)
+        return inside.float()[None]
+
+
+def draw_spatial(
+    rng: np.random.Generator,
+    shape: Sequence[int],
+    patch_size: Sequence[int],
+    target: Sequence[int] | None,
+    flips: Sequence[int],
+    strength: float = 1.0,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+) -> SpatialDraw:
+    """Draw the geometry of a patch.
+
+    Args:
+        rng: Source of the draw.
+        shape: Shape (I, J, K) of the volume, in voxels.
+        patch_size: Shape of the patch, in voxels.
+        target: A voxel that the patch shall contain, or None for a place anywhere.
+        flips: Axes that may be mirrored.
+        strength: 0 cuts and flips only; 1 is the full augmentation.
+        spacing: Voxel size in mm, so that rotations are rigid in mm.
+
+    Returns:
+        The draw; without rotation, scaling and bending its coordinates are whole numbers.
+
+    Source: rotation and scaling ranges of nnU-Net (Isensee et al. 2021, supplementary note 4).
+    """
+    size = np.array(patch_size)
+    start = _draw_start(rng, np.array(shape), size, target)
+    axes = [torch.arange(n, dtype=torch.float32) for n in patch_size]
+    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    centre = torch.as_tensor((size - 1) / 2, dtype=torch.float32)
+    offsets = offsets - centre
+    matrix = _draw_matrix(rng, strength, np.array(spacing, dtype=float))
+    for axis in range(3):
+        flipped = rng.random() < 0.5
+        if axis in flips and flipped:
+            matrix[:, axis] *= -1
+    offsets = offsets @ torch.as_tensor(matrix.T, dtype=torch.float32)
+    bent = rng.random() < 0.3 * min(strength, 1.0)
+    nodes = rng.standard_normal((1, 3, *[ELASTIC_NODES] * 3))
+    if bent:
+        nodes *= (ELASTIC_SHARE * strength * size)[None, :, None, None, None]
+        field = torch.as_tensor(nodes, dtype=torch.float32)
+        field = F.interpolate(field, size=tuple(patch_size), mode="trilinear", align_corners=True)
+        offsets = offsets + field[0].permute(1, 2, 3, 0)
+    return SpatialDraw(offsets + centre + torch.as_tensor(start, dtype=torch.float32))
+
+
+def _draw_start(
+    rng: np.random.Generator,
+    shape: NDArray[np.int_],
+    size: NDArray[np.int_],
+    target: Sequence[int] | None,
+) -> NDArray[np.int_]:
+    """Draw the first voxel of the patch: near the target, inside the volume where it fits."""
+    slack = shape - size
+    low, high = np.minimum(slack, 0), np.maximum(slack, 0)
+    anywhere: NDArray[np.int_] = rng.integers(low - size // 16, high + size // 16, endpoint=True)
+    jitter = rng.integers(-(size // 4), size // 4, endpoint=True)
+    if target is None:
+        return anywhere
+    wanted = np.array(target) - size // 2 + jitter
+    return np.minimum(np.maximum(wanted, low - size // 16), high + size // 16)
+
+
+def _draw_matrix(
+    rng: np.random.Generator, strength: float, spacing: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Draw rotation and scale as a matrix from patch to volume offsets, in voxels."""
+    matrix = np.eye(3)
+    angles = np.deg2rad(rng.uniform(-1, 1, 3) * ROTATION_DEGREES * strength)
+    exponents = rng.uniform(np.log(SCALES[0]), np.log(SCALES[1]), 3)
+    rotated, scaled, anisotropic = rng.random(3)
+    if rotated < 0.5 * min(strength, 1.0):
+        for axis, angle in enumerate(angles):
+            first, second = [other for other in range(3) if other != axis]
+            turn = np.eye(3)
+            turn[first, first] = turn[second, second] = np.cos(angle)
+            turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+            matrix = matrix @ turn
+    if scaled < 0.5 * min(strength, 1.0):
+        together = anisotropic < 0.5
+        factors = np.exp((np.repeat(exponents[:1], 3) if together else exponents) * strength)
+        matrix = matrix * factors[None, :]
+    return np.diag(1 / spacing) @ matrix @ np.diag(spacing)

@@ -1,0 +1,323 @@
+import multiprocessing
+import os
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medssl.config import IGNORE, InputError
+from medssl.data import cache
+from medssl.data.cache import CachedCase, build_cache
+from medssl.data.formats import Case
+from medssl.data.io import write_mask
+from medssl.transforms.geometry import to_native
+from medssl.transforms.preprocess import Normalization, Preprocessing
+
+RECIPE = Preprocessing(spacing=(1.0, 1.0, 2.0), normalization=(Normalization(kind="zscore"),))
+AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1, 0, -20], [0, 0, 2, 5], [0, 0, 0, 1]])
+
+
+def write_case(folder, case_id="a", seed=0, labeled=True):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(exist_ok=True)
+    image = folder / f"{case_id}_image.nii.gz"
+    label = folder / f"{case_id}_label.nii.gz"
+    nib.save(nib.Nifti1Image(rng.gamma(2, 100, (12, 10, 8)).astype(np.float32), AFFINE), image)
+    classes = rng.integers(0, 3, (12, 10, 8)).astype(np.uint8)
+    classes[:2] = IGNORE
+    write_mask(label, classes, AFFINE, (0, 4, 9))
+    return Case(case_id, (image,), label if labeled else None, case_id)
+
+
+def build(cases, folder, recipe=RECIPE, **options):
+    settings = {"label_values": (0, 4, 9), "ignore": 255, "num_channels": 1, **options}
+    return build_cache(cases, recipe, folder / "cache", **settings)
+
+
+_opened: set[str] | None = None
+
+
+def _note_open(event, arguments):
+    if event == "open" and _opened is not None:
+        _opened.add(os.path.basename(str(arguments[0])))
+
+
+sys.addaudithook(_note_open)  # cannot be removed: the fixture switches it
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Return the names of all files that are opened from now on, by whatever means."""
+    names: set[str] = set()
+    monkeypatch.setattr(sys.modules[__name__], "_opened", names)
+    return names
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Record which cases were preprocessed and which labels were read."""
+    seen = {"images": [], "labels": []}
+    read_image, read_label = cache.read_image, cache.read_label
+
+    def watch_image(paths, num_channels):
+        seen["images"].append(paths[0].name)
+        return read_image(paths, num_channels)
+
+    def watch_label(path, *options):
+        seen["labels"].append(path.name)
+        return read_label(path, *options)
+
+    monkeypatch.setattr(cache, "read_image", watch_image)
+    monkeypatch.setattr(cache, "read_label", watch_label)
+    return seen
+
+
+def test_an_entry_holds_image_label_and_geometry(tmp_path):
+    case = write_case(tmp_path / "data")
+    found = build([case], tmp_path)["a"]
+    assert isinstance(found.image(), np.memmap)
+    assert found.image().dtype == np.float16
+    assert found.image().shape == (1, *found.shape) == (1, 12, 10, 8)
+    assert found.native_shape == (12, 10, 8)
+    np.testing.assert_array_equal(found.native_affine, AFFINE)
+    assert found.spacing == (1, 1, 2)
+    raw = nib.load(case.images[0]).get_fdata()
+    np.testing.assert_allclose(found.percentiles, [np.percentile(raw, (0.5, 50, 99.5))], rtol=1e-5)
+    label = found.label()
+    assert label.dtype == np.uint8
+    assert set(np.unique(label)) == {0, 1, 2, IGNORE}
+
+
+def test_float16_keeps_the_image_to_a_thousandth(tmp_path):
+    case = write_case(tmp_path / "data")
+    found = build([case], tmp_path)["a"]
+    whole = cache.preprocess_image(cache.read_image(case.images, 1), RECIPE).array
+    np.testing.assert_allclose(found.image(), whole, rtol=1e-3, atol=1e-6)
+
+
+def test_the_voxel_lists_point_at_their_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "MAX_CLASS_VOXELS", 50)
+    found = build([write_case(tmp_path / "data")], tmp_path)["a"]
+    voxels = found.class_voxels()
+    assert set(voxels) == {1, 2}
+    for index, where in voxels.items():
+        assert where.dtype == np.int32
+        assert len(np.unique(where, axis=0)) == len(where) == 50
+        assert (found.label()[tuple(where.T)] == index).all()
+
+
+def test_the_second_time_nothing_is_preprocessed(tmp_path, watch):
+    cases = [write_case(tmp_path / "data", name, seed) for seed, name in enumerate("ab")]
+    first = build(cases, tmp_path)
+    second = build(cases, tmp_path)
+    assert watch == {
+        "images": ["a_image.nii.gz", "b_image.nii.gz"],
+        "labels": ["a_label.nii.gz", "b_label.nii.gz"],
+    }
+    for name in "ab":
+        assert second[name].folder == first[name].folder
+        np.testing.assert_array_equal(second[name].affine, first[name].affine)
+        assert second[name].percentiles == first[name].percentiles
+        assert second[name].native_shape == first[name].native_shape
+
+
+def test_a_changed_scan_is_preprocessed_again(tmp_path, watch):
+    case = write_case(tmp_path / "data")
+    before = np.array(build([case], tmp_path)["a"].image())
+    changed = write_case(tmp_path / "data", seed=5)
+    after = build([changed], tmp_path)["a"].image()
+    assert len(watch["images"]) == 2
+    assert not np.array_equal(before, after)
+
+
+def test_a_scan_of_the_same_size_and_time_does_not_fool_the_cache(tmp_path, watch):
+    case = write_case(tmp_path / "data")
+    path = tmp_path / "data" / "a.nii"
+    case = Case("a", (path,), None, "a")
+    for value in (1, 2):
+        array = np.arange(96, dtype=np.float32).reshape(4, 4, 6) ** value
+        nib.save(nib.Nifti1Image(array, AFFINE), path)
+        os.utime(path, (1e9, 1e9))
+        build([case], tmp_path)
+    assert len(watch["images"]) == 2
+
+
+def test_a_changed_label_is_read_again_and_the_image_is_not(tmp_path, watch):
+    case = write_case(tmp_path / "data")
+    build([case], tmp_path)
+    write_mask(case.label, np.full((12, 10, 8), 2, np.uint8), AFFINE, (0, 4, 9))
+    found = build([case], tmp_path)["a"]
+    assert (found.label() == 2).all()
+    assert set(found.class_voxels()) == {2}
+    assert len(watch["labels"]) == 2
+    assert len(watch["images"]) == 1
+
+
+def test_other_label_values_read_the_label_again(tmp_path):
+    case = write_case(tmp_path / "data")
+    first = np.array(build([case], tmp_path)["a"].label())
+    second = build([case], tmp_path, label_values=(0, 9, 4))["a"].label()
+    np.testing.assert_array_equal(first == 1, second == 2)
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "class_voxels.npz"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "other"])
+def test_a_damaged_file_is_silently_made_again(tmp_path, name, damage):
+    case = write_case(tmp_path / "data")
+    path = build([case], tmp_path)["a"].folder / name
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": whole[:-10], "empty": b"", "other": b"garbage" * 99}[damage])
+    found = build([case], tmp_path)["a"]
+    if name.endswith(".npy"):
+        assert path.read_bytes() == whole
+    assert set(found.class_voxels()) == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["meta.json", "label.json"])
+def test_an_entry_without_its_last_file_is_not_believed(tmp_path, watch, name):
+    case = write_case(tmp_path / "data")
+    path = build([case], tmp_path)["a"].folder / name
+    for damaged in ("", "[1]", "{}"):
+        path.write_text(damaged)
+        build([case], tmp_path)
+    assert len(watch["images" if name == "meta.json" else "labels"]) == 4
+
+
+def test_another_recipe_has_other_entries(tmp_path, monkeypatch):
+    case = write_case(tmp_path / "data")
+    first = build([case], tmp_path)["a"]
+    other = RECIPE.model_copy(update={"spacing": (2.0, 2.0, 2.0)})
+    second = build([case], tmp_path, other)["a"]
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    third = build([case], tmp_path)["a"]
+    assert len({first.folder, second.folder, third.folder}) == 3
+    assert first.image().shape == (1, 12, 10, 8)
+    assert second.image().shape == (1, 6, 5, 8)
+
+
+def test_an_unlabeled_case_opens_no_label_not_even_that_of_another_run(tmp_path, opened):
+    case = write_case(tmp_path / "data")
+    folder = build([case], tmp_path)["a"].folder
+    labels = {"a_label.nii.gz", "label.npy", "label.json", "class_voxels.npz"}
+    opened.clear()
+    found = build([case.without_label()], tmp_path)["a"]
+    assert found.folder == folder
+    assert found.label() is None
+    assert found.class_voxels() == {}
+    found.image()
+    assert {"a_image.nii.gz", "image.npy"} <= opened
+    assert not labels & opened
+    build([case], tmp_path)["a"].class_voxels()
+    assert labels <= opened, "the hook would have seen them"
+
+
+def test_an_unlabeled_case_gets_no_label_file(tmp_path):
+    found = build([write_case(tmp_path / "data", labeled=False)], tmp_path)["a"]
+    assert {path.name for path in found.folder.iterdir()} == {"image.npy", "meta.json"}
+
+
+def test_a_case_that_becomes_labeled_keeps_its_image(tmp_path, watch):
+    case = write_case(tmp_path / "data")
+    build([case.without_label()], tmp_path)
+    found = build([case], tmp_path)["a"]
+    assert found.label() is not None
+    assert len(watch["images"]) == 1
+
+
+def test_all_bad_cases_stand_in_one_message(tmp_path):
+    good = write_case(tmp_path / "data", "good")
+    gone = Case("gone", (tmp_path / "nowhere.nii.gz",), None, "gone")
+    label = tmp_path / "data" / "wide.nii.gz"
+    write_mask(label, np.zeros((13, 10, 8), np.uint8), AFFINE, (0,))
+    wide = Case("wide", good.images, label, "wide")
+    beside = tmp_path / "data" / "beside.nii.gz"
+    write_mask(beside, np.zeros((12, 10, 8), np.uint8), np.eye(4), (0,))
+    far = Case("far", good.images, beside, "far")
+    outside = Case("../up", good.images, None, "up")
+    with pytest.raises(InputError) as raised:
+        build([gone, good, wide, far, outside], tmp_path)
+    message = str(raised.value)
+    assert message.startswith("4 of 5 cases cannot be used:")
+    for part in ("gone: ", "nowhere.nii.gz", "wide: ", "(13, 10, 8)", "far: ", "voxels beside"):
+        assert part in message
+    assert "../up: " in message
+    assert not (tmp_path / "up").exists()
+
+
+def test_a_label_off_by_a_hair_is_taken_voxel_by_voxel(tmp_path):
+    case = write_case(tmp_path / "data")
+    straight = np.array(build([case], tmp_path)["a"].label())
+    classes = np.asarray(nib.load(case.label).dataobj)
+    hair = AFFINE.copy()
+    hair[:3, 3] += 0.03
+    nib.save(nib.Nifti1Image(classes, hair), case.label)
+    np.testing.assert_array_equal(build([case], tmp_path)["a"].label(), straight)
+
+
+def test_progress_is_reported_after_each_case(tmp_path):
+    cases = [write_case(tmp_path / "data", name) for name in "abc"]
+    seen = []
+    build(cases, tmp_path, report=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def build_in_a_process(case, folder, queue):
+    found: CachedCase = build([case], folder)["a"]
+    queue.put((np.array(found.image()).tobytes(), np.array(found.label()).tobytes()))
+
+
+def test_builders_of_the_same_entry_do_no_harm(tmp_path):
+    case = write_case(tmp_path / "data")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    builders = [
+        context.Process(target=build_in_a_process, args=(case, tmp_path, queue)) for _ in range(4)
+    ]
+    for builder in builders:
+        builder.start()
+    results = {queue.get(timeout=60) for _ in builders}
+    for builder in builders:
+        builder.join()
+    found = build([case], tmp_path)["a"]
+    assert results == {(np.array(found.image()).tobytes(), np.array(found.label()).tobytes())}
+    assert {path.name for path in found.folder.iterdir()} == {
+        "image.npy",
+        "meta.json",
+        "label.npy",
+        "class_voxels.npz",
+        "label.json",
+    }
+
+
+def test_a_map_that_is_open_survives_a_rebuild(tmp_path):
+    case = write_case(tmp_path / "data")
+    image = build([case], tmp_path)["a"].image()
+    before = image.copy()
+    build([write_case(tmp_path / "data", seed=3)], tmp_path)
+    np.testing.assert_array_equal(image, before)
+
+
+@pytest.mark.parametrize("angle", [0, 25], ids=["LPS", "oblique"])
+def test_a_box_comes_back_from_a_warm_cache_with_dice_above_99_percent(tmp_path, angle, watch):
+    turn = nib.eulerangles.euler2mat(np.radians(angle), np.radians(angle / 2), 0)
+    affine = nib.affines.from_matvec(turn @ np.diag([-0.9, -0.9, 2.5]), [11, -40, 900])
+    shape = (60, 56, 22)
+    box = np.zeros(shape, dtype=np.uint8)
+    box[14:44, 16:40, 5:16] = 1
+    nib.save(nib.Nifti1Image(box.astype(np.int16) * 500 + 20, affine), tmp_path / "box.nii.gz")
+    case = Case("box", (tmp_path / "box.nii.gz",), None, "box")
+    recipe = RECIPE.model_copy(update={"spacing": (1.0, 1.0, 1.0)})
+    build([case], tmp_path, recipe)
+    found = build([case], tmp_path, recipe)["box"]
+    assert len(watch["images"]) == 1
+    values = found.image().astype(np.float32)
+    foreground = (values - values.min()) / (values.max() - values.min())
+    probs = np.concatenate([1 - foreground, foreground])
+    native = to_native(probs, found.affine, found.native_shape, found.native_affine).argmax(0)
+    assert native.shape == shape
+    np.testing.assert_allclose(found.native_affine, affine, atol=1e-4)
+    assert 2 * (native & box).sum() / (native.sum() + box.sum()) >= 0.99

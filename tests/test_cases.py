@@ -1,0 +1,546 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from medssl.config import DataSection, InputError
+from medssl.data.cases import (
+    PARTS,
+    Case,
+    Dataset,
+    Splits,
+    read_dataset,
+    split_cases,
+    take,
+    take_test_with_labels,
+)
+
+
+def touch(root: Path, *names: str) -> Path:
+    """Make empty files: reading a layout opens no scan."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def write_json(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def ids(dataset: Dataset, *, labeled: bool) -> list[str]:
+    return [case.case_id for case in dataset.cases if (case.label is not None) == labeled]
+
+
+def refuse(root: Path, format: str = "auto") -> str:
+    with pytest.raises(InputError) as caught:
+        read_dataset(root, format)
+    return str(caught.value)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A current folder of its own, in which drafts are written."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# Medical Segmentation Decathlon
+
+
+def write_decathlon(root: Path, **changes: object) -> Path:
+    touch(root, *(f"imagesTr/s_{i}.nii.gz" for i in range(3)), "imagesTs/s_9.nii.gz")
+    touch(root, "labelsTr/s_0.nii.gz", "labelsTr/s_1.nii.gz")
+    training = [
+        {"image": f"./imagesTr/s_{i}.nii.gz", "label": f"./labelsTr/s_{i}.nii.gz"} for i in range(2)
+    ]
+    content = {
+        "name": "Spleen",
+        "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "spleen"},
+        "training": [*training, {"image": "./imagesTr/s_2.nii.gz"}],
+        "test": ["./imagesTs/s_9.nii.gz"],
+    }
+    write_json(root / "dataset.json", {**content, **changes})
+    return root
+
+
+def test_decathlon_gives_labeled_and_unlabeled_cases(tmp_path):
+    dataset = read_dataset(write_decathlon(tmp_path))
+    assert (dataset.format, dataset.name, dataset.channels) == ("decathlon", "Spleen", ("CT",))
+    assert dataset.labels == {0: "background", 1: "spleen"}
+    assert ids(dataset, labeled=True) == ["s_0", "s_1"]
+    assert ids(dataset, labeled=False) == ["s_2", "s_9"]
+    assert dataset.notes == ()
+    assert read_dataset(tmp_path / "dataset.json") == dataset
+
+
+def test_decathlon_label_file_that_is_gone_makes_an_unlabeled_case_and_a_note(tmp_path):
+    write_decathlon(tmp_path)
+    (tmp_path / "labelsTr/s_1.nii.gz").unlink()
+    dataset = read_dataset(tmp_path)
+    assert ids(dataset, labeled=True) == ["s_0"]
+    assert "1 label files" in dataset.notes[0]
+
+
+def test_decathlon_channel_files_are_found(tmp_path):
+    write_decathlon(tmp_path, modality={"0": "T1", "1": "T2"}, test=[])
+    (tmp_path / "imagesTr/s_0.nii.gz").unlink()
+    touch(tmp_path, "imagesTr/s_0_0000.nii.gz", "imagesTr/s_0_0001.nii.gz")
+    case = read_dataset(tmp_path).cases[0]
+    assert [path.name for path in case.images] == ["s_0_0000.nii.gz", "s_0_0001.nii.gz"]
+    assert case.case_id == "s_0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labels": {"one": "spleen"}}, "labels: expected"),
+        ({"modality": {"1": "CT"}}, "channels: expected the keys"),
+        ({"modality": "CT"}, "channels: expected names"),
+        ({"training": [{"label": "x.nii.gz"}, 3]}, "training[1]: expected an image, got 3"),
+        ({"training": {"image": "x"}}, "training: expected a list"),
+        ({"training": [{"image": "imagesTr/gone.nii.gz"}]}, "gone.nii.gz does not exist"),
+        ({"test": ["imagesTr/s_0.nii.gz"]}, "case_id s_0 stands 2 times"),
+    ],
+)
+def test_faults_of_a_decathlon_list_are_named(tmp_path, changes, expected):
+    assert expected in refuse(write_decathlon(tmp_path, **changes))
+
+
+# nnU-Net v2
+
+
+def write_nnunet(root: Path, **changes: object) -> Path:
+    names = [f"a_{i}_000{c}.nii.gz" for i in range(3) for c in range(2)]
+    touch(root, *(f"imagesTr/{name}" for name in names), "labelsTr/a_0.nii.gz")
+    touch(root, "imagesTs/b_0000.nii.gz", "imagesTs/b_0001.nii.gz", "labelsTs/b.nii.gz")
+    content = {
+        "channel_names": {"0": "T1", "1": "FLAIR"},
+        "labels": {"background": 0, "tumor": 2, "ignore": 3},
+        "file_ending": ".nii.gz",
+        "numTraining": 3,
+    }
+    write_json(root / "dataset.json", {**content, **changes})
+    return root
+
+
+def test_nnunet_folder_gives_channels_ignore_and_unlabeled_cases(tmp_path):
+    dataset = read_dataset(write_nnunet(tmp_path))
+    assert (dataset.format, dataset.channels) == ("nnunet", ("T1", "FLAIR"))
+    assert (dataset.labels, dataset.ignore) == ({0: "background", 2: "tumor"}, 3)
+    assert ids(dataset, labeled=True) == ["a_0"]
+    assert ids(dataset, labeled=False) == ["a_1", "a_2", "b"]
+    assert [path.name for path in dataset.cases[0].images] == ["a_0_0000.nii.gz", "a_0_0001.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"labels": {"background": 0, "whole": [1, 2]}}, "whole are regions"),
+        ({"file_ending": ".png"}, "got '.png'"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "the value 1 has several names"),
+        ({"labels": {"background": 0, "ignore": "x"}}, "ignore: expected a label value"),
+        ({"channel_names": {"0": "T1"}}, "a_0: expected 1 channels"),
+    ],
+)
+def test_faults_of_an_nnunet_folder_are_named(tmp_path, changes, expected):
+    assert expected in refuse(write_nnunet(tmp_path, **changes))
+
+
+def test_all_misnamed_files_of_an_nnunet_folder_are_named_at_once(tmp_path):
+    write_nnunet(tmp_path)
+    touch(tmp_path, "imagesTr/lone.nii.gz", "labelsTr/a_9.nii.gz", "imagesTr/c_0001.nii.gz")
+    message = refuse(tmp_path)
+    assert message.count("\n") == 3
+    assert "lone.nii.gz: has no channel number" in message
+    assert "imagesTr/c: expected 2 channels" in message
+    assert "label a_9: no image" in message
+
+
+# images/ labels/ [unlabeled/]
+
+
+def test_folders_give_labeled_and_unlabeled_cases_and_hidden_files_are_ignored(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii", "labels/a.nii", "unlabeled/c.nii.gz")
+    touch(tmp_path, "images/._a.nii.gz", "labels/._b.nii.gz", "images/.DS_Store", "images/x.txt")
+    dataset = read_dataset(tmp_path)
+    assert (dataset.format, dataset.labels, dataset.channels) == ("folders", None, ("",))
+    assert ids(dataset, labeled=True) == ["a"]
+    assert ids(dataset, labeled=False) == ["b", "c"]
+
+
+def test_folders_with_channel_numbers_are_grouped_by_their_labels(tmp_path):
+    touch(tmp_path, *(f"images/{name}_000{c}.nii.gz" for name in "ab" for c in range(2)))
+    touch(tmp_path, "labels/a.nii.gz", "unlabeled/u_0000.nii.gz", "unlabeled/u_0001.nii.gz")
+    dataset = read_dataset(tmp_path)
+    assert {case.case_id: len(case.images) for case in dataset.cases} == {"a": 2, "b": 2, "u": 2}
+
+
+def test_numbered_cases_are_not_taken_for_channels(tmp_path):
+    touch(tmp_path, "images/case_0000.nii.gz", "images/case_0001.nii.gz", "labels/case_0001.nii.gz")
+    dataset = read_dataset(tmp_path)
+    assert ids(dataset, labeled=True) == ["case_0001"]
+    assert dataset.channels == ("",)
+
+
+def test_a_label_of_another_name_is_an_error_with_the_nearest_image(tmp_path):
+    touch(tmp_path, "images/scan_01.nii.gz", "labels/scan_1.nii.gz", "labels/other.nii.gz")
+    message = refuse(tmp_path)
+    assert "2 problems" in message
+    assert "the nearest name there is scan_01" in message
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    touch(tmp_path, "images/a.nii", "images/a.nii.gz", "labels/a.nii")
+    assert "a.nii and a.nii.gz both" in refuse(tmp_path)
+
+
+def test_masks_beside_images_in_another_folder_are_not_overlooked(tmp_path, here):
+    touch(tmp_path / "set", "images/a.nii.gz", "images/b.nii.gz", "masks/a.nii.gz")
+    assert "2 cases, 1 with a mask" in refuse(tmp_path / "set")
+
+
+# lists
+
+
+def write_list(root: Path, text: str, name: str = "cases.csv") -> Path:
+    touch(root, "a.nii.gz", "b.nii.gz", "a2.nii.gz", "b2.nii.gz", "m.nii.gz")
+    (root / name).write_text(text, encoding="utf-8")
+    return root / name
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_list_is_read_with_any_delimiter_and_a_byte_order_mark(tmp_path, delimiter):
+    text = (
+        "\ufeffcase_id,image,image_1,label,patient_id,split,#note\n"
+        "x,a.nii.gz,a2.nii.gz,m.nii.gz,p1,Labeled,fine\n\n"
+        "y,b.nii.gz,b2.nii.gz,,,,\n"
+    )
+    path = write_list(tmp_path, text.replace(",", delimiter))
+    dataset = read_dataset(tmp_path)
+    assert dataset == read_dataset(path)
+    assert dataset.channels == ("", "")
+    x, y = dataset.cases
+    assert x == Case(
+        "x", (tmp_path / "a.nii.gz", tmp_path / "a2.nii.gz"), tmp_path / "m.nii.gz", "p1", "labeled"
+    )
+    assert (y.label, y.patient_id, y.split) == (None, "y", "")
+
+
+def test_json_list_declares_channels_labels_and_ignore(tmp_path):
+    touch(tmp_path, "a.nii.gz", "m.nii.gz")
+    rows = [{"case_id": "x", "image": "a.nii.gz", "label": "m.nii.gz", "split": None}]
+    plain = read_dataset(write_json(tmp_path / "list.json", rows))
+    assert (plain.format, plain.name, plain.labels) == ("list", "list", None)
+    content = {"cases": rows, "channels": ["T1", "T2"], "labels": {"4": "cyst"}, "ignore": 9}
+    dataset = read_dataset(write_json(tmp_path / "list.json", content))
+    assert dataset.channels == ("T1", "T2")
+    assert (dataset.labels, dataset.ignore) == ({0: "background", 4: "cyst"}, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "case_id,image,mask\nx,a.nii.gz,m.nii.gz\n",
+            "'mask'; did you mean 'label'?",
+        ),
+        ("case_id,image,lable\nx,a.nii.gz,m.nii.gz\n", "did you mean 'label'?"),
+        ("case_id,image,age\nx,a.nii.gz,4\n", "unknown column 'age'"),
+        ("id,image\nx,a.nii.gz\n", "there is no column 'case_id'"),
+        ("case_id,image,image_2\nx,a.nii.gz,b.nii.gz\n", "without a gap"),
+        ("case_id,image,image\nx,a.nii.gz,b.nii.gz\n", "column 'image' stands twice"),
+        ("case_id,image\nx,a.nii.gz,b.nii.gz\n", "line 2: 3 values for 2 columns"),
+        ("case_id,image,split\nx,a.nii.gz,train\n", "did you mean 'labeled'?"),
+        ("case_id,image,split\nx,a.nii.gz,test\n", "split is test, but there is no label"),
+        ("case_id,image,image_1\nx,a.nii.gz,\n", "image_1 is empty"),
+        ("case_id,image\n,a.nii.gz\n", "line 2: case_id is empty"),
+        ("case_id,image\nx/y,a.nii.gz\n", "slash"),
+        ("case_id,image\nx,a.txt\n", "a.txt does not exist"),
+        ("case_id,image\nx,cases.csv\n", "no NIfTI file"),
+        ("case_id,image,label\nx,a.nii.gz,mm.nii.gz\n", "did you mean"),
+        ("case_id,image\n", "lists no case"),
+        ("", "lists no case"),
+    ],
+)
+def test_faults_of_a_list_are_named(tmp_path, text, expected):
+    assert expected in refuse(write_list(tmp_path, text))
+
+
+def test_all_faults_of_a_list_are_named_at_once(tmp_path):
+    rows = "".join(f"c{i},gone{i}.nii.gz\n" for i in range(30))
+    message = refuse(write_list(tmp_path, f"case_id,image\n{rows}c0,a.nii.gz\n"))
+    assert "31 problems" in message
+    assert all(f"gone{i}.nii.gz does not exist" in message for i in range(30))
+    assert "c0 stands 2 times" in message
+
+
+def test_a_list_that_is_not_utf8_or_not_json_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"case_id,image\n\xff\xfe,x\n")
+    assert "UTF-8" in refuse(tmp_path / "a.csv")
+    (tmp_path / "a.json").write_text("{")
+    assert "cannot be read as JSON" in refuse(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"cases": [], "cases": []}')
+    assert "stands twice" in refuse(tmp_path / "a.json")
+    assert "no `training`" in refuse(write_json(tmp_path / "a.json", {"foo": 1}))
+
+
+def test_labels_given_by_the_user_replace_the_declared_ones(tmp_path):
+    dataset = read_dataset(write_decathlon(tmp_path), labels={255: "organ"})
+    assert dataset.labels == {0: "background", 255: "organ"}
+
+
+def test_patients_are_recognized_by_file_names(tmp_path):
+    touch(tmp_path, *(f"images/sub-01_ses-{i}.nii.gz" for i in (1, 2)))
+    touch(tmp_path, "images/patient007_frame01.nii.gz", "images/patient0071.nii.gz", "labels/.x")
+    patients = {case.case_id: case.patient_id for case in read_dataset(tmp_path).cases}
+    assert patients["sub-01_ses-1"] == patients["sub-01_ses-2"] == "sub-01"
+    assert patients["patient007_frame01"] == "patient007"
+    assert patients["patient0071"] == "patient0071"
+
+
+# wrong paths and unknown trees
+
+
+def test_a_missing_path_gets_its_nearest_sibling(tmp_path):
+    (tmp_path / "Task04_Hippocampus" / "imagesTr").mkdir(parents=True)
+    assert "did you mean" in refuse(tmp_path / "Task4_Hipocampus")
+    assert str(tmp_path / "Task04_Hippocampus") in refuse(tmp_path / "Task04_Hippocampu" / "x")
+
+
+def test_a_named_format_that_is_not_there_says_what_it_needs(tmp_path):
+    assert "needs dataset.json" in refuse(tmp_path, "decathlon")
+    assert "needs cases.csv or cases.json" in refuse(tmp_path, "list")
+
+
+def test_an_empty_folder_and_other_files_are_named(tmp_path, here):
+    (tmp_path / "set").mkdir()
+    assert "empty" in refuse(tmp_path / "set")
+    touch(tmp_path / "set", "a.png", "b.png")
+    assert "2 x .png" in refuse(tmp_path / "set")
+    assert list(here.iterdir()) == []
+
+
+def read_draft(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {row["case_id"]: row for row in csv.DictReader(file)}
+
+
+def test_patient_folders_give_a_draft_that_reads_as_a_list(tmp_path, here):
+    root = tmp_path / "mine"
+    touch(root, "patient01/t1.nii.gz", "patient01/t2.nii.gz", "patient01/mask.nii.gz")
+    touch(root, "patient02/t1.nii.gz", "patient02/t2.nii.gz", "patient02/._t1.nii.gz")
+    message = refuse(root)
+    assert "2 patients, 2 cases, 1 with a mask" in message
+    assert "patient01: patient01/t1.nii.gz + patient01/t2.nii.gz  mask patient01/mask" in message
+    assert "medssl check mine_cases.csv" in message
+    dataset = read_dataset(here / "mine_cases.csv")
+    assert dataset.name == "mine"
+    assert ids(dataset, labeled=True) == ["patient01"]
+    assert [path.name for path in dataset.cases[1].images] == ["t1.nii.gz", "t2.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "case_id"),
+    [
+        ("p1.nii.gz", "p1_seg.nii.gz", "p1"),
+        ("p1.nii.gz", "p1_label.nii", "p1"),
+        ("p1_image.nii.gz", "p1-mask.nii.gz", "p1_image"),
+        ("scans/p1.nii.gz", "segmentations/p1.nii.gz", "p1"),
+        ("imagesTr/p1_0000.nii.gz", "labelsTr/p1.nii.gz", "p1_0000"),
+        ("BraTS_1/BraTS_1_t1.nii.gz", "BraTS_1/BraTS_1_seg.nii.gz", "BraTS_1"),
+        ("p1/scan.nii.gz", "p1/segmentation.nii.gz", "p1"),
+        ("site/p1/t1.nii.gz", "site/p1/lesion_mask.nii.gz", "site_p1"),
+    ],
+)
+def test_masks_are_recognized_by_their_names(tmp_path, here, image, mask, case_id):
+    root = touch(tmp_path / "set", image, mask)
+    refuse(root)
+    row = read_draft(here / "set_cases.csv")[case_id]
+    assert Path(row["label"]) == root / mask
+    assert Path(row["image"]) == root / image
+
+
+def test_scans_of_one_name_in_many_folders_keep_apart(tmp_path, here):
+    names = [
+        f"site{s}/{kind}/t{i}.nii.gz" for s in "AB" for kind in ("scans", "masks") for i in "12"
+    ]
+    refuse(touch(tmp_path / "set", *names))
+    draft = read_draft(here / "set_cases.csv")
+    assert len(draft) == 4
+    assert all(
+        Path(row["image"]).parts[-3] == Path(row["label"]).parts[-3] for row in draft.values()
+    )
+
+
+def test_a_mask_without_a_scan_and_an_odd_number_of_images_are_told(tmp_path, here):
+    root = touch(tmp_path / "set", "p1/t1.nii.gz", "p1/t2.nii.gz", "p2/t1.nii.gz", "x_seg.nii.gz")
+    touch(root, "p3/t1.nii.gz", "p3/t2.nii.gz")
+    message = refuse(root)
+    assert "Masks that fit to no scan: x_seg.nii.gz" in message
+    assert "Most cases have 2 images, but not: p2 (1)" in message
+
+
+def test_a_draft_never_overwrites_another_file(tmp_path, here):
+    root = touch(tmp_path / "set", "p1.nii.gz", "p1_seg.nii.gz")
+    (here / "set_cases.csv").write_text("mine")
+    assert "set_cases_2.csv" in refuse(root)
+    assert "set_cases_2.csv" in refuse(root)  # the same draft is not written twice
+    assert (here / "set_cases.csv").read_text() == "mine"
+    assert len(list(here.iterdir())) == 2
+
+
+def test_a_dicom_folder_gets_the_line_that_converts_it(tmp_path, here):
+    root = tmp_path / "my study"
+    root.mkdir()
+    (root / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(10))
+    message = refuse(root)
+    assert f"dcm2niix -z y -o 'my study_nifti' '{root}'" in message
+
+
+# splits
+
+
+def make_dataset(rows: list[tuple[str, str, bool, str]]) -> Dataset:
+    """Make cases of (case_id, patient_id, has a label, split)."""
+    cases = [
+        Case(name, (Path(f"{name}.nii.gz"),), Path(f"{name}_m.nii.gz") if has else None, who, split)
+        for name, who, has, split in rows
+    ]
+    return Dataset("d", Path("d"), "list", tuple(cases), None, ("",))
+
+
+def make_labeled(number: int) -> Dataset:
+    return make_dataset([(f"c{i:03d}", f"c{i:03d}", True, "") for i in range(number)])
+
+
+def test_labeled_and_test_cases_are_drawn_and_the_rest_is_unlabeled():
+    splits = split_cases(make_labeled(200), DataSection(labeled=4, test=40), "auto")
+    assert [len(getattr(splits, part)) for part in PARTS] == [4, 156, 0, 40]
+
+
+def test_the_draw_moves_the_labeled_cases_only_and_split_seed_all():
+    dataset = make_labeled(60)
+    first = split_cases(dataset, DataSection(labeled=10, test=10), "auto")
+    draw = split_cases(dataset, DataSection(labeled=10, test=10, draw=1), "auto")
+    seed = split_cases(dataset, DataSection(labeled=10, test=10, split_seed=1), "auto")
+    assert (first.test, first.val) == (draw.test, draw.val)
+    assert first.labeled != draw.labeled
+    assert first.test != seed.test
+    assert first == split_cases(dataset, DataSection(labeled=10, test=10), "auto")
+
+
+@pytest.mark.parametrize(
+    ("labeled", "validation", "expected"),
+    [(4, "auto", 0), (5, "auto", 2), (20, "auto", 4), ("all", "auto", 6), (4, 1, 1), (20, 0, 0)],
+)
+def test_validation_cases_are_taken_out_of_the_labeled_ones(labeled, validation, expected):
+    splits = split_cases(make_labeled(30), DataSection(labeled=labeled), validation)
+    assert len(splits.val) == expected
+    assert len(splits.labeled) + expected == (30 if labeled == "all" else labeled)
+
+
+def test_what_a_list_says_stands():
+    rows = [(f"l{i}", f"l{i}", True, "labeled") for i in range(6)]
+    rows += [("t", "t", True, "test"), ("u", "u", True, "unlabeled"), ("v", "v", True, "val")]
+    splits = split_cases(make_dataset(rows), DataSection(), "auto")
+    assert splits.labeled == tuple(f"l{i}" for i in range(6))
+    assert (splits.unlabeled, splits.val, splits.test) == (("u",), ("v",), ("t",))
+    fewer = split_cases(make_dataset(rows), DataSection(labeled=2), "auto")
+    assert len(fewer.labeled) == 2
+    assert len(fewer.unlabeled) == 5
+    with pytest.raises(InputError, match=r"data\.test=3"):
+        split_cases(make_dataset(rows), DataSection(test=3), "auto")
+
+
+def test_unlabeled_scans_of_a_test_patient_are_left_out():
+    rows = [("a1", "a", True, "test"), ("a2", "a", False, ""), ("b", "b", True, "")]
+    splits = split_cases(make_dataset(rows), DataSection(), "auto")
+    assert (splits.labeled, splits.unlabeled, splits.test) == (("b",), (), ("a1",))
+
+
+def test_draws_that_are_too_large_say_so():
+    for data in (DataSection(labeled=9, test=2), DataSection(test=10), DataSection(test=11)):
+        with pytest.raises(InputError, match="labeled case"):
+            split_cases(make_labeled(10), data, "auto")
+    with pytest.raises(InputError, match="none of 1 cases has a label"):
+        split_cases(make_dataset([("a", "a", False, "")]), DataSection(), "auto")
+    with pytest.raises(InputError, match="validation=4"):
+        split_cases(make_labeled(4), DataSection(), 4)
+
+
+cases_of_patients = st.lists(
+    st.tuples(st.integers(0, 15), st.sampled_from([True, True, False])), min_size=15, max_size=40
+).map(
+    lambda rows: make_dataset(
+        [(f"c{i:02d}", f"p{who}", has, "") for i, (who, has) in enumerate(rows)]
+    )
+)
+
+
+@given(
+    dataset=cases_of_patients,
+    labeled=st.sampled_from(["all", 2, 3, 5]),
+    test=st.integers(0, 4),
+    validation=st.sampled_from(["auto", 0, 1]),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_splits_are_disjoint_keep_patients_together_and_ignore_file_order(
+    dataset, labeled, test, validation, seed, data
+):
+    section = DataSection(labeled=labeled, test=test, split_seed=seed, draw=seed)
+    try:
+        splits = split_cases(dataset, section, validation)
+    except InputError:
+        assume(False)
+    parts = [set(getattr(splits, part)) for part in PARTS]
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    patient = {case.case_id: case.patient_id for case in dataset.cases}
+    has_label = {case.case_id: case.label is not None for case in dataset.cases}
+    training, val, held = ({patient[c] for c in p} for p in (parts[0] | parts[1], *parts[2:]))
+    assert training.isdisjoint(val | held)
+    assert val.isdisjoint(held)
+    assert parts[0]
+    assert all(has_label[c] for c in parts[0] | parts[2] | parts[3])
+    shuffled = data.draw(st.permutations(dataset.cases))
+    again = Dataset("d", Path("d"), "list", tuple(shuffled), None, ("",))
+    assert split_cases(again, section, validation) == splits
+    assert Splits.from_json(json.loads(json.dumps({**splits.to_json(), "more": 1}))) == splits
+
+
+@given(number=st.integers(10, 40), seed=st.integers(0, 99))
+def test_a_larger_draw_of_single_patients_holds_the_smaller_one(number, seed):
+    dataset = make_labeled(number)
+    small, large = (
+        split_cases(dataset, DataSection(labeled=n, test=3, draw=seed), 0) for n in (3, 6)
+    )
+    assert set(small.labeled) < set(large.labeled)
+
+
+def test_labels_of_unlabeled_and_test_cases_cannot_be_taken():
+    dataset = make_labeled(20)
+    splits = split_cases(dataset, DataSection(labeled=5, test=4), "auto")
+    for part in ("unlabeled", "test"):
+        cases = take(dataset, splits, part)
+        assert cases
+        assert all(case.label is None for case in cases)
+        assert "_m.nii.gz" not in repr(cases)
+    assert all(
+        case.label for case in take(dataset, splits, "labeled") + take(dataset, splits, "val")
+    )
+    assert all(case.label for case in take_test_with_labels(dataset, splits))
+
+
+def test_splits_of_another_data_set_are_refused():
+    with pytest.raises(InputError, match="gone: is in the splits"):
+        take(make_labeled(2), Splits(("gone",), (), (), ()), "labeled")

@@ -1,0 +1,361 @@
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medssl.config import DataSection, InputError
+from medssl.data.cases import Case, Dataset, Splits, read_dataset, split_cases
+from medssl.data.check import CheckResult, check_dataset, find_labels
+
+SHAPE = (6, 7, 5)
+AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 3.0, 5], [0, 0, 0, 1]])
+LABELS = {0: "background", 1: "liver"}
+
+
+def write(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def make_image(seed: int, shape: Sequence[int] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(seed).normal(100, 20, shape).astype(np.float32)
+
+
+def make_label(value: int = 1, dtype: type = np.uint8) -> np.ndarray:
+    label = np.zeros(SHAPE, dtype)
+    label[2:4, 2:4, 2:4] = value
+    return label
+
+
+class Scans:
+    """A data set that a test fills case by case."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.cases = root, []
+
+    def add(self, part: str, image=None, label=None, patient="", channels=1, **where) -> str:
+        name = f"{part}_{len(self.cases)}"
+        images = [image] if channels == 1 else image
+        if image is None:
+            images = [make_image(len(self.cases))]
+        paths = [
+            write(self.root / f"{name}_{i}.nii.gz", array, where.get("affine", AFFINE))
+            for i, array in enumerate(images)
+        ]
+        mask = None
+        if part != "unlabeled":
+            array = make_label() if label is None else label
+            mask = write(self.root / f"{name}_m.nii.gz", array, where.get("label_affine", AFFINE))
+        self.cases.append(Case(name, tuple(paths), mask, patient or name, part))
+        return name
+
+    def check(self, labels=LABELS, channels=("MRI",), ignore=None) -> CheckResult:
+        dataset = Dataset("set", self.root, "list", tuple(self.cases), labels, channels)
+        return check_dataset(dataset, self.splits(), ignore)
+
+    def splits(self) -> Splits:
+        parts = ("labeled", "unlabeled", "val", "test")
+        return Splits(*(tuple(c.case_id for c in self.cases if c.split == p) for p in parts))
+
+
+@pytest.fixture
+def scans(tmp_path) -> Scans:
+    return Scans(tmp_path)
+
+
+def only(texts: Sequence[str]) -> str:
+    assert len(texts) == 1, texts
+    return texts[0]
+
+
+def test_a_sound_set_is_ok_and_shows_its_table(scans):
+    for part in ("labeled", "labeled", "unlabeled", "val", "test"):
+        scans.add(part)
+    result = scans.check()
+    assert (result.problems, result.warnings, result.notes) == ((), (), ())
+    result.raise_problems()
+    text = result.render()
+    assert text.splitlines()[-1] == "OK"
+    rows = {line[:36].strip(): line[36:].split() for line in text.splitlines()}
+    assert rows["spacing I, mm"] == ["2", "2", "2"]
+    assert rows["spacing K, mm"] == ["3", "3", "3"]
+    assert rows["shape J, voxels"] == ["7", "7", "7"]
+    assert rows["over 4 cases"] == ["min", "median", "max"]
+    assert rows["liver"] == ["1", "3", "0.072", "0.072", "0.072"]  # 8 voxels of 2 x 1.5 x 3 mm
+    assert "MRI, 99.5 % of voxels below" in rows
+
+
+def test_percentiles_are_those_of_the_voxels(scans):
+    image = np.arange(np.prod(SHAPE), dtype=np.float32).reshape(SHAPE)
+    scans.add("labeled", image)
+    (facts,) = scans.check().facts
+    np.testing.assert_allclose(facts.percentiles, [np.percentile(image, (0.5, 50, 99.5))])
+
+
+def test_header_noise_passes_and_a_tenth_of_a_voxel_does_not(scans):
+    scans.add("labeled", label_affine=AFFINE + 1e-6)
+    assert scans.check().problems == ()
+    moved = AFFINE.copy()
+    moved[2, 3] += 0.33  # 0.11 voxels of 3 mm
+    name = scans.add("labeled", label_affine=moved)
+    problem = only(scans.check().problems)
+    assert problem.startswith(f"{name}: ")
+    assert "0.11 voxels" in problem
+    assert "0, 0, 3, 5]" in problem
+    assert "0, 0, 3, 5.33]" in problem
+
+
+def test_a_small_turn_that_moves_only_the_far_corners_is_found(scans):
+    turned = AFFINE.copy()
+    turned[0, 1] = 0.08
+    scans.add("labeled", label_affine=turned)
+    assert "voxels beside the image" in only(scans.check().problems)
+
+
+def test_shape_mismatch_names_both_shapes(scans):
+    name = scans.add("labeled", label=np.ones((6, 7, 4), np.uint8))
+    problem = only(scans.check().problems)
+    assert name in problem
+    assert "(6, 7, 5)" in problem
+    assert "(6, 7, 4)" in problem
+
+
+def test_undeclared_values_are_named_by_value_and_case(scans):
+    first, second = (scans.add("labeled", label=make_label(205)) for _ in range(2))
+    third = scans.add("val", label=make_label(7))
+    problems = scans.check().problems
+    assert len(problems) == 2
+    assert f"label value 7 is not declared: {third} (8 voxels)" in problems[0]
+    assert f"{first} (8 voxels), {second} (8 voxels)" in problems[1]
+    assert "data.labels.205=name" in problems[1]
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
+def test_masks_of_0_and_255_get_the_offer(scans, labels):
+    scans.add("labeled", label=make_label(255))
+    assert "data.labels.255=name" in only(scans.check(labels).problems)
+    assert scans.check({0: "background", 255: "liver"}).problems == ()
+    assert scans.check(ignore=255).problems == ()
+
+
+def test_an_undeclared_255_beside_classes_may_mean_ignore(scans):
+    label = make_label()
+    label[0, 0, 0] = 255
+    scans.add("labeled", label=label)
+    assert "data.ignore=255" in only(scans.check(None).problems)
+    result = scans.check(None, ignore=255)
+    assert result.problems == ()
+    assert result.labels == {0: "background", 1: "class_1"}
+
+
+def test_fractions_are_problems_and_rounding_is_noted(scans):
+    rounded = scans.add("labeled", label=make_label(1, np.float64) * 0.9999999)
+    result = scans.check()
+    assert result.problems == ()
+    assert only(result.notes) == f"almost-integer label values were rounded: {rounded}"
+    name = scans.add("labeled", label=make_label(1, np.float32) * 0.5)
+    problem = only(scans.check().problems)
+    assert problem.startswith(name)
+    assert "0.5" in problem
+
+
+def test_an_image_in_place_of_a_label_is_recognized(scans):
+    values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
+    scans.add("labeled", label=values)
+    assert "are they images?" in only(scans.check(None).problems)
+
+
+def test_non_finite_voxels_are_counted(scans):
+    image = make_image(0)
+    image[0, 0, :2] = np.nan, np.inf
+    name = scans.add("unlabeled", image)
+    assert f"{name}: 2 of 210 voxels are NaN or infinite" in only(scans.check().problems)
+
+
+def test_all_bad_cases_are_collected_and_named(scans):
+    names = [scans.add(part) for part in ("labeled", "unlabeled", "test", "labeled", "unlabeled")]
+    truncated, corrupt, empty, header = (scans.cases[i].images[0] for i in range(4))
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+    content = bytearray(corrupt.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    corrupt.write_bytes(content)
+    empty.write_bytes(b"")
+    header.write_bytes(b"not a scan at all")
+    result = scans.check()
+    assert [problem.split(":")[0] for problem in result.problems] == [
+        names[0], names[3], names[1], names[2]
+    ]  # fmt: skip
+    assert result.render().splitlines()[-1] == "4 problems"
+    with pytest.raises(InputError) as caught:
+        result.raise_problems()
+    assert all(name in str(caught.value) for name in names[:4])
+
+
+def test_a_bad_label_is_named_beside_a_bad_image(scans):
+    name = scans.add("labeled")
+    for path in (*scans.cases[0].images, scans.cases[0].label):
+        path.write_bytes(b"")
+    assert [problem.split(":")[0] for problem in scans.check().problems] == [name, name]
+
+
+def test_channels_must_agree_and_be_as_many_as_declared(scans):
+    scans.add("labeled", [make_image(0), make_image(1)], channels=2)
+    assert scans.check(channels=("T1", "T2")).problems == ()
+    scans.add("labeled", make_image(2, (*SHAPE, 2)))
+    assert scans.check(channels=("T1", "T2")).problems == ()
+    scans.add("labeled", make_image(3, (*SHAPE, 3)))
+    scans.add("labeled", [make_image(4), make_image(5, (6, 7, 4))], channels=2)
+    problems = scans.check(channels=("T1", "T2")).problems
+    assert len(problems) == 2
+    assert "3" in problems[0]
+    assert "(6, 7, 4)" in problems[1]
+
+
+def test_4d_scans_without_declared_channels_get_a_hint(scans):
+    scans.add("labeled", make_image(0, (*SHAPE, 2)))
+    assert '{"channels": ["T1", "T2"]' in only(scans.check(channels=("",)).notes)
+
+
+def test_one_scan_in_two_parts_is_a_problem_and_twice_in_one_a_warning(scans):
+    image = make_image(0)
+    first, second = scans.add("unlabeled", image), scans.add("unlabeled", image)
+    result = scans.check()
+    assert result.problems == ()
+    assert f"{first} (unlabeled), {second} (unlabeled)" in only(result.warnings)
+    other = AFFINE.copy()
+    other[0, 3] = 99  # another header does not hide it
+    third = scans.add("test", image, affine=other, label_affine=other)
+    assert f"{third} (test)" in only(scans.check().problems)
+
+
+def test_a_patient_on_two_sides_is_a_problem_but_not_within_training(scans):
+    scans.add("labeled", patient="p1")
+    scans.add("unlabeled", patient="p1")
+    assert scans.check().problems == ()
+    name = scans.add("test", patient="p1")
+    problem = only(scans.check().problems)
+    assert problem.startswith("patient p1 stands on two sides")
+    assert f"{name} (test)" in problem
+
+
+def test_empty_labels_and_lost_classes_are_warned_of(scans):
+    empty = scans.add("labeled", label=np.zeros(SHAPE, np.uint8))
+    scans.add("labeled")
+    first, second = scans.check({0: "background", 1: "liver", 2: "cyst"}).warnings
+    assert first == f"labels without any foreground: {empty}"
+    assert "cyst (2)" in second
+
+
+def test_headers_that_say_nothing_and_flat_images_are_warned_of(scans):
+    scans.add("unlabeled", affine=np.eye(4))
+    scans.add("unlabeled", affine=np.diag([1000.0, 1000, 1000, 1]))
+    scans.add("unlabeled", np.full(SHAPE, 5, np.float32))
+    texts = scans.check().warnings
+    assert [text.split(":")[0] for text in texts] == [
+        "the header places no voxels (identity affine), 1 mm is assumed",
+        "spacing outside of 0.02 to 20 mm",
+        "images of a single value (99 % of the voxels at least)",
+    ]
+
+
+def test_labels_are_found_in_files_where_none_are_declared(scans):
+    scans.add("labeled", label=make_label(3))
+    scans.add("val", label=make_label(5))
+    scans.add("test", label=make_label(9))
+    dataset = Dataset("set", scans.root, "folders", tuple(scans.cases), None, ("",))
+    expected = {0: "background", 3: "class_3", 5: "class_5"}
+    assert find_labels(dataset, scans.splits()) == expected
+    assert find_labels(dataset, scans.splits(), ignore=5) == {0: "background", 3: "class_3"}
+    assert find_labels(replace(dataset, labels=LABELS), scans.splits()) == LABELS
+    assert scans.check(None).labels == expected
+
+
+_opened: list[str] | None = None
+
+
+def _record(event: str, args: tuple[object, ...]) -> None:
+    if event == "open" and _opened is not None:
+        _opened.append(str(args[0]))
+
+
+@pytest.fixture
+def opened() -> Iterator[list[str]]:
+    """The files that are opened during a test (an audit hook cannot be removed: it is muted)."""
+    global _opened
+    if not getattr(sys, "_medssl_audit", False):
+        sys.addaudithook(_record)
+        sys._medssl_audit = True
+    _opened = []
+    yield _opened
+    _opened = None
+
+
+def test_no_label_of_an_unlabeled_or_test_case_is_opened(scans, opened):
+    for part in ("labeled", "val", "test", "labeled"):
+        scans.add(part)
+    scans.cases[3] = replace(scans.cases[3], split="unlabeled")  # simulated: it has a label
+    for case in scans.cases[2:]:
+        case.label.write_bytes(b"poison")
+    opened.clear()
+    assert scans.check(None).problems == ()
+    dataset = Dataset("set", scans.root, "list", tuple(scans.cases), None, ("",))
+    find_labels(dataset, scans.splits())
+    assert [str(case.label) in opened for case in scans.cases] == [True, True, False, False]
+
+
+def test_cases_that_are_in_no_part_are_noted(scans):
+    scans.add("labeled")
+    scans.add("")
+    assert "left out" in only(scans.check().notes)
+
+
+def test_progress_is_reported_for_each_case(scans):
+    for _ in range(3):
+        scans.add("labeled")
+    seen = []
+    dataset = Dataset("set", scans.root, "list", tuple(scans.cases), LABELS, ("",))
+    check_dataset(dataset, scans.splits(), report=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(position=st.integers(0, 351), value=st.integers(0, 255))
+def test_a_damaged_header_never_ends_in_a_traceback(tmp_path, position, value):
+    scans = Scans(tmp_path)
+    name = scans.add("unlabeled")
+    path = write(tmp_path / "damaged.nii", make_image(0))
+    content = bytearray(path.read_bytes())
+    content[position] = value
+    path.write_bytes(content)
+    scans.cases[0] = replace(scans.cases[0], images=(path,))
+    assert all(problem.startswith(f"{name}: ") for problem in scans.check().problems)
+
+
+@pytest.mark.real
+@pytest.mark.skipif("MEDSSL_DATA" not in os.environ, reason="MEDSSL_DATA is not set")
+def test_the_hippocampus_set_is_ok():
+    dataset = read_dataset(Path(os.environ["MEDSSL_DATA"]) / "Task04_Hippocampus")
+    splits = split_cases(dataset, DataSection(labeled=4, test=40), "auto")
+    result = check_dataset(dataset, splits)
+    assert result.problems == ()
+    assert [seen.part for seen in result.facts].count("unlabeled") == 156
+    text = result.render()
+    assert "anterior" in text
+    assert "posterior" in text
+
+
+@pytest.mark.real
+@pytest.mark.skipif("MEDSSL_DATA" not in os.environ, reason="MEDSSL_DATA is not set")
+def test_dicom_folders_get_the_line_that_converts_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="dcm2niix -z y -o dicom_nifti") as caught:
+        read_dataset(Path(os.environ["MEDSSL_DATA"]) / "dicom")
+    assert "t2_oblique_study1" in str(caught.value)

@@ -1,0 +1,202 @@
+"""Comparison of arms: alignment by case, averaging of seeds, verdicts, readable text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from medssl.compare import compare
+from medssl.config import InputError
+from medssl.metrics import format_estimate
+
+BASE = [0.50, 0.60, 0.70, 0.40, 0.55, 0.65, 0.80, 0.75, 0.60, 0.70]
+
+
+def write_table(
+    folder: Path,
+    dice: Sequence[float | None],
+    first: int = 0,
+    classes: Sequence[str] = ("organ", "tumor"),
+    reference: float = 2.0,
+) -> Path:
+    """Write a per_case.csv in which every class of a case has the same dice."""
+    metrics = ("dice", "hd95_mm", "reference_ml", "missed")
+    lines = [",".join(["case_id", *(f"{m}/{c}" for m in metrics for c in classes), "dice"])]
+    for index, value in enumerate(dice, first):
+        cell = "" if value is None else str(value)
+        missed = int(value == 0.0)
+        cells = [v for v in (cell, "3.5", str(reference), str(missed)) for _ in classes]
+        lines.append(",".join([f"case{index:02d}", *cells, cell]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "per_case.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_runs_rounds_and_evaluation_folders_are_found(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_table(run / "evaluation", [v + 0.1 for v in BASE])
+    write_table(run / "evaluation" / "round_0", BASE)
+    (run / "round_0").mkdir()
+    paths = [run / "round_0", run, run / "evaluation" / "round_0", run / "evaluation/per_case.csv"]
+    text, rows = compare(paths)
+    means = [row["dice"]["mean"] for row in rows]
+    assert means == pytest.approx([0.625, 0.725, 0.625, 0.725])
+    assert rows[1]["difference"]["mean"] == pytest.approx(0.1)
+    assert rows[1]["verdict"] == "gain"
+    assert rows[2]["verdict"] == "no gain"
+    assert rows[0]["difference"] is None
+    assert "round_0" in text
+
+
+def test_the_text_shows_differences_and_verdicts_within_100_columns(tmp_path: Path) -> None:
+    long = "a_run_with_a_name_that_is_far_too_long_for_any_table"
+    write_table(tmp_path / long / "labels_only", BASE)
+    write_table(tmp_path / long / "evaluation", [v + 0.1 for v in BASE])
+    write_table(tmp_path / "short", [None, 0.0, *BASE[2:]])
+    text, rows = compare([tmp_path / long / "labels_only", tmp_path / long, tmp_path / "short"])
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "+0.100 [+0.100, +0.100]" in text
+    assert format_estimate(rows[0]["dice"]) in text
+    assert "3.50" in text
+    entry = rows[2]["classes"]["tumor"]
+    assert (entry["num_missed"], entry["dice"]["n"], entry["difference"]["num_dropped"]) == (
+        1,
+        9,
+        1,
+    )
+    gain = next(line for line in text.splitlines() if line.endswith(" gain"))
+    assert gain.startswith("..")
+    assert "no gain" in text
+
+
+def test_only_common_cases_are_compared_and_the_others_counted(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    b = write_table(tmp_path / "b", [v + 0.2 for v in BASE[4:]] + [0.1, 0.1], first=4)
+    text, rows = compare([a, b])
+    assert [row["n"] for row in rows] == [6, 6]
+    assert rows[1]["difference"]["mean"] == pytest.approx(0.2)
+    assert "6 cases, evaluated in all 2 arms; 6 others only in some are left out" in text
+    assert rows[1]["verdict"] == "not measured"
+    assert "a verdict needs 8 cases" in text
+
+
+def test_the_order_of_cases_in_a_table_does_not_matter(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    b = write_table(tmp_path / "b", [v + 0.1 for v in BASE])
+    head, *lines = (b / "per_case.csv").read_text().splitlines()
+    (b / "per_case.csv").write_text("\n".join([head, *reversed(lines)]) + "\n")
+    assert compare([a, b])[1][1]["difference"]["low"] == pytest.approx(0.1)
+
+
+def test_seeds_of_an_arm_are_averaged_within_a_case_first(tmp_path: Path) -> None:
+    base = write_table(tmp_path / "base", BASE)
+    up = write_table(tmp_path / "s0", [v + 0.19 for v in BASE])
+    down = write_table(tmp_path / "s1", [v - 0.17 for v in BASE])
+    text, rows = compare([base, f"student={up},{down}"])
+    row = rows[1]
+    assert (row["name"], row["num_tables"], row["n"]) == ("student", 2, 10)
+    # The seeds differ by 0.36, their mean within each case by 0: no spread is left.
+    for key in ("mean", "low", "high"):
+        assert row["difference"][key] == pytest.approx(0.01)
+    assert row["verdict"] == "gain"
+    assert "student (x2)" in text
+
+
+def test_an_absent_class_in_one_seed_does_not_count_as_zero(tmp_path: Path) -> None:
+    base = write_table(tmp_path / "base", BASE)
+    s0 = write_table(tmp_path / "s0", [None, *BASE[1:]])
+    s1 = write_table(tmp_path / "s1", BASE)
+    rows = compare([base, f"arm={s0},{s1}"])[1]
+    assert rows[1]["difference"]["mean"] == pytest.approx(0.0)
+    assert rows[1]["n"] == 10
+
+
+def test_seeds_with_other_cases_are_compared_on_the_common_ones(tmp_path: Path) -> None:
+    base = write_table(tmp_path / "base", BASE)
+    s0 = write_table(tmp_path / "s0", BASE)
+    s1 = write_table(tmp_path / "s1", BASE[:8])
+    text, rows = compare([base, f"arm={s0},{s1}"])
+    assert rows[1]["n"] == 8
+    assert "arm: 2 cases that not all of its evaluations have are left out" in text
+
+
+def test_classes_that_only_some_arms_have_are_left_out_of_the_mean(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE, classes=["organ", "tumor"])
+    b = write_table(tmp_path / "b", BASE, classes=["organ"])
+    text, rows = compare([a, b])
+    assert list(rows[0]["classes"]) == ["organ"]
+    assert "left out: tumor" in text
+    c = write_table(tmp_path / "c", BASE, classes=["vessel"])
+    with pytest.raises(InputError, match="no class in common"):
+        compare([a, c])
+
+
+def test_arms_without_a_common_case_are_refused(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    b = write_table(tmp_path / "b", BASE, first=50)
+    with pytest.raises(InputError, match="no case was evaluated in all 2 arms"):
+        compare([a, b])
+
+
+def test_the_same_case_id_with_another_reference_is_refused(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    b = write_table(tmp_path / "b", BASE, reference=2.5)
+    with pytest.raises(InputError, match="case00: the reference of 'organ' is 2 ml in a"):
+        compare([a, b])
+
+
+def test_a_path_without_an_evaluation_is_refused_with_the_command(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    (tmp_path / "run" / "round_0").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"medssl evaluate {tmp_path / 'run'}$"):
+        compare([a, tmp_path / "run" / "round_0"])
+    with pytest.raises(InputError, match="no such run"):
+        compare([a, tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="expected a path, or arm="):
+        compare([a, "arm="])
+    with pytest.raises(InputError, match="at least two"):
+        compare([a])
+
+
+def test_names_are_what_tells_the_arms_apart(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    write_table(run / "evaluation", BASE)
+    write_table(run / "evaluation" / "round_0", BASE)
+    write_table(run / "evaluation" / "round_1", BASE)
+    b = write_table(tmp_path / "runs" / "b" / "evaluation", BASE)
+
+    def names(*paths: str | Path) -> list[str]:
+        return [row["name"] for row in compare(paths)[1]]
+
+    assert names(run, b) == ["a", "b"]
+    assert names(run, run / "round_0") == ["a", "a/round_0"]
+    assert names(run / "round_0", run / "round_1") == ["a/round_0", "a/round_1"]
+    assert names(run / "round_0", f"seeds={run},{b}") == ["a/round_0", "seeds"]
+    assert names(run, run) == ["1: a", "2: a"]
+
+
+def test_a_case_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    text = (a / "per_case.csv").read_text()
+    (a / "per_case.csv").write_text(text + text.splitlines()[1] + "\n")
+    with pytest.raises(InputError, match="stands twice"):
+        compare([a, a])
+
+
+def test_a_folder_with_an_equals_sign_or_comma_in_its_name_is_a_path(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "lr=0,1", BASE)
+    b = write_table(tmp_path / "lr=0,2", BASE)
+    rows = compare([a, b])[1]
+    assert [row["name"] for row in rows] == ["lr=0,1", "lr=0,2"]
+
+
+def test_comparing_imports_neither_torch_nor_monai() -> None:
+    code = "import sys, medssl.compare; print({'torch', 'monai', 'mlflow'} & set(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"

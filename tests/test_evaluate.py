@@ -1,0 +1,475 @@
+"""Evaluation: tables, intervals, what is refused, and whose labels are opened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from medssl import evaluate
+from medssl.config import DataSection, InputError
+from medssl.data.cases import Case, read_dataset
+from medssl.data.io import read_label, write_mask
+from medssl.evaluate import (
+    evaluate_data,
+    evaluate_model,
+    evaluate_run,
+    render,
+    summarize,
+    tabulate,
+    write_tables,
+)
+from medssl.metrics import Row, case_metrics, read_table
+from medssl.networks.build import NetworkSpec, build_network
+from medssl.predict import ModelInfo, Prediction, load_model, save_model
+from medssl.transforms.preprocess import Normalization, Preprocessing
+
+AFFINE = np.diag([-1.0, 2.0, 0.5, 1.0])
+VALUES = (0, 3, 7)
+NAMES = {0: "background", 1: "organ", 2: "tumor"}
+COLUMNS = [
+    "case_id",
+    *(
+        f"{metric}/{name}"
+        for metric in (
+            "dice",
+            "hd95_mm",
+            "surface_dice",
+            "volume_ml",
+            "reference_ml",
+            "missed",
+        )
+        for name in ("organ", "tumor")
+    ),
+    "dice",
+]
+
+
+def quiet(line: str) -> None:
+    """Swallow the lines of progress."""
+
+
+def draw_label(seed: int) -> NDArray[np.uint8]:
+    """Draw a label (I, J, K) of class indices with an organ and a tumor in it."""
+    i, j, k = np.random.default_rng(seed).integers(1, 4, 3)
+    label = np.zeros((14, 12, 10), np.uint8)
+    label[i : i + 8, j : j + 6, k : k + 5] = 1
+    label[i + 2 : i + 4, j + 2 : j + 4, k + 2 : k + 4] = 2
+    return label
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve labeled scans and one without a label; the image holds the class indices."""
+    root = tmp_path / "scans"
+    (root / "images").mkdir(parents=True)
+    for index in range(13):
+        label = draw_label(index)
+        nib.save(
+            nib.Nifti1Image(label.astype(np.float32), AFFINE),
+            root / "images" / f"case{index:02d}.nii.gz",
+        )
+        if index < 12:
+            write_mask(root / "labels" / f"case{index:02d}.nii.gz", label, AFFINE, VALUES)
+    return root
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A model that reads the mask off the image; `shift` moves what it says along I."""
+    info = SimpleNamespace(label_values=VALUES, labels=NAMES)
+    model = SimpleNamespace(info=info, shift=0, predicted=[])
+
+    def predict(model: Any, images: tuple[Path, ...]) -> Prediction:
+        image = nib.load(images[0])
+        mask = np.roll(image.get_fdata().astype(np.uint8), model.shift, 0)
+        model.predicted.append(images[0].name)
+        probs = np.eye(3, dtype=np.float32)[mask].transpose(3, 0, 1, 2)
+        return Prediction(probs, mask, image.affine, None, ("spacing 9 mm",) if model.shift else ())
+
+    monkeypatch.setattr(evaluate, "predict_case", predict)
+    monkeypatch.setattr(evaluate, "load_model", lambda path, device: model)
+    return model
+
+
+def test_tables_and_masks_are_written_for_every_labeled_case(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    model.shift = 1
+    cases = read_dataset(data).cases
+    summary = evaluate_model(model, cases, tmp_path / "out", report=lines.append)
+    rows = read_table(tmp_path / "out" / "per_case.csv")
+    assert [row["case_id"] for row in rows] == [f"case{i:02d}" for i in range(12)]
+    assert list(rows[0]) == COLUMNS
+    assert rows[0]["hd95_mm/organ"] == pytest.approx(1.0)
+    assert rows[0]["reference_ml/tumor"] == pytest.approx(8 * 1.0 / 1000)
+    assert rows[0]["dice/organ"] == pytest.approx(2 * (7 * 30 - 4 * 2 - 4) / (2 * 232), abs=0.02)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert summary["num_cases"] == 12
+    assert summary["dice"]["n"] == 12
+    assert summary["dice"]["low"] <= summary["dice"]["mean"] <= summary["dice"]["high"]
+    assert summary["surface_tolerance_mm"] == {"low": 1.0, "high": 1.0}
+    assert summary["without_label"] == ["case12"]
+    assert summary["flags"]["case00"] == ["spacing 9 mm"]
+    assert any("independent" in note for note in summary["notes"])
+    assert any("case12" in line for line in lines)
+    assert lines[-1].startswith("[12/12] case11: dice 0.")
+    mask, affine = read_label(tmp_path / "out" / "predictions" / "case03.nii.gz", VALUES, None)
+    assert np.array_equal(mask, np.roll(draw_label(3), 1, 0))
+    assert np.allclose(affine, AFFINE)
+
+
+def test_a_perfect_model_scores_1_and_0(data: Path, model: Any, tmp_path: Path) -> None:
+    summary = evaluate_model(model, read_dataset(data).cases, tmp_path / "out", report=quiet)
+    assert summary["dice"]["mean"] == 1.0
+    assert summary["classes"]["tumor"]["hd95_mm"]["mean"] == 0.0
+    assert summary["num_missed"] == 0
+    assert "organ" in render(summary)
+
+
+def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
+    empty, both, organ = np.zeros((3, 4, 4, 4), np.uint8)
+    both[0], both[1] = 1, 2
+    organ[0] = 1
+    pairs = [(both, both), (organ, both), (both, organ), (organ, organ), (empty, empty)]
+    rows = [
+        tabulate(str(index), case_metrics(ours, theirs, (1.0, 1.0, 1.0), 3), {1: "a", 2: "b"})
+        for index, (ours, theirs) in enumerate(pairs)
+    ]
+    summary = summarize(rows)
+    b = summary["classes"]["b"]
+    counts = ("num_present", "num_missed", "num_false_alarms", "num_absent")
+    assert [b[key] for key in counts] == [2, 1, 1, 2]
+    assert (b["dice"]["mean"], b["dice"]["n"], b["dice"]["num_dropped"]) == (1 / 3, 3, 2)
+    assert b["hd95_mm"]["mean"] == pytest.approx(2 * np.sqrt(48) / 3)
+    assert (summary["dice"]["mean"], summary["dice"]["n"]) == ((1 + 0.5 + 0.5 + 1) / 4, 4)
+    assert summary["num_missed"] == 1
+    assert rows[4]["dice"] is None
+    text = render(summary)
+    line = next(line for line in text.splitlines() if line.startswith("b "))
+    assert line.split()[-3:] == ["1", "1", "2"]  # missed, false alarms, absent
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_without_spacing_columns_end_in_px() -> None:
+    mask = np.ones((3, 3, 3), np.uint8)
+    row = tabulate("x", case_metrics(mask, mask, None, 2), {1: "a"}, in_mm=False)
+    expected = ["hd95_px/a", "volume_px/a", "reference_px/a"]
+    assert [column for column in row if "_px" in column] == expected
+    assert not [column for column in row if "_mm" in column or "_ml" in column]
+    assert summarize([row])["classes"]["a"]["hd95_px"]["mean"] == 0.0
+    assert "hd95 (px)" in render(summarize([row]))
+
+
+def test_a_table_read_back_is_the_table_written(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"case_id": "a,b", "dice/x, y": 0.25, "missed/x, y": 0, "dice": None},
+        {"case_id": "c", "dice/x, y": None, "missed/x, y": 1, "dice": 0.5},
+    ]
+    write_tables(tmp_path, rows, {})
+    assert read_table(tmp_path / "per_case.csv") == rows
+    assert ",\n" in (tmp_path / "per_case.csv").read_text()
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "per_case.csv"
+    for text in ("name,dice\na,1\n", "case_id,dice\na,high\n"):
+        path.write_text(text)
+        with pytest.raises(InputError, match=r"per_case\.csv"):
+            read_table(path)
+    with pytest.raises(InputError, match=r"missing\.csv"):
+        read_table(tmp_path / "missing.csv")
+
+
+def test_ignored_voxels_count_in_no_metric(data: Path, model: Any, tmp_path: Path) -> None:
+    label = draw_label(0)
+    label[7:] = 255
+    write_mask(data / "labels" / "case00.nii.gz", label, AFFINE, VALUES, ignore=9)
+    case = read_dataset(data).cases[0]
+    summary = evaluate_model(model, [case], tmp_path, ignore=9, report=quiet)
+    assert summary["dice"]["mean"] == 1.0
+    row = read_table(tmp_path / "per_case.csv")[0]
+    assert row["volume_ml/organ"] == row["reference_ml/organ"]
+
+
+def test_all_bad_labels_are_named_before_the_first_prediction(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    moved = AFFINE.copy()
+    moved[0, 3] = 0.5
+    labels = data / "labels"
+    write_mask(labels / "case01.nii.gz", draw_label(1), moved, VALUES)
+    write_mask(labels / "case02.nii.gz", draw_label(2)[1:], AFFINE, VALUES)
+    write_mask(labels / "case03.nii.gz", draw_label(3), AFFINE, (0, 3, 5))
+    (labels / "case04.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(InputError) as error:
+        evaluate_model(model, read_dataset(data).cases, tmp_path / "out", report=quiet)
+    text = str(error.value)
+    assert "4 of 12" in text
+    assert "[0, 3, 7]" in text
+    assert all(f"case0{i}" in text for i in (1, 2, 3, 4))
+    assert "case05" not in text
+    assert "0.50 voxels" in text
+    assert model.predicted == []
+
+
+def test_cases_without_any_label_are_refused(data: Path, model: Any, tmp_path: Path) -> None:
+    cases = [case.without_label() for case in read_dataset(data).cases]
+    with pytest.raises(InputError, match="none of 13 cases"):
+        evaluate_model(model, cases, tmp_path, report=quiet)
+
+
+def test_an_interrupted_evaluation_leaves_no_table(
+    data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = read_dataset(data).cases
+    evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    predict = evaluate.predict_case
+
+    def fail(model: Any, images: tuple[Path, ...]) -> Prediction:
+        if "case05" in images[0].name:
+            raise FloatingPointError("the network gave logits that are not finite")
+        return predict(model, images)
+
+    monkeypatch.setattr(evaluate, "predict_case", fail)
+    with pytest.raises(FloatingPointError, match="case05: the network"):
+        evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    assert not (tmp_path / "out" / "per_case.csv").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_scans_of_one_patient_are_said_not_to_be_independent(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    cases = [
+        Case(c.case_id, c.images, c.label, patient_id="p1") for c in read_dataset(data).cases[:3]
+    ]
+    notes = evaluate_model(model, cases, tmp_path, report=quiet)["notes"]
+    assert any("3 cases are of 1 patients" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({3: "organ"}, "labels of the data"),
+        ({3: "organ", 7: "tumor", 8: "vessel"}, "vessel"),
+        ({3: "Tumor", 7: "organ"}, "'Tumor' is 3 in the data and 7 in the model"),
+    ],
+)
+def test_a_label_map_other_than_the_model_s_is_refused(
+    data: Path, model: Any, tmp_path: Path, labels: dict[int, str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate_data(
+            tmp_path, data, tmp_path / "out", data=DataSection(labels=labels), report=quiet
+        )
+
+
+def test_data_with_the_model_s_label_map_is_evaluated(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    labels = {3: "Organ", 7: "lesion"}  # other names for the same values are no obstacle
+    summary = evaluate_data(
+        tmp_path, data, tmp_path / "out", data=DataSection(labels=labels), report=quiet
+    )
+    assert summary["num_cases"] == 12
+    assert summary["dataset"] == "scans"
+    assert summary["trained_on"] == []
+
+
+RunMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunMaker:
+    """Make a run folder whose rounds shift their masks by `shifts`, the last one delivered."""
+
+    def make(shifts: list[int], num_test: int = 9) -> Path:
+        run = tmp_path / "run"
+        for index, shift in enumerate(shifts):
+            for folder in (run / f"round_{index}", run):  # the last round is what is delivered
+                (folder / "model").mkdir(parents=True, exist_ok=True)
+                (folder / "model" / "weights.safetensors").write_text(f"{index} {shift}")
+            (run / f"round_{index}" / "done.json").write_text("{}")
+        ids = [f"case{i:02d}" for i in range(13)]
+        splits = {
+            "labeled": ids[:1],
+            "val": ids[1:2],
+            "unlabeled": [*ids[2 : 12 - num_test], ids[12]],
+            "test": ids[12 - num_test : 12],
+            "dataset": {"name": "scans", "root": str(data), "num_cases": 13},
+        }
+        (run / "splits.json").write_text(json.dumps(splits))
+        (run / "config.yaml").write_text("data:\n  labels: {3: organ, 7: tumor}\n")
+        summary = {"delivered": f"round_{len(shifts) - 1}", "baseline": {"round": 0, "steps": 60}}
+        (run / "summary.json").write_text(json.dumps(summary))
+        return run
+
+    def load(path: Path, device: str) -> SimpleNamespace:
+        shift = int((path / "model" / "weights.safetensors").read_text().split()[1])
+        loaded.append(path)
+        info = SimpleNamespace(label_values=VALUES, labels=NAMES)
+        return SimpleNamespace(info=info, shift=shift, predicted=[])
+
+    loaded: list[Path] = []
+    monkeypatch.setattr(evaluate, "load_model", load)
+    return make
+
+
+def test_a_run_is_evaluated_on_its_test_cases_round_by_round(
+    model: Any, make_run: RunMaker
+) -> None:
+    run = make_run([2, 1, 0])
+    summary = evaluate_run(run, report=quiet)
+    assert summary["delivered"] == "round_2"
+    assert list(summary["rounds"]) == ["round_0", "round_1", "round_2"]
+    assert summary["rounds"]["round_2"] == 1.0
+    assert summary["rounds"]["round_0"] < summary["rounds"]["round_1"] < 1.0
+    assert summary["paired"]["mean"] == pytest.approx(1.0 - summary["rounds"]["round_0"])
+    assert (summary["paired"]["n"], summary["verdict"]) == (9, "gain")
+    assert summary["statement"].startswith("gain: dice of the delivered model (round_2) minus")
+    assert "60 steps" in summary["statement"]
+    assert summary["statement"] in render(summary)
+    assert json.loads((run / "evaluation" / "summary.json").read_text()) == summary
+    for name in ("round_0", "round_1", "round_2"):
+        rows = read_table(run / "evaluation" / name / "per_case.csv")
+        assert [row["case_id"] for row in rows] == [f"case{i:02d}" for i in range(3, 12)]
+        content = json.loads((run / "evaluation" / name / "summary.json").read_text())
+        assert content["dice"]["mean"] == summary["rounds"][name]
+        assert "verdict" not in content
+        assert not (run / "evaluation" / name / "predictions").exists()
+    assert len(list((run / "evaluation" / "predictions").iterdir())) == 9
+
+
+def test_the_delivered_model_is_predicted_once_where_it_is_a_round(
+    model: Any, make_run: RunMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([1, 0])
+    calls: list[tuple[Path, ...]] = []
+    predict = evaluate.predict_case
+
+    def count(model: Any, images: tuple[Path, ...]) -> Prediction:
+        calls.append(images)
+        return predict(model, images)
+
+    monkeypatch.setattr(evaluate, "predict_case", count)
+    evaluate_run(run, report=quiet)
+    assert len(calls) == 2 * 9
+    tables = [run / "evaluation" / name / "per_case.csv" for name in (".", "round_1")]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("shifts", "num_test", "verdict"),
+    [
+        ([0, 1], 9, "no gain"),
+        ([1, 1], 9, "no gain"),
+        ([2, 0], 7, "not measured"),
+        ([0], 9, "not measured"),
+    ],
+)
+def test_the_verdict_is_not_comfortable(
+    model: Any, make_run: RunMaker, shifts: list[int], num_test: int, verdict: str
+) -> None:
+    summary = evaluate_run(make_run(shifts, num_test), report=quiet)
+    assert summary["verdict"] == verdict
+    assert summary["statement"].startswith(verdict)
+    if num_test < 8:
+        assert summary["paired"]["mean"] > 0
+        assert "on 7 test cases, a verdict needs 8" in summary["statement"]
+
+
+def test_a_run_without_test_cases_or_model_is_refused(model: Any, make_run: RunMaker) -> None:
+    run = make_run([0, 0])
+    (run / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"summary\.json"):
+        evaluate_run(run, report=quiet)
+    splits = json.loads((run / "splits.json").read_text())
+    (run / "splits.json").write_text(json.dumps({**splits, "test": []}))
+    with pytest.raises(InputError, match="no test cases"):
+        evaluate_run(run, report=quiet)
+
+
+def test_cases_that_a_run_was_trained_on_are_left_out_and_their_labels_unopened(
+    data: Path, model: Any, make_run: RunMaker, tmp_path: Path
+) -> None:
+    run = make_run([0, 0])
+    for index in range(3):  # labeled, validation, simulated-unlabeled
+        (data / "labels" / f"case{index:02d}.nii.gz").write_bytes(b"poison")
+    lines: list[str] = []
+    for path in (run, run / "round_1", run / "model"):
+        if path.name == "model":
+            (path / "model").mkdir()
+            (path / "model" / "weights.safetensors").write_text("0 0")
+        summary = evaluate_data(path, data, tmp_path / "out", report=lines.append)
+        assert summary["trained_on"] == ["case00", "case01", "case02", "case12"]
+        assert summary["num_cases"] == 9
+    assert any("4 cases are left out: the run was trained on them" in line for line in lines)
+
+
+def test_another_file_of_a_trained_case_s_name_is_remarked(
+    data: Path, model: Any, make_run: RunMaker, tmp_path: Path
+) -> None:
+    run = make_run([0, 0])
+    copy = tmp_path / "copy"
+    copy.symlink_to(data)
+    assert len(evaluate_data(run, copy, tmp_path / "out", report=quiet)["trained_on"]) == 4
+    copy.unlink()
+    data.rename(copy)
+    summary = evaluate_data(run, copy, tmp_path / "out", report=quiet)
+    assert summary["num_cases"] == 12
+    assert "if they are the same scans, this is no test" in summary["remarks"][0]
+
+
+def test_data_that_was_wholly_trained_on_is_refused(
+    data: Path, model: Any, make_run: RunMaker, tmp_path: Path
+) -> None:
+    run = make_run([0, 0])
+    splits = json.loads((run / "splits.json").read_text())
+    splits["labeled"], splits["test"] = splits["labeled"] + splits["test"], []
+    (run / "splits.json").write_text(json.dumps(splits))
+    with pytest.raises(InputError, match="none of 13 cases is labeled and new to the model"):
+        evaluate_data(run, data, tmp_path / "out", report=quiet)
+
+
+def test_a_real_model_folder_is_evaluated_end_to_end(data: Path, tmp_path: Path) -> None:
+    spec = NetworkSpec(
+        in_channels=1,
+        num_classes=3,
+        filters=(4, 8, 8),
+        kernels=((3, 3, 3),) * 3,
+        strides=((1, 1, 1), (2, 2, 2), (2, 2, 2)),
+    )
+    torch.manual_seed(0)
+    recipe = Preprocessing(spacing=(1.0, 1.0, 1.0), normalization=(Normalization(kind="zscore"),))
+    info = ModelInfo(
+        network=spec,
+        labels=NAMES,
+        label_values=VALUES,
+        channels=("MRI",),
+        preprocessing=recipe,
+        patch_size=(16, 16, 16),
+        flips=(),
+        precision="float32",
+    )
+    save_model(tmp_path / "model", build_network(spec), info)
+    out = tmp_path / "out"
+    summary = evaluate_data(tmp_path / "model", data, out, report=quiet)
+    assert summary["num_cases"] == 12
+    values = {int(v) for v in np.unique(nib.load(out / "predictions/case00.nii.gz").dataobj)}
+    assert values <= set(VALUES)
+    model = load_model(tmp_path / "model")
+    rows = read_table(out / "per_case.csv")
+    prediction = evaluate.predict_case(model, (data / "images" / "case00.nii.gz",)).mask
+    expected = case_metrics(prediction, draw_label(0), (1.0, 2.0, 0.5), 3)
+    assert rows[0]["dice/organ"] == pytest.approx(expected[1].dice, rel=1e-5)
+    assert rows[0]["hd95_mm/organ"] == pytest.approx(expected[1].hd95_mm, rel=1e-5)

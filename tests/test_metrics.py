@@ -1,0 +1,432 @@
+"""Metrics against values worked by hand, against MONAI, and against their laws."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDiceMetric
+from numpy.typing import NDArray
+from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.stats import bootstrap
+
+from medssl import metrics
+from medssl.metrics import (
+    bootstrap_mean,
+    case_metrics,
+    judge,
+    mean_dice,
+    paired_difference,
+    surface_tolerance,
+)
+
+Labels = NDArray[np.uint8]
+SPACING = (0.5, 1.0, 3.0)
+
+
+def box(*slices: tuple[int, int], shape: tuple[int, int, int] = (12, 12, 12)) -> Labels:
+    """A box of class 1 in an empty volume, given by (start, stop) along I, J, K."""
+    labels = np.zeros(shape, np.uint8)
+    labels[tuple(slice(*s) for s in slices)] = 1
+    return labels
+
+
+def blobs(seed: int, shape: tuple[int, int, int] = (9, 8, 7), num_classes: int = 3) -> Labels:
+    """Random class indices in a few overlapping boxes."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(shape, np.uint8)
+    for c in range(1, num_classes):
+        start = [int(rng.integers(0, n - 2)) for n in shape]
+        labels[tuple(slice(s, s + int(rng.integers(1, 6))) for s in start)] = c
+    return labels
+
+
+def test_boxes_shifted_along_the_thick_axis_have_known_values() -> None:
+    reference = box((2, 6), (2, 6), (2, 6))
+    prediction = box((2, 6), (2, 6), (3, 7))
+    m = case_metrics(prediction, reference, SPACING, 2)[1]
+    assert m.dice == pytest.approx(2 * 48 / 128)
+    # 56 surface voxels each, of which the 16 of the far face are one slice (3 mm) off: more
+    # than 5 %, so they are the 95th percentile.
+    assert m.hd95_mm == pytest.approx(3.0)
+    assert m.volume_ml == pytest.approx(64 * 1.5 / 1000)
+    assert m.reference_ml == pytest.approx(64 * 1.5 / 1000)
+    assert m.missed == 0
+
+
+@pytest.mark.parametrize(("axis", "shift", "expected"), [(0, 3, 1.5), (1, 2, 2.0), (2, 1, 3.0)])
+def test_hd95_of_a_shift_is_its_length_in_mm(axis: int, shift: int, expected: float) -> None:
+    reference = box((2, 8), (2, 8), (2, 8))
+    m = case_metrics(np.roll(reference, shift, axis), reference, SPACING, 2)[1]
+    assert m.hd95_mm == pytest.approx(expected)
+
+
+def test_single_voxels_are_as_far_apart_as_their_centers() -> None:
+    prediction, reference = box((1, 2), (1, 2), (1, 2)), box((7, 8), (5, 6), (5, 6))
+    m = case_metrics(prediction, reference, SPACING, 2)[1]
+    assert m.hd95_mm == pytest.approx(math.sqrt(3.0**2 + 4.0**2 + 12.0**2))  # 13 mm
+    assert m.dice == 0.0
+    assert m.surface_dice == 0.0
+    assert m.missed == 0
+
+
+def test_surface_dice_counts_surface_voxels_within_the_tolerance() -> None:
+    # One row of 4 against one of 6 voxels, 1 mm apart: only the last voxel is beyond 1 mm.
+    reference, prediction = box((2, 6), (2, 3), (2, 3)), box((2, 8), (2, 3), (2, 3))
+    spacing = (1.0, 1.0, 1.0)
+    assert case_metrics(prediction, reference, spacing, 2)[1].surface_dice == pytest.approx(9 / 10)
+    tight = case_metrics(prediction, reference, spacing, 2, tolerance=0.5)[1].surface_dice
+    assert tight == pytest.approx(8 / 10)
+    assert case_metrics(prediction, reference, spacing, 2, tolerance=2.0)[1].surface_dice == 1.0
+
+
+def test_the_tolerance_is_the_median_spacing_but_at_least_1_mm() -> None:
+    assert surface_tolerance((0.5, 0.7, 5.0)) == 1.0
+    assert surface_tolerance((0.5, 2.0, 5.0)) == 2.0
+    assert surface_tolerance(None) == 1.0
+
+
+def test_one_voxel_off_is_within_a_tolerance_of_one_voxel_despite_rounding() -> None:
+    spacing = (float(np.float32(1.1)), 1.1, 1.0999999)
+    reference = box((2, 3), (2, 6), (2, 6))
+    m = case_metrics(np.roll(reference, 1, 0), reference, spacing, 2)[1]
+    assert m.surface_dice == 1.0
+
+
+def test_a_missed_structure_is_penalized_and_counted() -> None:
+    m = case_metrics(box((0, 0)), box((2, 6), (2, 6), (2, 6)), (1.0, 2.0, 2.0), 2)[1]
+    diagonal = math.sqrt(12**2 + 24**2 + 24**2)  # 36 mm
+    assert (m.dice, m.hd95_mm, m.surface_dice, m.missed) == (0.0, diagonal, 0.0, 1)
+    assert (m.volume_ml, m.reference_ml) == (0.0, pytest.approx(0.256))
+
+
+def test_a_false_alarm_is_penalized_but_is_no_miss() -> None:
+    m = case_metrics(box((2, 6), (2, 6), (2, 6)), box((0, 0)), (1.0, 2.0, 2.0), 2)[1]
+    assert (m.dice, m.hd95_mm, m.surface_dice, m.missed) == (0.0, 36.0, 0.0, 0)
+
+
+def test_a_class_absent_in_both_is_not_applicable() -> None:
+    result = case_metrics(box((2, 6)), box((2, 6)), SPACING, 3)
+    assert (result[2].dice, result[2].hd95_mm, result[2].surface_dice) == (None, None, None)
+    assert result[2].missed == 0
+    assert mean_dice(result) == 1.0
+    assert mean_dice({2: result[2]}) is None
+
+
+def test_a_missed_structure_never_scores_as_perfect_however_many_are_missed() -> None:
+    reference = blobs(1, num_classes=4)
+    present = [c for c in range(1, 4) if (reference == c).any()]
+    result = case_metrics(np.zeros_like(reference), reference, SPACING, 4)
+    assert all(result[c].missed == 1 and (result[c].hd95_mm or 0) > 10 for c in present)
+
+
+def test_without_spacing_everything_is_in_voxels() -> None:
+    reference = box((2, 8), (2, 8), (2, 8))
+    m = case_metrics(np.roll(reference, 2, 2), reference, None, 2)[1]
+    assert m.hd95_mm == pytest.approx(2.0)
+    assert (m.volume_ml, m.reference_ml) == (216.0, 216.0)
+
+
+def test_ignored_voxels_change_nothing_whatever_is_predicted_there() -> None:
+    reference = box((2, 6), (2, 6), (2, 6))
+    reference[8:] = 255
+    prediction = np.roll(reference == 1, 1, 1).astype(np.uint8)
+    clean = case_metrics(prediction, reference, SPACING, 3)
+    noise = np.random.default_rng(0).integers(0, 3, reference.shape).astype(np.uint8)
+    noisy = np.where(reference == 255, noise, prediction)
+    assert case_metrics(noisy, reference, SPACING, 3) == clean
+    assert clean[1].volume_ml == clean[1].reference_ml == pytest.approx(64 * 1.5 / 1000)
+
+
+def test_the_border_of_the_annotation_is_no_surface() -> None:
+    # A bar that crosses into unannotated slices: cut there in both masks, off by 2 mm elsewhere.
+    reference = box((0, 12), (4, 6), (4, 6))
+    reference[6:] = 255
+    prediction = box((0, 12), (4, 6), (4, 6))
+    prediction[:, 4:6] = 0
+    prediction[:, 6:8, 4:6] = 1
+    m = case_metrics(prediction, reference, (1.0, 1.0, 1.0), 2)[1]
+    assert m.hd95_mm == pytest.approx(2.0)
+    # A cube annotated up to its middle: an own, ideal prediction of the whole scores 1 and 0.
+    cube = box((2, 8), (2, 8), (2, 8))
+    half = np.where(np.arange(12)[:, None, None] > 5, 255, cube).astype(np.uint8)
+    m = case_metrics(cube, half, SPACING, 2)[1]
+    assert (m.dice, m.hd95_mm, m.surface_dice) == (1.0, 0.0, 1.0)
+
+
+def test_structures_enclosed_by_ignored_voxels_are_still_measured() -> None:
+    reference = np.full((9, 9, 9), 255, np.uint8)
+    reference[3:6, 3:6, 3:6] = 1
+    prediction = np.zeros_like(reference)
+    prediction[3:6, 3:6, 3:5] = 1
+    m = case_metrics(prediction, reference, (1.0, 1.0, 1.0), 2)[1]
+    assert m.dice == pytest.approx(2 * 18 / 45)
+    assert m.hd95_mm == pytest.approx(1.0)
+
+
+def test_a_wholly_ignored_class_is_not_applicable() -> None:
+    reference = np.full((4, 4, 4), 255, np.uint8)
+    m = case_metrics(np.ones_like(reference), reference, SPACING, 2)[1]
+    assert (m.dice, m.volume_ml, m.reference_ml) == (None, 0.0, 0.0)
+
+
+def test_shapes_and_values_that_do_not_fit_are_refused() -> None:
+    volume = np.zeros((3, 3, 3), np.uint8)
+    with pytest.raises(ValueError, match="differ"):
+        case_metrics(volume[:2], volume, SPACING, 2)
+    with pytest.raises(ValueError, match=r"reference holds \[7\]"):
+        case_metrics(volume, volume + 7, SPACING, 2)
+    with pytest.raises(ValueError, match=r"prediction holds \[2\]"):
+        case_metrics(volume + 2, volume, SPACING, 2)
+    with pytest.raises(ValueError, match="spacing"):
+        case_metrics(volume, volume, (1.0, 0.0, 1.0), 2)
+
+
+def brute_force(
+    prediction: Labels, reference: Labels, c: int, spacing: tuple[float, float, float]
+) -> tuple[float, float]:
+    """Return hd95 and surface_dice by distance transforms of the uncropped volume."""
+    a, b = prediction == c, reference == c
+    a_edge, b_edge = a & ~binary_erosion(a), b & ~binary_erosion(b)
+    there = distance_transform_edt(~b_edge, sampling=spacing)[a_edge]
+    back = distance_transform_edt(~a_edge, sampling=spacing)[b_edge]
+    reach = surface_tolerance(spacing) + 1e-4
+    close = (there <= reach).sum() + (back <= reach).sum()
+    hd95 = max(np.percentile(there, 95), np.percentile(back, 95))
+    return float(hd95), float(close / (len(there) + len(back)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(a=st.integers(0, 10_000), b=st.integers(0, 10_000))
+def test_cropping_changes_no_value(a: int, b: int) -> None:
+    shape = (15, 13, 11)
+    prediction, reference = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    offset = [(a + b) % 7, a % 6, b % 5]  # touches the border of the image, or not
+    inner = tuple(slice(o, o + n) for o, n in zip(offset, (9, 8, 7), strict=True))
+    prediction[inner], reference[inner] = blobs(a), blobs(b)
+    for c, m in case_metrics(prediction, reference, SPACING, 3).items():
+        if (prediction == c).any() and (reference == c).any():
+            expected = brute_force(prediction, reference, c, SPACING)
+            assert (m.hd95_mm, m.surface_dice) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_monai_agrees_where_it_is_defined(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    smooth = torch.from_numpy(rng.normal(size=(2, 3, 16, 18, 14)))
+    for _ in range(3):
+        smooth = torch.nn.functional.avg_pool3d(smooth, 3, 1, 1)
+    smooth[1] = 0.5 * smooth[0] + 0.5 * smooth[1]
+    prediction, reference = smooth.argmax(1)
+    one_hot = [
+        torch.nn.functional.one_hot(x, 3).movedim(-1, 0)[None] for x in (prediction, reference)
+    ]
+    hd = HausdorffDistanceMetric(percentile=95, include_background=False)
+    surface = SurfaceDiceMetric([1.0003, 1.0003], include_background=False)
+    dice = DiceMetric(include_background=False)
+    spacing = (1.0, 0.8, 2.5)
+    ours = case_metrics(
+        prediction.numpy().astype(np.uint8), reference.numpy().astype(np.uint8), spacing, 3
+    )
+    expected_hd = hd(*one_hot, spacing=spacing)[0]
+    expected_surface = surface(*one_hot, spacing=spacing)[0]
+    expected_dice = dice(*one_hot)[0]
+    for c in (1, 2):
+        assert ours[c].hd95_mm == pytest.approx(float(expected_hd[c - 1]), rel=1e-5)
+        assert ours[c].surface_dice == pytest.approx(float(expected_surface[c - 1]), rel=1e-5)
+        assert ours[c].dice == pytest.approx(float(expected_dice[c - 1]), rel=1e-5)
+
+
+SEEDS = st.integers(0, 10_000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=SEEDS, b=SEEDS)
+def test_metrics_are_symmetric_but_for_missed(a: int, b: int) -> None:
+    there = case_metrics(blobs(a), blobs(b), SPACING, 3)
+    back = case_metrics(blobs(b), blobs(a), SPACING, 3)
+    for c in (1, 2):
+        assert there[c].dice == back[c].dice
+        assert there[c].hd95_mm == pytest.approx(back[c].hd95_mm)
+        assert there[c].surface_dice == pytest.approx(back[c].surface_dice)
+        assert (there[c].volume_ml, there[c].reference_ml) == (
+            back[c].reference_ml,
+            back[c].volume_ml,
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=SEEDS, b=SEEDS)
+def test_metrics_stay_within_their_bounds(a: int, b: int) -> None:
+    prediction = blobs(a)
+    diagonal = float(np.linalg.norm(np.array(SPACING) * prediction.shape))
+    for m in case_metrics(prediction, blobs(b), SPACING, 3).values():
+        if m.dice is None:
+            continue
+        assert m.hd95_mm is not None
+        assert m.surface_dice is not None
+        assert 0 <= m.dice <= 1
+        assert 0 <= m.surface_dice <= 1
+        assert 0 <= m.hd95_mm <= diagonal
+        assert m.missed == 0 or m.hd95_mm == diagonal
+
+
+@settings(max_examples=20, deadline=None)
+@given(a=SEEDS)
+def test_a_prediction_equal_to_the_reference_is_perfect(a: int) -> None:
+    for m in case_metrics(blobs(a), blobs(a), SPACING, 3).values():
+        assert (m.dice, m.hd95_mm, m.surface_dice, m.missed) in [
+            (1.0, 0.0, 1.0, 0),
+            (None, None, None, 0),
+        ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(a=SEEDS, b=SEEDS, order=st.permutations(range(3)), flipped=st.sets(st.integers(0, 2)))
+def test_turning_the_volume_with_its_spacing_changes_nothing(
+    a: int, b: int, order: list[int], flipped: set[int]
+) -> None:
+    def turn(labels: Labels) -> Labels:
+        return np.flip(labels.transpose(order), axis=tuple(flipped))
+
+    straight = case_metrics(blobs(a), blobs(b), SPACING, 3)
+    spacing = [SPACING[axis] for axis in order]
+    turned = case_metrics(turn(blobs(a)), turn(blobs(b)), spacing, 3)
+    for c in (1, 2):
+        assert turned[c].dice == straight[c].dice
+        assert turned[c].hd95_mm == pytest.approx(straight[c].hd95_mm)
+        assert turned[c].surface_dice == pytest.approx(straight[c].surface_dice)
+
+
+@settings(max_examples=20, deadline=None)
+@given(a=SEEDS, b=SEEDS, factor=st.floats(0.1, 10))
+def test_hd95_scales_with_the_spacing(a: int, b: int, factor: float) -> None:
+    once = case_metrics(blobs(a), blobs(b), SPACING, 2 + 1)
+    scaled = case_metrics(blobs(a), blobs(b), [factor * s for s in SPACING], 3)
+    for c in (1, 2):
+        if once[c].hd95_mm is not None:
+            assert scaled[c].hd95_mm == pytest.approx(factor * (once[c].hd95_mm or 0.0))
+        assert scaled[c].volume_ml == pytest.approx(factor**3 * once[c].volume_ml)
+
+
+def test_a_large_volume_is_measured_within_seconds() -> None:
+    index = np.indices((256, 256, 200), dtype=np.int16)
+    radius = sum((axis - 100) ** 2 for axis in index.astype(np.int32))
+    reference = (radius < 50**2).astype(np.uint8)
+    prediction = np.roll(reference, 4, 0)
+    start = time.perf_counter()
+    m = case_metrics(prediction, reference, (1.0, 1.0, 1.0), 2)[1]
+    assert time.perf_counter() - start < 10
+    assert m.hd95_mm == pytest.approx(4.0, abs=0.3)
+
+
+def test_the_interval_of_a_mean_agrees_with_scipy() -> None:
+    values = np.random.default_rng(1).normal(0.8, 0.1, 40)
+    ours = bootstrap_mean(values.tolist())
+    theirs = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile")
+    assert ours["mean"] == pytest.approx(values.mean())
+    assert ours["low"] == pytest.approx(theirs.confidence_interval.low, abs=2e-3)
+    assert ours["high"] == pytest.approx(theirs.confidence_interval.high, abs=2e-3)
+    assert (ours["n"], ours["num_dropped"]) == (40, 0)
+
+
+def test_the_interval_holds_the_true_mean_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        estimate = bootstrap_mean(rng.normal(0.0, 1.0, 30).tolist())
+        assert estimate["low"] is not None
+        assert estimate["high"] is not None
+        held += estimate["low"] <= 0.0 <= estimate["high"]
+    assert 180 <= held <= 200
+
+
+def test_missing_values_are_left_out_and_counted() -> None:
+    estimate = bootstrap_mean([0.5, None, 0.7, float("nan")])
+    assert estimate["mean"] == pytest.approx(0.6)
+    assert (estimate["n"], estimate["num_dropped"]) == (2, 2)
+    difference = paired_difference([0.5, None, 0.7], [0.4, 0.1, None])
+    assert difference["mean"] == pytest.approx(0.1)
+    assert (difference["n"], difference["num_dropped"]) == (1, 2)
+
+
+def test_too_few_values_give_no_interval() -> None:
+    assert bootstrap_mean([]) == {
+        "mean": None, "low": None, "high": None, "n": 0, "num_dropped": 0
+    }  # fmt: skip
+    one = paired_difference([0.5], [0.25])
+    assert (one["mean"], one["low"], one["high"], one["p"]) == (0.25, None, None, None)
+
+
+def test_the_same_values_give_the_same_interval() -> None:
+    values = np.random.default_rng(4).random(20).tolist()
+    assert bootstrap_mean(values) == bootstrap_mean(values)
+    assert bootstrap_mean(values, seed=1) != bootstrap_mean(values)
+
+
+def test_the_block_size_of_the_resampling_changes_no_shape() -> None:
+    values = np.linspace(0.0, 1.0, 5000)
+    assert metrics._resample_means(values, 0).shape == (metrics.NUM_RESAMPLES,)
+
+
+CASES = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=20)
+
+
+@settings(max_examples=20, deadline=None)
+@given(values=CASES)
+def test_the_mean_lies_in_its_interval_and_the_interval_in_the_range(values: list[float]) -> None:
+    estimate = bootstrap_mean(values)
+    assert estimate["low"] is not None
+    assert estimate["high"] is not None
+    assert estimate["mean"] is not None
+    assert min(values) - 1e-9 <= estimate["low"] <= estimate["high"] <= max(values) + 1e-9
+
+
+@settings(max_examples=20, deadline=None)
+@given(values=CASES, shift=st.floats(-1, 1, width=32))
+def test_the_paired_difference_sees_no_spread_between_cases(
+    values: list[float], shift: float
+) -> None:
+    difference = paired_difference([v + shift for v in values], values)
+    assert difference["low"] == pytest.approx(shift, abs=1e-6)
+    assert difference["high"] == pytest.approx(shift, abs=1e-6)
+
+
+def test_swapping_the_arms_mirrors_the_difference() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.random(15).tolist(), rng.random(15).tolist()
+    there, back = paired_difference(a, b), paired_difference(b, a)
+    assert (there["mean"] or 0) == pytest.approx(-(back["mean"] or 0))
+    assert (there["low"] or 0) == pytest.approx(-(back["high"] or 0), abs=1e-6)
+    assert there["p"] == back["p"]
+
+
+def test_pairs_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="same cases"):
+        paired_difference([0.1], [0.1, 0.2])
+
+
+def test_p_is_small_for_a_clear_difference_and_1_for_none() -> None:
+    base = [0.5, 0.6, 0.7, 0.4, 0.5, 0.6, 0.8, 0.7]
+    clear = paired_difference([v + 0.1 for v in base], base)["p"]
+    assert clear is not None
+    assert clear < 0.001
+    assert paired_difference(base, base)["p"] == 1.0
+
+
+def test_a_gain_needs_eight_cases_and_an_interval_above_zero() -> None:
+    base = [0.5, 0.6, 0.7, 0.4, 0.5, 0.6, 0.8, 0.7]
+    better = [v + 0.1 for v in base]
+    mixed = [v + d for v, d in zip(base, [0.1, -0.1] * 4, strict=True)]
+    assert judge(paired_difference(better, base)) == "gain"
+    assert judge(paired_difference(base, better)) == "no gain"
+    assert judge(paired_difference(mixed, base)) == "no gain"
+    assert judge(paired_difference(base, base)) == "no gain"
+    assert judge(paired_difference(better[:7], base[:7])) == "not measured"
+    assert judge(paired_difference([None, *better[1:]], base)) == "not measured"
+    assert judge(None) == "not measured"

@@ -1,0 +1,621 @@
+"""The report: what it says, shows and hides, on run folders of which any part may be missing."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from markupsafe import escape
+from PIL import Image
+
+from medssl.config import InputError
+from medssl.data.io import write_map, write_mask
+from medssl.metrics import paired_difference
+from medssl.pseudo.overlays import CLASS_COLORS, render_overlay, write_overlay
+from medssl.report import figures, overlays, write_report
+from medssl.report.figures import _spread, draw_pairs
+from medssl.report.read import read_run
+from medssl.report.sentences import Names, choose_names, count_steps, write_verdict
+
+VALUES = (0, 1, 4)
+CLASSES = {0: "background", 1: "organ", 2: "lesion"}
+FLIPPED = np.array([[-1.0, 0, 0, 20], [0, 1.5, 0, -30], [0, 0, 2, 5], [0, 0, 0, 1]])
+ODD_ID = 'Müller<b>&"$x_1$'
+
+
+def draw_case(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[Any, Any]:
+    """Return a scan (I, J, K) and its classes: an ellipsoid with a small one inside."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    center = rng.uniform(-0.15, 0.15, (3, 1, 1, 1))
+    outer = ((grid - center) ** 2 / np.array([0.5, 0.35, 0.4]).reshape(3, 1, 1, 1)).sum(0) < 0.5
+    inner = ((grid - center - 0.15) ** 2).sum(0) < 0.06
+    classes = outer.astype(np.uint8)
+    classes[inner] = 2
+    image = 100 + 60 * outer + 50 * inner + rng.normal(0, 12, shape)
+    return image.astype(np.float32), classes
+
+
+def spoil(classes: Any, rng: np.random.Generator, voxels: int) -> Any:
+    """Return classes shifted by some voxels: a prediction."""
+    return np.roll(classes, tuple(rng.integers(-voxels, voxels + 1, 3)), axis=(0, 1, 2))
+
+
+def write_run(
+    folder: Path,
+    *,
+    num_labeled: int = 4,
+    num_unlabeled: int = 6,
+    num_test: int = 9,
+    num_rounds: int = 3,
+    steps: int = 400,
+    shape: tuple[int, int, int] = (24, 28, 20),
+    gain: float = 0.03,
+    evaluated: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Write a data set and a run folder as `medssl train` and `medssl evaluate` leave them."""
+    rng = np.random.default_rng(seed)
+    data, run = folder / "data", folder / "runs" / "phantoms"
+    parts = {"labeled": num_labeled, "unlabeled": num_unlabeled, "test": num_test, "val": 0}
+    splits: dict[str, Any] = {
+        part: [f"{part}_{index:02d}" for index in range(number)] for part, number in parts.items()
+    }
+    splits["unlabeled"][0] = ODD_ID
+    drawn = write_data(data, splits, rng, shape)
+    about = {"name": "phantoms", "root": str(data), "num_cases": len(drawn)}
+    dump(run / "splits.json", {**splits, "dataset": about})
+    names = {c: f"case_{hashlib.sha256(c.encode()).hexdigest()[:8]}" for c in drawn}
+    dump(run / "pseudonyms.json", names)
+    write_settings(run, data, steps)
+    lines, done = [], []
+    for index in range(num_rounds):
+        lines += [journal_line(rng, index, step, steps) for step in range(50, steps + 1, 50)]
+        done.append(write_round(run, index, steps, splits["unlabeled"], drawn, rng))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"round": 2, "st', encoding="utf-8")
+    delivered = f"round_{num_rounds - 1}"
+    summary = {
+        "delivered": delivered,
+        "exit": f"delivered round {num_rounds - 1}, the last that passed its gate",
+        "rounds": done,
+        "total_steps": num_rounds * steps,
+        "baseline": {"round": 0, "steps": steps},
+        "labeled_cases": num_labeled,
+        "unlabeled_cases": num_unlabeled,
+    }
+    dump(run / "summary.json", summary)
+    dump(run / "state.json", {"status": "delivered", "round": num_rounds - 1, "step": steps})
+    if evaluated:
+        write_evaluation(run, splits["test"], drawn, num_rounds, gain, rng)
+    return run
+
+
+def write_data(
+    data: Path, splits: dict[str, Any], rng: np.random.Generator, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Write a list of cases with their files; return the classes of each case."""
+    drawn: dict[str, Any] = {}
+    rows = []
+    for part, cases in splits.items():
+        for number, case_id in enumerate(cases):
+            image, drawn[case_id] = draw_case(rng, shape)
+            stem = f"{part}{number}"
+            write_map(data / "images" / f"{stem}.nii.gz", image, FLIPPED)
+            label = ""
+            if part != "unlabeled":
+                label = f"labels/{stem}.nii.gz"
+                write_mask(data / label, drawn[case_id], FLIPPED, VALUES)
+            rows.append([case_id, f"images/{stem}.nii.gz", label, case_id, part])
+    with (data / "cases.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case_id", "image", "label", "patient_id", "split"])
+        writer.writerows(rows)
+    return drawn
+
+
+def write_settings(run: Path, data: Path, steps: int) -> None:
+    """Write config.yaml, plan.json and provenance.json."""
+    config = {"data": {"root": str(data), "format": "auto", "labels": None, "ignore": None}}
+    config |= {"train": {"rounds": 2, "steps": steps}, "tracking": {"uri": "sqlite:////srv/db"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    plan = {
+        "labels": {str(index): name for index, name in CLASSES.items()},
+        "label_values": list(VALUES),
+        "ignore": None,
+        "reasons": ["spacing 1 x 1.5 x 2 mm: the median of 10 scans", "device cpu: no GPU"],
+    }
+    dump(run / "plan.json", plan)
+    provenance = {
+        "command": f"medssl train {data} labeled=4 --run {run}",
+        "started": "2026-01-05T10:00:00+00:00",
+        "versions": {"medssl": "0.1.0", "torch": "2.9"},
+        "python": "3.11.7",
+        "device": "cpu",
+        "threads": 2,
+    }
+    dump(run / "provenance.json", provenance)
+
+
+def journal_line(rng: np.random.Generator, index: int, step: int, steps: int) -> str:
+    """Return a line of metrics.jsonl."""
+    t = step / steps
+    metrics = {
+        "losses/supervised": 1.4 * np.exp(-3 * t) + 0.25 + rng.normal(0, 0.05),
+        "monitors/lr": 1e-3 * (1 - t) ** 0.9,
+    }
+    if index:
+        metrics["losses/pseudo_label"] = 0.5 * np.exp(-2 * t) + 0.1 + rng.normal(0, 0.03)
+        metrics["losses/entropy"] = 0.01 * (1 - 0.5 * t)
+        metrics["losses/consistency"] = 0.02 * np.exp(-t)
+        for class_index, name in CLASSES.items():
+            metrics[f"monitors/coverage/{name}"] = 0.97 - 0.14 * class_index * (1 - t)
+            metrics[f"monitors/threshold/{name}"] = 0.95 - 0.06 * class_index
+    metrics["losses/total"] = sum(v for k, v in metrics.items() if k.startswith("losses/"))
+    entry = {"round": index, "step": step, "time": 1.7e9 + step, "metrics": metrics}
+    return json.dumps(entry)
+
+
+def write_round(
+    run: Path, index: int, steps: int, cases: list[str], drawn: dict[str, Any], rng: Any
+) -> dict[str, Any]:
+    """Write the folder of a round; return its done.json."""
+    folder = run / f"round_{index}"
+    rows = []
+    for case_id in cases:
+        classes = spoil(drawn[case_id], rng, 1)
+        classes = np.where((classes > 0) & (rng.random(classes.shape) < 0.1), 255, classes)
+        mask = folder / "pseudo_masks" / f"{case_id}.nii.gz"
+        write_mask(mask, classes.astype(np.uint8), FLIPPED, VALUES)
+        uncertainty = float(rng.uniform(0.1, 0.5))
+        rows.append(
+            {
+                "case_id": case_id,
+                "accepted": int(uncertainty < 0.45),
+                "reason": "" if uncertainty < 0.45 else f"lost lesion in {case_id}",
+                "confidence": f"{1 - uncertainty / 2:.4f}",
+                "uncertainty": f"{uncertainty:.4f}",
+                "agreement": f"{rng.uniform(0.7, 0.98):.4f}" if index else "",
+                "coverage": f"{rng.uniform(0.9, 0.99):.4f}",
+                "coverage/organ": f"{rng.uniform(0.8, 0.97):.4f}",
+                "coverage/lesion": f"{rng.uniform(0.4, 0.9):.4f}",
+            }
+        )
+    with (folder / "review.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    done = {
+        "round": index,
+        "steps": steps,
+        "seconds": 71.5 + 30 * index,
+        "gate": {"passed": True, "reasons": []},
+        "num_labeled": 4,
+        "num_unlabeled": len(cases) if index else 0,
+        "final": {"monitors/agreement": 0.9 + 0.02 * index} if index else {},
+    }
+    dump(folder / "done.json", done)
+    return done
+
+
+def write_evaluation(
+    run: Path, cases: list[str], drawn: dict[str, Any], num_rounds: int, gain: float, rng: Any
+) -> None:
+    """Write tables with plausible numbers and the masks of the delivered model."""
+    base = {case_id: float(rng.uniform(0.68, 0.85)) for case_id in cases}
+    tables = []
+    for index in range(num_rounds):
+        rise = gain * index / max(1, num_rounds - 1)
+        table = {
+            c: v + (rise + float(rng.normal(0, 0.01)) if index else 0) for c, v in base.items()
+        }
+        write_table(run / "evaluation" / f"round_{index}" / "per_case.csv", table)
+        tables.append(table)
+    write_table(run / "evaluation" / "per_case.csv", tables[-1])
+    for case_id in cases:
+        path = run / "evaluation" / "predictions" / f"{case_id}.nii.gz"
+        write_mask(path, spoil(drawn[case_id], rng, 2), FLIPPED, VALUES)
+    paired = paired_difference(list(tables[-1].values()), list(base.values()))
+    estimate = {"mean": 0.8, "low": 0.77, "high": 0.83, "n": len(cases), "num_dropped": 0}
+    entry = {"dice": estimate, "hd95_mm": {"mean": 3.214}, "surface_dice": {"mean": 0.91}}
+    entry |= {"num_present": len(cases), "num_missed": 0}
+    low = paired["low"]
+    enough = len(cases) >= 8 and low is not None
+    verdict = ("gain" if low > 0 else "no gain") if enough else "not measured"
+    summary = {
+        "delivered": f"round_{num_rounds - 1}",
+        "rounds": {f"round_{r}": float(np.mean(list(t.values()))) for r, t in enumerate(tables)},
+        "paired": paired if num_rounds > 1 else None,
+        "verdict": verdict,
+        "classes": {"organ": entry, "lesion": entry},
+        "notes": ["A missed structure counts as dice 0."],
+    }
+    dump(run / "evaluation" / "summary.json", summary)
+
+
+def write_table(path: Path, dice: dict[str, float]) -> None:
+    """Write a per_case.csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{c},{v:.6g},{v:.6g},{v:.6g}" for c, v in dice.items()]
+    path.write_text("\n".join(["case_id,dice/organ,dice/lesion,dice", *lines]) + "\n")
+
+
+def dump(path: Path, content: object) -> None:
+    """Write a JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a page holds: its text, its addresses, and tags that were never closed."""
+
+    VOID = frozenset({"meta", "img", "br", "line", "circle"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.pieces: list[str] = []
+        self.open: list[str] = []
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+        self.text = re.sub(r"\s+", " ", " ".join(self.pieces))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.pieces.append(data)
+
+    @property
+    def num_images(self) -> int:
+        return sum(link.startswith("data:image/png;base64,") for link in self.links)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Return a copy of the finished run that a test may damage; its data stays in place."""
+    return Path(shutil.copytree(finished, tmp_path / "phantoms"))
+
+
+def report(run_dir: Path, share: bool = False) -> Page:
+    return Page(write_report(run_dir, share))
+
+
+def test_the_page_is_self_contained_and_small(run: Path) -> None:
+    path = write_report(run)
+    page = Page(path)
+    assert path == run / "report.html"
+    assert path.stat().st_size < 5_000_000
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
+    assert "<script" not in page.html
+    assert "@import" not in page.html
+    assert "url(" not in page.html
+    assert not page.open
+    assert page.num_images == 11  # dots, curves, 2 x coverage, best/median/worst, 4 to annotate
+
+
+def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
+    text = report(run).text
+    assert "trained on 4 labeled and 6 unlabeled scans of phantoms" in text
+    assert "organ and lesion" in text
+    assert "1,200 steps" in text
+    assert "95 % interval +0.0" in text
+    assert "on 9 test cases that it was not trained on" in text
+    assert "labels only (400 steps)" in text
+    assert "rounds=0 steps=1200" in text
+    assert "Validation labels count as labels" in text
+    assert "no patient ids" in text
+    assert "A missed structure counts as dice 0." in text
+
+
+@pytest.mark.parametrize(
+    ("gain", "kind", "word"),
+    [(0.05, "gain", "Gain"), (0.0, "no gain", "No gain"), (-0.05, "loss", "No gain: worse")],
+)
+def test_the_verdict_follows_the_interval(
+    tmp_path: Path, gain: float, kind: str, word: str
+) -> None:
+    run = read_run(write_run(tmp_path, gain=gain, num_unlabeled=1, shape=(8, 8, 8)))
+    verdict = write_verdict(run, "")
+    assert verdict.kind == kind
+    assert verdict.word.startswith(word)
+
+
+def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path, num_test=5, gain=0.05, num_unlabeled=1, shape=(8, 8, 8)))
+    verdict = write_verdict(run, "")
+    assert verdict.word == "Not measured"
+    assert "on 5 test cases" in verdict.sentence
+    assert "needs 8" in verdict.sentence
+
+
+def test_a_run_without_evaluation_is_not_measured_and_opens_no_label(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "evaluation")
+    opened = record_labels(monkeypatch)
+    page = report(run)
+    assert "Not measured" in page.text
+    assert "have not been looked at yet" in page.text
+    assert "No test case was evaluated, so these are pseudo-masks" in page.text
+    assert not any("labels" in path.parts for path in opened)
+
+
+def test_only_labels_of_test_cases_are_opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = record_labels(monkeypatch)
+    report(run)
+    labels = [path.name for path in opened if "labels" in path.parts]
+    assert len(labels) == 3
+    assert all(name.startswith("test") for name in labels)
+
+
+def record_labels(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Record every file that is read as a label or mask."""
+    opened: list[Path] = []
+    read = overlays.read_label
+
+    def recording(path: Path, *args: Any) -> Any:
+        opened.append(path)
+        return read(path, *args)
+
+    monkeypatch.setattr(overlays, "read_label", recording)
+    return opened
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def change(run: Path) -> None:
+        for name in names:
+            path = run / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    change.__name__ = f"remove {' '.join(names)}"
+    return change
+
+
+def damage(name: str, content: str) -> Callable[[Path], None]:
+    def change(run: Path) -> None:
+        (run / name).write_text(content, encoding="utf-8")
+
+    change.__name__ = f"damage {name}"
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (remove("plan.json"), "plan.json is missing"),
+        (remove("provenance.json"), "the command is not known"),
+        (remove("config.yaml"), "config.yaml is missing"),
+        (remove("splits.json"), "an unknown set of scans"),
+        (remove("splits.json", "evaluation"), "which cases the model has not seen"),
+        (remove("metrics.jsonl"), "metrics.jsonl is missing"),
+        (remove("summary.json"), "Verdict"),
+        (remove("pseudonyms.json"), "Verdict"),
+        (remove("state.json"), "Verdict"),
+        (remove("evaluation/round_0"), "No case has been measured with both"),
+        (remove("evaluation/predictions"), "the run folder holds no predictions of it"),
+        (remove("round_2/pseudo_masks"), "the run folder holds no pseudo_masks of it"),
+        (remove("round_1", "round_2"), "Annotate next"),
+        (
+            remove("round_0/review.csv", "round_1/review.csv", "round_2/review.csv"),
+            "none is known to be difficult",
+        ),
+        (damage("plan.json", "{"), "Could not be read and is left out: plan.json"),
+        (damage("summary.json", "[1]"), "left out: summary.json"),
+        (damage("config.yaml", "a: [1"), "left out: config.yaml"),
+        (damage("evaluation/per_case.csv", "x,y\n1,2\n"), "left out: evaluation/per_case.csv"),
+        (damage("round_2/review.csv", "x,y\n1,2\n"), "left out: round_2/review.csv"),
+        (damage("round_1/done.json", "nonsense"), "left out: round_1/done.json"),
+        (damage("evaluation/predictions/test_00.nii.gz", "no scan"), "Verdict"),
+        (damage("metrics.jsonl", '3\n{"round": "x"}\n[]\n'), "metrics.jsonl is missing or holds"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_whatever_is_missing_is_said(
+    run: Path,
+    change: Callable[[Path], None],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(overlays, "render_overlay", lambda *args, **kwargs: b"picture")
+    monkeypatch.setattr(figures, "_DPI", 30)  # nobody looks at it: 3 times as fast
+    change(run)
+    assert expected in report(run).text
+
+
+def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
+    for name in ("round_1", "round_2", "evaluation"):
+        shutil.rmtree(run / name)
+    for name in ("done.json", "review.csv", "pseudo_masks"):
+        remove(f"round_0/{name}")(run)
+    (run / "summary.json").unlink()
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:3]), encoding="utf-8")
+    dump(run / "state.json", {"status": "interrupted", "round": 0, "step": 150})
+    page = report(run)
+    assert "interrupted after step 150 of round 0" in page.text
+    assert "Round 0, not finished" in page.text
+    assert "has not delivered a model yet" in page.text
+    assert "No review of pseudo-labels: the run has no student round yet" in page.text
+    assert page.num_images == 1  # the losses so far
+
+
+def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
+    done = json.loads((run / "round_2" / "done.json").read_text())
+    done["gate"] = {"passed": False, "reasons": ["lesion covers <0.01 % & less"]}
+    dump(run / "round_2" / "done.json", done)
+    dump(run / "state.json", {"status": "stopped_by_gate", "round": 2, "step": 400})
+    page = report(run)
+    assert "rejected" in page.text
+    assert "lesion covers <0.01 % & less" in page.text
+    assert "stopped by its gate" in page.text
+    assert "From the review of round 1" in page.text
+
+
+def test_scans_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
+    run = write_run(tmp_path, shape=(8, 8, 8))
+    shutil.rmtree(tmp_path / "data")
+    page = report(run)
+    assert "No picture: the data set is no longer where it was" in page.text
+    assert "No pictures: the data set is no longer where it was" in page.text
+    assert "cannot be checked any more" in page.text
+
+
+def test_case_ids_are_escaped_in_the_plain_report(run: Path) -> None:
+    page = report(run)
+    assert ODD_ID in page.text
+    assert "<b>" not in page.html.replace("<figcaption><b>", "")
+    assert "&lt;b&gt;&amp;" in page.html
+
+
+def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) -> None:
+    plan = json.loads((run / "plan.json").read_text())
+    plan["reasons"] = [
+        f"spacing of {ODD_ID} and test_03, in {finished}/x",
+        "see ../scans/smith.nii.gz",
+    ]
+    dump(run / "plan.json", plan)
+    path = write_report(run, share=True)
+    page = Page(path)
+    assert path == run / "report_share.html"
+    everything = page.html + page.text
+    splits = json.loads((run / "splits.json").read_text())
+    for part in ("labeled", "unlabeled", "test"):
+        for case_id in splits[part]:
+            assert case_id not in everything
+    for secret in (
+        str(run),
+        str(finished),
+        str(finished.parents[1]),
+        splits["dataset"]["root"],
+        "smith",
+        "sqlite",
+    ):
+        assert secret not in everything
+    assert re.search(r"case_[0-9a-f]{8}", page.text)
+    assert "medssl train DATA labeled=4 --run DATA" in page.text
+    assert page.num_images == 11
+
+
+def test_a_case_without_a_pseudonym_gets_a_number(run: Path) -> None:
+    (run / "pseudonyms.json").unlink()
+    names = choose_names(read_run(run), share=True)
+    assert re.fullmatch(r"case_\d{3}", names.case("test_00"))
+    assert names.case("never heard of") == "case ?"
+    assert choose_names(read_run(run), share=False).case("test_00") == "test_00"
+
+
+def test_numbers_are_not_taken_for_case_ids() -> None:
+    names = Names({"12": "case_a", "p1": "case_b", "scan_1": "case_c"})
+    assert names.text("12 of 14 kept, p1 lost, scan_1, scan_10") == (
+        "12 of 14 kept, case_b lost, case_c, scan_10"
+    )
+    assert names.text("0.9 Dice/case, losses/total") == "0.9 Dice/case, losses/total"
+
+
+def test_the_most_uncertain_scan_comes_first(run: Path) -> None:
+    rows = read_run(run).rounds[-1].review
+    worst = max(rows, key=lambda row: float(row["uncertainty"]))["case_id"]
+    listed = report(run).html.partition('id="annotate"')[2]
+    places = {row["case_id"]: listed.find(str(escape(row["case_id"]))) for row in rows}
+    assert min(places, key=lambda case_id: places[case_id]) == worst
+
+
+def test_steps_without_a_summary_are_the_sum_of_done_rounds(run: Path) -> None:
+    (run / "summary.json").unlink()
+    (run / "round_2" / "done.json").unlink()
+    assert count_steps(read_run(run)) == 800
+
+
+def test_a_step_that_stands_twice_counts_once(run: Path) -> None:
+    line = {"round": 0, "step": 50, "time": 1.0, "metrics": {"losses/total": 7.0, "x": None}}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(line) + "\n")
+    points = read_run(run).rounds[0].curves["losses/total"]
+    assert [step for step, _ in points] == list(range(50, 401, 50))
+    assert points[0] == (50, 7.0)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run folder"):
+        write_report(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        write_report(tmp_path / "absent")
+
+
+def test_an_overlay_shows_both_contours_in_their_colors(tmp_path: Path) -> None:
+    image, classes = draw_case(np.random.default_rng(0), (30, 34, 26))
+    write_overlay(image, classes, tmp_path / "a" / "x.png", "case $1", np.roll(classes, 2, 0))
+    with Image.open(tmp_path / "a" / "x.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    for color in CLASS_COLORS[:2]:
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - wanted).sum(-1) < 30).sum() > 100
+
+
+@pytest.mark.parametrize("fill", [0, 255])
+def test_an_overlay_without_a_class_is_a_picture(fill: int) -> None:
+    image = np.full((9, 5, 1), np.nan, dtype=np.float32)
+    png = render_overlay(image, np.full(image.shape, fill, dtype=np.uint8))
+    assert png.startswith(b"\x89PNG")
+
+
+def test_an_overlay_refuses_arrays_that_do_not_match() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        render_overlay(np.zeros((4, 4, 4)), np.zeros((4, 4, 5), dtype=np.uint8))
+
+
+def test_the_patients_right_is_left_and_the_front_is_on_top() -> None:
+    image = np.zeros((40, 40, 40), dtype=np.float32)
+    image[30:, 30:, :] = 100  # right, front
+    classes = np.zeros(image.shape, dtype=np.uint8)
+    classes[1:39, 1:39, 1:39] = 1
+    png = render_overlay(image, classes, legend=False)
+    with Image.open(io.BytesIO(png)) as picture:
+        axial = np.asarray(picture.convert("L")).astype(float)[:, : picture.width // 3]
+    rows, columns = axial.shape
+    assert axial[: rows // 5, : columns // 5].mean() > 150
+    assert axial[-rows // 5 :, : columns // 5].mean() < 60
+    assert axial[: rows // 5, -columns // 5 :].mean() < 60
+
+
+@pytest.mark.parametrize("number", [1, 12, 80])
+def test_any_number_of_cases_can_be_paired(number: int) -> None:
+    rng = np.random.default_rng(1)
+    before = {f"c{i}": float(rng.uniform(0, 1)) for i in range(number)}
+    png = draw_pairs(before, {c: v * 0.9 for c, v in before.items()}, lambda c: f"$\\{c} 頭")
+    assert png.startswith(b"\x89PNG")
+
+
+@given(
+    st.lists(st.floats(0, 1), max_size=8).map(sorted),
+    st.floats(0.001, 0.1),
+)
+def test_labels_never_touch(wanted: list[float], gap: float) -> None:
+    places = _spread(wanted, gap)
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(places))
+    assert not places or places[-1] <= 1 + 1e-9

@@ -100,10 +100,9 @@ def show_config(
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration, and where each value came from."""
-    given = list(overrides or [])
-    if first is not None and "=" in first:
-        first, given = None, [first, *given]
-    print(render(load_config(first, given)))
+    given = [*([first] if first else []), *(overrides or [])]
+    source = given.pop(0) if given and "=" not in given[0] else None
+    print(render(load_config(source, given)))
 
 
 @app.command()
@@ -246,8 +245,8 @@ def evaluate(
     if data is None:
         summary = evaluate_run(model, tolerance=tolerance, device=chosen)
         print(render_summary(summary))
-        _sync_quietly(model)
         print(f"report: {_write_report(model)}")
+        _sync_quietly(model)
         return
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
@@ -349,8 +348,8 @@ def demo(
     scans = sorted((data / "images").glob("*.nii.gz"))[-1:]
     predict_files(load_model(run), scans, out / "masks", report=print)
     summary = evaluate_run(run, report=lambda text: None)
-    _sync_quietly(run)
     path = _write_report(run)
+    _sync_quietly(run)
     print(f"\n{render_summary(summary)}")
     print(f"\nmeasured:  {summary['statement']}")
     print(f"report:    {path}")

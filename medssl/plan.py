@@ -314,12 +314,12 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported()
     else:
-        native = device == "cpu" and _has_cpu_bfloat16()
+        native = device == "cpu" and has_cpu_bfloat16()
     reasons.append("bfloat16: the processor has it" if native else "float32: no native bfloat16")
     return "bfloat16" if native else "float32"
 
 
-def _has_cpu_bfloat16() -> bool:
+def has_cpu_bfloat16() -> bool:
     """Return whether the processor multiplies bfloat16 natively."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -24,12 +24,13 @@ from typing import Any
 from medssl.config import InputError
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
+def write_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:
     """Write a file so that it is either the old one or the whole new one.
 
     Args:
         path: Where the file goes.
         write: Writes the content to the path that it is given.
+        mode: Permissions of the file, from its first byte on; None for the usual ones.
 
     Raises:
         InputError: The disk is full; names the folder and the free space.
@@ -37,6 +38,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
+        if mode is not None:
+            temporary.touch(mode=mode)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -66,9 +69,10 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object, mode: int | None = None) -> None:
     """Write a JSON file atomically; non-finite numbers become null."""
-    write_text(path, json.dumps(_replace_nonfinite(content), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(_replace_nonfinite(content), indent=1, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), mode)
 
 
 def _replace_nonfinite(content: Any) -> Any:
@@ -224,15 +228,13 @@ def make_pseudonyms(run_dir: Path, data_root: Path, case_ids: Iterable[str]) -> 
     key = str(data_root.resolve())
     if key not in salts:
         salts[key] = secrets.token_hex(16)
-        write_json(salts_path, salts)
-        salts_path.chmod(0o600)
+        write_json(salts_path, salts, mode=0o600)
     salted = {case_id: f"{salts[key]}/{case_id}" for case_id in sorted(case_ids)}
     names = {
         case_id: f"case_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         for case_id, text in salted.items()
     }
-    write_json(run_dir / "pseudonyms.json", names)
-    (run_dir / "pseudonyms.json").chmod(0o600)
+    write_json(run_dir / "pseudonyms.json", names, mode=0o600)
     return names
 
 

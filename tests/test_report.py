@@ -97,6 +97,7 @@ def write_run(
         "unlabeled_cases": num_unlabeled,
     }
     dump(run / "summary.json", summary)
+    dump(run / "model" / "model.json", {"label_values": list(VALUES)})
     dump(run / "state.json", {"status": "delivered", "round": num_rounds - 1, "step": steps})
     if evaluated:
         write_evaluation(run, splits["test"], drawn, num_rounds, gain, rng)
@@ -176,9 +177,9 @@ def write_round(
     rows = []
     for case_id in cases:
         classes = spoil(drawn[case_id], rng, 1)
-        classes = np.where((classes > 0) & (rng.random(classes.shape) < 0.1), 255, classes)
+        classes[(np.roll(classes, 1, 1) != classes) & (classes < 2)] = 255
         mask = folder / "pseudo_masks" / f"{case_id}.nii.gz"
-        write_mask(mask, classes.astype(np.uint8), FLIPPED, VALUES)
+        write_mask(mask, classes, FLIPPED, VALUES)
         uncertainty = float(rng.uniform(0.1, 0.5))
         rows.append(
             {
@@ -218,9 +219,9 @@ def write_evaluation(
     tables = []
     for index in range(num_rounds):
         rise = gain * index / max(1, num_rounds - 1)
-        table = {
-            c: v + (rise + float(rng.normal(0, 0.01)) if index else 0) for c, v in base.items()
-        }
+        noise = rng.normal(0, 0.01, len(base))
+        changes = rise + noise - noise.mean() if index else 0 * noise
+        table = {c: v + float(d) for (c, v), d in zip(base.items(), changes, strict=True)}
         write_table(run / "evaluation" / f"round_{index}" / "per_case.csv", table)
         tables.append(table)
     write_table(run / "evaluation" / "per_case.csv", tables[-1])
@@ -453,13 +454,16 @@ def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
     for name in ("done.json", "review.csv", "pseudo_masks"):
         remove(f"round_0/{name}")(run)
     (run / "summary.json").unlink()
+    shutil.rmtree(run / "model")
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     (run / "metrics.jsonl").write_text("\n".join(lines[:3]), encoding="utf-8")
     dump(run / "state.json", {"status": "interrupted", "round": 0, "step": 150})
     page = report(run)
     assert "interrupted after step 150 of round 0" in page.text
     assert "Round 0, not finished" in page.text
+    assert "so far labels only" in page.text
     assert "has not delivered a model yet" in page.text
+    assert "holds no delivered model" in page.text
     assert "No review of pseudo-labels: the run has no student round yet" in page.text
     assert page.num_images == 1  # the losses so far
 
@@ -543,6 +547,24 @@ def test_the_most_uncertain_scan_comes_first(run: Path) -> None:
     listed = report(run).html.partition('id="annotate"')[2]
     places = {row["case_id"]: listed.find(str(escape(row["case_id"]))) for row in rows}
     assert min(places, key=lambda case_id: places[case_id]) == worst
+
+
+def test_agreement_has_a_panel_per_class_where_the_review_has_a_column_per_class(
+    run: Path,
+) -> None:
+    before = list_panels(run)
+    for path in run.glob("round_*/review.csv"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        extra = ["agreement/organ,agreement/lesion"] + ["0.9,0.8"] * (len(lines) - 1)
+        text = "\n".join(",".join(pair) for pair in zip(lines, extra, strict=True))
+        path.write_text(text, encoding="utf-8")
+    assert before == ["agreement"]
+    assert list_panels(run) == ["agreement/organ", "agreement/lesion"]
+
+
+def list_panels(run: Path) -> list[str]:
+    files = read_run(run)
+    return [panel.column for panel in figures._list_panels(files, files.rounds, "agreement")]
 
 
 def test_steps_without_a_summary_are_the_sum_of_done_rounds(run: Path) -> None:

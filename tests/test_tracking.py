@@ -110,8 +110,8 @@ def write_run(
         write_json(folder / "done.json", done)
         extra = {"agreement": 0.9 + 0.02 * round_index, "kept_cases": 17 + round_index}
         summaries.append({**done, **(extra if round_index else {})})
-        for case_id in unlabeled[:2] if round_index else []:
-            picture = np.full((60, 90, 3), 60 + 50 * round_index, np.uint8)
+        for case_id in unlabeled[:2]:
+            picture = np.full((60, 180, 3), 60 + 50 * round_index, np.uint8)
             (folder / "overlays").mkdir(exist_ok=True)
             Image.fromarray(picture).save(folder / "overlays" / f"{case_id}.png")
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -213,7 +213,7 @@ def test_a_run_is_a_parent_with_a_child_per_round(runs: Path) -> None:
     assert "minus round_0: +0.020 on 12 test cases" in note
     names = {path.name for path in (runs / "mlartifacts").rglob("*") if path.is_file()}
     assert {"config.yaml", "plan.json", "summary.json", "model.json"} <= names
-    assert len([name for name in names if name.startswith("overlay~case_")]) == 2 * 2 * 2
+    assert len([name for name in names if name.startswith("overlay~case_")]) == 3 * 2 * 2
     assert ask(runs, "select name, version from model_versions") == [("Task04_Hippocampus", 1)]
     assert ask(runs, "select alias from registered_model_aliases") == [("champion",)]
 
@@ -476,7 +476,7 @@ def find_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(condition: Any, timeout_s: float = 60.0) -> None:
+def wait_for(condition: Any, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -522,7 +522,7 @@ def test_a_server_that_dies_midway_gets_every_point_once_it_is_back(runs: Path) 
         time.sleep(0.1)
     set_state(run, "delivered", 2, 600)
     with run_server(runs, port):
-        mirror.close(60)
+        mirror.close(120)
         assert count_points(runs) == count_journal(run)
         assert ask(runs, "select status from runs where name = 'mine'") == [("FINISHED",)]
         assert ask(runs, "select name from model_versions") == [("Task04_Hippocampus",)]

@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
@@ -22,7 +23,16 @@ SUFFIXES = (".nii", ".nii.gz")
 MAX_DISPLACEMENT = 0.1  # voxels by which the grids of one case may differ
 
 _ROUNDING = 1e-3  # label values this close to an integer are that integer
-_UNREADABLE = (OSError, EOFError, ValueError, zlib.error, ImageFileError)
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    ArithmeticError,
+    MemoryError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+)
 
 
 def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
@@ -235,7 +245,7 @@ def _read_integers(path: Path) -> tuple[NDArray[np.int64], Affine]:
 
 def _refuse_records(path: Path, image: Any) -> None:
     """Refuse colour and complex voxels."""
-    dtype = image.get_data_dtype()
+    dtype = _guard(path, image.get_data_dtype)
     if dtype.fields is not None or dtype.kind not in "iuf":
         raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to grey values")
 

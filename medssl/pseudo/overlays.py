@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import Stroke, withStroke
+from matplotlib.patheffects import Normal, Stroke, withStroke
 from PIL import Image
 
 from medssl.config import IGNORE
@@ -224,16 +224,16 @@ def _draw_contour(axes: Axes, mask: Array, color: str, is_reference: bool) -> No
         linewidths=1.1 if is_reference else 1.7,
         linestyles=[(0, (2.2, 1.6))] if is_reference else "solid",
     )
-    if not is_reference:
-        lines.set_path_effects([Stroke(linewidth=2.9, foreground="#000000A0"), withStroke()])
+    halo = Stroke(linewidth=1.9 if is_reference else 2.9, foreground="#000000A0")
+    lines.set_path_effects([halo, Normal()])
 
 
 def _draw_letters(axes: Axes, letters: str) -> None:
     """Mark the left and the top side of a plane by the patient's directions."""
     halo = [withStroke(linewidth=2, foreground="black")]
-    style: dict[str, Any] = {"color": "white", "fontsize": 9, "ha": "center", "va": "center"}
-    for letter, x, y in ((letters[0], 0.03, 0.5), (letters[1], 0.5, 0.96)):
-        axes.text(x, y, letter, transform=axes.transAxes, path_effects=halo, **style)
+    style: dict[str, Any] = {"color": "white", "fontsize": 9, "path_effects": halo}
+    axes.text(0.02, 0.5, letters[0], transform=axes.transAxes, ha="left", va="center", **style)
+    axes.text(0.5, 0.98, letters[1], transform=axes.transAxes, ha="center", va="top", **style)
 
 
 def _draw_legend(

@@ -10,6 +10,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -38,6 +39,15 @@ TITLES = {
     "monitors/lr": "learning rate",
     "monitors/coverage": "coverage (fraction of voxels)",
 }
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of dots: a column of review.csv, its title and its colour."""
+
+    column: str
+    title: str
+    color: str
 
 
 def _style() -> Any:
@@ -150,7 +160,7 @@ def _draw_scatter(
     left.set_title("One point per test case; above the line is better")
     change = y - x
     limit = float(np.abs(change).max()) or 0.01
-    bins = np.linspace(-limit, limit, 32)
+    bins = np.linspace(-limit, limit, 31)  # odd: zero is an edge
     for part, color in ((change[change >= 0], GAIN), (change[change < 0], LOSS)):
         right.hist(part, bins=bins.tolist(), color=color, rwidth=0.92)
     right.axvline(0, color=MUTED, lw=1)
@@ -228,8 +238,10 @@ def draw_reviews(run: RunFiles) -> bytes:
     Agreement has a panel per class where review.csv has a column per class, else one for all.
     """
     rounds = [entry for entry in run.rounds if entry.review]
-    rows = [_list_panels(run, rounds, "coverage"), _list_panels(run, rounds, "agreement")]
-    rows = [panels for panels in rows if panels]
+    rows: list[list[Panel]] = []
+    for kind in ("coverage", "agreement"):
+        panels = _list_panels(run, rounds, kind)
+        rows += [panels[first : first + 4] for first in range(0, len(panels), 4)]
     if not rows:
         return b""
     with _style():
@@ -239,40 +251,38 @@ def draw_reviews(run: RunFiles) -> bytes:
         for line, panels in zip(grid, rows, strict=True):
             for axes in line[len(panels) :]:
                 axes.set_axis_off()
-            kind = panels[0][0].partition("/")[0]
-            low = _find_floor(rounds, [key for key, _, _ in panels])
-            for axes, (key, title, color) in zip(line, panels, strict=False):
-                _draw_strips(axes, rounds, key, color)
-                axes.set_title(_shorten(title, 32), color=color)
+            kind = panels[0].column.partition("/")[0]
+            low = _find_floor(rounds, [panel.column for panel in panels])
+            for axes, panel in zip(line, panels, strict=False):
+                _draw_strips(axes, rounds, panel)
                 axes.set_ylim(low, 1.03)
             unit = "fraction" if kind == "coverage" else "mean Dice"
             line[0].set_ylabel(f"{kind} ({unit})")
         return _save(figure)
 
 
-def _list_panels(
-    run: RunFiles, rounds: Sequence[RoundFiles], kind: str
-) -> list[tuple[str, str, str]]:
-    """Return column, title and colour of each panel of coverage or agreement."""
+def _list_panels(run: RunFiles, rounds: Sequence[RoundFiles], kind: str) -> list[Panel]:
+    """Return the panels of coverage or agreement that have a value."""
     panels = [
-        (f"{kind}/{run.classes[index]}", run.classes[index], class_color(index))
+        Panel(f"{kind}/{run.classes[index]}", run.classes[index], class_color(index))
         for index in list_shown_classes(run)
         if index > 0
     ]
-    panels = [panel for panel in panels if any(_take(entry, panel[0]) for entry in rounds)]
+    panels = [panel for panel in panels if any(_take(entry, panel.column) for entry in rounds)]
     if not panels and any(_take(entry, kind) for entry in rounds):
-        panels = [(kind, "all classes", INK)]
+        panels = [Panel(kind, "all classes", INK)]
     return panels
 
 
-def _draw_strips(axes: Axes, rounds: Sequence[RoundFiles], key: str, color: str) -> None:
+def _draw_strips(axes: Axes, rounds: Sequence[RoundFiles], panel: Panel) -> None:
     """Draw a column of dots per round that has values."""
-    shown = [entry for entry in rounds if _take(entry, key)]
+    shown = [entry for entry in rounds if _take(entry, panel.column)]
     for place, entry in enumerate(shown):
-        _draw_strip(axes, place, _take(entry, key), color)
+        _draw_strip(axes, place, _take(entry, panel.column), panel.color)
     axes.set_xticks(range(len(shown)), [f"round {entry.index}" for entry in shown])
-    axes.set_xlim(-0.6, max(len(shown), 3) - 0.1)
+    axes.set_xlim(-0.5, max(len(shown), 3) - 0.2)
     axes.grid(False, axis="x")
+    axes.set_title(_shorten(panel.title), color=panel.color)
 
 
 def class_color(index: int) -> str:
@@ -341,9 +351,9 @@ def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the running mean over a tenth of the curve, shorter at its ends."""
     half = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(ends, len(values) - 1 - ends))
-    smoothed: np.ndarray[Any, Any] = (sums[ends + reach + 1] - sums[ends - reach]) / (2 * reach + 1)
+    places = np.arange(len(values))
+    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    smoothed: np.ndarray[Any, Any] = (sums[last] - sums[first]) / (last - first)
     return smoothed
 
 

@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from medssl.pseudo.overlays import CLASS_COLORS
 from medssl.report import figures, overlays, sentences
 from medssl.report.overlays import Overlay, Sources
 from medssl.report.read import RoundFiles, RunFiles, mean, number, read_run
@@ -78,6 +79,7 @@ def write_report(run_dir: Path, share: bool = False) -> Path:
         curves=_show_curves(run),
         coverage=_show_coverage(run),
         colors=_list_colors(run),
+        num_colors=len(CLASS_COLORS),
         cases=_show_cases(run, sources, names),
         annotate=_show_annotate(run, sources, names),
         origin=_describe_origin(run, names),
@@ -371,6 +373,7 @@ def _describe_origin(run: RunFiles, names: Names) -> dict[str, Any]:
         "command": _hide_arguments(command) if names.shared else command,
         "versions": [(key, str(value)) for key, value in versions.items()],
         "config": text,
+        "has_model": (run.folder / "model" / "model.json").is_file(),
         "predict": f"medssl predict {folder} SCAN.nii.gz --out OUT",
         "evaluate": f"medssl evaluate {folder}",
         "dataset": "" if names.shared else str((run.splits.get("dataset") or {}).get("root") or ""),

@@ -119,7 +119,8 @@ def write_headline(run: RunFiles, names: Names) -> str:
     students = sum(entry.index > 0 for entry in run.rounds)
     rounds = f"labels only and {count(students, 'self-training round')}"
     steps = count_steps(run)
-    effort = [rounds if students else "labels only, no self-training round"]
+    alone = "so far labels only" if describe_status(run) else "labels only, no self-training round"
+    effort = [rounds if students else alone]
     effort += [] if steps is None else [f"{count(steps, 'step')}"]
     seconds = [number(entry.done.get("seconds")) for entry in run.rounds]
     if any(seconds):
@@ -238,9 +239,10 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
             f"are {labeled + val} labels."
         )
     elif run.splits:
+        chosen = "the last round that passed its gate is delivered" if run.summary else ""
         details.append(
-            f"Validation labels count as labels: there is no validation case, so the run used "
-            f"{count(labeled, 'label')}, and the last round that passed its gate was delivered."
+            f"Validation labels count as labels: there is no validation case, so the run has "
+            f"{count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."
         )
     measured, now = run.evaluation.get("delivered"), run.summary.get("delivered")
     if measured and now and measured != now:

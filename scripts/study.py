@@ -1,0 +1,124 @@
+"""What students gain over labels alone, over draws of the labeled cases; resumable.
+
+    python scripts/study.py DATA --out runs/study --draws 0 1 2 labeled=4 test=40
+
+For every draw: the run with its rounds, and the arm that keeps it honest, labels only at the
+total steps of the whole run. Both are measured on the same test cases. Each command that this
+starts is printed and can be repeated by hand; what is done is skipped. Results go to
+OUT/results.csv and OUT/results.md after every arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from medssl.metrics import paired_difference, read_table
+from medssl.runs import read_json, write_text
+
+Arm = tuple[int, str, Path, str]  # draw, arm, evaluation folder, minutes
+
+
+def run(*arguments: str) -> None:
+    """Run a medssl command and stop if it fails."""
+    print("medssl", " ".join(arguments), flush=True)
+    command = [sys.executable, "-c", "from medssl.cli import main; main()", *arguments]
+    code = subprocess.run(command, check=False).returncode
+    if code not in (0, 3):
+        raise SystemExit(code)
+
+
+def finish(data: str, folder: Path, settings: list[str]) -> dict[str, Any]:
+    """Train and evaluate one run, unless that is done; return its summary."""
+    if not (folder / "evaluation" / "summary.json").is_file():
+        run("train", data, *settings, "--run", str(folder))
+        run("evaluate", str(folder))
+    summary: dict[str, Any] = read_json(folder / "summary.json")
+    return summary
+
+
+def list_arms(draw: int, students: Path, alone: Path) -> list[Arm]:
+    """Return the arms of a draw that have been measured."""
+    arms: list[Arm] = []
+    for folder, name in ((students, "delivered"), (alone, "labels only, total steps")):
+        if not (folder / "evaluation" / "per_case.csv").is_file():
+            continue
+        summary = read_json(folder / "summary.json")
+        if folder == students:
+            for entry in summary["rounds"]:
+                path = folder / "evaluation" / f"round_{entry['round']}"
+                title = f"round {entry['round']}, {entry['steps']} steps"
+                arms.append((draw, title, path, f"{entry['seconds'] / 60:.1f}"))
+        title = f"{name} ({summary['delivered'] if folder == students else summary['total_steps']})"
+        arms.append((draw, title, folder / "evaluation", f"{summary['seconds'] / 60:.1f}"))
+    return arms
+
+
+def tabulate(arms: list[Arm]) -> list[dict[str, Any]]:
+    """Return one row per arm with its difference to round 0 of the same draw."""
+    rows = []
+    baseline: dict[int, dict[str, float]] = {}
+    for draw, title, folder, minutes in arms:
+        table = {row["case_id"]: row["dice"] for row in read_table(folder / "per_case.csv")}
+        first = baseline.setdefault(draw, table)
+        cases = sorted(table)
+        difference = paired_difference([table[c] for c in cases], [first[c] for c in cases])
+        rows.append(
+            {
+                "draw": draw,
+                "arm": title,
+                "n": len(cases),
+                "dice": round(sum(table.values()) / len(table), 4),
+                "difference": round(difference["mean"], 4),
+                "low": round(difference["low"], 4),
+                "high": round(difference["high"], 4),
+                "training_minutes": minutes,
+            }
+        )
+    return rows
+
+
+def write_results(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write results.csv and the table made from it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "results.csv", text.getvalue())
+    lines = ["| draw | arm | n | Dice | paired difference to round 0 | minutes |", "|" + "---|" * 6]
+    for row in rows:
+        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        cells = (row["draw"], row["arm"], row["n"], f"{row['dice']:.4f}", interval)
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['training_minutes']} |")
+    write_text(out / "results.md", "\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Run all arms of all draws, in order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("data")
+    parser.add_argument("settings", nargs="*", help="key=value for all runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_intermixed_args()
+    arms: list[Arm] = []
+    for draw in options.draws:
+        students = options.out / f"draw_{draw}"
+        alone = options.out / f"draw_{draw}_labels_only"
+        settings = [*options.settings, f"draw={draw}"]
+        summary = finish(options.data, students, settings)
+        arms_now = list_arms(draw, students, alone)
+        write_results(options.out, tabulate([*arms, *arms_now]))
+        finish(options.data, alone, [*settings, "rounds=0", f"steps={summary['total_steps']}"])
+        arms += list_arms(draw, students, alone)
+        write_results(options.out, tabulate(arms))
+    print((options.out / "results.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

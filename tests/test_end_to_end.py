@@ -1,0 +1,225 @@
+"""The whole way on small phantoms: resume to the same bits, locked labels, delivery."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from medssl.data.phantoms import write_phantoms
+from medssl.runs import hash_file
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = [
+    "labeled=3",
+    "test=3",
+    "steps=90",
+    "rounds=2",
+    "plan.patch_size=[24,24,24]",
+    "train.checkpoint_every=15",
+    "train.log_every=10",
+    "filter.uncertainty.passes=3",
+    "network.depth=3",
+    "train.lr=4e-3",
+]
+RUN = [sys.executable, "-c", "from medssl.cli import main; main()"]
+
+
+def medssl(*arguments: object, code: int = 0, **options: object) -> str:
+    """Run the command line and return what it printed."""
+    command = [*RUN, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def read_journal(run: Path) -> list[tuple[object, ...]]:
+    """Return the journal without what depends on the clock."""
+    clocked = ("monitors/steps_per_second", "monitors/data_wait")
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (e["round"], e["step"], sorted((k, v) for k, v in e["metrics"].items() if k not in clocked))
+        for e in entries
+    ]
+
+
+def hash_models(run: Path) -> dict[str, str]:
+    """Return the hash of every model of a run."""
+    found = sorted(run.glob("**/weights.safetensors"))
+    return {str(path.relative_to(run)): hash_file(path) for path in found}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve labeled phantoms, of which the settings keep three labels."""
+    folder = tmp_path_factory.mktemp("data")
+    write_phantoms(folder, num_labeled=12, num_unlabeled=0, num_test=0, shape=(28, 28, 28))
+    with (folder / "cases.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["case_id", "image", "label"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: row[key] for key in ("case_id", "image", "label")})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    medssl("train", data, *SETTINGS, "--run", run)
+    return run
+
+
+def test_a_run_delivers_a_model_that_predicts_on_the_native_grid(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    scan = sorted((data / "images").glob("*.nii.gz"))[0]
+    medssl("predict", finished, scan, "--out", tmp_path, "--probs", "--uncertainty")
+    mask, image = nib.load(tmp_path / scan.name), nib.load(scan)
+    assert mask.shape == image.shape
+    assert np.allclose(mask.affine, image.affine)
+    assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1, 2, 3}
+    stem = scan.name.removesuffix(".nii.gz")
+    probs = nib.load(tmp_path / f"{stem}_probs.nii.gz").get_fdata()
+    assert np.allclose(probs.sum(-1), 1, atol=1e-3)
+    assert nib.load(tmp_path / f"{stem}_uncertainty.nii.gz").get_fdata().max() > 0
+
+
+def test_each_student_learned_from_accepted_pseudo_labels(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert [entry["round"] for entry in summary["rounds"]] == [0, 1, 2]
+    assert all(entry["num_unlabeled"] > 0 for entry in summary["rounds"][1:])
+    hashes = hash_models(finished)
+    assert len({hashes[f"round_{r}/model/weights.safetensors"] for r in range(3)}) == 3
+
+
+def test_evaluation_measures_the_own_test_cases_and_states_that_they_are_few(
+    finished: Path,
+) -> None:
+    medssl("evaluate", finished)
+    summary = json.loads((finished / "evaluation" / "summary.json").read_text())
+    assert summary["num_cases"] == 3
+    assert summary["verdict"] == "not measured"
+    assert "not measured" in (finished / "report.html").read_text()
+
+
+def test_the_finished_run_is_not_trained_again(data: Path, finished: Path) -> None:
+    before = hash_models(finished)
+    times = {p: p.stat().st_mtime_ns for p in finished.glob("round_*/checkpoint.pt")}
+    medssl("train", data, *SETTINGS, "--run", finished)
+    assert hash_models(finished) == before
+    assert times == {p: p.stat().st_mtime_ns for p in finished.glob("round_*/checkpoint.pt")}
+
+
+def test_another_configuration_in_the_same_folder_is_refused(data: Path, finished: Path) -> None:
+    text = medssl("train", data, *SETTINGS, "seed=5", "--run", finished, code=2)
+    assert "--restart" in text
+
+
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "killed"
+    command = [*RUN, "train", str(data), *SETTINGS, "--run", str(run)]
+    for mark in ("round_0/checkpoint.pt", "round_1/checkpoint.pt", "round_2/checkpoint.pt"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (run / mark).exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    medssl("train", data, *SETTINGS, "--run", run)
+    assert hash_models(run) == hash_models(finished)
+    assert read_journal(run) == read_journal(finished)
+
+
+def test_ctrl_c_leaves_a_usable_model_and_the_same_command_goes_on(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "stopped"
+    command = [*RUN, "train", str(data), *SETTINGS, "--run", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while process.poll() is None and not (run / "round_0" / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert json.loads((run / "state.json").read_text())["status"] == "interrupted"
+    scan = sorted((data / "images").glob("*.nii.gz"))[0]
+    medssl("predict", run, scan, "--out", tmp_path / "masks")
+    medssl("train", data, *SETTINGS, "--run", run)
+    assert hash_models(run) == hash_models(finished)
+
+
+AUDITED = """
+import os, sys
+opened = []
+def hook(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        opened.append(os.fsdecode(args[0]))
+sys.addaudithook(hook)
+from medssl.cli import main
+try:
+    main()
+finally:
+    with open(os.environ["OPENED"], "w") as file:
+        file.write("\\n".join(opened))
+"""
+
+
+def train_audited(data: Path, run: Path) -> tuple[int, set[str]]:
+    """Train on a folder; return the exit code and the names of the labels that were opened."""
+    listing = run.parent / f"{run.name}_opened.txt"
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", AUDITED, "train", str(data), *SETTINGS, "--run", str(run)]
+    result = subprocess.run(
+        command, env={**os.environ, "OPENED": str(listing)}, capture_output=True, check=False
+    )
+    paths = [Path(line) for line in listing.read_text().splitlines()]
+    return result.returncode, {p.name for p in paths if p.parent == data / "labels"}
+
+
+def test_labels_of_unlabeled_and_test_cases_change_no_bit_and_are_never_opened(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    splits = json.loads((finished / "splits.json").read_text())
+    labeled = {f"{case_id}.nii.gz" for case_id in splits["labeled"]}
+    poisoned = tmp_path / "poisoned"
+    subprocess.run(["cp", "-r", str(data), str(poisoned)], check=True)
+    names = {path.name for path in (poisoned / "labels").iterdir()}
+    assert labeled < names
+    for name in names - labeled:
+        (poisoned / "labels" / name).write_bytes(b"garbage")
+    code, opened = train_audited(poisoned, tmp_path / "runs" / "poisoned")
+    assert code == 0
+    assert opened == labeled
+    assert hash_models(tmp_path / "runs" / "poisoned") == hash_models(finished)
+
+
+def test_the_poison_test_goes_red_for_a_label_that_is_used(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    splits = json.loads((finished / "splits.json").read_text())
+    poisoned = tmp_path / "poisoned"
+    subprocess.run(["cp", "-r", str(data), str(poisoned)], check=True)
+    path = poisoned / "labels" / f"{splits['labeled'][0]}.nii.gz"
+    image = nib.load(path)
+    values = np.asarray(image.dataobj).copy()
+    nib.save(nib.Nifti1Image(np.roll(values, 2, axis=0), image.affine), path)
+    code, opened = train_audited(poisoned, tmp_path / "runs" / "control")
+    assert code in (0, 3)
+    assert path.name in opened
+    weights = "round_0/model/weights.safetensors"
+    ours = load_file(tmp_path / "runs" / "control" / weights)
+    theirs = load_file(finished / weights)
+    assert any(not np.array_equal(ours[key], theirs[key]) for key in ours)

@@ -154,12 +154,16 @@ def _train(
     predict_unlabeled: bool = False,
 ) -> Outcome | None:
     """Prepare, print the plan, run all rounds, and print what to do next."""
-    from medssl.rounds import prepare, run_training
+    from medssl.data.cases import read_dataset, split_cases
     from medssl.runs import StopFlag
 
-    root = resolved.config.data.root
+    data = resolved.config.data
+    root = data.root
     if root is None:
         raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
+    split_cases(read_dataset(root, data.format, data.labels), data, resolved.config.validation)
+    from medssl.rounds import prepare, run_training  # slow to import: after the quick mistakes
+
     folder = run or Path("runs") / (root.resolve().stem or "run")
     prepared = prepare(resolved, reload, None if restart else folder)
     print(_describe_plan(prepared, folder), flush=True)

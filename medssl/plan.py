@@ -34,7 +34,8 @@ GPU_FILTERS = 32
 MOST_FILTERS = 320
 STEP_COST = 2.4  # of a student's step with as many unlabeled as labeled patches, in labeled steps
 SIDES = re.compile(
-    r"(^|[^a-z])(left|right|l|r|lt|rt|lh|rh|sin|dex|links|rechts|gauche|droite)($|[^a-z])"
+    r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex|links|rechts|gauche|droite)($|[^a-z])"
+    r"|(^|[^a-z])(left|right)|(left|right)($|[^a-z])"
 )
 
 
@@ -139,7 +140,7 @@ def make_plan(
         threads=threads,
         workers=workers,
         reasons=tuple(reasons),
-        estimate=_estimate_disk(shapes, len(unlabeled), len(labels)),
+        estimate=_estimate_disk(shapes, len(unlabeled), network),
     )
 
 
@@ -255,6 +256,11 @@ def _choose_patch(
         if given != "auto" or size.prod() <= budget:
             break
         wanted[np.argmax(wanted / np.median(shapes, axis=0) * wanted)] *= 0.9
+    if config.network.depth != "auto" and len(strides) < config.network.depth:
+        raise InputError(
+            f"network.depth={config.network.depth}: a patch of {'x'.join(str(n) for n in size)} "
+            f"voxels has room for {len(strides)} levels; lower it, or leave it out"
+        )
     if given != "auto" and tuple(size) != tuple(given):
         raise InputError(
             f"plan.patch_size={list(given)}: with {len(strides)} levels each side must be a "
@@ -299,7 +305,8 @@ def _choose_flips(config: Config, labels: Mapping[int, str], reasons: list[str])
     """Return the axes that may be mirrored: not left-right where labels have sides."""
     if config.plan.flips != "auto":
         return config.plan.flips
-    sided = [name for name in labels.values() if SIDES.search(name.lower().replace("_", " "))]
+    words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in labels.values()}
+    sided = [name for name, text in words.items() if SIDES.search(text)]
     if sided:
         reasons.append(f"no mirroring left-right: labels have sides ({', '.join(sided)})")
         return (1, 2)
@@ -311,12 +318,16 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
     """Return bfloat16 where the processor computes in it, float32 elsewhere."""
     if given != "auto":
         return given
-    if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = device == "cpu" and has_cpu_bfloat16()
+    native = has_bfloat16(device)
     reasons.append("bfloat16: the processor has it" if native else "float32: no native bfloat16")
     return "bfloat16" if native else "float32"
+
+
+def has_bfloat16(device: str) -> bool:
+    """Return whether a device computes in bfloat16 natively; emulated it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and has_cpu_bfloat16()
 
 
 def has_cpu_bfloat16() -> bool:
@@ -336,12 +347,12 @@ def _choose_workers(config: Config, on_gpu: bool) -> int:
 
 
 def _estimate_disk(
-    shapes: NDArray[np.int_], num_unlabeled: int, num_classes: int
+    shapes: NDArray[np.int_], num_unlabeled: int, network: NetworkSpec
 ) -> dict[str, float]:
-    """Return the disk that cache and pseudo-labels will take, in MB."""
+    """Return the disk that cache and the pseudo-labels of two rounds will take, in MB."""
     voxels = float(np.mean(np.prod(shapes, axis=1)))
-    cache = len(shapes) * voxels * 3
-    pseudo = num_unlabeled * voxels * (num_classes + 2)
+    cache = len(shapes) * voxels * (2 * network.in_channels + 1)
+    pseudo = 2 * num_unlabeled * voxels * (network.num_classes + 2)
     return {"disk_mb": round((cache + pseudo) / 1e6 + 30, 1)}
 
 

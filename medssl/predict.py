@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,26 +25,26 @@ from medssl.data.io import read_image, write_map, write_mask
 from medssl.losses.entropy import renyi_entropy
 from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
 from medssl.networks.noise import sample_dropout
-from medssl.plan import Plan
-from medssl.runs import read_json, write_file, write_json
+from medssl.plan import Plan, has_bfloat16
+from medssl.runs import read_json, seed_from, write_file, write_json
 from medssl.transforms.geometry import Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 
 OVERLAP = 0.5  # of neighboring windows, fraction
 MC_PASSES = 8
-FORMAT = 1
 
 
 class ModelInfo(BaseModel):
     """What stands in model.json; with the weights it is all that prediction needs, ever.
 
     ``intensity_range`` holds, per channel, the lowest 0.5 and highest 99.5 percentile of the
-    training scans; ``spacing_range`` the smallest and largest spacing per axis in mm.
+    training scans; ``spacing_range`` the smallest and largest value in mm of a scan's finest,
+    middle and coarsest spacing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: int = FORMAT
+    format: Literal[1] = 1
     network: NetworkSpec
     labels: dict[int, str]
     label_values: tuple[int, ...]
@@ -56,6 +56,18 @@ class ModelInfo(BaseModel):
     intensity_range: tuple[tuple[float, float], ...] = ()
     spacing_range: tuple[tuple[float, float], ...] = ()
     provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse numbers of classes or channels that contradict each other."""
+        for name, wanted, found in (
+            ("classes", self.network.num_classes, (len(self.labels), len(self.label_values))),
+            ("channels", self.network.in_channels, (len(self.channels),)),
+            ("channels", self.network.in_channels, (len(self.preprocessing.normalization),)),
+        ):
+            if set(found) != {wanted}:
+                raise ValueError(f"the network has {wanted} {name}, described are {found}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -147,12 +159,14 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     try:
         info = ModelInfo.model_validate(read_json(folder / "model.json"))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
         raise InputError(
             f"{folder / 'model.json'}: not a model of this program: {problems}"
         ) from error
-    network = build_network(info.network)
+    if info.precision == "bfloat16" and not has_bfloat16(device):
+        info = info.model_copy(update={"precision": "float32"})
     try:
+        network = build_network(info.network)
         weights = load_file(folder / "weights.safetensors")
         missing, unknown = network.load_state_dict(weights, strict=False)
     except Exception as error:  # safetensors and torch have no common error class
@@ -279,6 +293,7 @@ def predict_case(
     native = _return(probs, prepared, volume)
     uncertainty = None
     if passes:
+        torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
         entropy, _ = measure_uncertainty(model.network, tensor, size, precision, passes)
         uncertainty = _return(entropy[0], prepared, volume)[0]
     return Prediction(
@@ -387,17 +402,22 @@ def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Pat
             problems.append(f"{path}: no NIfTI file (.nii, .nii.gz)")
         else:
             files += found
-    scans: dict[str, list[Path]] = {}
+    scans: dict[str, dict[str, list[Path]]] = {}
     for file in files:
         name = file.name.removesuffix(".gz").removesuffix(".nii")
-        if re.search(r"_\d{4}$", name) and num_channels > 1:
-            name = name[:-5]
-        scans.setdefault(name, []).append(file)
-    problems += [
-        f"{name}: {len(found)} files, the model wants {num_channels} channels"
-        for name, found in scans.items()
-        if len(found) not in (1, num_channels)
-    ]
+        channel = ""
+        if num_channels > 1 and re.search(r"_\d{4}$", name):
+            name, channel = name[:-5], name[-4:]
+        scans.setdefault(name, {}).setdefault(channel, []).append(file)
+    wanted = {f"{channel:04d}" for channel in range(num_channels)}
+    for name, found in scans.items():
+        listed = ", ".join(str(file) for same in found.values() for file in same)
+        if any(len(same) > 1 for same in found.values()):
+            problems.append(f"{name}: two scans of one name, of which one mask would be left: {listed}")
+        elif set(found) not in ({""}, wanted):
+            problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
     if problems:
         raise InputError("\n".join(problems))
-    return {name: tuple(found) for name, found in scans.items()}
+    return {
+        name: tuple(found[channel][0] for channel in sorted(found)) for name, found in scans.items()
+    }

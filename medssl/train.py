@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medssl.config import Config, InputError
+from medssl.config import Config, InputError, hash_config
 from medssl.data.loaders import PatchDataset, iterate_batches
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
@@ -65,9 +65,9 @@ def train(
         parameters, lr=config.train.lr, weight_decay=config.train.weight_decay
     )
     path = run_dir / f"round_{round_index}" / "checkpoint.pt"
-    identity = hash_json(
-        [plan.model_dump(mode="json", exclude={"estimate", "reasons"}), round_index]
-    )
+    elsewhere = {"estimate", "reasons", "device", "threads", "workers"}  # may change on resuming
+    described = plan.model_dump(mode="json", exclude=elsewhere)
+    identity = hash_json([hash_config(config), described, round_index])
     step, pending = _load(path, identity, objective, optimizer, device)
     journal = Journal(run_dir / "metrics.jsonl")
     journal.cut(round_index, step)
@@ -222,7 +222,7 @@ def _load(
         raise InputError(
             f"{path}: the checkpoint cannot be read ({error}); delete it to redo this round"
         ) from error
-    if content["identity"] != identity:
+    if content.get("identity") != identity:
         raise InputError(
             f"{path}: made with another plan or configuration; give another --run, or --restart"
         )

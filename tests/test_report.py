@@ -302,6 +302,13 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "phantoms"))
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw coarsely: for tests that read the page and do not look at it."""
+    monkeypatch.setattr(overlays, "render_overlay", lambda *args, **kwargs: b"picture")
+    monkeypatch.setattr(figures, "_DPI", 30)
+
+
 def report(run_dir: Path, share: bool = False) -> Page:
     return Page(write_report(run_dir, share))
 
@@ -319,6 +326,7 @@ def test_the_page_is_self_contained_and_small(run: Path) -> None:
     assert page.num_images == 11  # dots, curves, 2 x coverage, best/median/worst, 4 to annotate
 
 
+@pytest.mark.usefixtures("quick")
 def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     text = report(run).text
     assert "trained on 4 labeled and 6 unlabeled scans of phantoms" in text
@@ -354,6 +362,7 @@ def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
     assert "needs 8" in verdict.sentence
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_without_evaluation_is_not_measured_and_opens_no_label(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +375,7 @@ def test_a_run_without_evaluation_is_not_measured_and_opens_no_label(
     assert not any("labels" in path.parts for path in opened)
 
 
+@pytest.mark.usefixtures("quick")
 def test_only_labels_of_test_cases_are_opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = record_labels(monkeypatch)
     report(run)
@@ -405,6 +415,7 @@ def damage(name: str, content: str) -> Callable[[Path], None]:
     return change
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -440,14 +451,12 @@ def test_whatever_is_missing_is_said(
     run: Path,
     change: Callable[[Path], None],
     expected: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(overlays, "render_overlay", lambda *args, **kwargs: b"picture")
-    monkeypatch.setattr(figures, "_DPI", 30)  # nobody looks at it: 3 times as fast
     change(run)
     assert expected in report(run).text
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
     for name in ("round_1", "round_2", "evaluation"):
         shutil.rmtree(run / name)
@@ -464,10 +473,11 @@ def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
     assert "so far labels only" in page.text
     assert "has not delivered a model yet" in page.text
     assert "holds no delivered model" in page.text
-    assert "No review of pseudo-labels: the run has no student round yet" in page.text
+    assert "No review of pseudo-labels: the run has no student round" in page.text
     assert page.num_images == 1  # the losses so far
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
     done = json.loads((run / "round_2" / "done.json").read_text())
     done["gate"] = {"passed": False, "reasons": ["lesion covers <0.01 % & less"]}
@@ -480,6 +490,23 @@ def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
     assert "From the review of round 1" in page.text
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_round_0_that_failed_its_gate_is_not_called_good(tmp_path: Path) -> None:
+    run = write_run(tmp_path, num_rounds=1, shape=(8, 8, 8))
+    done = json.loads((run / "round_0" / "done.json").read_text())
+    done["gate"] = {"passed": False, "reasons": ["6 of 6 pseudo-labels were refused"]}
+    dump(run / "round_0" / "done.json", done)
+    dump(run / "state.json", {"status": "stopped_by_gate", "round": 0, "step": 400})
+    text = report(run).text
+    assert "kept for want of a better one" in text
+    assert "last good" not in text
+    assert "is delivered" not in text
+    assert "Not measured" in text
+    assert "before and after are one" in text
+    assert "so far" not in text
+
+
+@pytest.mark.usefixtures("quick")
 def test_scans_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
     run = write_run(tmp_path, shape=(8, 8, 8))
     shutil.rmtree(tmp_path / "data")
@@ -489,6 +516,7 @@ def test_scans_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
     assert "cannot be checked any more" in page.text
 
 
+@pytest.mark.usefixtures("quick")
 def test_case_ids_are_escaped_in_the_plain_report(run: Path) -> None:
     page = report(run)
     assert ODD_ID in page.text
@@ -541,6 +569,7 @@ def test_numbers_are_not_taken_for_case_ids() -> None:
     assert names.text("0.9 Dice/case, losses/total") == "0.9 Dice/case, losses/total"
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_most_uncertain_scan_comes_first(run: Path) -> None:
     rows = read_run(run).rounds[-1].review
     worst = max(rows, key=lambda row: float(row["uncertainty"]))["case_id"]

@@ -126,18 +126,18 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
     """Draw a trunk: organ (1) with lesions (2) and a vessel (3), and what resembles them."""
     shape = points.shape[:3]
     tissue = rng.uniform(0.36, 0.48)
-    organ_value = tissue + rng.uniform(0.08, 0.24)
-    lesion_value = organ_value + rng.uniform(0.12, 0.34)
-    vessel_value = organ_value + rng.uniform(0.08, 0.34)
+    organ_value = tissue + rng.uniform(0.14, 0.26)
+    lesion_value = organ_value + rng.uniform(0.18, 0.34)
+    vessel_value = organ_value + rng.uniform(0.14, 0.32)
     trunk = _ellipsoid(points, (0, 0, 0), (22, 25, 70))
     centre = rng.normal([8.0, 5.0, 0.0], 1.5)
-    radii = np.array([10.5, 13.0, 11.5]) * rng.uniform(0.8, 1.2, 3)
+    radii = np.array([10.5, 13.0, 11.5]) * rng.uniform(0.87, 1.15, 3)
     organ = _ellipsoid(points, centre, radii) + _noise(rng, shape, 5, 1.3)
     notch = centre + radii * [-1.0, rng.uniform(-0.6, 0.6), rng.uniform(-0.5, 0.5)]
     organ = np.minimum(organ, -_ellipsoid(points, notch, radii * rng.uniform(0.35, 0.6, 3)))
     organ = np.minimum(organ, trunk - 3)
     structures = [
-        Structure(trunk, rng.uniform(0.15, 0.75)),  # the rim of fat
+        Structure(trunk, rng.uniform(0.2, 0.6)),  # the rim of fat
         Structure(trunk - rng.uniform(2, 4), tissue),
         Structure(_tube(points, [(0, -17, -30), (0, -16, 0), (0, -17, 30)], 5), 0.95),
         Structure(_tube(points, [(0, -20, -30), (0, -20, 30)], 1.8), 0.3),
@@ -165,12 +165,12 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
             centre + radii * rng.uniform([0.2, 0.1, 0.2], [0.6, 0.6, 0.7]),
         ]
     )
-    vessel = _tube(points, nodes, rng.uniform(1.5, 2.4))
+    vessel = _tube(points, nodes, rng.uniform(1.9, 2.7))
     structures.append(Structure(vessel, vessel_value, 3))
     for _ in range(rng.integers(1, 4)):
         direction = rng.normal(size=3)
         place = centre + radii * rng.uniform(0.3, 0.75) * direction / np.linalg.norm(direction)
-        lesion = _ellipsoid(points, place, rng.uniform(3, 5.5, 3)) + _noise(rng, shape, 9, 0.9)
+        lesion = _ellipsoid(points, place, rng.uniform(3.5, 6, 3)) + _noise(rng, shape, 9, 0.9)
         structures.append(Structure(np.minimum(lesion, organ + 0.5), lesion_value, 2))
     return structures
 
@@ -219,11 +219,11 @@ def _scan(rng: np.random.Generator, image: Field) -> NDArray[np.int16]:
     shape = image.shape
     image = image * (1 + _noise(rng, shape, 16, rng.uniform(0.02, 0.06)))
     image = ndimage.gaussian_filter(image, rng.uniform(0.4, 0.9))
-    image = image * np.exp(_noise(rng, shape, 3, rng.uniform(0.08, 0.3)))
-    level = rng.uniform(0.03, 0.08)
+    image = image * np.exp(_noise(rng, shape, 3, rng.uniform(0.05, 0.16)))
+    level = rng.uniform(0.02, 0.055)
     noise = rng.normal(0, level, (2, *shape))
     magnitude = np.hypot(image + noise[0], noise[1])  # Rician, as in magnitude MRI
-    stretched = magnitude ** rng.uniform(0.75, 1.3) * rng.uniform(400, 1600)
+    stretched = magnitude ** rng.uniform(0.8, 1.25) * rng.uniform(400, 1600)
     scan: NDArray[np.int16] = np.rint(np.clip(stretched, 0, 32_000)).astype(np.int16)
     return scan
 

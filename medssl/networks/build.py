@@ -5,6 +5,8 @@ Axes: B batch, C channels, I J K voxel axes.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from monai.networks.nets import DynUNet
 from pydantic import BaseModel, ConfigDict
@@ -21,7 +23,7 @@ class NetworkSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = "dynunet"
+    name: Literal["dynunet"] = "dynunet"
     in_channels: int
     num_classes: int
     filters: tuple[int, ...]

@@ -72,6 +72,28 @@ def expect_from(labels: Sequence[NDArray[np.uint8]], num_classes: int) -> Expect
     )
 
 
+def trust_voxels(
+    probs: NDArray[np.float32], uncertainty: NDArray[np.float32], section: FilterSection
+) -> NDArray[np.bool_]:
+    """Return (I, J, K): the voxels that people are shown as trusted, and that coverage counts.
+
+    The confidence reaches the lowest threshold of the round and the entropy is under the strictest
+    limit. The student's own filter moves in between, class by class.
+
+    Args:
+        probs: (num_classes, I, J, K).
+        uncertainty: (I, J, K), nats.
+        section: The filter's settings.
+    """
+    lowest = {"none": 0.0, "fixed": section.threshold.start}
+    trusted: NDArray[np.bool_] = probs.max(0) >= lowest.get(
+        section.threshold.name, section.threshold.end
+    )
+    if section.uncertainty.source != "none":
+        trusted &= uncertainty < section.uncertainty.start * np.log(len(probs))
+    return trusted
+
+
 def review_case(
     case_id: str,
     probs: NDArray[np.float32],
@@ -96,10 +118,7 @@ def review_case(
     """
     classes = probs.argmax(0)
     confidence = probs.max(0)
-    limit = section.uncertainty.start * np.log(len(probs))
-    trusted = confidence >= (0.0 if section.threshold.name == "none" else section.threshold.end)
-    if section.uncertainty.source != "none":
-        trusted &= uncertainty < limit
+    trusted = trust_voxels(probs, uncertainty, section)
     foreground = classes > 0
     where = foreground if foreground.any() else np.ones_like(foreground)
     kept = {i: classes == i for i in names if i > 0}

@@ -34,6 +34,7 @@ def write_pseudo_label(
     if not (np.isfinite(probs).all() and np.isfinite(uncertainty).all()):
         raise FloatingPointError(f"{folder.name}: a pseudo-label of non-finite numbers")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
     stored = np.rint(probs * 255).astype(np.uint8)
     voxels = _draw_class_voxels(stored)
     _save(folder / "probs.npy", stored)

@@ -184,6 +184,13 @@ def _show_pairs(run: RunFiles, names: Names) -> Picture:
     before = run.rounds[0].dice if run.rounds and run.rounds[0].index == 0 else {}
     after = run.dice
     shared = sorted(set(before) & set(after))
+    if shared and run.delivered == "round_0":
+        average = mean([after[case_id] for case_id in shared])
+        why = (
+            f"The delivered model is round 0 itself, so before and after are one: mean Dice "
+            f"{average:.3f} on {sentences.count(len(shared), 'test case')}."
+        )
+        return Picture(title, "", "", why)
     if not shared:
         why = "No case has been measured with both round 0 and the delivered model."
         return Picture(title, "", "", why)
@@ -211,7 +218,7 @@ def _show_curves(run: RunFiles) -> Picture:
 def _show_coverage(run: RunFiles) -> list[Picture]:
     """Return the pictures of coverage, thresholds and agreement."""
     students = any(entry.index > 0 for entry in run.rounds)
-    why = "the run has no student round yet" if not students else "no file of the run says it"
+    why = "the run has no student round" if not students else "no file of the run says it"
     reviews, curves = figures.draw_reviews(run), figures.draw_coverage_curves(run)
     many = len(run.classes) > len(figures.list_shown_classes(run))
     note = " Only the first seven classes are shown." if many else ""

@@ -90,6 +90,11 @@ class RunFiles:
         good = [entry for entry in found if not entry.rejected]
         return (good or found)[-1] if found else None
 
+    @property
+    def delivered_in_spite(self) -> bool:
+        """Whether the delivered round did not pass its own gate: there was no better one."""
+        return any(entry.name == self.delivered and entry.rejected for entry in self.rounds)
+
     def list_part(self, part: str) -> list[str]:
         """Return the case_ids of labeled, unlabeled, val or test."""
         return [str(case_id) for case_id in self.splits.get(part) or ()]

@@ -119,7 +119,8 @@ def write_headline(run: RunFiles, names: Names) -> str:
     students = sum(entry.index > 0 for entry in run.rounds)
     rounds = f"labels only and {count(students, 'self-training round')}"
     steps = count_steps(run)
-    alone = "so far labels only" if describe_status(run) else "labels only, no self-training round"
+    unfinished = run.state.get("status") in ("running", "interrupted", "failed")
+    alone = "so far labels only" if unfinished else "labels only, no self-training round"
     effort = [rounds if students else alone]
     effort += [] if steps is None else [f"{count(steps, 'step')}"]
     seconds = [number(entry.done.get("seconds")) for entry in run.rounds]
@@ -138,7 +139,9 @@ def describe_status(run: RunFiles) -> str:
     status = str(run.state.get("status", ""))
     step, index = run.state.get("step", "?"), run.state.get("round", "?")
     if status == "stopped_by_gate":
-        last = f"; {_spell(run.delivered)} is the last good one" if run.delivered else ""
+        last = f": {_spell(run.delivered)} is the last good one" if run.delivered else ""
+        if run.delivered_in_spite:
+            last = f": {_spell(run.delivered)} did not pass it and is kept for want of a better one"
         return f"The run was stopped by its gate{last}."
     known = {
         "running": f"The run is not finished: its last checkpoint is step {step} of round {index}.",
@@ -239,7 +242,8 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
             f"are {labeled + val} labels."
         )
     elif run.splits:
-        chosen = "the last round that passed its gate is delivered" if run.summary else ""
+        good = run.summary and not run.delivered_in_spite
+        chosen = "the last round that passed its gate is delivered" if good else ""
         details.append(
             f"Validation labels count as labels: there is no validation case, so the run has "
             f"{count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."

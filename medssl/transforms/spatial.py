@@ -40,12 +40,16 @@ class SpatialDraw:
         crop = torch.from_numpy(np.ascontiguousarray(volume[(slice(None), *box)], dtype=np.float32))
         local = self.coordinates - torch.as_tensor(low, dtype=torch.float32)
         size = torch.as_tensor(high - low, dtype=torch.float32)
-        # grid_sample wants (x, y, z) = (K, J, I) in [-1, 1]; an axis of one voxel has no extent
-        grid = torch.where(size > 1, 2 * local / (size - 1).clamp(min=1) - 1, 2 * local)
+        # grid_sample wants (x, y, z) = (K, J, I) in [-1, 1]
+        grid = 2 * local / (size - 1).clamp(min=1) - 1
         mode = "nearest" if nearest else "bilinear"
         patch = F.grid_sample(
             crop[None], grid.flip(-1)[None], mode=mode, padding_mode="zeros", align_corners=True
         )
+        if bool((size == 1).any()):  # to grid_sample an axis of one voxel has no outside
+            distance = local[..., size == 1].abs()
+            share = (distance <= 0.5).float() if nearest else (1 - distance).clamp(min=0)
+            patch = patch * share.prod(-1)
         return patch[0]
 
     def find_inside(self, shape: Sequence[int]) -> Tensor:

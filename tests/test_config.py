@@ -1,0 +1,200 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from medssl.config import (
+    SHORTCUTS,
+    Config,
+    InputError,
+    dump,
+    find_configs,
+    hash_config,
+    list_methods,
+    load_config,
+    render,
+)
+
+
+def write(folder, text, name="some.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refuse(first=None, overrides=()):
+    with pytest.raises(InputError) as caught:
+        load_config(first, overrides)
+    return str(caught.value)
+
+
+def test_defaults_are_a_valid_configuration():
+    assert load_config().config == Config()
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_every_preset_resolves_and_begins_with_a_sentence_about_itself(method):
+    resolved = load_config(overrides=[f"method={method}"])
+    assert resolved.config.method == method
+    first = list_methods()[method].read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert first.endswith(".")
+
+
+@pytest.mark.parametrize("path", sorted(find_configs().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_that_comes_along_resolves(path):
+    assert load_config(path, ["data.root=somewhere"]).config.data.root is not None
+
+
+def test_the_command_line_wins_over_the_yaml_and_the_yaml_over_the_preset(tmp_path):
+    preset = write(tmp_path, "train: {lr: 0.5, rounds: 7, batch: 3}", "preset.yaml")
+    path = write(tmp_path, f"method: {preset}\ntrain: {{lr: 0.25, rounds: 6}}")
+    resolved = load_config(path, ["train.lr=0.125"])
+    train = resolved.config.train
+    assert (train.lr, train.rounds, train.batch) == (0.125, 6, 3)
+    assert resolved.sources["train.lr"] == "command line"
+    assert resolved.sources["train.rounds"] == str(path)
+    assert resolved.sources["train.batch"] == f"method {preset}"
+    assert resolved.sources["train.seed"] == "default"
+
+
+def test_the_plan_replaces_what_is_auto_and_nothing_else():
+    plan = {"train.steps": 77, "train.batch": 4, "plan.patch_size": [8, 8, 8]}
+    resolved = load_config(overrides=["train.batch=3"], plan=plan)
+    assert resolved.config.train.steps == 77
+    assert resolved.config.train.batch == 3
+    assert resolved.config.plan.patch_size == (8, 8, 8)
+    assert resolved.sources["train.steps"] == "plan"
+    assert resolved.sources["train.batch"] == "command line"
+
+
+def test_a_folder_as_first_argument_is_the_data(tmp_path):
+    resolved = load_config(tmp_path)
+    assert resolved.config.data.root == tmp_path
+    assert resolved.sources["data.root"] == "command line"
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+def test_a_shortcut_sets_its_key(shortcut):
+    value = "cuda:1" if shortcut == "device" else 3
+    config = load_config(overrides=[f"{shortcut}={value}"]).config
+    section, key = SHORTCUTS[shortcut].split(".")
+    assert getattr(getattr(config, section), key) == value
+
+
+def test_class_names_may_be_given_in_a_yaml_and_on_the_command_line(tmp_path):
+    path = write(tmp_path, "data: {labels: {1: liver}}")
+    config = load_config(path, ["data.labels.7=tumor"]).config
+    assert config.data.labels == {1: "liver", 7: "tumor"}
+
+
+def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
+    path = write(tmp_path, "trane: {lr: 1}\nnetwork: {widht: 2.0}")
+    message = refuse(path, ["train.lr=-1", "method=defualt", "nonsense"])
+    assert message.startswith("5 mistakes")
+    assert "did you mean network.width" in message
+    assert "did you mean default" in message
+    assert "train.lr" in message
+    assert "(got -1)" in message
+    assert "'nonsense': expected key=value" in message
+    assert "trane" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("filter.threshold.name=flax", "'none', 'fixed', 'curriculum' or 'flex'"),
+        ("network.dropout=1.5", "less than 1"),
+        ("train.lr=abc", "(got 'abc')"),
+        ("data.labeled=0", "(got 0)"),
+        ("train.foreground=2", "less than or equal to 1"),
+        ("dropout=0.3", "did you mean network.dropout"),
+        ("train={lr: 1, lr: 2}", "stands twice"),
+        ("train.lr=[1", "cannot be read as a value"),
+        ("train.lr.x=1", "train.lr"),
+        ("network.dropout=0", "filter.uncertainty.source=none"),
+        ("teacher.source=[]", "teacher.source is empty"),
+    ],
+)
+def test_a_mistake_names_the_key_the_value_and_the_repair(override, words):
+    message = refuse(overrides=[override])
+    assert words in message
+    assert override.split("=")[0].split(".")[-1] in message
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2", "a: b: c", "\x00", "a: 1\na: 2", "just words"])
+def test_what_is_no_configuration_is_an_error_that_names_the_file(tmp_path, text):
+    path = write(tmp_path, text)
+    assert str(path) in refuse(path)
+
+
+def test_a_duplicate_key_is_refused_with_its_line(tmp_path):
+    message = refuse(write(tmp_path, "train:\n  lr: 1\n  lr: 2\n"))
+    assert "'lr' stands twice" in message
+    assert "line 3" in message
+
+
+def test_an_empty_yaml_is_the_default_configuration(tmp_path):
+    assert load_config(write(tmp_path, "# nothing\n")).config == Config()
+
+
+def test_a_missing_file_names_one_with_a_similar_name(tmp_path):
+    write(tmp_path, "", "hippocampus.yaml")
+    assert "did you mean" in refuse(tmp_path / "hipocampus.yaml")
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Config().method = "other"
+
+
+def test_a_dump_written_as_yaml_loads_as_the_same_configuration(tmp_path):
+    overrides = ["data.labels={1: a, 5: b}", "train.lr=0.01", "plan.spacing=[1, 1, 2.5]"]
+    config = load_config(tmp_path, overrides).config
+    path = write(tmp_path, yaml.safe_dump(dump(config)))
+    assert load_config(path).config == config
+    assert json.loads(json.dumps(dump(config))) == dump(config)
+
+
+def test_render_shows_every_key_with_its_source(tmp_path):
+    text = render(load_config(tmp_path, ["train.lr=0.5"]))
+    assert "train.lr: 0.5" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("train.lr:")]
+    assert line.endswith("# command line")
+    assert "losses.entropy.ramp.end: 0.25" in text
+
+
+@pytest.mark.parametrize(
+    "override", ["device=cuda", "train.workers=3", "train.log_every=7", "tracking.uri=none"]
+)
+def test_the_hash_leaves_out_what_does_not_decide_the_result(override):
+    assert hash_config(load_config(overrides=[override]).config) == hash_config(Config())
+
+
+@pytest.mark.parametrize(
+    "override", ["train.lr=0.5", "seed=1", "noise.strong=0.5", "labeled=4", "train.rounds=1"]
+)
+def test_the_hash_changes_with_what_decides_the_result(override):
+    assert hash_config(load_config(overrides=[override]).config) != hash_config(Config())
+
+
+words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)
+
+
+@given(st.lists(st.one_of(words, st.tuples(words, words).map("=".join)), max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_no_argument_ends_in_a_traceback(overrides):
+    try:
+        load_config(None, overrides)
+    except InputError as error:
+        assert str(error)
+
+
+def test_the_configuration_needs_neither_torch_nor_monai():
+    code = "import sys, medssl.config; assert not {'torch', 'monai', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,157 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from medssl.config import FilterSection
+from medssl.pseudo.gates import Expectation, expect_from, judge_model, review_case
+
+NAMES = {0: "background", 1: "organ", 2: "lesion"}
+EXPECTATION = Expectation(presence={1: 1.0, 2: 0.4}, share={1: 0.2, 2: 0.05})
+
+
+def one_hot(classes, confidence=0.99):
+    probs = np.full((3, *classes.shape), (1 - confidence) / 2, np.float32)
+    np.put_along_axis(probs, classes[None], confidence, axis=0)
+    return probs
+
+
+def classes_of(organ=20, lesion=5):
+    """Return a map of 100 voxels with so many of each class."""
+    classes = np.zeros(100, np.int64)
+    classes[:organ] = 1
+    classes[organ : organ + lesion] = 2
+    return classes.reshape(10, 10, 1)
+
+
+def review(classes=None, confidence=0.99, doubt=0.0, agreement=None, probs=None, **section):
+    classes = classes_of() if classes is None else classes
+    probs = one_hot(classes, confidence) if probs is None else probs
+    uncertainty = np.full(classes.shape, doubt, np.float32)
+    return review_case(
+        "a", probs, uncertainty, agreement, 0.5, NAMES, EXPECTATION, FilterSection(**section)
+    )
+
+
+def judge(*reviews):
+    return judge_model(reviews, EXPECTATION, NAMES)
+
+
+def test_labeled_cases_lead_one_to_expect_presence_and_share():
+    labels = [classes_of(20, 10).astype(np.uint8), classes_of(40, 0).astype(np.uint8)]
+    found = expect_from(labels, 3)
+    assert found.presence == {1: 1.0, 2: 0.5}
+    assert found.share == pytest.approx({1: 0.3, 2: 0.05})
+
+
+def test_a_good_pseudo_label_is_accepted_with_its_numbers():
+    found = review()
+    assert found.accepted
+    assert found.reason == ""
+    assert found.volume_ml == {"organ": 10.0, "lesion": 2.5}
+    assert found.share == pytest.approx({1: 0.2, 2: 0.05})
+    assert found.coverage == 1.0
+    assert found.coverage_per_class == {"organ": 1.0, "lesion": 1.0}
+    assert found.confidence == pytest.approx(0.99, abs=1e-4)
+
+
+def test_an_empty_pseudo_label_is_refused():
+    assert review(classes_of(0, 0)).reason == "empty"
+
+
+def test_a_pseudo_label_of_one_class_everywhere_is_refused():
+    assert review(classes_of(100, 0)).reason == "constant: all organ"
+
+
+def test_a_case_that_lost_an_expected_class_is_refused_and_names_it():
+    found = review(classes_of(0, 5))
+    assert not found.accepted
+    assert found.reason == "lost organ"
+
+
+def test_a_class_that_few_labeled_cases_have_may_be_absent():
+    assert review(classes_of(20, 0)).accepted
+
+
+def test_a_case_under_the_least_confidence_is_refused_with_both_numbers():
+    found = review(confidence=0.5, case={"confidence": 0.6})
+    assert found.reason == "confidence 0.50 is below 0.6"
+
+
+def test_confidence_is_that_of_the_foreground():
+    classes = classes_of()
+    probs = one_hot(classes, 0.99)
+    probs[:, classes > 0] = one_hot(classes, 0.6)[:, classes > 0]
+    assert review(classes, probs=probs).confidence == pytest.approx(0.6, abs=1e-4)
+
+
+def test_uncertain_voxels_are_not_covered_unless_that_filter_is_off():
+    doubt = 0.9 * np.log(3)
+    assert review(doubt=doubt).coverage == 0.0
+    assert review(doubt=doubt, uncertainty={"source": "none"}).coverage == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "covered"), [("none", 1.0), ("flex", 1.0), ("curriculum", 1.0), ("fixed", 0.0)]
+)
+def test_coverage_is_under_the_lowest_threshold_that_the_student_will_meet(name, covered):
+    threshold = {"name": name, "start": 0.95, "end": 0.7}
+    assert review(confidence=0.8, threshold=threshold).coverage == covered
+
+
+def test_a_row_of_the_review_holds_plain_columns():
+    row = review(agreement=0.75).to_row()
+    assert row["accepted"] == 1
+    assert row["agreement"] == 0.75
+    assert row["coverage/organ"] == 1.0
+    assert row["volume_ml/lesion"] == 2.5
+    assert not any(isinstance(value, dict) for value in row.values())
+
+
+def test_a_model_with_good_pseudo_labels_passes():
+    gate = judge(review(agreement=0.9), review(agreement=0.8))
+    assert gate.passed
+    assert gate.reasons == ()
+
+
+def test_a_model_passes_where_there_is_no_unlabeled_case_and_says_so():
+    gate = judge()
+    assert gate.passed
+    assert "no unlabeled case" in gate.reasons[0]
+
+
+def test_a_model_fails_if_most_of_its_pseudo_labels_were_refused():
+    refused = review(classes_of(0, 5))
+    assert judge(review(), refused, review(), review()).passed
+    gate = judge(review(), refused, refused)
+    assert not gate.passed
+    assert "2 of 3 pseudo-labels were refused (first reason: lost organ)" in gate.reasons
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.03, False), (0.05, True), (0.9, True)])
+def test_a_model_fails_if_a_class_covers_under_a_fifth_of_its_labeled_share(share, passes):
+    assert judge(replace(review(), share={1: share, 2: 0.05})).passed is passes
+
+
+def test_a_model_fails_if_a_class_floods_the_volume():
+    gate = judge(replace(review(), share={1: 0.2, 2: 0.3}))
+    assert not gate.passed
+    assert "lesion covers 30.000% of the volumes, 5.000% in labeled cases" in gate.reasons
+
+
+def test_a_class_that_no_labeled_case_has_is_not_judged():
+    expectation = Expectation(presence={1: 1.0, 2: 0.0}, share={1: 0.2, 2: 0.0})
+    assert judge_model([review()], expectation, NAMES).passed
+
+
+def test_a_model_fails_if_it_contradicts_the_round_before():
+    gate = judge(review(agreement=0.1), review(agreement=0.3))
+    assert not gate.passed
+    assert "mean Dice 0.20" in gate.reasons[0]
+
+
+def test_the_chain_from_a_dead_network_to_a_perfect_agreement_is_cut():
+    dead = review(classes_of(0, 0), agreement=1.0)
+    gate = judge(dead, dead)
+    assert not gate.passed
+    assert "empty" in gate.reasons[0]

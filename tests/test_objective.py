@@ -1,0 +1,442 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from medssl.config import IGNORE, list_methods, load_config
+from medssl.losses.supervised import cross_entropy
+from medssl.networks.build import build_network
+from medssl.objective import Objective, Patches, fit, mix, roll, shrink
+
+NAMES = ("background", "organ", "lesion")
+SIZE = (8, 8, 8)
+METHODS = sorted(list_methods())
+
+every_preset = pytest.mark.parametrize("method", METHODS)
+
+
+def configure(method="default", *overrides):
+    return load_config(overrides=[f"method={method}", *overrides]).config
+
+
+def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3):
+    """Return labeled and unlabeled patches, with probs where a method's teacher is offline."""
+    source = torch.Generator().manual_seed(seed)
+
+    def draw(count, channels=1):
+        return torch.randn(count, channels, *SIZE, generator=source)
+
+    label = torch.randint(0, 3, (num_labeled, 1, *SIZE), generator=source).to(torch.uint8)
+    labeled = {
+        "image": draw(num_labeled) + label.float(),
+        "label": label,
+        "weight": torch.ones(num_labeled, 1, *SIZE),
+    }
+    weak = draw(num_unlabeled)
+    unlabeled = {
+        "weak": weak,
+        "strong": weak + 0.3 * draw(num_unlabeled),
+        "weight": torch.ones(num_unlabeled, 1, *SIZE),
+    }
+    if "previous_round" in config.teacher.source:
+        unlabeled["probs"] = torch.softmax(8 * draw(num_unlabeled, 3), dim=1)
+        unlabeled["uncertainty"] = 0.1 * draw(num_unlabeled).abs()
+    return labeled, unlabeled
+
+
+def make_objective(config, spec, seed=0, student=None):
+    """Return an objective whose student, and so whose online teacher, is sure of itself."""
+    torch.manual_seed(seed)
+    if student is None:
+        student = build_network(spec)
+        with torch.no_grad():
+            student.dynunet.output_block.conv.conv.weight.mul_(20)
+    return Objective(student, config, NAMES).train()
+
+
+def compute(objective, labeled, unlabeled, progress=0.5, seed=7):
+    """Return the terms under a seed for dropout and mixing."""
+    torch.manual_seed(seed)
+    return objective(labeled, unlabeled, progress, torch.Generator().manual_seed(seed))
+
+
+def find_gradient(objective, loss):
+    """Return the gradient of a loss on the student, as one vector."""
+    parameters = list(objective.student.parameters())
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    filled = [g if g is not None else torch.zeros_like(p) for g, p in zip(found, parameters)]
+    return torch.cat([g.flatten() for g in filled])
+
+
+def take_steps(objective, batch, count, seed=0):
+    """Train for some steps and return the losses."""
+    optimizer = torch.optim.SGD(objective.student.parameters(), lr=0.05)
+    losses = []
+    for step in range(count):
+        terms = compute(objective, *batch, progress=0.3 + 0.1 * step, seed=seed + step)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        optimizer.step()
+        objective.after_step()
+        losses.append({name: term.item() for name, term in terms.items()})
+    return losses
+
+
+@every_preset
+def test_every_term_is_finite_from_the_first_to_the_last_step(method, tiny_spec):
+    config = configure(method)
+    objective = make_objective(config, tiny_spec)
+    for progress in (0.0, 0.5, 1.0):
+        terms = compute(objective, *make_batch(config), progress=progress)
+        assert "supervised" in terms
+        for term in terms.values():
+            assert term.ndim == 0
+            assert torch.isfinite(term)
+            assert term >= 0
+
+
+@every_preset
+def test_labeled_patches_alone_give_the_supervised_term_alone(method, tiny_spec):
+    config = configure(method)
+    terms = compute(make_objective(config, tiny_spec), make_batch(config)[0], None)
+    assert set(terms) == {"supervised"}
+
+
+@every_preset
+def test_every_unlabeled_term_moves_the_student(method, tiny_spec):
+    config = configure(method)
+    objective = make_objective(config, tiny_spec)
+    terms = compute(objective, *make_batch(config))
+    assert len(terms) > 1
+    for name, term in terms.items():
+        assert find_gradient(objective, term).abs().max() > 1e-8, name
+
+
+@every_preset
+def test_unlabeled_images_move_the_student_also_without_mixing(method, tiny_spec):
+    config = configure(method, "noise.mixing=none")
+    labeled, unlabeled = make_batch(config)
+    other = make_batch(config, seed=1)[1]
+    gradients = []
+    for part in (unlabeled, unlabeled, other):
+        objective = make_objective(config, tiny_spec)
+        terms = compute(objective, labeled, part)
+        gradients.append(find_gradient(objective, sum(terms.values())))
+    assert torch.equal(gradients[0], gradients[1])
+    difference = (gradients[2] - gradients[0]).norm() / gradients[0].norm()
+    assert difference > 1e-3
+
+
+@every_preset
+def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, tiny_spec):
+    config = configure(method)
+    objective = make_objective(config, tiny_spec)
+    labeled, unlabeled = make_batch(config)
+    leaves = [v.requires_grad_() for k, v in unlabeled.items() if k in ("probs", "weak")]
+    sum(compute(objective, labeled, unlabeled).values()).backward()
+    assert not any(p.requires_grad for p in objective.teacher.parameters())
+    assert all(p.grad is None for p in objective.teacher.parameters())
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
+
+
+@every_preset
+def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, tiny_spec):
+    config = configure(method)
+    objective = make_objective(config, tiny_spec)
+    take_steps(objective, make_batch(config), 1)
+    before = [p.clone() for p in objective.predictor.parameters()]
+    student = [p.clone() for p in objective.student.parameters()]
+    with torch.no_grad():
+        for parameter in objective.student.parameters():
+            parameter.add_(1.0)
+    assert all(map(torch.equal, before, objective.predictor.parameters()))
+    objective.after_step()
+    decay = min(0.5, config.teacher.ema_decay)
+    for old, own, new in zip(before, student, objective.predictor.parameters(), strict=True):
+        assert torch.allclose(new, decay * old + (1 - decay) * (own + 1.0), atol=1e-5)
+
+
+def test_the_decay_of_the_teacher_rises_to_what_is_set(tiny_spec):
+    objective = make_objective(configure("default", "teacher.ema_decay=0.75"), tiny_spec)
+    (parameter, *_) = objective.student.parameters()
+    (average, *_) = objective.predictor.parameters()
+    value = 0.0
+    for count in range(8):
+        with torch.no_grad():
+            parameter.fill_(float(count))
+        objective.after_step()
+        decay = min(1 - 1 / (count + 1), 0.75)
+        value = decay * value + (1 - decay) * count
+        assert average.detach().flatten()[0].item() == pytest.approx(value, abs=1e-5)
+
+
+class VoxelNetwork(nn.Module):
+    """Logits of each voxel from that voxel alone, so that gradients stay where they belong."""
+
+    def __init__(self, num_heads=1):
+        super().__init__()
+        self.layer = nn.Conv3d(1, 3, 1)
+        self.num_heads = num_heads
+
+    def forward(self, image):
+        return 4 * self.layer(image)
+
+    def forward_heads(self, image):
+        pools = (nn.AvgPool3d(2**level) for level in range(1, self.num_heads))
+        return [self(image), *(pool(self(image)) for pool in pools)]
+
+
+@every_preset
+def test_ignored_voxels_give_no_gradient(method):
+    config = configure(method)
+    objective = make_objective(config, None, student=VoxelNetwork())
+    labeled, unlabeled = make_batch(config)
+    labeled["label"][:, :, :2] = IGNORE
+    labeled["weight"][:, :, :, :2] = 0
+    unlabeled["weight"][:, :, 5:] = 0
+    labeled["image"].requires_grad_()
+    unlabeled["strong"].requires_grad_()
+    sum(compute(objective, labeled, unlabeled).values()).backward()
+    counted = (labeled["weight"] > 0) & (labeled["label"] != IGNORE)
+    assert not labeled["image"].grad[~counted].any()
+    assert not unlabeled["strong"].grad[unlabeled["weight"] == 0].any()
+    assert labeled["image"].grad[counted].any()
+    assert unlabeled["strong"].grad[unlabeled["weight"] > 0].any()
+
+
+@every_preset
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_what_stands_in_ignored_voxels_changes_no_loss(method, num_heads):
+    config = configure(method)
+    student = VoxelNetwork(num_heads)
+    results = []
+    for filler in (0, 2):
+        labeled, unlabeled = make_batch(config)
+        labeled["label"][:, :, :4] = IGNORE
+        labeled["weight"][:, :, :, :4] = 0
+        labeled["label"][:, :, 4:, :4] = filler
+        unlabeled["weight"][:, :, :, 4:] = 0
+        for key in {"probs", "uncertainty"} & set(unlabeled):
+            unlabeled[key][:, :, :, 4:] = float(filler)
+        objective = make_objective(config, None, student=student)
+        terms = compute(objective, labeled, unlabeled)
+        results.append(({k: v.item() for k, v in terms.items()}, objective.monitors))
+    assert results[0] == results[1]
+
+
+def test_label_255_and_weight_zero_mean_the_same(tiny_spec):
+    config = configure()
+    labeled, unlabeled = make_batch(config)
+    by_label = {**labeled, "label": labeled["label"].clone()}
+    by_weight = {**labeled, "weight": labeled["weight"].clone()}
+    by_label["label"][:, :, :3] = IGNORE
+    by_weight["weight"][:, :, :3] = 0
+    losses = [
+        compute(make_objective(config, tiny_spec), part, unlabeled)
+        for part in (by_label, by_weight)
+    ]
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+
+
+@every_preset
+def test_a_batch_without_a_single_valid_voxel_has_a_loss_of_zero(method, tiny_spec):
+    config = configure(method)
+    labeled, unlabeled = make_batch(config)
+    labeled["weight"].zero_()
+    unlabeled["weight"].zero_()
+    objective = make_objective(config, tiny_spec)
+    total = sum(compute(objective, labeled, unlabeled).values())
+    total.backward()
+    assert total.item() == 0
+    assert not any(p.grad.any() for p in objective.student.parameters() if p.grad is not None)
+
+
+@every_preset
+def test_all_state_is_in_the_state_dict(method, tiny_spec):
+    config = configure(method)
+    batch = make_batch(config)
+    first = make_objective(config, tiny_spec)
+    take_steps(first, batch, 3)
+    second = make_objective(config, tiny_spec, seed=99)
+    second.load_state_dict(first.state_dict())
+    assert take_steps(first, batch, 3, seed=5) == take_steps(second, batch, 3, seed=5)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+    assert first.monitors == second.monitors
+
+
+@every_preset
+def test_the_same_seed_gives_the_same_losses_and_another_one_does_not(method, tiny_spec):
+    config = configure(method)
+    batch = make_batch(config)
+    runs = [
+        take_steps(make_objective(config, tiny_spec), batch, 3, seed=seed) for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@every_preset
+def test_monitors_are_plain_finite_floats(method, tiny_spec):
+    config = configure(method)
+    objective = make_objective(config, tiny_spec)
+    labeled, unlabeled = make_batch(config)
+    compute(objective, labeled, unlabeled)
+    assert {"coverage", "threshold/organ"} <= set(objective.monitors)
+    assert all(type(value) is float for value in objective.monitors.values())
+    assert all(math.isfinite(value) for value in objective.monitors.values())
+    compute(objective, labeled, None)
+    assert objective.monitors == {}
+
+
+@every_preset
+def test_a_step_lowers_the_loss_on_its_own_batch(method, tiny_spec):
+    config = configure(method, "network.dropout=0.1")
+    spec = tiny_spec.model_copy(update={"dropout": 0.0})
+    objective = make_objective(config, spec)
+    labeled, _ = make_batch(config)
+    losses = [compute(objective, labeled, None)["supervised"].item()]
+    optimizer = torch.optim.SGD(objective.student.parameters(), lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        compute(objective, labeled, None)["supervised"].backward()
+        optimizer.step()
+    losses.append(compute(objective, labeled, None)["supervised"].item())
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "term"),
+    [
+        ("losses.pseudo_label.weight=0", "pseudo_label"),
+        ("losses.entropy.weight=0", "entropy"),
+        ("losses.consistency.weight=0", "consistency"),
+        ("teacher.source=[previous_round]", "consistency"),
+    ],
+)
+def test_a_term_without_weight_or_teacher_is_left_out(tiny_spec, weight, term):
+    full, less = configure(), configure("default", weight)
+    batch = make_batch(full)
+    everything = compute(make_objective(full, tiny_spec), *batch)
+    rest = compute(make_objective(less, tiny_spec), *batch)
+    assert set(everything) - set(rest) == {term}
+
+
+def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tiny_spec):
+    overrides = [
+        f"losses.{name}.ramp={{name: linear, start: 0.2, end: 0.6}}"
+        for name in ("pseudo_label", "entropy", "consistency")
+    ]
+    overrides += ["noise.mixing=none", "filter.threshold.name=none", "filter.uncertainty.start=1.0"]
+    config = configure("default", *overrides)
+    double = configure("default", *overrides, "losses.pseudo_label.weight=2.0")
+    batch = make_batch(config)
+    terms = {t: compute(make_objective(config, tiny_spec), *batch, t) for t in (0.1, 0.4, 0.9)}
+    for name in ("pseudo_label", "entropy", "consistency"):
+        assert terms[0.1][name] == 0
+        assert terms[0.4][name].item() == pytest.approx(terms[0.9][name].item() / 2, rel=1e-5)
+    twice = compute(make_objective(double, tiny_spec), *batch, 0.9)
+    assert twice["pseudo_label"].item() == pytest.approx(2 * terms[0.9]["pseudo_label"].item())
+
+
+def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny_spec):
+    config = configure("default", "noise.mixing=none", "losses.supervised.name=ce")
+    labeled, _ = make_batch(config)
+    objective = make_objective(config, None, student=VoxelNetwork(num_heads=2))
+    fine, coarse = objective.student.forward_heads(labeled["image"])
+    target = nn.functional.one_hot(labeled["label"][:, 0].long(), 3).movedim(-1, 1).float()
+    expected = (
+        2 / 3 * cross_entropy(fine, target)
+        + 1 / 3 * cross_entropy(coarse, nn.functional.avg_pool3d(target, 2))
+    )
+    found = compute(objective, labeled, None)["supervised"]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_voxels_that_the_filter_refuses_do_not_teach():
+    config = configure(
+        "default", "noise.mixing=none", "filter.threshold={name: fixed, start: 0.9}",
+        "losses.consistency.weight=0", "losses.pseudo_label.name=ce",
+    )
+    objective = make_objective(config, None, student=VoxelNetwork())
+    labeled, unlabeled = make_batch(config)
+    unlabeled["uncertainty"][:, :, :2] = 10.0
+    unlabeled["strong"].requires_grad_()
+    sum(compute(objective, labeled, unlabeled).values()).backward()
+    sure = unlabeled["probs"].amax(1, keepdim=True) >= 0.9
+    sure[:, :, :2] = False
+    moved = unlabeled["strong"].grad != 0
+    assert not (moved & ~sure).any()
+    assert (moved & sure).sum() > 0.9 * sure.sum()
+
+
+def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():
+    settings = ["noise.mixing=none", "losses.pseudo_label.name=ce", "filter.threshold.name=none"]
+    config = configure("default", *settings)
+    labeled, unlabeled = make_batch(config)
+    student = VoxelNetwork()
+    whole = compute(make_objective(config, None, student=student), labeled, unlabeled)
+    parts = []
+    for half in (slice(0, 4), slice(4, 8)):
+        doubtful = unlabeled["uncertainty"].clone()
+        doubtful[:, :, half] = 10.0
+        part = {**unlabeled, "uncertainty": doubtful}
+        terms = compute(make_objective(config, None, student=student), labeled, part)
+        parts.append(terms["pseudo_label"].item())
+    assert sum(parts) == pytest.approx(whole["pseudo_label"].item(), rel=1e-5)
+
+
+def test_a_method_without_any_teacher_is_an_error(tiny_spec):
+    config = configure("default", "teacher.source=[previous_round]")
+    labeled, unlabeled = make_batch(config)
+    with pytest.raises(ValueError, match="no teacher"):
+        compute(make_objective(config, tiny_spec), labeled, {**unlabeled, "probs": None} and {
+            key: value for key, value in unlabeled.items() if key != "probs"
+        })
+
+
+def test_an_online_teacher_needs_no_pseudo_labels_on_disk(tiny_spec):
+    config = configure("default", "teacher.source=[ema]")
+    objective = make_objective(config, tiny_spec)
+    labeled, unlabeled = make_batch(config)
+    assert "probs" not in unlabeled
+    terms = compute(objective, labeled, unlabeled)
+    assert find_gradient(objective, terms["pseudo_label"]).any()
+
+
+def make_patches(value, count=2):
+    ones = torch.ones(count, 1, 4, 4, 4)
+    return Patches(ones * value, ones.expand(-1, 3, -1, -1, -1) * value, ones * value, ones > 0)
+
+
+def test_mixing_moves_image_target_weight_and_valid_alike():
+    cubes = torch.zeros(2, 1, 4, 4, 4, dtype=torch.bool)
+    cubes[0, :, :2] = True
+    source = make_patches(2.0)
+    source.valid[0, :, 0] = False
+    mixed = mix(make_patches(1.0), source, cubes)
+    for part in (mixed.image, mixed.target, mixed.weight):
+        assert torch.equal(part, 1.0 + cubes.expand_as(part).float())
+    assert not mixed.valid[0, :, 0].any()
+    assert mixed.valid[0, :, 1:].all()
+
+
+def test_partners_for_mixing_are_the_next_in_the_batch_and_repeat_as_needed():
+    patches = make_patches(torch.tensor([1.0, 2.0, 3.0])[:, None, None, None, None], count=3)
+    assert roll(patches).image[:, 0, 0, 0, 0].tolist() == [2, 3, 1]
+    fitted = fit(patches, 5, scale=0.5)
+    assert fitted.image[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
+    assert fitted.weight[:, 0, 0, 0, 0].tolist() == [0.5, 1, 1.5, 0.5, 1]
+    assert len(fit(patches, 2).valid) == 2
+
+
+def test_lower_resolutions_average_over_valid_voxels_only():
+    patches = make_patches(1.0, count=1)
+    patches.target[:, :, :1] = 100.0
+    patches.weight[:, :, :1] = 50.0
+    patches.valid[:, :, :1] = False
+    target, weight, valid = shrink(patches, (2, 2, 2))
+    assert torch.allclose(target, torch.ones(()))
+    assert torch.allclose(weight, torch.ones(()))
+    assert valid[:, :, 1].all()

@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from medssl.pseudo import store
+from medssl.pseudo.store import (
+    has_pseudo_label,
+    measure_agreement,
+    read_pseudo_label,
+    write_pseudo_label,
+)
+
+SHAPE = (5, 4, 3)
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.ones(3), SHAPE).astype(np.float32)
+    return np.moveaxis(probs, -1, 0), rng.random(SHAPE).astype(np.float32)
+
+
+def test_a_pseudo_label_comes_back_within_its_precision(tmp_path):
+    probs, uncertainty = draw()
+    write_pseudo_label(tmp_path / "a", probs, uncertainty, "t")
+    found, doubt = read_pseudo_label(tmp_path / "a")
+    assert found.dtype == doubt.dtype == np.float32
+    assert np.abs(found - probs).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(doubt - uncertainty).max() < 1e-3
+
+
+def test_a_pseudo_label_belongs_to_the_teacher_that_made_it(tmp_path):
+    assert not has_pseudo_label(tmp_path / "a", "t")
+    write_pseudo_label(tmp_path / "a", *draw(), "t")
+    assert has_pseudo_label(tmp_path / "a", "t")
+    assert not has_pseudo_label(tmp_path / "a", "other")
+
+
+@pytest.mark.parametrize("last", ["probs.npy", "uncertainty.npy", "class_voxels.npz"])
+def test_a_kill_while_writing_leaves_no_pseudo_label_that_looks_whole(tmp_path, monkeypatch, last):
+    write_pseudo_label(tmp_path / "a", *draw(0), "old")
+    write_file = store.write_file
+
+    def die(path, write):
+        if path.name == last:
+            raise KeyboardInterrupt
+        write_file(path, write)
+
+    monkeypatch.setattr(store, "write_file", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_pseudo_label(tmp_path / "a", *draw(1), "new")
+    assert not has_pseudo_label(tmp_path / "a", "new")
+    assert not has_pseudo_label(tmp_path / "a", "old")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_pseudo_label_of_non_finite_numbers_is_refused_and_not_written(tmp_path, bad, which):
+    arrays = draw()
+    arrays[which].flat[3] = bad
+    with pytest.raises(FloatingPointError, match="a: a pseudo-label of non-finite numbers"):
+        write_pseudo_label(tmp_path / "a", *arrays, "t")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_voxels_to_place_patches_on_are_voxels_of_their_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MOST_VOXELS", 4)
+    probs, uncertainty = draw()
+    write_pseudo_label(tmp_path / "a", probs, uncertainty, "t")
+    classes = read_pseudo_label(tmp_path / "a")[0].argmax(0)
+    with np.load(tmp_path / "a" / "class_voxels.npz", allow_pickle=False) as found:
+        assert set(found.files) == {"1", "2"}
+        for name in found.files:
+            assert len(found[name]) == 4
+            assert (classes[tuple(found[name].T)] == int(name)).all()
+
+
+def test_a_pseudo_label_is_on_disk_as_the_design_says(tmp_path):
+    write_pseudo_label(tmp_path / "a", *draw(), "t")
+    probs = np.load(tmp_path / "a" / "probs.npy", mmap_mode="r", allow_pickle=False)
+    uncertainty = np.load(tmp_path / "a" / "uncertainty.npy", mmap_mode="r", allow_pickle=False)
+    assert (probs.dtype, probs.shape) == (np.uint8, (3, *SHAPE))
+    assert (uncertainty.dtype, uncertainty.shape) == (np.float16, SHAPE)
+
+
+def test_agreement_worked_by_hand():
+    first = np.array([0, 1, 1, 2, 0, 0])
+    second = np.array([0, 1, 0, 2, 2, 0])
+    assert measure_agreement(first, second, [1]) == pytest.approx(2 / 3)
+    assert measure_agreement(first, second, [1, 2]) == pytest.approx(2 / 3)
+    assert measure_agreement(first, first, [1, 2]) == 1.0
+    assert measure_agreement(first * 0, first, [1, 2]) == 0.0
+    assert measure_agreement(first * 0, first * 0, [1, 2]) == 1.0
+
+
+maps = arrays(np.uint8, (3, 3), elements=st.integers(0, 2))
+
+
+@given(maps, maps)
+def test_agreement_is_symmetric_and_at_most_one(first, second):
+    value = measure_agreement(first, second, [1, 2])
+    assert value == measure_agreement(second, first, [1, 2])
+    assert 0 <= value <= 1
+    assert (value == 1) == np.array_equal(first, second)

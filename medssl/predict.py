@@ -413,7 +413,9 @@ def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Pat
     for name, found in scans.items():
         listed = ", ".join(str(file) for same in found.values() for file in same)
         if any(len(same) > 1 for same in found.values()):
-            problems.append(f"{name}: two scans of one name, of which one mask would be left: {listed}")
+            problems.append(
+                f"{name}: two scans of one name, of which one mask would be left: {listed}"
+            )
         elif set(found) not in ({""}, wanted):
             problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
     if problems:

@@ -5,8 +5,6 @@ Every stage reads files and writes files, its done mark last; the same command g
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,14 +34,9 @@ from medssl.predict import (
     predict_probs,
     save_model,
 )
-from medssl.pseudo.gates import CaseReview, Gate, expect_from, judge_model, review_case
-from medssl.pseudo.overlays import write_overlay
-from medssl.pseudo.store import (
-    has_pseudo_label,
-    measure_agreement,
-    read_pseudo_label,
-    write_pseudo_label,
-)
+from medssl.pseudo.gates import CaseReview, Gate, expect_from, judge_model
+from medssl.pseudo.label import label_cases, read_review
+from medssl.pseudo.store import measure_agreement
 from medssl.runs import (
     Journal,
     StopFlag,
@@ -63,7 +56,6 @@ from medssl.train import train
 from medssl.transforms.geometry import to_native
 
 MOST_REJECTED = 2  # rounds
-NUM_OVERLAYS = 4  # fixed unlabeled cases, pictured after each round
 
 
 class StopRequested(Exception):  # noqa: N818  # it is no error
@@ -250,7 +242,7 @@ def _train_round(run: Run, index: int, teacher: int | None) -> None:
     kept = []
     if teacher is not None:
         source = run.round_folder(teacher)
-        accepted = {row["case_id"] for row in _read_review(source) if row["accepted"] == "1"}
+        accepted = {row["case_id"] for row in read_review(source) if row["accepted"] == "1"}
         kept = [
             UnlabeledCase(case, source / "pseudo_labels" / case.case_id)
             for case in run.unlabeled
@@ -337,39 +329,22 @@ def _label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     labels = [label for case in run.labeled if (label := case.label()) is not None]
     expectation = expect_from(labels, run.plan.num_classes)
     model = load_model(folder, run.plan.device)
-    weights_hash = hash_file(folder / "model" / "weights.safetensors")
-    reviews: list[CaseReview] = []
-    pictured = {case.case_id for case in run.unlabeled[:NUM_OVERLAYS]}
-    for number, case in enumerate(run.unlabeled):
-        if run.stop.is_set():
-            raise StopRequested
-        target = folder / "pseudo_labels" / case.case_id
-        if not has_pseudo_label(target, weights_hash):
-            probs, doubt = _label_case(run, model.network, case)
-            write_pseudo_label(target, probs, doubt, weights_hash)
-        probs, doubt = read_pseudo_label(target)
-        agreement = None
-        if teacher is not None:
-            before = run.round_folder(teacher) / "pseudo_labels" / case.case_id
-            classes = list(range(1, run.plan.num_classes))
-            earlier, _ = read_pseudo_label(before)
-            agreement = measure_agreement(probs.argmax(0), earlier.argmax(0), classes)
-        voxel_ml = float(abs(np.linalg.det(case.affine[:3, :3]))) / 1000
-        review = review_case(
-            case.case_id,
-            probs,
-            doubt,
-            agreement,
-            voxel_ml,
-            run.plan.labels,
-            expectation,
-            run.config.filter,
-        )
-        reviews.append(review)
-        _write_pictures(run, folder, case, probs, doubt, case.case_id in pictured)
-        _report_labels(index, number + 1, len(run.unlabeled))
+    before = run.round_folder(teacher) / "pseudo_labels" if teacher is not None else None
+    reviews = label_cases(
+        run.unlabeled,
+        lambda case: _label_case(run, model.network, case),
+        folder,
+        before,
+        hash_file(folder / "model" / "weights.safetensors"),
+        expectation,
+        run.plan.labels,
+        run.plan.label_values,
+        run.config.filter,
+        run.stop.is_set,
+    )
+    if reviews is None:
+        raise StopRequested
     gate = judge_model(reviews, expectation, run.plan.labels)
-    _write_review(folder, reviews)
     _finish_round(run, index, teacher, reviews, gate)
     return gate
 
@@ -397,53 +372,6 @@ def _label_case(
 def _to_tensor(case: CachedCase, device: str) -> torch.Tensor:
     """Return the image of a case, (1, C, I, J, K) float32."""
     return torch.from_numpy(np.asarray(case.image(), dtype=np.float32))[None].to(device)
-
-
-def _write_pictures(
-    run: Run,
-    folder: Path,
-    case: CachedCase,
-    probs: NDArray[np.float32],
-    doubt: NDArray[np.float32],
-    pictured: bool,
-) -> None:
-    """Write the pseudo-mask of a case on its own grid, and for a few cases a picture."""
-    section = run.config.filter
-    native = to_native(probs, case.affine, case.native_shape, case.native_affine)
-    native_doubt = to_native(doubt[None], case.affine, case.native_shape, case.native_affine)[0]
-    trusted = native.max(0) >= (0.0 if section.threshold.name == "none" else section.threshold.end)
-    if section.uncertainty.source != "none":
-        trusted &= native_doubt < section.uncertainty.start * np.log(len(probs))
-    mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
-    path = folder / "pseudo_masks" / f"{case.case_id}.nii.gz"
-    write_mask(path, mask, case.native_affine, run.plan.label_values)
-    if pictured:
-        image = np.asarray(case.image()[0], dtype=np.float32)
-        write_overlay(
-            image,
-            probs.argmax(0).astype(np.uint8),
-            folder / "overlays" / f"{case.case_id}.png",
-            title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
-        )
-
-
-def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
-    """Write review.csv, the most uncertain case first: the order to look at them in."""
-    rows = [r.to_row() for r in sorted(reviews, key=lambda review: -review.uncertainty)]
-    text = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            short = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(short)
-    write_text(folder / "review.csv", text.getvalue())
-
-
-def _read_review(folder: Path) -> list[dict[str, str]]:
-    """Read review.csv."""
-    with (folder / "review.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _finish_round(
@@ -671,9 +599,3 @@ def _report_cache(done: int, total: int) -> None:
     """Say how far the cache is, now and then."""
     if total > 50 and (done % 50 == 0 or done == total):
         print(f"cache: {done} of {total} cases", flush=True)
-
-
-def _report_labels(index: int, done: int, total: int) -> None:
-    """Say how far the pseudo-labels are, now and then."""
-    if done % 50 == 0 or done == total:
-        print(f"round {index}: pseudo-labels of {done} of {total} unlabeled cases", flush=True)

@@ -29,7 +29,14 @@ def review(classes=None, confidence=0.99, doubt=0.0, agreement=None, probs=None,
     probs = one_hot(classes, confidence) if probs is None else probs
     uncertainty = np.full(classes.shape, doubt, np.float32)
     return review_case(
-        "a", probs, uncertainty, agreement, 0.5, NAMES, EXPECTATION, FilterSection(**section)
+        "a",
+        probs,
+        uncertainty,
+        {} if agreement is None else {"organ": agreement},
+        0.5,
+        NAMES,
+        EXPECTATION,
+        FilterSection(**section),
     )
 
 

@@ -86,7 +86,7 @@ def test_voxels_that_do_not_count_change_nothing():
     st.lists(st.tuples(st.integers(0, 2), st.floats(0.34, 1.0)), min_size=30, max_size=80),
     st.floats(0.0, 1.0),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_flex_thresholds_stay_between_the_floor_and_the_highest(pairs, progress):
     thresholds = make(start=1.0, end=0.0)
     thresholds.thresholds.fill_(0.7)
@@ -96,7 +96,7 @@ def test_flex_thresholds_stay_between_the_floor_and_the_highest(pairs, progress)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.floats(0.34, 1.0)), min_size=30, max_size=60))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_the_order_of_voxels_plays_no_part(pairs):
     assert update(make(), voxels(pairs)) == update(make(), voxels(pairs[::-1]))
 

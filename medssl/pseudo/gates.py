@@ -49,6 +49,7 @@ class CaseReview:
     agreement: float | None
     coverage: float
     coverage_per_class: dict[str, float]
+    agreement_per_class: dict[str, float]
     volume_ml: dict[str, float]
     share: dict[int, float] = field(repr=False)
 
@@ -57,6 +58,7 @@ class CaseReview:
         row = {k: v for k, v in asdict(self).items() if not isinstance(v, dict)}
         row["accepted"] = int(self.accepted)
         row |= {f"coverage/{name}": value for name, value in self.coverage_per_class.items()}
+        row |= {f"agreement/{name}": value for name, value in self.agreement_per_class.items()}
         return row | {f"volume_ml/{name}": value for name, value in self.volume_ml.items()}
 
 
@@ -98,7 +100,7 @@ def review_case(
     case_id: str,
     probs: NDArray[np.float32],
     uncertainty: NDArray[np.float32],
-    agreement: float | None,
+    agreement: Mapping[str, float],
     voxel_ml: float,
     names: Mapping[int, str],
     expectation: Expectation,
@@ -110,7 +112,7 @@ def review_case(
         case_id: The case.
         probs: (num_classes, I, J, K).
         uncertainty: (I, J, K), nats.
-        agreement: Mean Dice with the pseudo-label of the round before, or None.
+        agreement: Dice of each class with the pseudo-label of the round before; empty without one.
         voxel_ml: Volume of a voxel of this grid in ml.
         names: Class names by index.
         expectation: What the labeled cases lead one to expect.
@@ -130,7 +132,8 @@ def review_case(
         reason=reason,
         confidence=mean_confidence,
         uncertainty=float(uncertainty[where].mean()),
-        agreement=agreement,
+        agreement=float(np.mean(list(agreement.values()))) if agreement else None,
+        agreement_per_class=dict(agreement),
         coverage=float(trusted.mean()),
         coverage_per_class={
             names[i]: float(trusted[m].mean()) if m.any() else 0.0 for i, m in kept.items()

@@ -1,0 +1,143 @@
+"""The pseudo-labels of a round: made, reviewed, and written as files that people can look at.
+
+Axes: I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.config import IGNORE, FilterSection
+from medssl.data.cache import CachedCase
+from medssl.data.io import write_mask
+from medssl.pseudo.gates import CaseReview, Expectation, review_case, trust_voxels
+from medssl.pseudo.overlays import write_overlay
+from medssl.pseudo.store import (
+    has_pseudo_label,
+    measure_agreement,
+    read_pseudo_label,
+    write_pseudo_label,
+)
+from medssl.runs import write_text
+from medssl.transforms.geometry import to_native
+
+NUM_OVERLAYS = 4  # fixed cases, pictured after each round
+Maps = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+def label_cases(
+    cases: Sequence[CachedCase],
+    predict: Callable[[CachedCase], Maps],
+    folder: Path,
+    before: Path | None,
+    teacher_hash: str,
+    expectation: Expectation,
+    names: Mapping[int, str],
+    label_values: tuple[int, ...],
+    section: FilterSection,
+    should_stop: Callable[[], bool],
+) -> list[CaseReview] | None:
+    """Pseudo-label unlabeled cases, from where it was left.
+
+    Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz on the native grid, a few
+    overlays and review.csv into the folder.
+
+    Args:
+        cases: The unlabeled cases.
+        predict: Returns probs (num_classes, I, J, K) and uncertainty (I, J, K) of a case.
+        folder: The folder of the round whose model labels.
+        before: pseudo_labels/ of the teacher of that model, to agree with; None in round 0.
+        teacher_hash: Hash of the model's weights: pseudo-labels of other weights are made anew.
+        expectation: What labeled cases lead one to expect.
+        names: Class names by index.
+        label_values: Value of each class in files.
+        section: The filter's settings.
+        should_stop: Asked before each case.
+
+    Returns:
+        A review of each case, or None if it was told to stop.
+    """
+    reviews = []
+    for number, case in enumerate(cases, start=1):
+        if should_stop():
+            return None
+        target = folder / "pseudo_labels" / case.case_id
+        if not has_pseudo_label(target, teacher_hash):
+            write_pseudo_label(target, *predict(case), teacher_hash)
+        probs, uncertainty = read_pseudo_label(target)
+        agreement = _compare(probs, before / case.case_id, names) if before else {}
+        voxel_ml = float(np.prod(case.spacing)) / 1000
+        reviews.append(
+            review_case(
+                case.case_id, probs, uncertainty, agreement, voxel_ml, names, expectation, section
+            )
+        )
+        _write_mask(folder, case, probs, uncertainty, label_values, section)
+        if number <= NUM_OVERLAYS:
+            write_overlay(
+                np.asarray(case.image()[0], dtype=np.float32),
+                probs.argmax(0).astype(np.uint8),
+                folder / "overlays" / f"{case.case_id}.png",
+                title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
+                spacing=case.spacing,
+                names=names,
+            )
+        if number % 50 == 0 or number == len(cases):
+            title = folder.name.replace("_", " ")
+            print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
+    _write_review(folder, reviews)
+    return reviews
+
+
+def _compare(
+    probs: NDArray[np.float32], before: Path, names: Mapping[int, str]
+) -> dict[str, float]:
+    """Return the Dice of each foreground class with an earlier pseudo-label."""
+    classes = probs.argmax(0)
+    earlier = read_pseudo_label(before)[0].argmax(0)
+    return {
+        name: measure_agreement(classes, earlier, [index]) for index, name in names.items() if index
+    }
+
+
+def _write_mask(
+    folder: Path,
+    case: CachedCase,
+    probs: NDArray[np.float32],
+    uncertainty: NDArray[np.float32],
+    label_values: tuple[int, ...],
+    section: FilterSection,
+) -> None:
+    """Write the pseudo-mask of a case on its own grid; what is not trusted is 255."""
+    grid = (case.affine, case.native_shape, case.native_affine)
+    native = to_native(probs, *grid)
+    trusted = trust_voxels(native, to_native(uncertainty[None], *grid)[0], section)
+    mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
+    untrusted = max(set(range(IGNORE + 1)) - set(label_values))  # 255, unless that is a label
+    path = folder / "pseudo_masks" / f"{case.case_id}.nii.gz"
+    write_mask(path, mask, case.native_affine, label_values, untrusted)
+
+
+def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
+    """Write review.csv, the most uncertain case first: the order to look at them in."""
+    rows = [r.to_row() for r in sorted(reviews, key=lambda review: -review.uncertainty)]
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            short = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(short)
+    write_text(folder / "review.csv", text.getvalue())
+
+
+def read_review(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of the review.csv of a round."""
+    with (folder / "review.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,224 @@
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medssl.config import InputError, load_config
+from medssl.data.formats import Case, Dataset
+from medssl.networks.build import build_network
+from medssl.plan import (
+    Plan,
+    choose_device,
+    estimate_hours,
+    make_plan,
+    measure_step,
+    resolve,
+)
+from medssl.runs import read_json, write_json
+
+LABELS = {0: "background", 3: "organ", 7: "lesion"}
+
+
+class Scans:
+    """A data set that a test can fill, of headers with or without voxels."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.labeled, self.unlabeled = [], []
+
+    def add(self, shape=(20, 18, 16), spacing=(1.0, 1.0, 1.0), affine=None, labeled=True):
+        name = f"case{len(self.labeled) + len(self.unlabeled)}"
+        rng = np.random.default_rng(len(name))
+        affine = np.diag([*spacing, 1.0]) if affine is None else affine
+        label = np.zeros(shape, np.uint8)
+        label[tuple(slice(n // 4, max(n // 2, 1)) for n in shape)] = 3
+        image = (100.0 * (label == 3) + rng.normal(0, 5, shape)).astype(np.float32)
+        paths = self.folder / f"{name}.nii", self.folder / f"{name}_label.nii"
+        for path, array in zip(paths, (image, label), strict=True):
+            nib.save(nib.Nifti1Image(array, affine), path)
+        case = Case(name, paths[:1], paths[1] if labeled else None, name)
+        (self.labeled if labeled else self.unlabeled).append(case)
+        return self
+
+    def plan(self, *overrides, labels=LABELS, channels=("MRI",), ignore=None):
+        config = load_config(overrides=["device=cpu", *overrides]).config
+        cases = (*self.labeled, *self.unlabeled)
+        dataset = Dataset("tiny", self.folder, "list", cases, labels, channels, ignore)
+        return make_plan(config, dataset, labels, self.labeled, self.unlabeled)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    return Scans(tmp_path)
+
+
+def test_a_plan_needs_no_configuration_and_says_why(scans):
+    plan = scans.add().add(labeled=False).plan()
+    text = "\n".join(plan.reasons)
+    for word in ("device", "spacing", "normalization", "patch", "network", "steps", "mirroring"):
+        assert word in text, word
+    assert plan.steps > 0
+    assert plan.device == "cpu"
+
+
+def test_a_plan_comes_back_from_its_file_as_it_was(scans, tmp_path):
+    plan = scans.add().plan()
+    write_json(tmp_path / "plan.json", plan.model_dump(mode="json"))
+    assert Plan.model_validate(read_json(tmp_path / "plan.json")) == plan
+
+
+def test_label_values_are_numbered_in_their_order_with_their_names(scans):
+    plan = scans.add().plan()
+    assert plan.label_values == (0, 3, 7)
+    assert plan.labels == {0: "background", 1: "organ", 2: "lesion"}
+    assert plan.num_classes == plan.network.num_classes == 3
+
+
+def test_spacing_is_the_median_of_all_scans(scans):
+    for spacing in (1.0, 1.5, 4.0):
+        scans.add(spacing=(spacing, 1.0, 2.0), labeled=spacing == 1.0)
+    assert scans.plan().preprocessing.spacing == (1.5, 1.0, 2.0)
+
+
+def test_spacing_is_counted_along_right_anterior_superior_whatever_the_file_says(scans):
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[0, 1], affine[1, 2], affine[3, 3] = -3.0, 1.0, 2.0, 1.0
+    assert scans.add(affine=affine).plan().preprocessing.spacing == (1.0, 2.0, 3.0)
+
+
+def test_given_values_are_taken_over(scans):
+    plan = scans.add().plan(
+        "plan.spacing=[2, 2, 2]", "plan.patch_size=[16, 16, 8]", "train.batch=3", "steps=11",
+        "train.unlabeled_ratio=2", "train.precision=float32", "plan.flips=[1]", "train.workers=3",
+    )  # fmt: skip
+    assert plan.preprocessing.spacing == (2, 2, 2)
+    assert plan.patch_size == (16, 16, 8)
+    assert (plan.batch, plan.num_unlabeled, plan.steps) == (3, 6, 11)
+    assert (plan.precision, plan.flips, plan.workers) == ("float32", (1,), 3)
+
+
+def test_a_patch_that_the_network_cannot_halve_is_refused_with_the_nearest(scans):
+    with pytest.raises(InputError, match=r"plan\.patch_size=\[18, 16, 16\].*nearest is \[20, 16"):
+        scans.add().plan("plan.patch_size=[18, 16, 16]")
+
+
+def test_a_depth_for_which_the_patch_has_no_room_is_refused(scans):
+    assert len(scans.add().plan("network.depth=3").network.strides) == 3
+    with pytest.raises(InputError, match=r"network\.depth=6: .* has room for 3 levels"):
+        scans.plan("network.depth=6")
+
+
+shapes = st.tuples(*[st.integers(1, 400)] * 3)
+spacings = st.tuples(*[st.floats(0.3, 8.0)] * 3)
+
+
+@given(shapes, spacings)
+@settings(max_examples=25, deadline=None)
+def test_every_shape_and_spacing_gets_a_patch_that_fits_the_network_and_the_budget(shape, spacing):
+    from medssl import plan as module
+
+    config = load_config(overrides=["device=cpu"]).config
+    found = np.array([shape])
+    size, strides = module._choose_patch(config, found, spacing, False, [])
+    factor = np.prod(np.array(strides), axis=0)
+    assert (np.array(size) % factor == 0).all()
+    assert np.prod(size) <= module.CPU_PATCH_VOXELS
+    assert (np.array(size) < found[0] + factor).all()
+    assert len(strides) >= 3
+    assert strides[0] == (1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(20, 18, 16), (30, 25, 1), (12, 12, 5)])
+def test_the_network_of_a_plan_takes_its_patch(scans, shape):
+    plan = scans.add(shape, (1.0, 1.0, 4.0)).plan("network.width=0.25")
+    network = build_network(plan.network)
+    heads = network.forward_heads(torch.zeros(1, 1, *plan.patch_size))
+    assert heads[0].shape == (1, 3, *plan.patch_size)
+    assert len(heads) == 1 + network.num_heads >= 2
+
+
+def test_a_coarse_axis_is_not_halved_and_gets_flat_kernels_at_first(scans):
+    plan = scans.add((40, 40, 12), (1.0, 1.0, 5.0)).plan()
+    assert plan.network.strides[1] == (2, 2, 1)
+    assert plan.network.kernels[0] == (3, 3, 1)
+    assert plan.network.kernels[-1] == (3, 3, 3)
+
+
+def test_ct_is_normalized_by_its_labeled_foreground_and_mri_by_each_scan(scans):
+    scans.add()
+    (ct,) = scans.plan(channels=("CT",)).preprocessing.normalization
+    assert ct.kind == "ct"
+    assert ct.mean == pytest.approx(100, abs=3)
+    assert 80 < ct.low < ct.mean < ct.high < 120
+    (mri,) = scans.plan(channels=("MRI",)).preprocessing.normalization
+    assert mri.kind == "zscore"
+    (forced,) = scans.plan("plan.normalization=zscore", channels=("CT",)).preprocessing.normalization
+    assert forced.kind == "zscore"
+
+
+def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):
+    with pytest.raises(InputError, match=r"plan\.normalization=zscore"):
+        scans.add(labeled=False).plan(channels=("CT",))
+
+
+@pytest.mark.parametrize(
+    ("name", "sided"),
+    [
+        ("kidney_left", True), ("Right Kidney", True), ("LeftKidney", True), ("kidneyRight", True),
+        ("leftkidney", True), ("Lung-R", True), ("niere links", True), ("liver", False),
+        ("lateral ventricle", False), ("anterior", False), ("LV", False), ("tumor", False),
+    ],
+)  # fmt: skip
+def test_labels_with_a_side_are_not_mirrored_left_right(scans, name, sided):
+    plan = scans.add().plan(labels={0: "background", 3: name})
+    assert plan.flips == ((1, 2) if sided else (0, 1, 2))
+
+
+def test_an_unknown_device_is_refused_and_names_the_doctor():
+    with pytest.raises(InputError, match="medssl doctor"):
+        choose_device("abacus")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_gpu_is_refused_where_it_was_asked_for_and_not_on_auto():
+    with pytest.raises(InputError, match=r"train\.device=cuda: not available"):
+        choose_device("cuda")
+    assert choose_device("auto") == "cpu"
+
+
+def test_bfloat16_is_chosen_where_the_processor_has_it(scans, monkeypatch):
+    scans.add()
+    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: True)
+    assert scans.plan().precision == "bfloat16"
+    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: False)
+    assert scans.plan().precision == "float32"
+
+
+def test_the_estimate_of_the_disk_grows_with_unlabeled_scans(scans):
+    one = scans.add((100, 100, 100)).add((100, 100, 100), labeled=False).plan()
+    # by hand, in MB: two images float16 and labels uint8; twice 3 classes uint8, entropy float16
+    assert one.estimate["disk_mb"] == pytest.approx(2 * 3 + 2 * 5 + 30, abs=0.1)
+    assert scans.add((100, 100, 100), labeled=False).plan().estimate["disk_mb"] > 40
+
+
+def test_hours_count_every_step_of_every_round(tiny_plan):
+    plan = tiny_plan.model_copy(update={"steps": 3600})
+    assert estimate_hours(plan, 0, 1.0)["hours"] == 1.0
+    assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2.4)
+
+
+def test_a_step_is_measured_in_seconds(tiny_plan):
+    assert 0 < measure_step(tiny_plan) < 10
+
+
+def test_what_the_plan_decided_resolves_every_auto_of_the_configuration(scans):
+    plan = scans.add().plan()
+    resolved = load_config(plan=resolve(plan))
+    assert resolved.config.train.steps == plan.steps
+    assert resolved.config.plan.patch_size == plan.patch_size
+    assert resolved.config.network.depth == len(plan.network.strides)
+    assert resolved.sources["train.steps"] == "plan"
+    again = scans.plan("plan.patch_size=" + str(list(resolved.config.plan.patch_size)))
+    assert again.network == plan.network

@@ -1,0 +1,386 @@
+import itertools
+import pickle
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from medssl.config import InputError
+from medssl.networks.build import build_network
+from medssl.predict import (
+    Model,
+    describe_model,
+    find_scans,
+    load_model,
+    measure_uncertainty,
+    predict_case,
+    predict_files,
+    predict_probs,
+    resolve_model,
+    save_model,
+)
+from medssl.runs import read_json, write_json
+
+ISOTROPIC = np.diag([1.0, 1, 1, 1])
+ANISOTROPIC = np.diag([0.8, 0.8, 2.5, 1])
+FLIPPED = np.array([[-1.0, 0, 0, 40], [0, 0, 1.2, -7], [0, -1, 0, 3], [0, 0, 0, 1]])
+
+
+def turn(degrees):
+    angle = np.deg2rad(degrees)
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return affine
+
+
+OBLIQUE = turn(25) @ np.diag([-1.1, 0.9, 1.5, 1])
+AFFINES = {
+    "isotropic": ISOTROPIC,
+    "anisotropic": ANISOTROPIC,
+    "flipped": FLIPPED,
+    "oblique": OBLIQUE,
+}
+
+
+class Oracle(nn.Module):
+    """Says class 1 where the scan is brighter than the middle of the normalized range."""
+
+    def forward(self, image):
+        return torch.cat([-image, image], dim=1)
+
+
+@pytest.fixture
+def info(tiny_plan):
+    return describe_model(
+        tiny_plan.model_copy(update={"patch_size": (16, 16, 16)}),
+        {"round": 1},
+        intensity_range=((0.0, 100.0),),
+        spacing_range=((0.8, 1.2), (0.8, 1.2), (0.8, 2.5)),
+    )
+
+
+@pytest.fixture
+def network(tiny_spec):
+    torch.manual_seed(0)
+    return build_network(tiny_spec.model_copy(update={"stochastic_depth": 0.9})).eval()
+
+
+@pytest.fixture
+def oracle(info):
+    changes = {
+        "network": info.network.model_copy(update={"num_classes": 2}),
+        "labels": {0: "background", 1: "organ"},
+        "label_values": (0, 7),
+        "preprocessing": info.preprocessing.model_copy(update={"spacing": (0.8, 0.8, 0.8)}),
+    }
+    return Model(Oracle(), info.model_copy(update=changes), torch.device("cpu"))
+
+
+@pytest.fixture
+def saved(tmp_path, network, info):
+    spec = info.network.model_copy(update={"stochastic_depth": 0.9})
+    save_model(tmp_path / "run" / "model", network, info.model_copy(update={"network": spec}))
+    return tmp_path / "run"
+
+
+def write_scan(path, affine=ISOTROPIC, shape=(18, 14, 12), bright=100.0):
+    """Write a dark scan with a bright box; return where the box is."""
+    box = np.zeros(shape, bool)
+    box[4:13, 3:10, 2:9] = True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(np.where(box, bright, 0.0).astype(np.float32), affine)
+    image.header["descrip"] = b"Doe^John"
+    nib.save(image, path)
+    return box
+
+
+def dice(first, second):
+    return 2 * (first & second).sum() / (first.sum() + second.sum())
+
+
+def test_a_network_comes_back_from_its_folder_as_it_was(saved, network):
+    model = load_model(saved)
+    image = torch.randn(1, 1, 8, 8, 8)
+    assert torch.equal(model.network(image), network(image))
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, model.network.state_dict()[key]), key
+    assert model.info.label_values == (0, 1, 5)
+    assert model.info.labels == {0: "background", 1: "organ", 2: "lesion"}
+    assert not model.network.training
+
+
+def test_every_weight_is_stored_once(saved, network):
+    stored = load_file(saved / "model" / "weights.safetensors")
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert sum(value.numel() for value in stored.values()) == count
+
+
+@pytest.mark.parametrize("inside", [".", "model"])
+def test_a_model_is_found_in_a_run_and_in_its_own_folder(saved, inside):
+    assert resolve_model(saved / inside).resolve() == (saved / "model").resolve()
+
+
+def test_a_run_without_a_delivered_model_names_its_finished_rounds(tmp_path, network, info):
+    save_model(tmp_path / "run" / "round_0" / "model", network, info)
+    with pytest.raises(InputError, match=r"finished rounds: round_0 \(use .*round_0\)"):
+        resolve_model(tmp_path / "run")
+    with pytest.raises(InputError, match="no such run"):
+        resolve_model(tmp_path / "nothing")
+
+
+def test_a_pickle_in_place_of_weights_is_refused_without_executing(saved, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    (saved / "model" / "weights.safetensors").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(InputError, match="weights cannot be read"):
+        load_model(saved)
+    assert not (tmp_path / "executed").exists()
+
+
+def damage_weights(folder, change):
+    path = folder / "model" / "weights.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.pop(next(iter(weights))),
+        lambda weights: weights.update(unknown=torch.zeros(1)),
+        lambda weights: weights.update({next(iter(weights)): torch.zeros(1)}),
+    ],
+    ids=["missing", "unknown", "other shape"],
+)
+def test_weights_that_do_not_fit_are_refused(saved, change):
+    damage_weights(saved, change)
+    with pytest.raises(InputError, match="weights"):
+        load_model(saved)
+
+
+def test_cut_off_weights_are_refused(saved):
+    path = saved / "model" / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match="weights cannot be read"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"extra": 1},
+        {"labels": {"0": "background"}},
+        {"channels": ["CT", "MRI"]},
+        {"network": {"name": "other"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_description_of_another_kind_is_refused(saved, change):
+    path = saved / "model" / "model.json"
+    content = read_json(path)
+    content["network"] |= change.pop("network", {})
+    write_json(path, content | change)
+    with pytest.raises(InputError, match=r"model\.json: not a model of this program"):
+        load_model(saved)
+
+
+def test_a_bfloat16_model_runs_in_float32_where_bfloat16_is_emulated(saved, monkeypatch):
+    path = saved / "model" / "model.json"
+    write_json(path, read_json(path) | {"precision": "bfloat16"})
+    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: True)
+    assert load_model(saved).info.precision == "bfloat16"
+    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: False)
+    assert load_model(saved).info.precision == "float32"
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_a_mask_has_the_grid_and_the_label_values_of_its_scan(oracle, tmp_path, name):
+    box = write_scan(tmp_path / "scans" / "a.nii.gz", AFFINES[name])
+    predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
+    mask = nib.load(tmp_path / "out" / "a.nii.gz")
+    found = np.asanyarray(mask.dataobj)
+    assert found.shape == box.shape
+    assert np.allclose(mask.affine, AFFINES[name], atol=1e-5)
+    assert found.dtype == np.uint8
+    assert set(np.unique(found)) == {0, 7}
+    assert dice(found == 7, box) >= 0.99
+    assert b"Doe" not in mask.header.binaryblock
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])
+def test_scans_smaller_and_thinner_than_the_patch_are_segmented(oracle, tmp_path, shape):
+    write_scan(tmp_path / "a.nii", shape=shape)
+    found = predict_case(oracle, (tmp_path / "a.nii",))
+    assert found.mask.shape == shape
+    assert found.probs.shape == (2, *shape)
+    assert np.allclose(found.probs.sum(0), 1, atol=1e-5)
+
+
+def test_the_whole_way_from_a_saved_network_to_masks_and_maps(saved, tmp_path):
+    write_scan(tmp_path / "a.nii.gz", ANISOTROPIC)
+    told = []
+    out = tmp_path / "out"
+    scans = [tmp_path / "a.nii.gz"]
+    predict_files(load_model(saved), scans, out, probs=True, uncertainty=True, report=told.append)
+    names = ["a.nii.gz", "a_probs.nii.gz", "a_uncertainty.nii.gz", "predictions.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    probs = nib.load(out / "a_probs.nii.gz").get_fdata()
+    mask = np.asanyarray(nib.load(out / "a.nii.gz").dataobj)
+    uncertainty = nib.load(out / "a_uncertainty.nii.gz").get_fdata()
+    assert np.array_equal(np.array([0, 1, 5])[probs.argmax(-1)], mask)
+    assert 0 <= uncertainty.min() < uncertainty.max() <= np.log(3) + 1e-6
+    content = read_json(out / "predictions.json")
+    assert content["labels"] == {"0": "background", "1": "organ", "5": "lesion"}
+    assert content["model"] == {"round": 1}
+    assert told[0].startswith(str(out / "a.nii.gz"))
+
+
+def test_the_same_scan_gets_the_same_uncertainty(saved, tmp_path):
+    write_scan(tmp_path / "a.nii")
+    model = load_model(saved)
+    maps = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        maps.append(predict_case(model, (tmp_path / "a.nii",), passes=3).uncertainty)
+    assert np.array_equal(*maps)
+
+
+class Broken(Oracle):
+    def forward(self, image):
+        return super().forward(image) * float("nan")
+
+
+def test_non_finite_logits_write_no_mask_and_the_other_scans_are_segmented(oracle, tmp_path):
+    write_scan(tmp_path / "a.nii")
+    broken = Model(Broken(), oracle.info, oracle.device)
+    with pytest.raises(InputError, match=r"1 of 1 scans were not segmented:\n.*not finite"):
+        predict_files(broken, [tmp_path / "a.nii"], tmp_path / "out", probs=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_scans_that_fail_are_named_after_the_others_were_written(oracle, tmp_path):
+    write_scan(tmp_path / "scans" / "good.nii")
+    (tmp_path / "scans" / "bad.nii").write_bytes(b"no scan")
+    holes = np.full((6, 6, 6), np.nan, np.float32)
+    nib.save(nib.Nifti1Image(holes, np.eye(4)), tmp_path / "scans" / "holes.nii")
+    with pytest.raises(InputError, match="2 of 3 scans") as caught:
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
+    assert "bad.nii" in str(caught.value)
+    assert "holes.nii" in str(caught.value)
+    assert (tmp_path / "out" / "good.nii.gz").exists()
+    assert not (tmp_path / "out" / "holes.nii.gz").exists()
+
+
+def test_a_scan_is_never_overwritten_by_its_mask(oracle, tmp_path):
+    write_scan(tmp_path / "a.nii.gz")
+    before = (tmp_path / "a.nii.gz").read_bytes()
+    with pytest.raises(InputError, match="overwrite its own scan"):
+        predict_files(oracle, [tmp_path / "a.nii.gz"], tmp_path)
+    assert (tmp_path / "a.nii.gz").read_bytes() == before
+
+
+def test_a_scan_like_the_training_scans_has_no_flag(oracle, tmp_path):
+    write_scan(tmp_path / "a.nii")
+    assert predict_case(oracle, (tmp_path / "a.nii",)).flags == ()
+
+
+@pytest.mark.parametrize(
+    ("scan", "words"),
+    [
+        ({"affine": np.diag([1.0, 1, 6, 1])}, "spacing 6 mm is outside"),
+        ({"affine": np.diag([6.0, 1, 1, 1])}, "spacing 6 mm is outside"),
+        ({"bright": 4000.0}, "intensities 0 to 4000 are far"),
+        ({"bright": 0.0}, "intensities 0 to 0 are far"),
+    ],
+)
+def test_a_scan_outside_of_the_training_range_is_flagged(oracle, tmp_path, scan, words):
+    write_scan(tmp_path / "a.nii", **scan)
+    predict_files(oracle, [tmp_path / "a.nii"], tmp_path / "out", report=lambda text: None)
+    (flag,) = read_json(tmp_path / "out" / "predictions.json")["flags"]["a"]
+    assert words in flag
+
+
+def test_flips_at_test_time_average_to_a_symmetric_answer(network):
+    image = torch.randn(1, 1, 8, 8, 8)
+    probs = predict_probs(network, image, (8, 8, 8), "float32", (0, 2))
+    mirrored = predict_probs(network, image.flip([2]), (8, 8, 8), "float32", (0, 2))
+    assert torch.allclose(probs.flip([2]), mirrored, atol=1e-5)
+    plain = predict_probs(network, image, (8, 8, 8), "float32")
+    assert not torch.allclose(plain, probs, atol=1e-4)
+
+
+def test_a_volume_of_one_patch_is_predicted_as_by_the_network(network):
+    image = torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        expected = torch.softmax(network(image), dim=1)
+    found = predict_probs(network, image, (8, 8, 8), "float32")
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_mutual_information_is_between_zero_and_the_entropy(network):
+    image = torch.randn(1, 1, 8, 8, 8)
+    entropy, information = measure_uncertainty(network, image, (8, 8, 8), "float32", 4)
+    assert entropy.shape == information.shape == (1, 1, 8, 8, 8)
+    assert (entropy <= np.log(3) + 1e-5).all()
+    assert (information >= 0).all()
+    assert (information <= entropy + 1e-6).all()
+    assert information.max() > 0
+
+
+def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):
+    network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).eval()
+    with pytest.raises(InputError, match="no active dropout"):
+        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), (8, 8, 8), "float32", 2)
+
+
+def touch(folder, *names):
+    folder.mkdir(exist_ok=True, parents=True)
+    for name in names:
+        (folder / name).touch()
+    return [folder]
+
+
+def test_channels_of_a_scan_are_found_by_their_endings_in_order(tmp_path):
+    names = [f"{case}_{channel:04d}.nii.gz" for case, channel in itertools.product("ab", (1, 0))]
+    found = find_scans(touch(tmp_path, *names, ".hidden.nii.gz"), 2)
+    assert {case: [p.name for p in files] for case, files in found.items()} == {
+        "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
+        "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
+    }
+
+
+def test_a_file_with_all_channels_is_one_scan(tmp_path):
+    assert list(find_scans(touch(tmp_path, "a.nii.gz", "b.nii"), 2)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "num_channels", "words"),
+    [
+        (["a_0000.nii"], 2, "a: the model wants 2 channels"),
+        (["a_0001.nii", "a_0002.nii"], 2, "a: the model wants 2 channels"),
+        (["a.nii", "a.nii.gz"], 1, "two scans of one name"),
+        (["x/a.nii", "y/a.nii"], 2, "two scans of one name"),
+        (["a.mha"], 1, "no NIfTI file"),
+        ([], 1, "no NIfTI file"),
+    ],
+)
+def test_files_that_make_no_scan_are_refused(tmp_path, names, num_channels, words):
+    for folder in {(tmp_path / name).parent for name in names}:
+        folder.mkdir(exist_ok=True)
+    for name in names:
+        (tmp_path / name).touch()
+    folders = sorted({(tmp_path / name).parent for name in names}) or [tmp_path]
+    with pytest.raises(InputError, match=words):
+        find_scans(folders, num_channels)
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nothing\.nii: no such file"):
+        find_scans([tmp_path / "nothing.nii"], 1)

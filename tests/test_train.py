@@ -1,0 +1,331 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from medssl.config import InputError
+from medssl.networks.build import build_network
+from medssl.objective import Objective
+from medssl.runs import Journal, StopFlag, read_json
+from medssl.train import Progress, find_lr, train
+
+TIMES = ("monitors/data_wait", "monitors/steps_per_second")
+
+
+class Spoiled(Objective):
+    """An objective whose loss is not finite at some steps."""
+
+    bad = frozenset()
+    num_steps = 1
+
+    def forward(self, labeled, unlabeled, progress, generator):
+        terms = super().forward(labeled, unlabeled, progress, generator)
+        if round(progress * self.num_steps) in self.bad:
+            terms["supervised"] = terms["supervised"] * float("nan")
+        return terms
+
+
+@pytest.fixture
+def start(tmp_path, tiny_config, tiny_plan, make_dataset, stop_at):
+    """Return a function that trains in a folder and gives the objective and the steps done."""
+
+    def run(name="run", stop=None, round_index=1, bad=(), config=None, plan=None, **options):
+        config, plan = config or tiny_config, plan or tiny_plan
+        torch.manual_seed(round_index)
+        names = ("background", "organ", "lesion")
+        objective = Spoiled(build_network(plan.network), config, names)
+        objective.bad, objective.num_steps = frozenset(bad), plan.steps
+        flag = stop if hasattr(stop, "is_set") else stop_at(stop)
+        dataset = make_dataset(round_index)
+        steps = train(objective, dataset, config, plan, tmp_path / name, round_index, flag, **options)
+        return objective, steps
+
+    return run
+
+
+def read_checkpoint(folder, round_index=1):
+    path = folder / f"round_{round_index}" / "checkpoint.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def assert_same(first, second, place=""):
+    assert type(first) is type(second), place
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), place
+        for key in first:
+            assert_same(first[key], second[key], f"{place}/{key}")
+    elif isinstance(first, list):
+        assert len(first) == len(second), place
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            assert_same(*pair, f"{place}/{index}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), place
+    else:
+        assert first == second, place
+
+
+def read_journal(folder):
+    entries = Journal(folder / "metrics.jsonl").read()
+    return [
+        (e["round"], e["step"], {k: v for k, v in e["metrics"].items() if k not in TIMES})
+        for e in entries
+    ]
+
+
+def assert_same_run(first, second):
+    left, right = read_checkpoint(first), read_checkpoint(second)
+    for part in ("step", "objective", "optimizer", "identity"):
+        assert_same(left[part], right[part], part)
+    assert read_journal(first) == read_journal(second)
+
+
+@pytest.fixture
+def whole(start, tmp_path):
+    """An uninterrupted run of 8 steps."""
+    objective, steps = start("whole")
+    assert steps == 8
+    return objective
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (5,), (3, 2)], ids=str)
+def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_last_bit(
+    start, whole, tmp_path, stops
+):
+    for number, stop in enumerate(stops):
+        objective, steps = start(stop=stop)
+        assert steps == sum(stops[: number + 1])
+    objective, steps = start()
+    assert steps == 8
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, objective.state_dict()[key]), key
+
+
+def test_a_checkpoint_holds_the_average_and_the_thresholds(whole, tmp_path):
+    state = read_checkpoint(tmp_path / "whole")["objective"]
+    assert state["teacher.n_averaged"] == 8
+    assert state["thresholds.predicted"].sum() > 0
+    assert any(key.startswith("teacher.module.") for key in state)
+
+
+def test_what_was_logged_after_the_checkpoint_is_not_logged_twice(start, whole, tmp_path):
+    class Killed:
+        """A stop flag that takes the process away in the seventh step, after the log of the sixth."""
+
+        calls = 0
+
+        def is_set(self):
+            self.calls += 1
+            if self.calls == 7:
+                raise KeyboardInterrupt
+            return False
+
+    with pytest.raises(KeyboardInterrupt):
+        start(stop=Killed())
+    assert [step for _, step, _ in read_journal(tmp_path / "run")] == [2, 4, 6]
+    assert read_checkpoint(tmp_path / "run")["step"] == 4
+    start()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_finished_round_is_not_trained_again(start, whole, tmp_path):
+    before = read_checkpoint(tmp_path / "whole")
+    objective, steps = start("whole")
+    assert steps == 8
+    assert_same(before, read_checkpoint(tmp_path / "whole"))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, objective.state_dict()[key]), key
+
+
+def test_two_runs_with_the_same_seed_are_the_same_and_with_another_seed_are_not(
+    start, whole, tmp_path, tiny_config
+):
+    start("again")
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
+    section = tiny_config.train.model_copy(update={"seed": 1})
+    start("other", config=tiny_config.model_copy(update={"train": section}))
+    losses = [read_journal(tmp_path / name)[0][2]["losses/total"] for name in ("other", "whole")]
+    assert losses[0] != losses[1]
+
+
+def test_the_number_of_workers_changes_no_bit(start, whole, tmp_path, tiny_plan):
+    start(plan=tiny_plan.model_copy(update={"workers": 2}))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_may_go_on_with_other_workers_and_threads(start, whole, tmp_path, tiny_plan):
+    start(stop=3)
+    start(plan=tiny_plan.model_copy(update={"workers": 1, "threads": 7}))
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_another_plan_or_configuration_is_refused(start, tiny_plan, tiny_config):
+    start(stop=2)
+    section = tiny_config.train.model_copy(update={"lr": 0.5})
+    with pytest.raises(InputError, match="made with another plan or configuration"):
+        start(config=tiny_config.model_copy(update={"train": section}))
+    with pytest.raises(InputError, match="--restart"):
+        start(plan=tiny_plan.model_copy(update={"steps": 9}))
+
+
+def test_a_checkpoint_that_would_execute_something_is_refused(start, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    path = tmp_path / "run" / "round_1" / "checkpoint.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(InputError, match="cannot be read"):
+        start()
+    torch.save({"identity": Attack()}, path)
+    with pytest.raises(InputError, match="cannot be read"):
+        start()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_checkpoint_is_named(start, tmp_path):
+    start(stop=2)
+    path = tmp_path / "run" / "round_1" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"checkpoint\.pt: .*delete it"):
+        start()
+
+
+def test_a_kill_while_saving_keeps_the_checkpoint_before(start, whole, tmp_path, monkeypatch):
+    start(stop=4)
+    save = torch.save
+
+    def die(content, path):
+        save(content, path)
+        path.write_bytes(path.read_bytes()[:1000])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", die)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    assert read_checkpoint(tmp_path / "run")["step"] == 4
+    assert read_json(tmp_path / "run" / "state.json")["step"] == 4
+    start()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_non_finite_loss_is_skipped_and_counted(start, tmp_path):
+    objective, steps = start(bad={2, 3})
+    assert steps == 8
+    assert objective.teacher.n_averaged == 6
+    journal = read_journal(tmp_path / "run")
+    counted = {step: metrics["monitors/nonfinite"] for _, step, metrics in journal}
+    assert counted == {2: 0, 4: 2, 6: 0, 8: 0}
+    assert "losses/total" not in journal[1][2]
+    assert all(torch.isfinite(parameter).all() for parameter in objective.student.parameters())
+
+
+def test_a_skipped_step_moves_neither_student_nor_teacher_nor_optimizer(start, tmp_path):
+    start(stop=4)
+    before = read_checkpoint(tmp_path / "run")
+    start(stop=1, bad={4})
+    after = read_checkpoint(tmp_path / "run")
+    assert after["step"] == 5
+    for key, value in before["objective"].items():
+        if not key.startswith("thresholds."):
+            assert torch.equal(value, after["objective"][key]), key
+    assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
+
+
+def test_ten_non_finite_losses_in_a_row_stop_with_the_checkpoint_intact(
+    start, tmp_path, tiny_plan
+):
+    plan = tiny_plan.model_copy(update={"steps": 20})
+    start(stop=3, plan=plan)
+    with pytest.raises(FloatingPointError, match="step 13: .* 10 steps in a row.*train.lr"):
+        start(bad=range(100), plan=plan)
+    found = read_checkpoint(tmp_path / "run")
+    assert all(torch.isfinite(v).all() for v in found["objective"].values())
+    assert found["objective"]["teacher.n_averaged"] == 3
+
+
+def test_a_stop_writes_a_checkpoint_after_the_current_step(start, tmp_path):
+    _, steps = start(stop=3)
+    assert steps == 3
+    assert read_checkpoint(tmp_path / "run")["step"] == 3
+    assert read_json(tmp_path / "run" / "state.json") == {
+        "status": "running",
+        "round": 1,
+        "step": 3,
+    }
+
+
+def test_a_file_named_stop_ends_the_loop(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    _, steps = start(stop=StopFlag(tmp_path / "run"))
+    assert steps == 1
+
+
+def test_validation_and_mirror_are_called_with_every_checkpoint(start, tmp_path):
+    seen = []
+    start(
+        validate=lambda: {"val/dice": 0.5},
+        on_checkpoint=lambda: seen.append(read_checkpoint(tmp_path / "run")["step"]),
+    )
+    assert seen == [4, 8]
+    validated = [step for _, step, metrics in read_journal(tmp_path / "run") if "val/dice" in metrics]
+    assert validated == [4, 8]
+
+
+def test_validation_changes_no_bit_of_the_training(start, whole, tmp_path):
+    def validate():
+        torch.manual_seed(123)
+        np.random.seed(1)  # noqa: NPY002  # the point is that global state plays no part
+        return {"val/dice": 0.0}
+
+    start(validate=validate)
+    assert_same(
+        read_checkpoint(tmp_path / "run")["objective"],
+        read_checkpoint(tmp_path / "whole")["objective"],
+    )
+
+
+def test_the_journal_names_its_metrics_as_the_design_does(whole, tmp_path):
+    for _, _, metrics in read_journal(tmp_path / "whole"):
+        assert all(name.startswith(("losses/", "monitors/")) for name in metrics)
+        assert {"losses/total", "losses/supervised", "monitors/lr", "monitors/coverage/organ"} <= set(
+            metrics
+        )
+        terms = [v for k, v in metrics.items() if k.startswith("losses/") and k != "losses/total"]
+        assert metrics["losses/total"] == pytest.approx(sum(terms), rel=1e-5)
+
+
+def test_training_lowers_the_loss_on_labels_alone(start, tmp_path, tiny_config, tiny_plan):
+    section = tiny_config.train.model_copy(update={"lr": 0.01, "log_every": 10})
+    start(
+        round_index=0,
+        config=tiny_config.model_copy(update={"train": section}),
+        plan=tiny_plan.model_copy(update={"steps": 40}),
+    )
+    losses = [m["losses/total"] for _, _, m in read_journal(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_learning_rate_rises_then_falls_to_zero(tiny_config):
+    rates = [find_lr(tiny_config, step, 1000) for step in range(1000)]
+    top = int(np.argmax(rates))
+    assert top == round(tiny_config.train.warmup * 1000) - 1
+    assert all(np.diff(rates[:top]) > 0)
+    assert all(np.diff(rates[top:]) < 0)
+    assert rates[0] == pytest.approx(tiny_config.train.lr / 30)
+    assert 0 < rates[-1] < 0.01 * tiny_config.train.lr
+    assert max(rates) <= tiny_config.train.lr
+
+
+def test_waiting_for_data_is_told_once(capsys):
+    progress = Progress(1, 0, 10)
+    metrics = {"losses/total": 1.0, "monitors/steps_per_second": 1.0, "monitors/data_wait": 0.5}
+    progress.report(1, metrics)
+    progress.report(2, metrics)
+    captured = capsys.readouterr()
+    assert captured.err.count("waiting for data") == 1
+    assert "step 2/10" in captured.out

@@ -229,6 +229,10 @@ class Config(Section):
                 "without dropout the passes do not differ; set network.dropout=0.1 or "
                 "filter.uncertainty.source=none"
             )
+        names = list((self.data.labels or {}).values())
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data.labels: two label values are named {', '.join(twice)}")
         if not self.teacher.source:
             raise ValueError("teacher.source is empty: name previous_round, ema, or both")
         return self
@@ -433,7 +437,7 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems = problems + [_explain(item) for item in error.errors()]
+        problems = problems + _explain_all(error.errors())
         config = Config()
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
@@ -442,23 +446,31 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
     return config
 
 
-def _explain(item: Any) -> str:
-    """Say one validation error in a sentence: key, problem, value, nearest valid key."""
-    path = [part for part in item["loc"] if isinstance(part, str) and part not in _UNION_TAGS]
-    key = ".".join(path)
-    if item["type"] == "extra_forbidden":
-        valid = list(_list_keys(Config))
-        near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-        near = near or [k for k in valid if k.split(".")[-1] == path[-1]]
-        hint = f"; did you mean {near[0]}?" if near else "; `medssl config` lists all keys"
-        return f"{key}: unknown key{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    if not key:
-        return str(message)
-    return f"{key}: {message} (got {item['input']!r})"
-
-
-_UNION_TAGS = {"literal['auto']", "int", "constrained-int", "literal['all']", "float"}
+def _explain_all(items: Sequence[Any]) -> list[str]:
+    """Say each validation error in a sentence: key, problem, value, nearest valid key."""
+    valid = list(_list_keys(Config))
+    unknown = []
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for item in items:
+        path = [str(part) for part in item["loc"]]
+        if item["type"] == "extra_forbidden":
+            key = next(iter(_flatten({".".join(path): item["input"]})))
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            near = near or [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
+            hint = f"did you mean {near[0]}?" if near else "`medssl config` lists all keys"
+            unknown.append(f"{key}: unknown key; {hint}")
+            continue
+        while path and ".".join(path) not in valid:
+            path.pop()  # the rest names a member of a union, or a place in a list
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            message = "a value is missing"
+        value = f" (got {item['input']!r})" if path else ""
+        wrong.setdefault((".".join(path), value), []).append(message)
+    told = [
+        f"{key}: {'; or: '.join(m)}{value}" if key else m[0] for (key, value), m in wrong.items()
+    ]
+    return unknown + told
 
 
 def _list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

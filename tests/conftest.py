@@ -180,7 +180,7 @@ def pseudo_labeled(cached_cases, tmp_path_factory):
     return tuple(result)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_dataset(cached_cases, pseudo_labeled):
     """Return a function that gives the batches of a round on the tiny scans."""
     from medssl.data.loaders import PatchDataset, Sampling
@@ -204,7 +204,7 @@ def make_dataset(cached_cases, pseudo_labeled):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stop_at():
     """Return a function that makes a stop flag which is set after so many steps."""
     return StopAt

@@ -346,9 +346,8 @@ def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny
     objective = make_objective(config, None, student=VoxelNetwork(num_heads=2))
     fine, coarse = objective.student.forward_heads(labeled["image"])
     target = nn.functional.one_hot(labeled["label"][:, 0].long(), 3).movedim(-1, 1).float()
-    expected = (
-        2 / 3 * cross_entropy(fine, target)
-        + 1 / 3 * cross_entropy(coarse, nn.functional.avg_pool3d(target, 2))
+    expected = 2 / 3 * cross_entropy(fine, target) + 1 / 3 * cross_entropy(
+        coarse, nn.functional.avg_pool3d(target, 2)
     )
     found = compute(objective, labeled, None)["supervised"]
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -356,8 +355,11 @@ def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny
 
 def test_voxels_that_the_filter_refuses_do_not_teach():
     config = configure(
-        "default", "noise.mixing=none", "filter.threshold={name: fixed, start: 0.9}",
-        "losses.consistency.weight=0", "losses.pseudo_label.name=ce",
+        "default",
+        "noise.mixing=none",
+        "filter.threshold={name: fixed, start: 0.9}",
+        "losses.consistency.weight=0",
+        "losses.pseudo_label.name=ce",
     )
     objective = make_objective(config, None, student=VoxelNetwork())
     labeled, unlabeled = make_batch(config)

@@ -154,7 +154,9 @@ def test_ct_is_normalized_by_its_labeled_foreground_and_mri_by_each_scan(scans):
     assert 80 < ct.low < ct.mean < ct.high < 120
     (mri,) = scans.plan(channels=("MRI",)).preprocessing.normalization
     assert mri.kind == "zscore"
-    (forced,) = scans.plan("plan.normalization=zscore", channels=("CT",)).preprocessing.normalization
+    (forced,) = scans.plan(
+        "plan.normalization=zscore", channels=("CT",)
+    ).preprocessing.normalization
     assert forced.kind == "zscore"
 
 

@@ -26,11 +26,11 @@ class Spoiled(Objective):
         return terms
 
 
-@pytest.fixture
-def start(tmp_path, tiny_config, tiny_plan, make_dataset, stop_at):
+@pytest.fixture(scope="module")
+def train_in(tiny_config, tiny_plan, make_dataset, stop_at):
     """Return a function that trains in a folder and gives the objective and the steps done."""
 
-    def run(name="run", stop=None, round_index=1, bad=(), config=None, plan=None, **options):
+    def run(folder, stop=None, round_index=1, bad=(), config=None, plan=None, **options):
         config, plan = config or tiny_config, plan or tiny_plan
         torch.manual_seed(round_index)
         names = ("background", "organ", "lesion")
@@ -38,10 +38,25 @@ def start(tmp_path, tiny_config, tiny_plan, make_dataset, stop_at):
         objective.bad, objective.num_steps = frozenset(bad), plan.steps
         flag = stop if hasattr(stop, "is_set") else stop_at(stop)
         dataset = make_dataset(round_index)
-        steps = train(objective, dataset, config, plan, tmp_path / name, round_index, flag, **options)
+        steps = train(objective, dataset, config, plan, folder, round_index, flag, **options)
         return objective, steps
 
     return run
+
+
+@pytest.fixture
+def start(train_in, tmp_path):
+    """Return a function that trains in a folder of this test."""
+    return lambda **options: train_in(tmp_path / "run", **options)
+
+
+@pytest.fixture(scope="module")
+def whole(train_in, tmp_path_factory):
+    """The folder of an uninterrupted run of 8 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    _, steps = train_in(folder)
+    assert steps == 8
+    return folder
 
 
 def read_checkpoint(folder, round_index=1):
@@ -97,13 +112,12 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_last_bit(
         assert steps == sum(stops[: number + 1])
     objective, steps = start()
     assert steps == 8
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, objective.state_dict()[key]), key
+    assert_same_run(tmp_path / "run", whole)
+    assert_same(dict(objective.state_dict()), dict(read_checkpoint(whole)["objective"]))
 
 
-def test_a_checkpoint_holds_the_average_and_the_thresholds(whole, tmp_path):
-    state = read_checkpoint(tmp_path / "whole")["objective"]
+def test_a_checkpoint_holds_the_average_and_the_thresholds(whole):
+    state = read_checkpoint(whole)["objective"]
     assert state["teacher.n_averaged"] == 8
     assert state["thresholds.predicted"].sum() > 0
     assert any(key.startswith("teacher.module.") for key in state)
@@ -126,38 +140,33 @@ def test_what_was_logged_after_the_checkpoint_is_not_logged_twice(start, whole, 
     assert [step for _, step, _ in read_journal(tmp_path / "run")] == [2, 4, 6]
     assert read_checkpoint(tmp_path / "run")["step"] == 4
     start()
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
-def test_a_finished_round_is_not_trained_again(start, whole, tmp_path):
-    before = read_checkpoint(tmp_path / "whole")
-    objective, steps = start("whole")
+def test_a_finished_round_is_not_trained_again(train_in, whole):
+    before = read_checkpoint(whole)
+    objective, steps = train_in(whole, validate=pytest.fail)
     assert steps == 8
-    assert_same(before, read_checkpoint(tmp_path / "whole"))
-    for key, value in whole.state_dict().items():
-        assert torch.equal(value, objective.state_dict()[key]), key
+    assert_same(before, read_checkpoint(whole))
+    assert_same(dict(objective.state_dict()), dict(before["objective"]))
 
 
-def test_two_runs_with_the_same_seed_are_the_same_and_with_another_seed_are_not(
-    start, whole, tmp_path, tiny_config
-):
-    start("again")
-    assert_same_run(tmp_path / "again", tmp_path / "whole")
+def test_another_seed_gives_other_losses(start, whole, tmp_path, tiny_config):
     section = tiny_config.train.model_copy(update={"seed": 1})
-    start("other", config=tiny_config.model_copy(update={"train": section}))
-    losses = [read_journal(tmp_path / name)[0][2]["losses/total"] for name in ("other", "whole")]
+    start(config=tiny_config.model_copy(update={"train": section}), stop=2)
+    losses = [read_journal(folder)[0][2]["losses/total"] for folder in (tmp_path / "run", whole)]
     assert losses[0] != losses[1]
 
 
 def test_the_number_of_workers_changes_no_bit(start, whole, tmp_path, tiny_plan):
     start(plan=tiny_plan.model_copy(update={"workers": 2}))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_run_may_go_on_with_other_workers_and_threads(start, whole, tmp_path, tiny_plan):
     start(stop=3)
     start(plan=tiny_plan.model_copy(update={"workers": 1, "threads": 7}))
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_checkpoint_of_another_plan_or_configuration_is_refused(start, tiny_plan, tiny_config):
@@ -176,7 +185,7 @@ def test_a_checkpoint_that_would_execute_something_is_refused(start, tmp_path):
 
     path = tmp_path / "run" / "round_1" / "checkpoint.pt"
     path.parent.mkdir(parents=True)
-    path.write_bytes(pickle.dumps(Attack()))
+    path.write_bytes(pickle.dumps(Attack(), protocol=2))
     with pytest.raises(InputError, match="cannot be read"):
         start()
     torch.save({"identity": Attack()}, path)
@@ -209,7 +218,7 @@ def test_a_kill_while_saving_keeps_the_checkpoint_before(start, whole, tmp_path,
     assert read_checkpoint(tmp_path / "run")["step"] == 4
     assert read_json(tmp_path / "run" / "state.json")["step"] == 4
     start()
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_non_finite_loss_is_skipped_and_counted(start, tmp_path):
@@ -235,9 +244,7 @@ def test_a_skipped_step_moves_neither_student_nor_teacher_nor_optimizer(start, t
     assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
 
 
-def test_ten_non_finite_losses_in_a_row_stop_with_the_checkpoint_intact(
-    start, tmp_path, tiny_plan
-):
+def test_ten_non_finite_losses_in_a_row_stop_with_the_checkpoint_intact(start, tmp_path, tiny_plan):
     plan = tiny_plan.model_copy(update={"steps": 20})
     start(stop=3, plan=plan)
     with pytest.raises(FloatingPointError, match="step 13: .* 10 steps in a row.*train.lr"):
@@ -272,7 +279,9 @@ def test_validation_and_mirror_are_called_with_every_checkpoint(start, tmp_path)
         on_checkpoint=lambda: seen.append(read_checkpoint(tmp_path / "run")["step"]),
     )
     assert seen == [4, 8]
-    validated = [step for _, step, metrics in read_journal(tmp_path / "run") if "val/dice" in metrics]
+    validated = [
+        step for _, step, metrics in read_journal(tmp_path / "run") if "val/dice" in metrics
+    ]
     assert validated == [4, 8]
 
 
@@ -285,29 +294,32 @@ def test_validation_changes_no_bit_of_the_training(start, whole, tmp_path):
     start(validate=validate)
     assert_same(
         read_checkpoint(tmp_path / "run")["objective"],
-        read_checkpoint(tmp_path / "whole")["objective"],
+        read_checkpoint(whole)["objective"],
     )
 
 
-def test_the_journal_names_its_metrics_as_the_design_does(whole, tmp_path):
-    for _, _, metrics in read_journal(tmp_path / "whole"):
+def test_the_journal_names_its_metrics_as_the_design_does(whole):
+    for _, _, metrics in read_journal(whole):
         assert all(name.startswith(("losses/", "monitors/")) for name in metrics)
-        assert {"losses/total", "losses/supervised", "monitors/lr", "monitors/coverage/organ"} <= set(
-            metrics
-        )
+        assert {
+            "losses/total",
+            "losses/supervised",
+            "monitors/lr",
+            "monitors/coverage/organ",
+        } <= set(metrics)
         terms = [v for k, v in metrics.items() if k.startswith("losses/") and k != "losses/total"]
         assert metrics["losses/total"] == pytest.approx(sum(terms), rel=1e-5)
 
 
 def test_training_lowers_the_loss_on_labels_alone(start, tmp_path, tiny_config, tiny_plan):
-    section = tiny_config.train.model_copy(update={"lr": 0.01, "log_every": 10})
+    section = tiny_config.train.model_copy(update={"lr": 0.01, "log_every": 8})
     start(
         round_index=0,
         config=tiny_config.model_copy(update={"train": section}),
-        plan=tiny_plan.model_copy(update={"steps": 40}),
+        plan=tiny_plan.model_copy(update={"steps": 24}),
     )
     losses = [m["losses/total"] for _, _, m in read_journal(tmp_path / "run")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_learning_rate_rises_then_falls_to_zero(tiny_config):

@@ -1,0 +1,111 @@
+"""What the README promises, done: its commands on a folder, and the wheel on its own."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from medssl.data.phantoms import write_phantoms
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICK = ["steps=60", "rounds=1", "filter.uncertainty.passes=2", "network.depth=3", "train.lr=4e-3"]
+RUN = [sys.executable, "-c", "from medssl.cli import main; main()"]
+
+
+def list_commands() -> list[list[str]]:
+    """Return the medssl commands of the README's shell blocks, without their comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("medssl ")]
+
+
+def find_port() -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_page(port: int, process: subprocess.Popen[bytes]) -> str:
+    """Return the first page of a server once it answers."""
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError("the server did not answer within two minutes")
+
+
+def test_the_commands_of_the_readme_run_as_they_stand(tmp_path: Path) -> None:
+    phantoms = tmp_path / "phantoms"
+    write_phantoms(phantoms, num_labeled=3, num_unlabeled=2, num_test=0, shape=(28, 28, 28))
+    (phantoms / "cases.csv").unlink()
+    phantoms.rename(tmp_path / "scans")
+    (tmp_path / "new_scan.nii.gz").write_bytes(
+        next((tmp_path / "scans" / "images").glob("*.nii.gz")).read_bytes()
+    )
+    commands = list_commands()
+    assert [command[0] for command in commands] == ["check", "train", "predict", "ui"]
+    for command in commands[:-1]:
+        extra = QUICK if command[0] == "train" else []
+        result = subprocess.run(
+            [*RUN, *command, *extra], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert result.returncode in ((0, 3) if command[0] == "train" else (0,)), result.stderr
+    assert (tmp_path / "masks" / "new_scan.nii.gz").is_file()
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+    port = find_port()
+    process = subprocess.Popen(
+        [*RUN, *commands[-1], "--port", str(port)], cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    try:
+        assert "MLflow" in wait_for_page(port, process)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_files_and_commands_that_the_readme_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for script in re.findall(r"scripts/\w+", README):
+        assert os.access(ROOT / script, os.X_OK), script
+    help_text = subprocess.run([*RUN, "--help"], capture_output=True, text=True, check=True).stdout
+    for name in re.findall(r"`medssl (\w+)", README):
+        assert re.search(rf"\b{name}\b", help_text), name
+
+
+def test_the_wheel_alone_lists_presets_and_runs_the_demo(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
+    subprocess.run([*install, *tmp_path.glob("*.whl")], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=empty, env=environment, capture_output=True, text=True, check=False
+        )
+
+    where = run(sys.executable, "-c", "import medssl; print(medssl.__file__)")
+    assert where.stdout.startswith(str(site))
+    assert "default" in run(*RUN, "methods").stdout
+    result = run(*RUN, "demo", *QUICK[:-2], "plan.patch_size=[24,32,24]")
+    assert result.returncode in (0, 3), result.stderr
+    assert "measured:" in result.stdout
+    assert (empty / "medssl-demo" / "runs" / "demo" / "report.html").is_file()

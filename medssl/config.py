@@ -109,10 +109,15 @@ class CaseFilterSection(Section):
 
 
 class FilterSection(Section):
-    """What of a pseudo-label is trusted: per voxel, then per case."""
+    """What of a pseudo-label is trusted: per voxel, then per case.
+
+    ``components: largest`` turns islands of a class into background, for the classes that are one
+    piece in every labeled case.
+    """
 
     threshold: ThresholdSection = ThresholdSection()
     uncertainty: UncertaintySection = UncertaintySection()
+    components: Literal["all", "largest"] = "largest"
     case: CaseFilterSection = CaseFilterSection()
 
 

@@ -27,7 +27,7 @@ Arm = tuple[int, str, Path, str]  # draw, arm, evaluation folder, minutes
 def run(*arguments: str) -> None:
     """Run a medssl command and stop if it fails."""
     print("medssl", " ".join(arguments), flush=True)
-    command = [sys.executable, "-c", "from medssl.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "medssl", *arguments]
     code = subprocess.run(command, check=False).returncode
     if code not in (0, 3):
         raise SystemExit(code)

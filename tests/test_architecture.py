@@ -31,6 +31,7 @@ LAYERS = (
     "rounds",
     "compare",
     "report",
+    "doctor",
     "cli",
     "__main__",
 )

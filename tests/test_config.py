@@ -1,3 +1,4 @@
+import contextlib
 import json
 import subprocess
 import sys
@@ -189,10 +190,8 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
 @given(st.lists(st.one_of(words, st.tuples(words, words).map("=".join)), max_size=4))
 @settings(max_examples=20, deadline=None)
 def test_no_argument_ends_in_a_traceback(overrides):
-    try:
-        load_config(None, overrides)
-    except InputError as error:
-        assert str(error)
+    with contextlib.suppress(InputError):
+        assert isinstance(load_config(None, overrides).config, Config)
 
 
 def test_the_configuration_needs_neither_torch_nor_monai():

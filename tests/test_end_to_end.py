@@ -31,7 +31,7 @@ SETTINGS = [
     "network.depth=3",
     "train.lr=4e-3",
 ]
-RUN = [sys.executable, "-c", "from medssl.cli import main; main()"]
+RUN = [sys.executable, "-m", "medssl"]
 
 
 def medssl(*arguments: object, code: int = 0, **options: object) -> str:

@@ -64,7 +64,7 @@ def test_what_was_drawn_before_does_not_change_a_batch(make_dataset):
     first = dataset[3]
     dataset[7]
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002  # the point is that global state plays no part
+    np.random.seed(5)
     assert_same(first, dataset[3])
 
 

@@ -65,8 +65,8 @@ def find_gradient(objective, loss):
     """Return the gradient of a loss on the student, as one vector."""
     parameters = list(objective.student.parameters())
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    filled = [g if g is not None else torch.zeros_like(p) for g, p in zip(found, parameters)]
-    return torch.cat([g.flatten() for g in filled])
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
 
 
 def take_steps(objective, batch, count, seed=0):

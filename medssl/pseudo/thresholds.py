@@ -33,7 +33,8 @@ class ClassThresholds(nn.Module):
     Source: Zhang et al. 2021 (FlexMatch), equations 5-7 and 11; Cascante-Bonilla et al. 2021
         (curriculum). Departures: counts are taken inside each predicted class and under tau, not
         T_c, which would spiral; T_c stays in [floor, 0.95], floor 0.6 for two classes and
-        1/C + 0.2 for more.
+        1/C + 0.2 for more; the background has the lowest threshold of the foreground classes,
+        since a stricter one takes away only the outer side of every surface, and masks grow.
     """
 
     predicted: Tensor
@@ -82,6 +83,7 @@ class ClassThresholds(nn.Module):
         wanted = (tau * share / (2.0 - share)).clamp(self.floor, HIGHEST)
         enough = self.predicted >= FEWEST
         self.thresholds.copy_(torch.where(enough, wanted, self.thresholds))
+        self.thresholds[0] = self.thresholds[1:].min()
 
     def accept(self, probs: Tensor) -> Tensor:
         """Return (B, 1, I, J, K) bool: the confidence reaches the threshold of its class."""

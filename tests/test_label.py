@@ -1,0 +1,42 @@
+"""Islands: only those of classes that are one piece in every labeled case are taken out."""
+
+import numpy as np
+
+from medssl.pseudo.gates import drop_islands, expect_from
+
+
+def to_probs(classes, num_classes=3):
+    return np.moveaxis(np.eye(num_classes, dtype=np.float32)[classes], -1, 0)
+
+
+def one_piece():
+    label = np.zeros((12, 12, 12), np.uint8)
+    label[1:5, 1:5, 1:5] = 1
+    label[6:9, 1:4, 1:4] = 2
+    return label
+
+
+def test_an_island_becomes_background_and_the_largest_piece_stays():
+    classes = one_piece()
+    classes[10, 10, 10] = 1
+    cleaned = drop_islands(to_probs(classes), frozenset({1, 2})).argmax(0)
+    assert np.array_equal(cleaned, one_piece())
+
+
+def test_pieces_of_a_class_that_has_several_stay():
+    classes = one_piece()
+    classes[10, 10, 10] = 1
+    assert np.array_equal(drop_islands(to_probs(classes), frozenset({2})).argmax(0), classes)
+
+
+def test_pieces_that_touch_at_a_corner_are_one():
+    classes = np.zeros((6, 6, 6), np.uint8)
+    classes[1, 1, 1] = classes[2, 2, 2] = 1
+    assert np.array_equal(drop_islands(to_probs(classes), frozenset({1})).argmax(0), classes)
+
+
+def test_a_class_in_two_pieces_in_one_labeled_case_is_not_single():
+    split = one_piece()
+    split[9:12, 9:12, 9:12] = 2
+    assert expect_from([one_piece()], 3).single == {1, 2}
+    assert expect_from([one_piece(), split], 3).single == {1}

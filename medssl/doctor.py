@@ -37,14 +37,10 @@ def examine() -> tuple[str, bool]:
 
 
 def _has_bfloat16() -> bool:
-    """Return whether the first device computes in bfloat16."""
-    import torch
+    """Return whether the device that `auto` takes computes in bfloat16."""
+    from medssl.plan import choose_device, has_bfloat16
 
-    from medssl.plan import has_cpu_bfloat16
-
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return has_cpu_bfloat16()
+    return has_bfloat16(choose_device("auto"))
 
 
 def _list_cards() -> list[str]:

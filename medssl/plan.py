@@ -302,16 +302,19 @@ def _choose_kernel(level: int, spacing: Sequence[float]) -> tuple[int, int, int]
 
 
 def _choose_flips(config: Config, labels: Mapping[int, str], reasons: list[str]) -> tuple[int, ...]:
-    """Return the axes that may be mirrored: not left-right where labels have sides."""
+    """Return the axes that may be mirrored: left-right, where no label has a side."""
     if config.plan.flips != "auto":
         return config.plan.flips
     words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in labels.values()}
-    sided = [name for name, text in words.items() if SIDES.search(text)]
+    sided = [name for name in labels.values() if SIDES.search(name.lower().replace("_", " "))]
     if sided:
-        reasons.append(f"no mirroring left-right: labels have sides ({', '.join(sided)})")
-        return (1, 2)
-    reasons.append("mirroring along all axes: no label name has a side")
-    return (0, 1, 2)
+        reasons.append(f"no mirroring: labels have sides ({', '.join(sided)})")
+        return ()
+    reasons.append(
+        "mirroring left-right only: no label name has a side, and bodies are not symmetric along "
+        "the other axes"
+    )
+    return (0,)
 
 
 def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
@@ -326,7 +329,7 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
 def has_bfloat16(device: str) -> bool:
     """Return whether a device computes in bfloat16 natively; emulated it is slower than float32."""
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and has_cpu_bfloat16()
 
 

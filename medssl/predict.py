@@ -410,16 +410,16 @@ def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Pat
             name, channel = name[:-5], name[-4:]
         scans.setdefault(name, {}).setdefault(channel, []).append(file)
     wanted = {f"{channel:04d}" for channel in range(num_channels)}
-    for name, found in scans.items():
-        listed = ", ".join(str(file) for same in found.values() for file in same)
-        if any(len(same) > 1 for same in found.values()):
+    for name, split in scans.items():
+        listed = ", ".join(str(file) for same in split.values() for file in same)
+        if any(len(same) > 1 for same in split.values()):
             problems.append(
                 f"{name}: two scans of one name, of which one mask would be left: {listed}"
             )
-        elif set(found) not in ({""}, wanted):
+        elif set(split) not in ({""}, wanted):
             problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
     if problems:
         raise InputError("\n".join(problems))
     return {
-        name: tuple(found[channel][0] for channel in sorted(found)) for name, found in scans.items()
+        name: tuple(split[channel][0] for channel in sorted(split)) for name, split in scans.items()
     }

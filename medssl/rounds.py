@@ -243,8 +243,9 @@ def _train_round(run: Run, index: int, teacher: int | None) -> None:
     if teacher is not None:
         source = run.round_folder(teacher)
         accepted = {row["case_id"] for row in read_review(source) if row["accepted"] == "1"}
+        offline = "previous_round" in run.config.teacher.source
         kept = [
-            UnlabeledCase(case, source / "pseudo_labels" / case.case_id)
+            UnlabeledCase(case, source / "pseudo_labels" / case.case_id if offline else None)
             for case in run.unlabeled
             if case.case_id in accepted
         ]
@@ -558,12 +559,12 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
                 "--run, or --restart to delete it and start over"
             )
     else:
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "plan.json").is_file():
             raise InputError(f"{run_dir} is not empty and holds no run; give another --run")
         splits, dataset, plan = prepared.splits, prepared.dataset, prepared.plan
         config = dump(prepared.resolved.config)
-        write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_json(run_dir / "plan.json", plan.model_dump(mode="json"))
+        write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         about = {
             "name": dataset.name,
             "root": str(dataset.root.resolve()),

@@ -54,7 +54,7 @@ def _save(path: Path, array: NDArray[Any]) -> None:
     write_file(path, save)
 
 
-def _save_archive(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def _save_archive(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write named arrays under exactly this file name."""
     with path.open("wb") as file:
         np.savez(file, **arrays)

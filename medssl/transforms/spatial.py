@@ -120,7 +120,8 @@ def _draw_start(
     if target is None:
         return anywhere
     wanted = np.array(target) - size // 2 + jitter
-    return np.minimum(np.maximum(wanted, low - size // 16), high + size // 16)
+    start: NDArray[np.int_] = np.minimum(np.maximum(wanted, low - size // 16), high + size // 16)
+    return start
 
 
 def _draw_matrix(

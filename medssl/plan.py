@@ -306,7 +306,7 @@ def _choose_flips(config: Config, labels: Mapping[int, str], reasons: list[str])
     if config.plan.flips != "auto":
         return config.plan.flips
     words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in labels.values()}
-    sided = [name for name in labels.values() if SIDES.search(name.lower().replace("_", " "))]
+    sided = [name for name in labels.values() if SIDES.search(words[name].replace("_", " "))]
     if sided:
         reasons.append(f"no mirroring: labels have sides ({', '.join(sided)})")
         return ()

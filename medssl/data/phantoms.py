@@ -126,18 +126,18 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
     """Draw a trunk: organ (1) with lesions (2) and a vessel (3), and what resembles them."""
     shape = points.shape[:3]
     tissue = rng.uniform(0.36, 0.48)
-    organ_value = tissue + rng.uniform(0.14, 0.26)
-    lesion_value = organ_value + rng.uniform(0.18, 0.34)
-    vessel_value = organ_value + rng.uniform(0.14, 0.32)
+    organ_value = tissue + rng.uniform(0.14, 0.28)
+    lesion_value = organ_value - rng.uniform(0.16, 0.34)
+    vessel_value = organ_value + rng.uniform(0.18, 0.36)
     trunk = _ellipsoid(points, (0, 0, 0), (22, 25, 70))
-    centre = rng.normal([8.0, 5.0, 0.0], 1.5)
-    radii = np.array([10.5, 13.0, 11.5]) * rng.uniform(0.87, 1.15, 3)
+    centre = rng.normal([7.5, 5.0, 0.0], 1.5)
+    radii = np.array([11.5, 14.0, 13.0]) * rng.uniform(0.87, 1.15, 3)
     organ = _ellipsoid(points, centre, radii) + _noise(rng, shape, 5, 1.3)
     notch = centre + radii * [-1.0, rng.uniform(-0.6, 0.6), rng.uniform(-0.5, 0.5)]
     organ = np.minimum(organ, -_ellipsoid(points, notch, radii * rng.uniform(0.35, 0.6, 3)))
     organ = np.minimum(organ, trunk - 3)
     structures = [
-        Structure(trunk, rng.uniform(0.2, 0.6)),  # the rim of fat
+        Structure(trunk, rng.uniform(0.15, 0.6)),  # the rim of fat
         Structure(trunk - rng.uniform(2, 4), tissue),
         Structure(_tube(points, [(0, -17, -30), (0, -16, 0), (0, -17, 30)], 5), 0.95),
         Structure(_tube(points, [(0, -20, -30), (0, -20, 30)], 1.8), 0.3),
@@ -151,10 +151,10 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
             vessel_value + rng.uniform(-0.06, 0.06),
         ),
     ]
-    for _ in range(rng.integers(2, 5)):  # bowel: the lesion's grey values outside of the organ
+    for value in rng.choice([lesion_value, vessel_value], rng.integers(2, 5)):  # bowel
         place = np.array([rng.uniform(-16, 2), rng.uniform(2, 17), rng.uniform(-17, 17)])
         blob = _ellipsoid(points, place, rng.uniform(2.5, 5, 3)) + _noise(rng, shape, 9, 1.0)
-        structures.append(Structure(blob, lesion_value + rng.uniform(-0.08, 0.08)))
+        structures.append(Structure(blob, value + rng.uniform(-0.08, 0.08)))
     structures.append(Structure(organ, organ_value, 1))
     nodes = np.array(  # from beside the spine through the hilum into the organ
         [
@@ -165,12 +165,12 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
             centre + radii * rng.uniform([0.2, 0.1, 0.2], [0.6, 0.6, 0.7]),
         ]
     )
-    vessel = _tube(points, nodes, rng.uniform(1.9, 2.7))
+    vessel = _tube(points, nodes, rng.uniform(2.3, 3.2))
     structures.append(Structure(vessel, vessel_value, 3))
     for _ in range(rng.integers(1, 4)):
         direction = rng.normal(size=3)
-        place = centre + radii * rng.uniform(0.3, 0.75) * direction / np.linalg.norm(direction)
-        lesion = _ellipsoid(points, place, rng.uniform(3.5, 6, 3)) + _noise(rng, shape, 9, 0.9)
+        place = centre + radii * rng.uniform(0.25, 0.65) * direction / np.linalg.norm(direction)
+        lesion = _ellipsoid(points, place, rng.uniform(4, 6.5, 3)) + _noise(rng, shape, 9, 0.9)
         structures.append(Structure(np.minimum(lesion, organ + 0.5), lesion_value, 2))
     return structures
 

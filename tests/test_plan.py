@@ -173,9 +173,9 @@ def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):
         ("lateral ventricle", False), ("anterior", False), ("LV", False), ("tumor", False),
     ],
 )  # fmt: skip
-def test_labels_with_a_side_are_not_mirrored_left_right(scans, name, sided):
+def test_only_left_right_is_mirrored_and_not_where_a_label_has_a_side(scans, name, sided):
     plan = scans.add().plan(labels={0: "background", 3: name})
-    assert plan.flips == ((1, 2) if sided else (0, 1, 2))
+    assert plan.flips == (() if sided else (0,))
 
 
 def test_an_unknown_device_is_refused_and_names_the_doctor():

@@ -198,7 +198,6 @@ class TrainSection(Section):
     workers: Auto | Annotated[int, Field(ge=0)] = "auto"
     log_every: Count = 50
     checkpoint_every: Count = 200
-    deterministic: bool = True
 
 
 class TrackingSection(Section):
@@ -240,6 +239,18 @@ class Config(Section):
             raise ValueError(f"data.labels: two label values are named {', '.join(twice)}")
         if not self.teacher.source:
             raise ValueError("teacher.source is empty: name previous_round, ema, or both")
+        if "ema" not in self.teacher.source and self.losses.consistency.weight > 0:
+            raise ValueError(
+                f"teacher.source={list(self.teacher.source)} has no ema, which the consistency "
+                "loss compares with; add it, or set losses.consistency.weight=0"
+            )
+        online = "previous_round" not in self.teacher.source
+        if online and self.filter.uncertainty.source != "none":
+            raise ValueError(
+                f"teacher.source={list(self.teacher.source)} makes targets online, but the "
+                "uncertainty is measured offline; add previous_round, or set "
+                "filter.uncertainty.source=none"
+            )
         return self
 
 
@@ -271,6 +282,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if isinstance(key, dict | list):  # such as {{ name }}, a placeholder of templates
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a word", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -492,6 +507,9 @@ def _list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def hash_config(config: Config, ignore: Sequence[str] = ()) -> str:
     """Return a hash of what decides the result: not device, workers, logging or tracking."""
     values = _flatten(dump(config))
-    skipped = ("tracking.", "train.device", "train.workers", "train.log_every", "data.root")
+    skipped = (
+        "tracking.", "train.device", "train.workers", "train.log_every", "train.checkpoint_every",
+        "data.root",
+    )  # fmt: skip
     kept = {k: v for k, v in values.items() if not k.startswith((*skipped, *ignore))}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

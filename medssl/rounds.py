@@ -127,7 +127,10 @@ def prepare(
     if run_dir is not None and (run_dir / "plan.json").is_file():
         plan = Plan.model_validate(read_json(run_dir / "plan.json"))
         device = choose_device(config.train.device)
-        plan = plan.model_copy(update={"device": device, "threads": torch.get_num_threads()})
+        now = {"device": device, "threads": torch.get_num_threads()}
+        if config.train.workers != "auto":
+            now["workers"] = config.train.workers
+        plan = plan.model_copy(update=now)
     else:
         checked = check_dataset(dataset, splits, config.data.ignore)
         checked.raise_problems()
@@ -201,6 +204,9 @@ def run_training(
     )
     try:
         outcome = _run_rounds(run, predict_unlabeled)
+    except KeyboardInterrupt:
+        _set_status(run_dir, "interrupted")
+        raise
     except Exception:
         _set_status(run_dir, "failed")
         raise
@@ -391,8 +397,10 @@ def _finish_round(
     agreements = [r.agreement for r in reviews if r.agreement is not None]
     if agreements:
         metrics["monitors/agreement"] = float(np.mean(agreements))
-    last = [e for e in journal.read() if e["round"] == index and "losses/total" in e["metrics"]]
-    journal.append(index, run.plan.steps, metrics)
+    own = [e for e in journal.read() if e["round"] == index]
+    last = [e for e in own if "losses/total" in e["metrics"]]
+    if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark
+        journal.append(index, run.plan.steps, metrics)
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
     if run.val:
         values |= _validate(run, load_model(folder, run.plan.device).network)

@@ -145,8 +145,13 @@ class Journal:
         entry = {"round": round_index, "step": step, "time": time.time()}
         line = json.dumps({**entry, "metrics": _replace_nonfinite(dict(metrics))})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self.path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = (
+                    line if file.read() == b"\n" else "\n" + line
+                )  # a kill cut the last one short
+            file.write((line + "\n").encode())
 
     def read(self) -> list[dict[str, Any]]:
         """Return all entries; a line that a kill cut short is left out."""

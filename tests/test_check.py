@@ -340,7 +340,6 @@ def test_a_damaged_header_never_ends_in_a_traceback(tmp_path, position, value):
 
 
 @pytest.mark.real
-@pytest.mark.skipif("MEDSSL_DATA" not in os.environ, reason="MEDSSL_DATA is not set")
 def test_the_hippocampus_set_is_ok():
     dataset = read_dataset(Path(os.environ["MEDSSL_DATA"]) / "Task04_Hippocampus")
     splits = split_cases(dataset, DataSection(labeled=4, test=40), "auto")
@@ -353,7 +352,6 @@ def test_the_hippocampus_set_is_ok():
 
 
 @pytest.mark.real
-@pytest.mark.skipif("MEDSSL_DATA" not in os.environ, reason="MEDSSL_DATA is not set")
 def test_dicom_folders_get_the_line_that_converts_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="dcm2niix -z y -o dicom_nifti") as caught:

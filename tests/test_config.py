@@ -120,6 +120,8 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("train.lr.x=1", "train.lr"),
         ("network.dropout=0", "filter.uncertainty.source=none"),
         ("teacher.source=[]", "teacher.source is empty"),
+        ("teacher.source=[previous_round]", "losses.consistency.weight=0"),
+        ("teacher.source=[ema]", "filter.uncertainty.source=none"),
     ],
 )
 def test_a_mistake_names_the_key_the_value_and_the_repair(override, words):
@@ -128,7 +130,9 @@ def test_a_mistake_names_the_key_the_value_and_the_repair(override, words):
     assert override.split("=")[0].split(".")[-1] in message
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2", "a: b: c", "\x00", "a: 1\na: 2", "just words"])
+@pytest.mark.parametrize(
+    "text", ["- 1\n- 2", "a: b: c", "a: {{ b }}", "\x00", "a: 1\na: 2", "just words"]
+)
 def test_what_is_no_configuration_is_an_error_that_names_the_file(tmp_path, text):
     path = write(tmp_path, text)
     assert str(path) in refuse(path)
@@ -171,7 +175,14 @@ def test_render_shows_every_key_with_its_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["device=cuda", "train.workers=3", "train.log_every=7", "tracking.uri=none"]
+    "override",
+    [
+        "device=cuda",
+        "train.workers=3",
+        "train.log_every=7",
+        "train.checkpoint_every=9",
+        "tracking.uri=none",
+    ],
 )
 def test_the_hash_leaves_out_what_does_not_decide_the_result(override):
     assert hash_config(load_config(overrides=[override]).config) == hash_config(Config())

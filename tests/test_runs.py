@@ -167,7 +167,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_and_later_ones_are_kept(tmp_pa
         file.write('{"round": 0, "st')
     journal.append(0, 2, {})
     journal.append(0, 3, {})
-    assert {e["step"] for e in journal.read()} >= {1, 3}
+    assert [e["step"] for e in journal.read()] == [1, 2, 3]
     journal.cut(0, 3)
     journal.append(0, 4, {})
     assert [json.loads(line)["step"] for line in journal.path.read_text().splitlines()][-1] == 4

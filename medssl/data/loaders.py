@@ -73,9 +73,14 @@ class PatchDataset(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step."""
-        labeled = [self._draw_labeled(step, index) for index in range(self.sampling.batch)]
-        count = self.sampling.num_unlabeled if self.unlabeled else 0
-        unlabeled = [self._draw_unlabeled(step, index) for index in range(count)]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker: a sum over two threads rounds differently
+        try:
+            labeled = [self._draw_labeled(step, index) for index in range(self.sampling.batch)]
+            count = self.sampling.num_unlabeled if self.unlabeled else 0
+            unlabeled = [self._draw_unlabeled(step, index) for index in range(count)]
+        finally:
+            torch.set_num_threads(threads)
         return {"labeled": _stack(labeled), "unlabeled": _stack(unlabeled) if unlabeled else None}
 
     def _draw_labeled(self, step: int, index: int) -> dict[str, Tensor]:

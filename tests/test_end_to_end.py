@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = [
     "labeled=3",
     "test=3",
-    "steps=90",
+    "steps=120",
     "rounds=2",
     "plan.patch_size=[24,24,24]",
     "train.checkpoint_every=15",
@@ -70,6 +70,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: row[key] for key in ("case_id", "image", "label")})
+    for path in (folder / "labels").iterdir():  # the organ: the rest is too small for few steps
+        image = nib.load(path)
+        values = np.asarray(image.dataobj)
+        organ = np.isin(values, (1, 2)).astype(np.uint8)
+        nib.save(nib.Nifti1Image(organ, image.affine), path)
     return folder
 
 
@@ -89,7 +94,7 @@ def test_a_run_delivers_a_model_that_predicts_on_the_native_grid(
     mask, image = nib.load(tmp_path / scan.name), nib.load(scan)
     assert mask.shape == image.shape
     assert np.allclose(mask.affine, image.affine)
-    assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 1, 2, 3}
+    assert set(np.unique(np.asarray(mask.dataobj))) == {0, 1}
     stem = scan.name.removesuffix(".nii.gz")
     probs = nib.load(tmp_path / f"{stem}_probs.nii.gz").get_fdata()
     assert np.allclose(probs.sum(-1), 1, atol=1e-3)

@@ -145,9 +145,13 @@ class SupervisedSection(Section):
 
 
 class PseudoLabelSection(Section):
-    """Loss between the student's view and the pseudo-target."""
+    """Loss between the student's view and the pseudo-target.
 
-    name: Literal["dice_ce", "ce", "dice"] = "dice_ce"
+    Cross-entropy by default: its optimum is the target itself, while that of Dice under doubt is a
+    larger structure, a little more so with each round.
+    """
+
+    name: Literal["dice_ce", "ce", "dice"] = "ce"
     weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
     voxels: Literal["all", "accepted"] = "accepted"

@@ -36,7 +36,7 @@ def write_file(path: Path, write: Callable[[Path], object], mode: int | None = N
         InputError: The disk is full; names the folder and the free space.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
     try:
         if mode is not None:
             temporary.touch(mode=mode)

@@ -26,6 +26,7 @@ app = typer.Typer(
     epilog="Start here: medssl demo; then: medssl check DATA; medssl train DATA labeled=4 test=40",
 )
 
+DEMO_SHAPE = (40, 48, 32)  # voxels, small enough for a few hundred steps in minutes
 DELIVERED, FAILED, BAD_INPUT, STOPPED_BY_GATE, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES = {
     "delivered": DELIVERED,
@@ -343,7 +344,7 @@ def demo(
     data, run = out / "phantoms", out / "runs" / "demo"
     if not (data / "cases.csv").is_file():
         print(f"drawing 4 labeled, 16 unlabeled and 12 test phantoms in {data}")
-        write_phantoms(data)
+        write_phantoms(data, shape=DEMO_SHAPE)
     config = find_configs() / "phantoms.yaml"
     given = [f"data.root={data}", *(overrides or [])]
     outcome = _train(load_config(config, given), lambda plan: load_config(config, given, plan), run)

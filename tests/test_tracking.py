@@ -483,13 +483,21 @@ def wait_for(condition: Any, timeout_s: float = 120.0) -> None:
         time.sleep(0.1)
 
 
+def heed_interrupts() -> None:
+    """Take SIGINT as a terminal gives it: a job in the background inherits it as ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def run_server(runs: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     """Run `serve` in a process of its own, and end it as a person would."""
     code = "import sys; from pathlib import Path; from medssl.tracking import serve\n"
     code += "sys.exit(serve(Path(sys.argv[1]), port=int(sys.argv[2])))"
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, str(runs), str(port)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-c", code, str(runs), str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     )
     try:
         assert process.stdout is not None
@@ -501,7 +509,7 @@ def run_server(runs: Path, port: int) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, Config, InputError, Resolved, dump, hash_config
 from medssl.data.cache import CachedCase, build_cache
-from medssl.data.cases import Case, Dataset, Splits, split_cases, take
-from medssl.data.check import check_dataset, find_labels
+from medssl.data.cases import Dataset, Splits, split_cases, take
+from medssl.data.check import check_dataset
 from medssl.data.formats import read_dataset
 from medssl.data.io import write_mask
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
@@ -134,9 +134,8 @@ def prepare(
     else:
         checked = check_dataset(dataset, splits, config.data.ignore)
         checked.raise_problems()
-        labels = dataset.labels or find_labels(dataset, splits)
         labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
-        plan = make_plan(config, dataset, labels, labeled, unlabeled)
+        plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
         rounds = config.train.rounds if unlabeled else 0
         estimate = estimate_hours(plan, rounds, measure_step(plan))
         plan = plan.model_copy(update={"estimate": estimate})
@@ -166,10 +165,8 @@ def run_training(
     if restart:
         _delete_run(run_dir)
     cases = {part: take(prepared.dataset, splits, part) for part in ("labeled", "unlabeled", "val")}
-    val = _with_labels(prepared.dataset, splits.val)
-    everything = [*cases["labeled"], *val, *cases["unlabeled"]]
     cached = build_cache(
-        everything,
+        [case for part in cases.values() for case in part],
         plan.preprocessing,
         run_dir.parent / "cache",
         plan.label_values,
@@ -186,9 +183,8 @@ def run_training(
         uri = default_uri(run_dir.parent) if config.tracking.uri == "auto" else config.tracking.uri
         name = config.tracking.experiment
         mirror = Mirror(run_dir, uri, prepared.dataset.name if name == "auto" else name)
-    labeled, unlabeled, held = (
-        tuple(cached[case.case_id] for case in part)
-        for part in (cases["labeled"], cases["unlabeled"], val)
+    labeled, unlabeled, val = (
+        tuple(cached[case.case_id] for case in part) for part in cases.values()
     )
     run = Run(
         folder=run_dir,
@@ -197,7 +193,7 @@ def run_training(
         hash=run_hash,
         labeled=labeled,
         unlabeled=unlabeled,
-        val=held,
+        val=val,
         info=_describe(plan, run_hash, labeled + unlabeled, len(splits.labeled), len(unlabeled)),
         stop=stop,
         notify=mirror.notify if mirror else lambda: None,
@@ -531,12 +527,6 @@ def _read_sources(case: CachedCase) -> list[object]:
     """Return the hashes of the files that a cached case was made from."""
     sources: list[object] = [read_json(case.folder / "meta.json")["sources"]]
     return [*sources, read_json(case.folder / "label.json")] if case.has_label else sources
-
-
-def _with_labels(dataset: Dataset, case_ids: Sequence[str]) -> tuple[Case, ...]:
-    """Return validation cases with their labels, which count as labels everywhere."""
-    known = {case.case_id: case for case in dataset.cases}
-    return tuple(known[case_id] for case_id in case_ids)
 
 
 def _describe(

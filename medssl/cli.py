@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medssl import __version__
-from medssl.config import InputError, Resolved, find_configs, list_methods, load_config, render
+from medssl.config import (
+    InputError,
+    Resolved,
+    describe_terms,
+    find_configs,
+    list_methods,
+    load_config,
+    render,
+)
 
 if TYPE_CHECKING:
     from medssl.rounds import Outcome
@@ -111,7 +119,8 @@ def methods() -> None:
     """List the presets that method=NAME takes, and the configurations that come along."""
     for name, path in list_methods().items():
         about = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        print(f"{name:<16} {about}")
+        config = load_config(None, [f"method={name}"]).config
+        print(f"{name}\n    {about}\n    {describe_terms(config)}")
     print("\nconfigurations:")
     for path in sorted(find_configs().glob("*.yaml")):
         print(f"  {path}")
@@ -125,6 +134,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete the run, start over.")] = False,
     max_hours: Annotated[float | None, typer.Option(help="Stop after so many hours.")] = None,
+    round_0: Annotated[
+        Path | None, typer.Option("--round-0", help="A run whose round 0 is taken over.")
+    ] = None,
     predict_unlabeled: Annotated[
         bool, typer.Option("--predict-unlabeled", help="Write masks of the unlabeled cases.")
     ] = False,
@@ -139,6 +151,7 @@ def train(
         restart=restart,
         max_hours=max_hours,
         predict_unlabeled=predict_unlabeled,
+        round_0=round_0,
     )
     if outcome is not None:
         raise SystemExit(EXIT_CODES[outcome.status])
@@ -153,6 +166,7 @@ def _train(
     restart: bool = False,
     max_hours: float | None = None,
     predict_unlabeled: bool = False,
+    round_0: Path | None = None,
 ) -> Outcome | None:
     """Prepare, print the plan, run all rounds, and print what to do next."""
     from medssl.data.cases import read_dataset, split_cases
@@ -173,7 +187,7 @@ def _train(
         return None
     stop = StopFlag(folder, max_hours)
     with stop.catch_signals():
-        outcome = run_training(prepared, folder, stop, restart, predict_unlabeled)
+        outcome = run_training(prepared, folder, stop, restart, predict_unlabeled, round_0)
     report_path = _write_report(folder)
     print(f"\n{outcome.message}")
     print(f"report:    {report_path}")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,9 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 IGNORE = 255
 """Class index, inside the program, of voxels without supervision."""
 
+Value = TypeVar("Value")
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -58,54 +60,100 @@ class PlanSection(Section):
     flips: Auto | tuple[Literal[0, 1, 2], ...] = "auto"
 
 
+Width = Annotated[float, Field(gt=0.0, le=8.0)]
+
+
 class NetworkSection(Section):
-    """The network: ``width`` scales the channels, ``depth`` counts the resolution levels."""
+    """The network: ``width`` scales the channels, ``depth`` counts the resolution levels.
+
+    A list of widths has one entry per round, round 0 first: students larger than their teachers.
+    """
 
     name: Literal["dynunet"] = "dynunet"
-    width: Annotated[float, Field(gt=0.0, le=8.0)] = 1.0
+    width: Width | Annotated[tuple[Width, ...], Field(min_length=1)] = 1.0
     depth: Auto | Annotated[int, Field(ge=3, le=7)] = "auto"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     deep_supervision: bool = True
 
 
 class TeacherSection(Section):
-    """Who makes the targets: the previous round's model (offline), an EMA of the student, both."""
+    """Who makes the targets: the previous round's model (offline), an EMA of the student, itself.
 
-    source: tuple[Literal["previous_round", "ema"], ...] = ("previous_round", "ema")
+    ``previous_round`` and ``ema`` together: offline pseudo-targets, online consistency. With
+    ``ensemble: k`` every round that has a successor trains k models of other seeds, and the mean
+    of their probs labels.
+    """
+
+    source: tuple[Literal["previous_round", "ema", "self"], ...] = ("previous_round", "ema")
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    ensemble: Annotated[int, Field(ge=1, le=16)] = 1
+
+
+class TransportSection(Section):
+    """Assignment towards a class prior: entropy ``epsilon``, relaxation ``rho``.
+
+    ``prior: labeled`` is the share of each class in labeled volumes, mixed with the pool's own
+    shares by ``shrink`` (0: not at all). ``calibrated`` is the pool's own share, corrected by how
+    much too large or small the teacher finds the class in the labeled cases; it needs offline
+    pseudo-labels.
+    """
+
+    prior: Literal["labeled", "calibrated"] = "calibrated"
+    epsilon: Positive = 0.1
+    rho: Positive = 10.0
+    shrink: Fraction = 0.5
 
 
 class TargetSection(Section):
     """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax."""
 
     kind: Literal["hard", "soft"] = "soft"
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Positive = 1.0
+    student_temperature: Positive = 1.0
+    assignment: Literal["argmax", "transport"] = "argmax"
+    transport: TransportSection = TransportSection()
 
 
 class ThresholdSection(Section):
-    """Class-wise confidence threshold of a voxel, moving from ``start`` to ``end`` in a round."""
+    """Class-wise confidence threshold of a voxel, moving from ``start`` to ``end`` in a round.
 
-    name: Literal["none", "fixed", "curriculum", "flex"] = "flex"
+    For ``quantile`` they are the kept share of each predicted class.
+    """
+
+    name: Literal["none", "fixed", "curriculum", "flex", "free", "soft", "quantile"] = "flex"
     start: Fraction = 0.95
     end: Fraction = 0.7
 
 
 class UncertaintySection(Section):
-    """Filter of voxels by predictive entropy of ``passes`` MC-dropout passes.
+    """Filter of voxels by the uncertainty of MC dropout, of mirrorings, or of an ensemble.
 
-    A voxel is accepted while its entropy is under ``(start + (1 - start) r(t)) ln C``.
+    ``measure`` is predictive entropy or mutual information. A voxel is accepted while it is under
+    ``(start + (1 - start) r(t)) ln C``.
     Source: Yu et al. 2019 (UA-MT), section 2.3, with ln C in place of ln 2.
     """
 
-    source: Literal["none", "mc_dropout"] = "mc_dropout"
+    source: Literal["none", "mc_dropout", "flips", "ensemble"] = "mc_dropout"
+    measure: Literal["entropy", "mutual_information"] = "entropy"
     passes: Annotated[int, Field(ge=2, le=64)] = 8
     start: Fraction = 0.75
 
 
+Stable = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
 class CaseFilterSection(Section):
-    """Which pseudo-labeled cases a student is trained on."""
+    """Which pseudo-labeled cases a student is trained on, and how often each is drawn.
+
+    ``stable`` keeps the share of cases whose pseudo-mask changed least while their teacher was
+    trained; a list has one entry per student round. ``draw: coverage`` draws patches from a case
+    by its accepted share, ``balance`` repeats cases of rare classes.
+    """
 
     confidence: Fraction = 0.3
+    stable: Stable | Annotated[tuple[Stable, ...], Field(min_length=1)] = 1.0
+    draw: Literal["uniform", "coverage"] = "uniform"
+    balance: bool = False
 
 
 class FilterSection(Section):
@@ -121,12 +169,27 @@ class FilterSection(Section):
     case: CaseFilterSection = CaseFilterSection()
 
 
-class NoiseSection(Section):
-    """Noise of the student: mixing, strong views, stochastic depth (survival probability p_L)."""
+class RandAugmentSection(Section):
+    """RandAugment-3D on strong views: operations per patch, magnitude 0 to 30."""
 
-    mixing: Literal["none", "copy_paste"] = "copy_paste"
+    num_operations: Annotated[int, Field(ge=0, le=8)] = 0
+    magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = 9.0
+
+
+class NoiseSection(Section):
+    """Noise of the student: mixing, strong views, dropout, stochastic depth (survival p_L).
+
+    ``mixing`` goes both ways between labeled and unlabeled patches; ``labeled_mixing`` between
+    labeled ones, where that is not so: in round 0, and for students without mixing.
+    ``dropout`` is the student's where it shall differ from the network's.
+    """
+
+    mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
+    labeled_mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
     mixing_probability: Fraction = 0.5
     strong: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    randaugment: RandAugmentSection = RandAugmentSection()
+    dropout: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
     stochastic_depth: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
 
 
@@ -144,17 +207,26 @@ class SupervisedSection(Section):
     name: Literal["dice_ce", "ce", "dice"] = "dice_ce"
 
 
+Voxels = Literal["all", "accepted"]
+"""Where a term counts; the accepted voxels have the weights of the filter, which may be soft."""
+
+
 class PseudoLabelSection(Section):
     """Loss between the student's view and the pseudo-target.
 
     Cross-entropy by default: its optimum is the target itself, while that of Dice under doubt is a
-    larger structure, a little more so with each round.
+    larger structure, a little more so with each round. ``transition`` is for ``forward_ce``: row i
+    holds the probabilities of the classes that a teacher says of voxels of true class i.
     """
 
-    name: Literal["dice_ce", "ce", "dice"] = "ce"
+    name: Literal[
+        "dice_ce", "ce", "dice", "mae", "generalized_ce", "symmetric_ce", "bootstrapped_ce",
+        "forward_ce",
+    ] = "ce"  # fmt: skip
     weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
-    voxels: Literal["all", "accepted"] = "accepted"
+    voxels: Voxels = "accepted"
+    transition: tuple[tuple[Fraction, ...], ...] | None = None
 
 
 class EntropySection(Section):
@@ -163,16 +235,18 @@ class EntropySection(Section):
     order: NonNegative = 1.0
     weight: NonNegative = 0.01
     ramp: Ramp = Ramp()
-    voxels: Literal["all", "accepted"] = "accepted"
+    voxels: Voxels = "accepted"
 
 
 class ConsistencySection(Section):
-    """Distance between the EMA teacher on the weak view and the student on the strong view."""
+    """Distance between the online teacher on the weak view and the student on the strong view."""
 
-    name: Literal["mse", "ce", "kl"] = "mse"
+    name: Literal[
+        "mse", "ce", "kl", "total_variation", "pearson", "hellinger", "jensen_shannon"
+    ] = "mse"  # fmt: skip
     weight: NonNegative = 0.1
     ramp: Ramp = Ramp()
-    voxels: Literal["all", "accepted"] = "all"
+    voxels: Voxels = "all"
 
 
 class LossesSection(Section):
@@ -184,13 +258,33 @@ class LossesSection(Section):
     consistency: ConsistencySection = ConsistencySection()
 
 
+class FineTuneSection(Section):
+    """The last steps of a student, on labeled patches without augmentation, at ``lr``.
+
+    ``share`` is the fraction of a round's steps; the first ``frozen_levels`` levels of the encoder
+    are frozen.
+    """
+
+    share: Fraction = 0.0
+    lr: Positive = 1e-4
+    frozen_levels: Annotated[int, Field(ge=0, le=6)] = 2
+
+
 class TrainSection(Section):
-    """The loop: rounds after round 0, steps of each, labeled patches per step, optimizer."""
+    """The loop: rounds after round 0, steps of each, labeled patches per step, optimizer.
+
+    ``unlabeled_ratio``, unlabeled to labeled patches, may have one entry per student round.
+    ``start: warm`` begins a student with its teacher's weights. ``schedule: pretrain`` leaves the
+    labels out until the fine-tune.
+    """
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 2
     steps: Auto | Count = "auto"
     batch: Auto | Count = "auto"
-    unlabeled_ratio: Annotated[float, Field(gt=0.0)] = 1.0
+    unlabeled_ratio: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1.0
+    start: Literal["scratch", "warm"] = "scratch"
+    schedule: Literal["joint", "pretrain"] = "joint"
+    fine_tune: FineTuneSection = FineTuneSection()
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     weight_decay: NonNegative = 1e-2
     warmup: Fraction = 0.03
@@ -211,15 +305,24 @@ class TrackingSection(Section):
     experiment: str = "auto"
 
 
+View = Literal["strong", "strong_2", "feature_noise"]
+"""Noised views of an unlabeled patch; feature noise is channel dropout on the weak view."""
+
+
 class Config(Section):
-    """The whole configuration of a run."""
+    """The whole configuration of a run.
+
+    ``objective`` names the class of the losses as ``package.module:Class``; the built-in one is the
+    equation of ``objective.py``.
+    """
 
     data: DataSection = DataSection()
     plan: PlanSection = PlanSection()
     network: NetworkSection = NetworkSection()
     method: str = "default"
+    objective: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "medssl.objective:Objective"
     teacher: TeacherSection = TeacherSection()
-    views: tuple[Literal["strong"], ...] = ("strong",)
+    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("strong",)
     target: TargetSection = TargetSection()
     filter: FilterSection = FilterSection()
     noise: NoiseSection = NoiseSection()
@@ -231,31 +334,80 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
         """Refuse settings that contradict each other."""
-        if self.filter.uncertainty.source == "mc_dropout" and self.network.dropout == 0.0:
-            raise ValueError(
-                "filter.uncertainty.source=mc_dropout needs network.dropout above 0 (got 0.0): "
-                "without dropout the passes do not differ; set network.dropout=0.1 or "
-                "filter.uncertainty.source=none"
-            )
-        names = list((self.data.labels or {}).values())
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"data.labels: two label values are named {', '.join(twice)}")
-        if not self.teacher.source:
-            raise ValueError("teacher.source is empty: name previous_round, ema, or both")
-        if "ema" not in self.teacher.source and self.losses.consistency.weight > 0:
-            raise ValueError(
-                f"teacher.source={list(self.teacher.source)} has no ema, which the consistency "
-                "loss compares with; add it, or set losses.consistency.weight=0"
-            )
-        online = "previous_round" not in self.teacher.source
-        if online and self.filter.uncertainty.source != "none":
-            raise ValueError(
-                f"teacher.source={list(self.teacher.source)} makes targets online, but the "
-                "uncertainty is measured offline; add previous_round, or set "
-                "filter.uncertainty.source=none"
-            )
+        found = [*_check_teacher(self), *_check_rest(self)]
+        if found:
+            raise ValueError("\n  - ".join(found))
         return self
+
+
+def _check_teacher(config: Config) -> Iterator[str]:
+    """Yield what does not fit the teacher that was chosen."""
+    source, case = list(config.teacher.source), config.filter.case
+    if not source:
+        yield "teacher.source is empty: name previous_round, ema or self"
+        return
+    if {"ema", "self"} <= set(source):
+        yield f"teacher.source={source}: only one online teacher, ema or self"
+    if source == ["previous_round"] and config.losses.consistency.weight > 0:
+        yield (
+            f"teacher.source={source} has no ema, which the consistency loss compares with; add "
+            "it, or set losses.consistency.weight=0"
+        )
+    if "previous_round" in source:
+        return
+    for key, value, neutral in (
+        ("filter.uncertainty.source", config.filter.uncertainty.source, ("none", "mc_dropout")),
+        ("filter.case.stable", case.stable, (1.0,)),
+        ("filter.case.draw", case.draw, ("uniform",)),
+        ("filter.case.balance", case.balance, (False,)),
+        ("teacher.ensemble", config.teacher.ensemble, (1,)),
+        ("target.transport.prior", _choose_prior(config), ("labeled",)),
+    ):
+        if value not in neutral:
+            yield (
+                f"teacher.source={source} makes targets online, but {key}={value} is about "
+                f"pseudo-labels made offline; add previous_round, or set {key}={neutral[0]}"
+            )
+
+
+def _choose_prior(config: Config) -> str:
+    """Return the prior of the transport; without transport it is of no account."""
+    target = config.target
+    return target.transport.prior if target.assignment == "transport" else "labeled"
+
+
+def _check_rest(config: Config) -> Iterator[str]:
+    """Yield all other contradictions."""
+    doubt, loss = config.filter.uncertainty.source, config.losses.pseudo_label
+    if doubt == "mc_dropout" and config.network.dropout == 0.0:
+        yield (
+            "filter.uncertainty.source=mc_dropout needs network.dropout above 0 (got 0.0): "
+            "without dropout the passes do not differ; set network.dropout=0.1 or "
+            "filter.uncertainty.source=none"
+        )
+    if doubt == "ensemble" and config.teacher.ensemble < 2:
+        yield "filter.uncertainty.source=ensemble needs teacher.ensemble of 2 or more (got 1)"
+    if config.train.schedule == "pretrain" and config.train.fine_tune.share == 0.0:
+        yield (
+            "train.schedule=pretrain leaves the labels to the fine-tune; give it steps, such as "
+            "train.fine_tune.share=0.2"
+        )
+    if loss.name == "forward_ce" and loss.transition is None:
+        yield (
+            "losses.pseudo_label.name=forward_ce needs losses.pseudo_label.transition, measured on "
+            "cases that the teacher has not seen: rows of true classes, each with sum 1"
+        )
+    if loss.name != "forward_ce" and loss.transition is not None:
+        yield f"losses.pseudo_label.transition is for forward_ce, but the loss is {loss.name}"
+    names = list((config.data.labels or {}).values())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield f"data.labels: two label values are named {', '.join(twice)}"
+
+
+def at_round(value: Value | tuple[Value, ...], index: int) -> Value:
+    """Return the value of a round, the last one for all rounds beyond a list's end."""
+    return value[min(index, len(value) - 1)] if isinstance(value, tuple) else value
 
 
 SHORTCUTS = {
@@ -365,6 +517,27 @@ def dump(config: Config) -> dict[str, Any]:
     """Return a configuration as plain types, ready for YAML or JSON."""
     result: dict[str, Any] = config.model_dump(mode="json")
     return result
+
+
+def describe_terms(config: Config) -> str:
+    """Return the terms of the objective that are on, in a line."""
+    if not config.train.rounds:
+        return f"supervised {config.losses.supervised.name}"
+    target, losses = config.target, config.losses
+    parts = [f"supervised {losses.supervised.name}"]
+    if losses.pseudo_label.weight:
+        how = f"{target.kind} labels" + (", transport" if target.assignment != "argmax" else "")
+        parts.append(f"pseudo-label {losses.pseudo_label.name} ({how})")
+    if losses.entropy.weight:
+        parts.append(f"entropy of order {losses.entropy.order:g}")
+    if losses.consistency.weight:
+        parts.append(f"consistency {losses.consistency.name}")
+    used = [f"threshold {config.filter.threshold.name}"]
+    used += [f"uncertainty {config.filter.uncertainty.source}", f"mixing {config.noise.mixing}"]
+    extra = [text for text in used if not text.endswith(" none")]
+    teacher = " and ".join(config.teacher.source).replace("_", " ")
+    rounds = f"{config.train.rounds} round" + ("s" if config.train.rounds > 1 else "")
+    return f"{' + '.join(parts)}; {', '.join([f'teacher {teacher}', *extra, rounds])}"
 
 
 def render(resolved: Resolved) -> str:
@@ -509,11 +682,17 @@ def _list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def hash_config(config: Config, ignore: Sequence[str] = ()) -> str:
-    """Return a hash of what decides the result: not device, workers, logging or tracking."""
+    """Return a hash of what decides the result: not device, workers, logging or tracking.
+
+    Args:
+        config: The resolved configuration.
+        ignore: Keys to leave out as well; one that ends in a dot stands for all below it.
+    """
     values = _flatten(dump(config))
-    skipped = (
+    skipped: tuple[str, ...] = (
         "tracking.", "train.device", "train.workers", "train.log_every", "train.checkpoint_every",
         "data.root",
     )  # fmt: skip
-    kept = {k: v for k, v in values.items() if not k.startswith((*skipped, *ignore))}
+    skipped = (*skipped, *(key for key in ignore if key.endswith(".")))
+    kept = {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -11,9 +11,12 @@ ignored. Axes: B batch, C channels, I J K voxel axes.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -21,35 +24,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from medssl.config import IGNORE, Config, Ramp
+from medssl.config import IGNORE, Config, InputError, Ramp
+from medssl.losses import robust, supervised
 from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
-from medssl.losses.supervised import cross_entropy, dice_ce, dice_loss
 from medssl.networks.build import SegmentationNetwork
+from medssl.networks.noise import drop_features, sample_dropout
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
-from medssl.transforms.mixing import draw_cubes, paste
+from medssl.pseudo.transport import RunningTransport, assign
+from medssl.pseudo.uncertainty import combine
+from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
-SEGMENTATION_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "dice_ce": dice_ce,
-    "ce": cross_entropy,
-    "dice": dice_loss,
-}
+Loss = Callable[..., Tensor]
+
 PASTED_WEIGHT = 0.5  # of pseudo-labeled voxels pasted into a labeled patch; Bai et al. 2023
+FEATURE_DROPOUT = 0.5  # of the skips' channels in the view feature_noise; Yang et al. 2023
+LEAST_PROB = 1e-6
+LOSS_PARAMETERS = ["logits", "target", "weight", "valid"]
+LOSSES = (supervised, robust)  # where the functions are that losses.*.name can name
 
 
 @dataclass(frozen=True)
 class Patches:
-    """A batch that a loss can compare with: image, target probs, weight and valid voxels.
+    """What a network sees of a batch, and what that is compared with; mixed together.
 
-    ``weight`` (B, 1, I, J, K) scales the voxels; ``valid`` (B, 1, I, J, K) bool says which ones
-    count at all.
+    ``target`` (B, num_classes, I, J, K) probs; ``weight`` (B, 1, I, J, K) scales the voxels of a
+    loss on the target, ``valid`` (bool) says which ones count at all. ``online`` are the probs of
+    the online teacher on the weak view, ``own`` (bool) the voxels that they speak of, and
+    ``accepted`` how much the filter trusts each of these.
     """
 
     image: Tensor
     target: Tensor
     weight: Tensor
     valid: Tensor
+    online: Tensor
+    own: Tensor
+    accepted: Tensor
 
 
 class Objective(nn.Module):
@@ -59,26 +71,41 @@ class Objective(nn.Module):
         student: The network that learns.
         config: The resolved configuration.
         class_names: Names of the classes, background first; monitors are named by them.
+        prior: Share of each class in whole volumes, for ``target.assignment: transport``.
+        log_potentials: Transport potentials (num_classes,) fitted on a pool of offline
+            pseudo-labels; None where they are fitted online.
     """
 
     def __init__(
-        self, student: SegmentationNetwork, config: Config, class_names: Sequence[str]
+        self,
+        student: SegmentationNetwork,
+        config: Config,
+        class_names: Sequence[str],
+        prior: Tensor | None = None,
+        log_potentials: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.student = student
-        decay = config.teacher.ema_decay
-        self.teacher = AveragedModel(
-            student,
-            avg_fn=lambda average, current, count: average.lerp(
-                current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay))
-            ),
-            use_buffers=True,
-        )
-        self.teacher.requires_grad_(False)
+        self.teacher = average(student, config.teacher.ema_decay)
         self.thresholds = ClassThresholds(config.filter.threshold, self.num_classes)
+        self.transport: RunningTransport | None = None
+        self.fits_transport = log_potentials is None
+        if config.target.assignment == "transport" and prior is not None:
+            section = config.target.transport
+            self.transport = RunningTransport(self.num_classes, prior, section.epsilon, section.rho)
+            if log_potentials is not None:
+                self.transport.log_v.copy_(log_potentials)
+        transition = config.losses.pseudo_label.transition
+        options = {} if transition is None else {"transition": torch.tensor(transition)}
+        self.losses: dict[str, Loss] = {
+            "supervised": find_loss(config.losses.supervised.name),
+            "pseudo_label": functools.partial(
+                find_loss(config.losses.pseudo_label.name), **options
+            ),
+        }
         self.monitors: dict[str, float] = {}
 
     @property
@@ -92,7 +119,7 @@ class Objective(nn.Module):
 
     def forward(
         self,
-        labeled: Mapping[str, Tensor],
+        labeled: Mapping[str, Tensor] | None,
         unlabeled: Mapping[str, Tensor] | None,
         progress: float,
         generator: torch.Generator,
@@ -100,62 +127,126 @@ class Objective(nn.Module):
         """Return the weighted terms of the loss.
 
         Args:
-            labeled: image (B, C, I, J, K), label and weight (B, 1, I, J, K).
-            unlabeled: weak and strong (B, C, I, J, K), weight (B, 1, I, J, K) and, with an offline
-                teacher, probs (B, num_classes, I, J, K) and uncertainty (B, 1, I, J, K); or None.
+            labeled: image (B, C, I, J, K), label and weight (B, 1, I, J, K); None while a student
+                is pretrained on pseudo-labels alone.
+            unlabeled: weak and the strong views (B, C, I, J, K), weight (B, 1, I, J, K) and, with
+                an offline teacher, probs (B, num_classes, I, J, K) and uncertainty
+                (B, 1, I, J, K); None in round 0 and in a fine-tune.
             progress: t in [0, 1] within the round.
             generator: Source of the mixing draws, on the CPU.
         """
         self.monitors = {}
-        known = self._read_labeled(labeled)
-        cubes = self._draw_cubes(known, generator)
+        t = progress
+        known = None if labeled is None else self._read_labeled(labeled)
         if unlabeled is None:
-            x_l = mix(known, roll(known), cubes)
-            return {"supervised": self._compare("supervised", x_l, self._predict(x_l.image))}
+            if known is None:
+                raise ValueError("neither labeled nor unlabeled patches to learn from")
+            x = self._mix_labeled(known, generator)
+            return {"supervised": self._compare("supervised", x, self._predict(x.image))}
 
-        q_online = self._teach(unlabeled["weak"]) if "ema" in self.config.teacher.source else None
-        q = unlabeled.get("probs", q_online)
-        if q is None:
-            raise ValueError("no teacher: the batch holds no probs and teacher.source no ema")
         valid = unlabeled["weight"] > 0
-        accepted = self._filter(q, unlabeled, valid, progress)
-        guessed = self._read_unlabeled(unlabeled, q, accepted, valid)
-        cubes_v = self._draw_cubes(guessed, generator)
-        x_l = mix(known, fit(guessed, len(known.image), PASTED_WEIGHT), cubes)
-        x_v = mix(guessed, fit(known, len(guessed.image)), cubes_v)
-        own = valid & ~cubes_v.to(valid.device)  # what of a view shows the unlabeled case itself
+        wants_online = "probs" not in unlabeled or self.config.losses.consistency.weight > 0
+        g_w = self._teach(unlabeled["weak"]) if wants_online else None
+        q = self._assign(unlabeled.get("probs", g_w), valid)
+        m = self._filter(q, self._measure_doubt(unlabeled), valid, t)
+        views = [self._read_view(v, unlabeled, q, m, g_w, valid) for v in self.config.views]
+        x_l, x_v = self._mix(known, views, generator)
+        f_l, f_v = self._predict_views(x_l, x_v)
 
-        logits = self._predict(torch.cat([x_l.image, x_v.image]))
-        logits_l = [level[: len(x_l.image)] for level in logits]
-        logits_v = [level[len(x_l.image) :] for level in logits]
         losses = self.config.losses
-        terms = {"supervised": self._compare("supervised", x_l, logits_l)}
-        if losses.pseudo_label.weight > 0:
-            a = losses.pseudo_label.weight * ramp(losses.pseudo_label.ramp, progress)
-            terms["pseudo_label"] = a * self._compare("pseudo_label", x_v, logits_v)
-        if losses.entropy.weight > 0:
-            a = losses.entropy.weight * ramp(losses.entropy.ramp, progress)
-            m = accepted if losses.entropy.voxels == "accepted" else valid
-            order = losses.entropy.order
-            terms["entropy"] = a * entropy_loss(logits_v[0], order, (m & own).float(), valid)
-        if losses.consistency.weight > 0 and q_online is not None:
-            a = losses.consistency.weight * ramp(losses.consistency.ramp, progress)
-            m = accepted if losses.consistency.voxels == "accepted" else valid
-            name = losses.consistency.name
-            weight = (m & own).float()
-            terms["consistency"] = a * consistency_loss(logits_v[0], q_online, name, weight, valid)
+        terms: dict[str, Tensor] = {}
+        if x_l is not None:
+            terms["supervised"] = self._compare("supervised", x_l, f_l)
+        for x, f in zip(x_v, f_v, strict=True):
+            if losses.pseudo_label.weight > 0:
+                a_pl = losses.pseudo_label.weight * ramp(losses.pseudo_label.ramp, t)
+                add(terms, "pseudo_label", a_pl * self._compare("pseudo_label", x, f))
+            if losses.entropy.weight > 0:
+                a_ent = losses.entropy.weight * ramp(losses.entropy.ramp, t)
+                m_ent = choose_voxels(losses.entropy.voxels, x)
+                h_r = entropy_loss(f[0], losses.entropy.order, m_ent, x.valid)
+                add(terms, "entropy", a_ent * h_r)
+            if losses.consistency.weight > 0 and g_w is not None:
+                a_con = losses.consistency.weight * ramp(losses.consistency.ramp, t)
+                m_con = choose_voxels(losses.consistency.voxels, x)
+                d = consistency_loss(f[0], x.online, losses.consistency.name, m_con, x.valid)
+                add(terms, "consistency", a_con * d)
         return terms
 
     def _predict(self, image: Tensor) -> list[Tensor]:
         """Return the student's logits, full resolution first."""
         return self.student.forward_heads(image.contiguous(memory_format=torch.channels_last_3d))
 
+    def _predict_views(
+        self, x_l: Patches | None, x_v: Sequence[Patches]
+    ) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Return the student's logits of the labeled patches and of each view.
+
+        One pass for all of them, but for the view feature_noise, in which only the features of its
+        own patches are disturbed.
+        """
+        disturbed = [v == "feature_noise" for v in self.config.views]
+        plain = [x for x, alone in zip(x_v, disturbed, strict=True) if not alone]
+        together = [x.image for x in ([x_l] if x_l is not None else []) + plain]
+        parts: list[list[Tensor]] = []
+        if together:
+            heads = self._predict(torch.cat(together))
+            sizes = [len(image) for image in together]
+            parts = [
+                list(part) for part in zip(*(torch.split(h, sizes) for h in heads), strict=True)
+            ]
+        f_l = parts.pop(0) if x_l is not None else []
+        f_v = []
+        for x, alone in zip(x_v, disturbed, strict=True):
+            if alone:
+                with drop_features(self.student, FEATURE_DROPOUT):
+                    f_v.append(self._predict(x.image))
+            else:
+                f_v.append(parts.pop(0))
+        return f_l, f_v
+
     @torch.no_grad()
-    def _teach(self, weak: Tensor) -> Tensor:
-        """Return the probs of the un-noised EMA teacher on the weak view."""
-        self.teacher.eval()
-        logits = self.teacher(weak.contiguous(memory_format=torch.channels_last_3d))
+    def _teach(self, weak: Tensor) -> Tensor | None:
+        """Return the probs of the un-noised online teacher on the weak view, if there is one."""
+        source = self.config.teacher.source
+        if "ema" in source:
+            network: nn.Module = self.teacher
+        elif "self" in source:
+            network = self.student
+        else:
+            return None
+        network.eval()
+        logits = network(weak.contiguous(memory_format=torch.channels_last_3d))
+        self.student.train()
         return torch.softmax(logits.float(), dim=1)
+
+    @torch.no_grad()
+    def _assign(self, probs: Tensor | None, valid: Tensor) -> Tensor:
+        """Return the teacher's probs, or those with which its classes have the prior's shares.
+
+        The latter, p_c v_c^epsilon, sharpened by the temperature epsilon is the transport plan.
+        """
+        if probs is None:
+            raise ValueError("no teacher: the batch holds no probs and teacher.source none online")
+        if self.transport is None:
+            return probs
+        if self.fits_transport:
+            self.transport.update(probs, valid)
+        epsilon = self.transport.epsilon
+        return assign(probs, epsilon * self.transport.log_v, 1.0)
+
+    @torch.no_grad()
+    def _measure_doubt(self, unlabeled: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the uncertainty (B, 1, I, J, K) in nats, measured offline or here; or None."""
+        section = self.config.filter.uncertainty
+        if section.source == "none" or "uncertainty" in unlabeled:
+            return unlabeled.get("uncertainty") if section.source != "none" else None
+        weak = unlabeled["weak"].contiguous(memory_format=torch.channels_last_3d)
+        network = self.teacher if "ema" in self.config.teacher.source else self.student
+        with sample_dropout(network):
+            draws = (torch.softmax(network(weak).float(), 1) for _ in range(section.passes))
+            _, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
+        return information if section.measure == "mutual_information" else entropy
 
     def _read_labeled(self, labeled: Mapping[str, Tensor]) -> Patches:
         """Return labeled patches with one-hot targets."""
@@ -163,57 +254,154 @@ class Objective(nn.Module):
         valid = (labeled["weight"] > 0) & (label != IGNORE)
         classes = torch.where(valid, label, 0)[:, 0]
         target = F.one_hot(classes, self.num_classes).movedim(-1, 1).float()
-        return Patches(labeled["image"], target, valid.float(), valid)
+        weight, nothing = valid.float(), torch.zeros_like(valid)
+        return Patches(labeled["image"], target, weight, valid, target, nothing, nothing.float())
 
-    def _read_unlabeled(
-        self, unlabeled: Mapping[str, Tensor], q: Tensor, accepted: Tensor, valid: Tensor
+    def _read_view(
+        self,
+        view: str,
+        unlabeled: Mapping[str, Tensor],
+        q: Tensor,
+        m: Tensor,
+        online: Tensor | None,
+        valid: Tensor,
     ) -> Patches:
-        """Return strong views with their pseudo-targets."""
+        """Return a view with its pseudo-target."""
         section = self.config.target
         if section.kind == "hard":
             target = F.one_hot(q.argmax(1), self.num_classes).movedim(-1, 1).float()
         else:
-            target = q.clamp(min=1e-6) ** (1.0 / section.temperature)
-            target = target / target.sum(1, keepdim=True)
-        trusted = accepted if self.config.losses.pseudo_label.voxels == "accepted" else valid
-        return Patches(unlabeled["strong"], target, (trusted & valid).float(), valid)
+            is_plan = self.transport is not None
+            temperature = section.transport.epsilon if is_plan else section.temperature
+            target = torch.softmax(q.clamp(min=LEAST_PROB).log() / temperature, dim=1)
+        image = unlabeled["weak" if view == "feature_noise" else view]
+        weight = m if self.config.losses.pseudo_label.voxels == "accepted" else valid.float()
+        return Patches(image, target, weight, valid, q if online is None else online, valid, m)
 
     @torch.no_grad()
-    def _filter(
-        self, q: Tensor, unlabeled: Mapping[str, Tensor], valid: Tensor, progress: float
-    ) -> Tensor:
-        """Return (B, 1, I, J, K) bool: the voxels whose pseudo-target is trusted."""
+    def _filter(self, q: Tensor, doubt: Tensor | None, valid: Tensor, progress: float) -> Tensor:
+        """Return (B, 1, I, J, K) in [0, 1]: how far the pseudo-target of a voxel is trusted."""
         self.thresholds.update(q, valid, progress)
-        accepted = self.thresholds.accept(q) & valid
-        section = self.config.filter.uncertainty
-        if section.source != "none" and "uncertainty" in unlabeled:
+        sure = valid
+        if doubt is not None:
+            section = self.config.filter.uncertainty
             risen = ramp_value("sigmoid", progress, 0.0, 1.0)
             limit = (section.start + (1.0 - section.start) * risen) * math.log(self.num_classes)
-            accepted &= unlabeled["uncertainty"] < limit
+            sure = valid & (doubt < limit)
+        accepted = self.thresholds.accept(q) & sure
         classes = q.argmax(1, keepdim=True)
         self.monitors |= measure_coverage(accepted, classes, valid, self.class_names)
         for name, threshold in zip(
             self.class_names, self.thresholds.thresholds.tolist(), strict=True
         ):
             self.monitors[f"threshold/{name}"] = threshold
-        return accepted
+        return self.thresholds.weigh(q) * sure
 
-    def _draw_cubes(self, patches: Patches, generator: torch.Generator) -> Tensor:
+    def _mix_labeled(self, known: Patches, generator: torch.Generator) -> Patches:
+        """Return labeled patches mixed among themselves."""
+        kind = self.config.noise.labeled_mixing
+        return mix(known, fit(known, len(known.image), shift=1), self._draw(kind, known, generator))
+
+    def _mix(
+        self, known: Patches | None, views: Sequence[Patches], generator: torch.Generator
+    ) -> tuple[Patches | None, list[Patches]]:
+        """Return labeled patches and views, mixed.
+
+        copy_paste goes both ways between labeled and unlabeled patches (Bai et al. 2023); cutmix
+        goes between unlabeled patches, view by view, where there are two (French et al. 2020).
+        The view feature_noise stays as it is (Yang et al. 2023).
+        """
+        kind = self.config.noise.mixing
+        both_ways = kind == "copy_paste" and known is not None
+        x_l = known
+        if known is not None and both_ways:
+            pasted = fit(views[0], len(known.image), PASTED_WEIGHT)
+            x_l = mix(known, pasted, self._draw(kind, known, generator))
+        elif known is not None:
+            x_l = self._mix_labeled(known, generator)
+        x_v = []
+        for view, x in zip(self.config.views, views, strict=True):
+            if view == "feature_noise" or kind == "none":
+                x_v.append(x)
+                continue
+            partner = known if known is not None and both_ways else x
+            boxes = self._draw(kind, x, generator)
+            x_v.append(mix(x, fit(partner, len(x.image), shift=int(partner is x)), boxes))
+        return x_l, x_v
+
+    def _draw(self, kind: str, patches: Patches, generator: torch.Generator) -> Tensor:
         """Draw which part of each patch is replaced; nothing without mixing."""
-        noise = self.config.noise
-        probability = noise.mixing_probability if noise.mixing == "copy_paste" else 0.0
-        size = tuple(patches.image.shape[2:])
-        return draw_cubes(len(patches.image), size, generator, probability)
+        probability = self.config.noise.mixing_probability if kind != "none" else 0.0
+        draw = draw_boxes if kind == "cutmix" else draw_cubes
+        return draw(len(patches.image), tuple(patches.image.shape[2:]), generator, probability)
 
-    def _compare(self, section: str, patches: Patches, logits: Sequence[Tensor]) -> Tensor:
+    def _compare(self, name: str, patches: Patches, logits: Sequence[Tensor]) -> Tensor:
         """Return the segmentation loss over the heads, weighted 1, 1/2, 1/4, ... (sum 1)."""
-        loss = SEGMENTATION_LOSSES[getattr(self.config.losses, section).name]
+        loss = self.losses[name]
+        temperature = self.config.target.student_temperature if name == "pseudo_label" else 1.0
         shares = [0.5**level for level in range(len(logits))]
         total = torch.zeros((), device=patches.image.device)
         for share, level in zip(shares, logits, strict=True):
             target, weight, valid = shrink(patches, level.shape[2:])
-            total = total + share / sum(shares) * loss(level, target, weight, valid)
+            total = total + share / sum(shares) * loss(level / temperature, target, weight, valid)
         return total
+
+
+def load_objective(name: str) -> type[Objective]:
+    """Return the class that ``objective: package.module:Class`` names.
+
+    Raises:
+        InputError: There is no such module or class, or it is not an ``Objective``.
+    """
+    module, _, kind = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"objective={name}: {error}; expected package.module:Class of an installed package"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise InputError(f"objective={name}: {kind} is no subclass of medssl.objective:Objective")
+    return found
+
+
+def find_loss(name: str) -> Loss:
+    """Return the function of a module of losses that ``losses.*.name`` names.
+
+    Raises:
+        ValueError: There is no such loss of (logits, target, weight, valid).
+    """
+    found: dict[str, Loss] = {}
+    for module in LOSSES:
+        for key, value in inspect.getmembers(module, inspect.isfunction):
+            wanted = list(inspect.signature(value).parameters)[:4] == LOSS_PARAMETERS
+            if wanted and value.__module__ == module.__name__ and not key.startswith("_"):
+                found[key] = value
+    if name not in found:
+        raise ValueError(f"loss {name!r} is unknown; there are {', '.join(sorted(found))}")
+    return found[name]
+
+
+def average(student: nn.Module, decay: float) -> AveragedModel:
+    """Return an EMA of a network, buffers included, that takes no gradient."""
+    teacher = AveragedModel(
+        student,
+        avg_fn=lambda average, current, count: average.lerp(
+            current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay))
+        ),
+        use_buffers=True,
+    )
+    return teacher.requires_grad_(False)
+
+
+def add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
+    """Add a view's term to the sum over views."""
+    terms[name] = terms[name] + term if name in terms else term
+
+
+def choose_voxels(voxels: str, patches: Patches) -> Tensor:
+    """Return m_* (B, 1, I, J, K): how much each voxel of the unlabeled case itself counts."""
+    return patches.accepted if voxels == "accepted" else patches.own.float()
 
 
 def ramp(section: Ramp, progress: float) -> float:
@@ -221,32 +409,22 @@ def ramp(section: Ramp, progress: float) -> float:
     return ramp_value(section.name, progress, section.start, section.end)
 
 
-def mix(into: Patches, source: Patches, cubes: Tensor) -> Patches:
-    """Paste the cubes (B, 1, I, J, K) of ``source``: image, target, weight and valid alike."""
-    cubes = cubes.to(into.image.device)
-    return Patches(
-        paste(into.image, source.image, cubes),
-        paste(into.target, source.target, cubes),
-        paste(into.weight, source.weight, cubes),
-        paste(into.valid, source.valid, cubes),
-    )
-
-
-def roll(patches: Patches) -> Patches:
-    """Return the patches shifted by one along the batch: each one's partner for mixing."""
-    return fit(patches, len(patches.image), shift=1)
+def mix(into: Patches, source: Patches, boxes: Tensor) -> Patches:
+    """Paste ``source`` inside the boxes (B, 1, I, J, K): image, targets and weights alike."""
+    boxes = boxes.to(into.image.device)
+    pairs = {f.name: (getattr(into, f.name), getattr(source, f.name)) for f in fields(into)}
+    return Patches(**{name: paste(*pair, boxes) for name, pair in pairs.items()})
 
 
 def fit(patches: Patches, count: int, scale: float = 1.0, shift: int = 0) -> Patches:
-    """Return ``count`` patches, repeated or cut as needed, their weights scaled."""
+    """Return ``count`` patches, repeated or cut as needed, shifted along the batch.
+
+    The weights of the target are scaled.
+    """
     index = (torch.arange(count) + shift) % len(patches.image)
     index = index.to(patches.image.device)
-    return Patches(
-        patches.image[index],
-        patches.target[index],
-        patches.weight[index] * scale,
-        patches.valid[index],
-    )
+    chosen = Patches(**{f.name: getattr(patches, f.name)[index] for f in fields(patches)})
+    return replace(chosen, weight=chosen.weight * scale)
 
 
 def shrink(patches: Patches, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

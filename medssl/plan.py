@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from medssl.config import Config, InputError
+from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
 from medssl.data.io import read_geometry, read_image, read_label
 from medssl.networks.build import NetworkSpec, build_network
@@ -97,10 +97,7 @@ def make_plan(
     normalization = _choose_normalization(config, dataset, labels, labeled, reasons)
     patch_size, strides = _choose_patch(config, shapes, spacing, on_gpu, reasons)
     base = GPU_FILTERS if on_gpu else CPU_FILTERS
-    filters = tuple(
-        min(MOST_FILTERS, max(8, round(base * config.network.width / 8) * 8) * 2**level)
-        for level in range(len(strides))
-    )
+    filters = _choose_filters(base * at_round(config.network.width, 0), len(strides))
     reasons.append(
         f"network DynUNet with residual blocks, {len(strides)} levels, filters {filters}, channel "
         f"dropout {config.network.dropout}"
@@ -122,7 +119,7 @@ def make_plan(
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = torch.get_num_threads()
     workers = _choose_workers(config, on_gpu)
-    num_unlabeled = max(1, round(batch * config.train.unlabeled_ratio))
+    num_unlabeled = count_unlabeled(config, batch, 1)
     return Plan(
         labels={index: labels[value] for index, value in enumerate(sorted(labels))},
         label_values=tuple(sorted(labels)),
@@ -141,6 +138,31 @@ def make_plan(
         workers=workers,
         reasons=tuple(reasons),
         estimate=_estimate_disk(shapes, len(unlabeled), network),
+    )
+
+
+def _choose_filters(first: float, levels: int) -> tuple[int, ...]:
+    """Return the channels of each level: multiples of 8, doubling."""
+    start = max(8, round(first / 8) * 8)
+    return tuple(min(MOST_FILTERS, start * 2**level) for level in range(levels))
+
+
+def count_unlabeled(config: Config, batch: int, round_index: int) -> int:
+    """Return the number of unlabeled patches per step of a student round, 1 being the first."""
+    return max(1, round(batch * at_round(config.train.unlabeled_ratio, round_index - 1)))
+
+
+def describe_student(plan: Plan, config: Config, round_index: int) -> NetworkSpec:
+    """Return the network of a student: the plan's in its own width, with its noise."""
+    widths = config.network.width
+    scale = at_round(widths, round_index) / at_round(widths, 0)
+    spec, dropout = plan.network, config.noise.dropout
+    return spec.model_copy(
+        update={
+            "filters": _choose_filters(spec.filters[0] * scale, len(spec.filters)),
+            "dropout": spec.dropout if dropout == "auto" else dropout,
+            "stochastic_depth": config.noise.stochastic_depth,
+        }
     )
 
 

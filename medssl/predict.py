@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from medssl.config import InputError
 from medssl.data.io import read_image, write_map, write_mask
-from medssl.losses.entropy import renyi_entropy
 from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
 from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan, has_bfloat16
+from medssl.pseudo.uncertainty import combine
 from medssl.runs import read_json, seed_from, write_file, write_json
 from medssl.transforms.geometry import Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
@@ -223,16 +223,25 @@ def predict_probs(
     flips: Sequence[int] = (),
 ) -> Tensor:
     """Return probs (1, num_classes, I, J, K), averaged over all mirrorings along ``flips``."""
-    total = torch.zeros(())
-    subsets = [
-        [axis + 2 for axis in subset]
-        for size in range(len(flips) + 1)
-        for subset in itertools.combinations(flips, size)
-    ]
-    for axes in subsets:
-        logits = predict_logits(network, image.flip(axes), patch_size, precision)
-        total = total.to(image.device) + torch.softmax(logits, dim=1).flip(axes)
-    return total / len(subsets)
+    total, count = torch.zeros(()), 0
+    for probs in predict_mirrored(network, image, patch_size, precision, flips):
+        total, count = total.to(image.device) + probs, count + 1
+    return total / count
+
+
+def predict_mirrored(
+    network: SegmentationNetwork,
+    image: Tensor,
+    patch_size: Sequence[int],
+    precision: str,
+    flips: Sequence[int],
+) -> Iterator[Tensor]:
+    """Yield probs (1, num_classes, I, J, K) under each mirroring along ``flips``, none first."""
+    for size in range(len(flips) + 1):
+        for subset in itertools.combinations(flips, size):
+            axes = [axis + 2 for axis in subset]
+            logits = predict_logits(network, image.flip(axes), patch_size, precision)
+            yield torch.softmax(logits, dim=1).flip(axes)
 
 
 def measure_uncertainty(
@@ -249,21 +258,13 @@ def measure_uncertainty(
 
     Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
     """
-    mean = torch.zeros(())
-    mean_entropy = torch.zeros(())
-    first: Tensor | None = None
-    spread = 0.0
     with sample_dropout(network):
-        for _ in range(passes):
-            logits = predict_logits(network, image, patch_size, precision)
-            first = logits if first is None else first
-            spread = max(spread, float((logits - first).abs().max()))
-            mean = mean.to(logits.device) + torch.softmax(logits, dim=1) / passes
-            mean_entropy = mean_entropy.to(logits.device) + renyi_entropy(logits, 1.0) / passes
-    if spread == 0.0:
-        raise InputError(f"{passes} MC dropout passes gave the same result: no dropout is active")
-    entropy = renyi_entropy(mean.clamp(min=1e-12).log(), 1.0)
-    return entropy, (entropy - mean_entropy).clamp(min=0.0)
+        draws = (
+            torch.softmax(predict_logits(network, image, patch_size, precision), dim=1)
+            for _ in range(passes)
+        )
+        _, entropy, information = combine(draws, f"MC dropout ({passes} passes)")
+    return entropy, information
 
 
 def predict_case(

@@ -5,6 +5,7 @@ Every stage reads files and writes files, its done mark last; the same command g
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,29 +15,41 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 
-from medssl.config import IGNORE, Config, InputError, Resolved, dump, hash_config
+from medssl.config import IGNORE, Config, InputError, Resolved, at_round, dump, hash_config
 from medssl.data.cache import CachedCase, build_cache
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset
 from medssl.data.formats import read_dataset
 from medssl.data.io import write_mask
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
-from medssl.networks.build import SegmentationNetwork, build_network
-from medssl.objective import Objective
-from medssl.plan import Plan, choose_device, estimate_hours, make_plan, measure_step, resolve
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
+from medssl.objective import Objective, load_objective
+from medssl.plan import (
+    Plan,
+    choose_device,
+    count_unlabeled,
+    describe_student,
+    estimate_hours,
+    make_plan,
+    measure_step,
+    resolve,
+)
 from medssl.predict import (
+    Model,
     ModelInfo,
     describe_model,
     load_model,
     measure_uncertainty,
+    predict_mirrored,
     predict_probs,
     save_model,
 )
-from medssl.pseudo.gates import CaseReview, Gate, expect_from, judge_model
-from medssl.pseudo.label import label_cases, read_review
-from medssl.pseudo.store import measure_agreement
+from medssl.pseudo.gates import CaseReview, Expectation, Gate, expect_from, judge_model
+from medssl.pseudo.label import RawPseudoLabel, label_cases, read_review, weigh_cases
+from medssl.pseudo.store import draw_probs, measure_agreement
+from medssl.pseudo.transport import fit_potentials, shrink_prior
+from medssl.pseudo.uncertainty import combine, entropy_of
 from medssl.runs import (
     Journal,
     StopFlag,
@@ -52,10 +65,21 @@ from medssl.runs import (
     write_text,
 )
 from medssl.tracking import Mirror, default_uri
-from medssl.train import train
+from medssl.train import find_model_folder, train
 from medssl.transforms.geometry import to_native
 
 MOST_REJECTED = 2  # rounds
+TRANSPORT_STEPS = 500
+MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
+LEAST_SHARE = 1e-4  # of a class in the prior that pseudo-labels are assigned towards
+STUDENT_KEYS = (
+    "method", "objective", "teacher.source", "teacher.ensemble", "views", "target.", "filter.",
+    "noise.mixing", "noise.strong", "noise.randaugment.", "noise.dropout",
+    "noise.stochastic_depth", "losses.pseudo_label.", "losses.entropy.", "losses.consistency.",
+    "network.width", "train.rounds", "train.unlabeled_ratio", "train.start", "train.schedule",
+    "train.fine_tune.",
+)  # fmt: skip
+"""What round 0 does not depend on; its network stands in the plan."""
 
 
 class StopRequested(Exception):  # noqa: N818  # it is no error
@@ -80,12 +104,22 @@ class Run:
     config: Config
     plan: Plan
     hash: str
+    first_hash: str
     labeled: tuple[CachedCase, ...]
     unlabeled: tuple[CachedCase, ...]
     val: tuple[CachedCase, ...]
     info: ModelInfo
     stop: StopFlag
     notify: Callable[[], None]
+
+    @property
+    def num_rounds(self) -> int:
+        """Number of student rounds."""
+        return self.config.train.rounds if self.unlabeled else 0
+
+    def round_hash(self, index: int) -> str:
+        """Return the hash of a round's models: round 0 depends on no setting of students."""
+        return self.hash if index else self.first_hash
 
     def round_folder(self, index: int) -> Path:
         """Return the folder of a round."""
@@ -148,6 +182,7 @@ def run_training(
     stop: StopFlag,
     restart: bool = False,
     predict_unlabeled: bool = False,
+    round_0: Path | None = None,
 ) -> Outcome:
     """Run all rounds and deliver a model, or go on where the same command was stopped.
 
@@ -157,6 +192,7 @@ def run_training(
         stop: The stop flag.
         restart: Delete what the run folder holds of an earlier run.
         predict_unlabeled: Write the delivered model's masks of the unlabeled cases.
+        round_0: A run whose labels-only model is taken over in place of training it again.
 
     Raises:
         InputError: The folder holds another run, or a stage refused its input.
@@ -174,10 +210,13 @@ def run_training(
         len(plan.channels),
         _report_cache,
     )
-    run_hash = hash_json(
-        [hash_config(config), splits.to_json(), {c: _read_sources(e) for c, e in cached.items()}]
-    )
+    sources = {case_id: _read_sources(entry) for case_id, entry in cached.items()}
+    run_hash = hash_json([hash_config(config), splits.to_json(), sources])
+    first = plan.model_dump(mode="json", include={"network", "patch_size", "flips", "batch"})
+    first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
     _open_folder(prepared, run_dir, run_hash)
+    if round_0 is not None:
+        _take_over_round_0(round_0, run_dir, first_hash)
     mirror = None
     if config.tracking.uri != "none":
         uri = default_uri(run_dir.parent) if config.tracking.uri == "auto" else config.tracking.uri
@@ -191,6 +230,7 @@ def run_training(
         config=config,
         plan=plan,
         hash=run_hash,
+        first_hash=first_hash,
         labeled=labeled,
         unlabeled=unlabeled,
         val=val,
@@ -214,12 +254,11 @@ def run_training(
 
 def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
     """Train, pseudo-label and judge, round after round."""
-    num_rounds = run.config.train.rounds if run.unlabeled else 0
     teacher: int | None = None
     passed: list[int] = []
     rejected = 0
     try:
-        for index in range(num_rounds + 1):
+        for index in range(run.num_rounds + 1):
             _train_round(run, index, teacher)
             gate = _label_and_judge(run, index, teacher)
             if gate.passed:
@@ -237,68 +276,172 @@ def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
 
 
 def _train_round(run: Run, index: int, teacher: int | None) -> None:
-    """Train the model of a round, and write its model folder."""
-    folder = run.round_folder(index)
-    if is_done(folder / "model", run.hash):
-        return
-    kept = []
-    if teacher is not None:
-        source = run.round_folder(teacher)
-        accepted = {row["case_id"] for row in read_review(source) if row["accepted"] == "1"}
-        offline = "previous_round" in run.config.teacher.source
-        kept = [
-            UnlabeledCase(case, source / "pseudo_labels" / case.case_id if offline else None)
-            for case in run.unlabeled
-            if case.case_id in accepted
-        ]
-        print(
-            f"round {index}: a student learns from {len(run.labeled)} labeled and {len(kept)} "
-            f"pseudo-labeled cases of round {teacher}"
-        )
-    else:
-        print(f"round {index}: {len(run.labeled)} labeled cases alone, the honest baseline")
-    spec = run.plan.network
-    if kept:
-        survival = run.config.noise.stochastic_depth
-        spec = spec.model_copy(update={"stochastic_depth": survival})
-    torch.manual_seed(seed_from(run.config.train.seed, index, "weights"))
-    objective = Objective(build_network(spec), run.config, run.class_names)
-    dataset = PatchDataset(run.labeled, kept, _choose_sampling(run, index))
+    """Train the models of a round: one, or an ensemble if another round follows."""
+    kept = [] if teacher is None else _choose_cases(run, index, teacher)
+    for member in range(_count_members(run, index)):
+        folder = find_model_folder(run.folder, index, member)
+        if is_done(folder / "model", run.round_hash(index)):
+            continue
+        name = f"round {index}" + (f", model {member + 1} of the ensemble" if member else "")
+        if teacher is None:
+            print(f"{name}: {len(run.labeled)} labeled cases alone, the honest baseline")
+        else:
+            print(
+                f"{name}: a student learns from {len(run.labeled)} labeled and {len(kept)} "
+                f"pseudo-labeled cases of round {teacher}"
+            )
+        _train_model(run, index, member, teacher, kept)
+
+
+def _count_members(run: Run, index: int) -> int:
+    """Return how many models a round trains; the last round has nobody to teach."""
+    return run.config.teacher.ensemble if index < run.num_rounds else 1
+
+
+def _train_model(
+    run: Run, index: int, member: int, teacher: int | None, kept: Sequence[UnlabeledCase]
+) -> None:
+    """Train one model of a round, and write its model folder."""
+    config, folder = run.config, find_model_folder(run.folder, index, member)
+    seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
+    spec = describe_student(run.plan, config, index) if kept else run.plan.network
+    torch.manual_seed(seed_from(seed, index, "weights"))
+    network = build_network(spec)
+    if kept and config.train.start == "warm" and teacher is not None:
+        _start_warm(network, spec, load_model(run.round_folder(teacher)))
+    objective = _build_objective(run, network, kept, teacher)
+    info = run.info.model_copy(update={"network": spec})
+    thirds = {}
+    if _needs_stability(run, index) and not member:
+        thirds = {
+            max(1, run.plan.steps * part // 3): functools.partial(
+                _save_snapshot, folder / "snapshots" / str(part), objective, info
+            )
+            for part in (1, 2)
+        }
     steps = train(
         objective,
-        dataset,
-        run.config,
+        PatchDataset(run.labeled, kept, _choose_sampling(run, index, seed)),
+        config,
         run.plan,
         run.folder,
         index,
         run.stop,
-        validate=(lambda: _validate(run, objective.predictor)) if run.val else None,
+        validate=(lambda: _validate(run, objective.predictor)) if run.val and not member else None,
         on_checkpoint=run.notify,
+        member=member,
+        snapshots=thirds,
     )
-    info = run.info.model_copy(
-        update={
-            "network": spec,
-            "provenance": {**run.info.provenance, "round": index, "steps": steps},
-        }
-    )
+    provenance = {**run.info.provenance, "round": index, "steps": steps}
+    info = info.model_copy(update={"provenance": provenance})
     save_model(folder / "model", objective.predictor.eval(), info)
     if steps < run.plan.steps:
         raise StopRequested
-    done = {"hash": run.hash, "round": index, "steps": steps, "num_kept": len(kept)}
+    done = {"hash": run.round_hash(index), "round": index, "steps": steps, "num_kept": len(kept)}
     write_json(folder / "model" / "done.json", done)
 
 
-def _choose_sampling(run: Run, index: int) -> Sampling:
+def _start_warm(network: SegmentationNetwork, spec: NetworkSpec, teacher: Model) -> None:
+    """Give a student the weights of its teacher."""
+    if spec.filters != teacher.info.network.filters:
+        raise InputError(
+            f"train.start=warm: the student has filters {list(spec.filters)}, its teacher "
+            f"{list(teacher.info.network.filters)}; give network.width one value, or "
+            "train.start=scratch"
+        )
+    network.load_state_dict(teacher.network.state_dict())
+
+
+def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
+    """Write the predictor as it is in the middle of a training."""
+    save_model(folder, objective.predictor, info)
+
+
+def _needs_stability(run: Run, index: int) -> bool:
+    """Return whether the round after this one is taught by the stable cases only."""
+    return index < run.num_rounds and at_round(run.config.filter.case.stable, index) < 1.0
+
+
+def _build_objective(
+    run: Run, network: SegmentationNetwork, kept: Sequence[UnlabeledCase], teacher: int | None
+) -> Objective:
+    """Return the objective of a round: round 0 has the built-in one, whatever is named."""
+    kind = load_objective(run.config.objective) if kept else Objective
+    if run.config.target.assignment != "transport" or not kept:
+        return kind(network, run.config, run.class_names)
+    section = run.config.target.transport
+    shares = _expect(run).share
+    labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
+    folders = [case.folder for case in kept if case.folder is not None]
+    if not folders or teacher is None:
+        return kind(network, run.config, run.class_names, labeled)
+    pool = draw_probs(folders)
+    prior = shrink_prior(labeled, pool.mean(0), section.shrink)
+    if section.prior == "calibrated":
+        found = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes) / len(pool)
+        ratio = labeled / _measure_shares(run, teacher)
+        prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
+    potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
+    return kind(network, run.config, run.class_names, prior, potentials)
+
+
+def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """Return the shares of all classes, given those of the foreground; none is zero."""
+    shares = torch.as_tensor(foreground, dtype=torch.float32).clamp(min=LEAST_SHARE)
+    return torch.cat([(1 - shares.sum()).clamp(min=LEAST_SHARE)[None], shares])
+
+
+def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
+    """Return the mean share of each class in what a teacher says of the labeled cases."""
+    model = load_model(run.round_folder(teacher), run.plan.device)
+    window = (run.plan.patch_size, run.plan.precision, run.plan.flips)
+    shares = []
+    for case in run.labeled:
+        probs = predict_probs(model.network, _to_tensor(case, run.plan.device), *window)
+        counts = torch.bincount(probs[0].argmax(0).flatten(), minlength=run.plan.num_classes)
+        shares.append(counts.cpu() / counts.sum().cpu())
+    return complete_shares(torch.stack(shares).mean(0)[1:])
+
+
+def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
+    """Return the pseudo-labeled cases that the student of a round learns from."""
+    source, section = run.round_folder(teacher), run.config.filter.case
+    rows = {row["case_id"]: row for row in read_review(source)}
+    accepted = [row for row in rows.values() if row["accepted"] == "1"]
+    share = at_round(section.stable, index - 1)
+    if share < 1.0:
+        accepted.sort(key=lambda row: (-float(row["stability"]), row["case_id"]))
+        accepted = accepted[: max(1, round(share * len(accepted)))]
+    weights = weigh_cases(accepted, section, run.class_names[1:])
+    offline = "previous_round" in run.config.teacher.source
+    return [
+        UnlabeledCase(
+            case,
+            source / "pseudo_labels" / case.case_id if offline else None,
+            weights[case.case_id],
+        )
+        for case in run.unlabeled
+        if case.case_id in weights
+    ]
+
+
+def _choose_sampling(run: Run, index: int, seed: int) -> Sampling:
     """Return what decides the patches of a round."""
+    train_section, noise = run.config.train, run.config.noise
+    tuned = train_section.fine_tune.share if index else 0.0
     return Sampling(
-        seed=run.config.train.seed,
+        seed=seed,
         round_index=index,
         patch_size=run.plan.patch_size,
         batch=run.plan.batch,
-        num_unlabeled=run.plan.num_unlabeled,
-        foreground=run.config.train.foreground,
-        strong=run.config.noise.strong,
+        num_unlabeled=count_unlabeled(run.config, run.plan.batch, max(1, index)),
+        foreground=train_section.foreground,
+        strong=noise.strong,
         flips=run.plan.flips,
+        views=run.config.views,
+        randaugment=noise.randaugment,
+        fine_tune_from=round(run.plan.steps * (1 - tuned)) if tuned else None,
+        pretrain=train_section.schedule == "pretrain",
     )
 
 
@@ -329,16 +472,23 @@ def _label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     if is_done(folder, run.hash):
         gate = read_json(folder / "done.json")["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
-    labels = [label for case in run.labeled if (label := case.label()) is not None]
-    expectation = expect_from(labels, run.plan.num_classes)
-    model = load_model(folder, run.plan.device)
+    expectation = _expect(run)
+    folders = [
+        find_model_folder(run.folder, index, member) for member in range(_count_members(run, index))
+    ]
+    members = [load_model(path, run.plan.device) for path in folders]
+    earlier = [
+        load_model(folder / "snapshots" / str(part), run.plan.device)
+        for part in (1, 2)
+        if _needs_stability(run, index)
+    ]
     before = run.round_folder(teacher) / "pseudo_labels" if teacher is not None else None
     reviews = label_cases(
         run.unlabeled,
-        lambda case: _label_case(run, model.network, case),
+        lambda case: _label_case(run, members, earlier, case),
         folder,
         before,
-        hash_file(folder / "model" / "weights.safetensors"),
+        hash_json([hash_file(path / "model" / "weights.safetensors") for path in folders]),
         expectation,
         run.plan.labels,
         run.plan.label_values,
@@ -352,24 +502,45 @@ def _label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     return gate
 
 
-def _label_case(
-    run: Run, network: SegmentationNetwork, case: CachedCase
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return probs of the un-noised teacher, averaged over mirrorings, and the uncertainty.
+def _expect(run: Run) -> Expectation:
+    """Return what the labeled cases lead one to expect of a pseudo-label."""
+    labels = [label for case in run.labeled if (label := case.label()) is not None]
+    return expect_from(labels, run.plan.num_classes)
 
-    The uncertainty is the predictive entropy of MC dropout, or of the probs without it.
+
+def _label_case(
+    run: Run, members: Sequence[Model], earlier: Sequence[Model], case: CachedCase
+) -> RawPseudoLabel:
+    """Return what the un-noised teacher says of a case: one model, or the mean of an ensemble.
+
+    The probs are averaged over mirrorings. The uncertainty is that of MC dropout, mirrorings or
+    the ensemble, or the entropy of the probs. The stability is the mean Dice of the class maps of
+    earlier checkpoints with that of the last one (Yang et al. 2022, ST++, equation 4).
     """
     image = _to_tensor(case, run.plan.device)
-    size, precision = run.plan.patch_size, run.plan.precision
-    probs = predict_probs(network, image, size, precision, run.plan.flips)[0]
+    window = (run.plan.patch_size, run.plan.precision)
     section = run.config.filter.uncertainty
+    all_probs = [predict_probs(m.network, image, *window, run.plan.flips) for m in members]
+    probs = torch.stack(all_probs).mean(0)
+    entropy = information = entropy_of(probs)
     if section.source == "mc_dropout":
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
-        entropy, _ = measure_uncertainty(network, image, size, precision, section.passes)
-        doubt = entropy[0, 0]
-    else:
-        doubt = -(probs * probs.clamp(min=1e-12).log()).sum(0)
-    return probs.cpu().numpy(), doubt.cpu().numpy()
+        network = members[0].network
+        entropy, information = measure_uncertainty(network, image, *window, section.passes)
+    elif section.source == "ensemble":
+        _, entropy, information = combine(all_probs, "the ensemble")
+    elif section.source == "flips":
+        turned = predict_mirrored(members[0].network, image, *window, run.plan.flips)
+        _, entropy, information = combine(turned, "mirrorings")
+    doubt = information if section.measure == "mutual_information" else entropy
+    stability = None
+    if earlier:
+        classes = probs[0].argmax(0).cpu().numpy()
+        named = range(1, run.plan.num_classes)
+        then = [predict_probs(m.network, image, *window)[0].argmax(0) for m in earlier]
+        agreements = [measure_agreement(t.cpu().numpy(), classes, named) for t in then]
+        stability = float(np.mean(agreements))
+    return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
 
 
 def _to_tensor(case: CachedCase, device: str) -> torch.Tensor:
@@ -545,6 +716,29 @@ def _describe(
         ),
         spacing_range=tuple((float(axis.min()), float(axis.max())) for axis in spacings.T),
     )
+
+
+def _take_over_round_0(source: Path, run_dir: Path, first_hash: str) -> None:
+    """Copy the models of round 0 of another run, with its lines of the journal."""
+    there, here = source / "round_0", run_dir / "round_0"
+    if (here / "model" / "done.json").is_file():
+        return
+    path = there / "model" / "done.json"
+    if not path.is_file():
+        raise InputError(f"--round-0 {source}: there is no finished round 0 in it")
+    if read_json(path)["hash"] != first_hash:
+        raise InputError(
+            f"--round-0 {source}: its round 0 had other data, network, plan or training settings; "
+            "leave the option out, or give both runs the same"
+        )
+    for folder in (there, *sorted((there / "models").glob("*"))):
+        target = here / folder.relative_to(there) / "model"
+        shutil.copytree(folder / "model", target, dirs_exist_ok=True)
+    journal = Journal(run_dir / "metrics.jsonl")
+    journal.cut(0, 0)
+    for entry in Journal(source / "metrics.jsonl").read():
+        if entry["round"] == 0 and "monitors/gate" not in entry["metrics"]:
+            journal.append(0, entry["step"], entry["metrics"])
 
 
 def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:

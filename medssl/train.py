@@ -17,13 +17,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medssl.config import Config, InputError, hash_config
-from medssl.data.loaders import PatchDataset, iterate_batches
+from medssl.data.loaders import PatchDataset, is_fine_tune, iterate_batches
+from medssl.networks.noise import freeze_encoder
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
 
 Sums = collections.defaultdict[str, float]
 MOST_NONFINITE = 10  # steps in a row
 HIGH_WAIT = 0.3  # share of the time spent waiting for data
+
+
+def _do_nothing() -> None:
+    """Do nothing."""
 
 
 def train(
@@ -35,13 +40,15 @@ def train(
     round_index: int,
     stop: StopFlag,
     validate: Callable[[], Mapping[str, float]] | None = None,
-    on_checkpoint: Callable[[], None] = lambda: None,
+    on_checkpoint: Callable[[], None] = _do_nothing,
+    member: int = 0,
+    snapshots: Mapping[int, Callable[[], None]] = {},
 ) -> int:
-    """Train one round, from its checkpoint if there is one.
+    """Train one model of a round, from its checkpoint if there is one.
 
     Args:
         objective: Has student, losses and teacher; the contract stands in objective.py.
-        dataset: The batch of each step.
+        dataset: The batch of each step; its seed is that of the whole training.
         config: The resolved configuration.
         plan: Steps, device and precision.
         run_dir: The run folder; the checkpoint goes to round_<r>/checkpoint.pt.
@@ -49,6 +56,9 @@ def train(
         stop: Checked after each step.
         validate: Returns val/* metrics; called when a checkpoint is written.
         on_checkpoint: Called after a checkpoint is on disk.
+        member: Which model of an ensemble; those after the first keep checkpoint and journal in
+            round_<r>/models/<member>/.
+        snapshots: What to do after these steps, with the predictor as it is then.
 
     Returns:
         The number of steps done: fewer than planned if the stop flag was set.
@@ -64,17 +74,19 @@ def train(
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.lr, weight_decay=config.train.weight_decay
     )
-    path = run_dir / f"round_{round_index}" / "checkpoint.pt"
+    folder = find_model_folder(run_dir, round_index, member)
+    path = folder / "checkpoint.pt"
     elsewhere = {"estimate", "reasons", "device", "threads", "workers"}  # may change on resuming
     described = plan.model_dump(mode="json", exclude=elsewhere)
-    identity = hash_json([hash_config(config), described, round_index])
+    identity = hash_json([hash_config(config), described, round_index, member])
     step, pending = _load(path, identity, objective, optimizer, device)
-    journal = Journal(run_dir / "metrics.jsonl")
+    journal = Journal((folder if member else run_dir) / "metrics.jsonl")
     journal.cut(round_index, step)
     progress = Progress(round_index, step, plan.steps)
     batches = iterate_batches(
         dataset, step, plan.steps, plan.workers, pin_memory=device.type == "cuda"
     )
+    fine_tune_from = dataset.sampling.fine_tune_from
     nonfinite = 0
     while step < plan.steps:
         started = time.perf_counter()
@@ -82,8 +94,9 @@ def train(
         waited = time.perf_counter() - started
         labeled = _move(batch["labeled"], device)
         unlabeled = _move(batch["unlabeled"], device)
-        generator = _seed_step(config.train.seed, round_index, step)
-        optimizer.param_groups[0]["lr"] = find_lr(config, step, plan.steps)
+        generator = _seed_step(dataset.sampling.seed, round_index, step)
+        optimizer.param_groups[0]["lr"] = find_lr(config, step, plan.steps, fine_tune_from)
+        _freeze(objective, config, is_fine_tune(fine_tune_from, step))
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             terms = objective(labeled, unlabeled, step / plan.steps, generator)
@@ -119,22 +132,41 @@ def train(
                 journal.append(round_index, step, validate())
                 objective.train()
             _save(path, identity, objective, optimizer, step, pending)
-            write_state(run_dir, "running", round_index, step)
+            if not member:
+                write_state(run_dir, "running", round_index, step)
             on_checkpoint()
+        snapshots.get(step, _do_nothing)()
         if stopping:
             break
     progress.close()
     return step
 
 
-def find_lr(config: Config, step: int, steps: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then polynomial decay to zero.
+def find_model_folder(run_dir: Path, round_index: int, member: int) -> Path:
+    """Return where a model of a round is trained: the round's folder, or models/<member>/ in it."""
+    folder = run_dir / f"round_{round_index}"
+    return folder / "models" / str(member) if member else folder
 
+
+def find_lr(config: Config, step: int, steps: int, fine_tune_from: int | None = None) -> float:
+    """Return the learning rate of a step.
+
+    Linear warm-up, then polynomial decay to zero; the fine-tune has a constant one of its own.
     Source: Isensee et al. 2021 (nnU-Net), the exponent of 0.9.
     """
+    if is_fine_tune(fine_tune_from, step):
+        return config.train.fine_tune.lr
+    steps = fine_tune_from or steps
     warmup = max(1, round(config.train.warmup * steps))
     rising = min(1.0, (step + 1) / warmup)
     return float(config.train.lr * rising * (1.0 - step / steps) ** 0.9)
+
+
+def _freeze(objective: nn.Module, config: Config, tuning: bool) -> None:
+    """Freeze the first levels of the student's encoder while it is fine-tuned."""
+    if tuning:
+        student: nn.Module = objective.student  # type: ignore[assignment]  # part of its contract
+        freeze_encoder(student, config.train.fine_tune.frozen_levels)
 
 
 def _seed_step(seed: int, round_index: int, step: int) -> torch.Generator:

@@ -33,10 +33,12 @@ def run(*arguments: str) -> None:
         raise SystemExit(code)
 
 
-def finish(data: str, folder: Path, settings: list[str]) -> dict[str, Any]:
+def finish(
+    data: str, folder: Path, settings: list[str], options: list[str] | None = None
+) -> dict[str, Any]:
     """Train and evaluate one run, unless that is done; return its summary."""
     if not (folder / "evaluation" / "summary.json").is_file():
-        run("train", data, *settings, "--run", str(folder))
+        run("train", data, *settings, *(options or []), "--run", str(folder))
         run("evaluate", str(folder))
     summary: dict[str, Any] = read_json(folder / "summary.json")
     return summary
@@ -84,18 +86,45 @@ def tabulate(arms: list[Arm]) -> list[dict[str, Any]]:
 
 
 def write_results(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write results.csv and the table made from it."""
+    """Write results.csv and, with the interval in one cell, the table made from it."""
+    write_csv(out / "results.csv", rows)
+    shown = [
+        {
+            "draw": row["draw"],
+            "arm": row["arm"],
+            "n": row["n"],
+            "Dice": f"{row['dice']:.4f}",
+            "paired difference to round 0": (
+                f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+            ),
+            "minutes": row["training_minutes"],
+        }
+        for row in rows
+    ]
+    write_text(out / "results.md", to_markdown(shown))
+
+
+def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write results.csv and the same as a table."""
+    write_csv(out / "results.csv", rows)
+    write_text(out / "results.md", to_markdown(rows))
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows of the same keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(out / "results.csv", text.getvalue())
-    lines = ["| draw | arm | n | Dice | paired difference to round 0 | minutes |", "|" + "---|" * 6]
-    for row in rows:
-        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-        cells = (row["draw"], row["arm"], row["n"], f"{row['dice']:.4f}", interval)
-        lines.append(f"| {' | '.join(map(str, cells))} | {row['training_minutes']} |")
-    write_text(out / "results.md", "\n".join(lines) + "\n")
+    write_text(path, text.getvalue())
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """Return rows of the same keys as a table."""
+    head = list(rows[0])
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    lines += [f"| {' | '.join(str(row[key]) for key in head)} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ LAYERS = (
     "plan",
     "pseudo",
     "objective",
+    "cross_pseudo",
     "predict",
     "train",
     "evaluate",

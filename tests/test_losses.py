@@ -1,21 +1,36 @@
 # Axes: B batch, C classes, I J K voxels (K absent in 2D). Written by hand: p, q are probs.
 import math
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.losses import DiceLoss
+from scipy.spatial.distance import jensenshannon
 from torch.nn import functional as F
 
-from medssl.losses import mean_over_valid
+from medssl.config import ConsistencySection
+from medssl.losses import consistency, mean_over_valid
 from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss, renyi_entropy
-from medssl.losses.supervised import cross_entropy, dice_ce, dice_loss
+from medssl.losses.supervised import ce as cross_entropy
+from medssl.losses.supervised import dice as dice_loss
+from medssl.losses.supervised import dice_ce
 
 SHAPES = [(2, 3, 4, 5), (2, 3, 4, 3, 5)]
 SUPERVISED = [cross_entropy, dice_loss, dice_ce]
-DISTANCES = ["mse", "ce", "kl"]
+# f and f''(1) of each f-divergence D_f(q || p) = sum p f(q / p); total variation has a kink at 1.
+GENERATORS = {
+    "kl": (lambda u: u * np.log(u), 1.0),
+    "total_variation": (lambda u: np.abs(u - 1) / 2, None),
+    "pearson": (lambda u: (u - 1) ** 2, 2.0),
+    "hellinger": (lambda u: (np.sqrt(u) - 1) ** 2, 1 / 2),
+    "jensen_shannon": (lambda u: (u * np.log(u) - (u + 1) * np.log((u + 1) / 2)) / 2, 1 / 4),
+}
+DISTANCES = ["mse", "ce", *GENERATORS]
+BOUNDS = {"mse": 1.0, "total_variation": 1.0, "hellinger": 2.0, "jensen_shannon": math.log(2)}
 ORDERS = [0.0, 0.5, 1.0, 1.5, 2.0, 10.0, math.inf]
 
 # Every loss of the package under one signature, loss(logits, classes, weight, valid): the laws
@@ -163,7 +178,23 @@ def test_consistency_by_hand():
         "mse": (0.25**2 + 0.8**2) / 2,
         "ce": (math.log(2) - math.log(0.2)) / 2,
         "kl": (0.25 * math.log(0.5) + 0.75 * math.log(1.5) - math.log(0.2)) / 2,
+        "total_variation": (0.25 + 0.8) / 2,
+        "pearson": (2 * 0.25**2 / 0.5 + 0.8**2 / 0.2 + 0.8**2 / 0.8) / 2,
+        # 2 - 2 sum sqrt(q p) at each voxel.
+        "hellinger": (4 - 2 * (math.sqrt(0.125) + math.sqrt(0.375)) - 2 * math.sqrt(0.2)) / 2,
+        # Middles 0.375, 0.625 and 0.6, 0.4: the KL of q and of p to them, halved.
+        "jensen_shannon": (
+            0.25 * math.log(0.25 / 0.375)
+            + 0.75 * math.log(0.75 / 0.625)
+            + 0.5 * math.log(0.5 / 0.375)
+            + 0.5 * math.log(0.5 / 0.625)
+            - math.log(0.6)
+            + 0.2 * math.log(0.2 / 0.6)
+            + 0.8 * math.log(0.8 / 0.4)
+        )
+        / 4,
     }
+    assert set(expected) == set(DISTANCES)
     values = {name: consistency_loss(logits, target, name).item() for name in expected}
     assert values == pytest.approx(expected)
 
@@ -201,6 +232,25 @@ def test_kl_and_mse_are_those_of_torch(shape):
     torch.testing.assert_close(consistency_loss(logits, target, "kl"), kl)
     mse = F.mse_loss(logits.softmax(1), target)
     torch.testing.assert_close(consistency_loss(logits, target, "mse"), mse)
+
+
+def test_jensen_shannon_is_that_of_scipy():
+    logits, classes, _, _ = draw(SHAPES[1])
+    target = soften(classes, 3)
+    rows = (x.detach().double().numpy() for x in (logits.softmax(1), target))
+    reference = float((jensenshannon(*rows, axis=1) ** 2).mean())
+    value = consistency_loss(logits, target, "jensen_shannon").item()
+    assert value == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_an_f_divergence_is_the_mean_of_f_over_the_student(name):
+    logits, *_ = draw(SHAPES[1])
+    teacher = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)).softmax(1)
+    p, q = logits.detach().double().softmax(1).numpy(), teacher.double().numpy()
+    reference = (p * GENERATORS[name][0](q / p)).sum(axis=1).mean()
+    value = consistency_loss(logits, teacher, name).item()
+    assert value == pytest.approx(reference, rel=1e-5)
 
 
 def test_shannon_entropy_is_that_of_torch():
@@ -472,13 +522,86 @@ def test_an_order_that_is_none_is_refused(order):
 # ---------------------------------------------------------------- consistency
 
 
+@pytest.mark.parametrize("name", ["mse", *GENERATORS])
 @given(logits_strategy, st.randoms(use_true_random=False))
-def test_kl_is_not_negative_and_zero_at_equality(rows, random):
+@settings(max_examples=40)
+def test_a_distance_is_not_negative_bounded_and_zero_at_equality(name, rows, random):
     student = as_logits(rows)
     teacher = as_logits(random.sample(rows, len(rows))).softmax(1)
-    assert consistency_loss(student, teacher, "kl").item() >= -1e-5
-    equal = consistency_loss(student, student.softmax(1), "kl").item()
+    distance = getattr(consistency, name)(student.log_softmax(1), teacher)
+    assert distance.shape == (1, 1, 1, len(rows))
+    assert distance.min() >= -1e-5
+    assert distance.max() <= BOUNDS.get(name, math.inf) + 1e-5
+    assert distance.isfinite().all()
+    equal = consistency_loss(student, student.softmax(1), name).item()
     assert equal == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "bound"), BOUNDS.items())
+def test_a_bound_is_reached_by_a_student_that_is_certain_and_wrong(name, bound):
+    logits = torch.tensor([50.0, -50.0])[None, :, None, None].requires_grad_()
+    target = torch.tensor([0.0, 1.0])[None, :, None, None]
+    assert consistency_loss(logits, target, name).item() == pytest.approx(bound, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "curvature"), [(name, c) for name, (_, c) in GENERATORS.items() if c is not None]
+)
+def test_near_agreement_an_f_divergence_is_the_fisher_form(name, curvature):
+    generator = torch.Generator().manual_seed(1)
+    logits, step = torch.randn(2, 1, 4, 3, 3, generator=generator, dtype=torch.float64)
+    p = logits.softmax(1)
+    fisher = (p * step**2).sum(1, keepdim=True) - (p * step).sum(1, keepdim=True) ** 2
+    divergence = getattr(consistency, name)
+    epsilon = 1e-3  # the mean of both signs has no third-order term
+    both = [
+        divergence(logits.log_softmax(1), (logits + e * step).softmax(1))
+        for e in (epsilon, -epsilon)
+    ]
+    torch.testing.assert_close(
+        sum(both) / 2 / epsilon**2, curvature / 2 * fisher, rtol=1e-4, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("gap", [30.0, 90.0, 120.0, 1e4, 1e30])
+def test_a_prob_that_underflows_keeps_loss_and_gradient_finite(name, gap):
+    # Right, wrong and undecided students against one-hot and soft teachers.
+    rows = [[0.0, -gap, -gap], [-gap, 0.0, -gap], [0.0, 0.0, -gap]]
+    logits = torch.tensor(rows).T[None, :, None].requires_grad_()
+    for teacher in ([1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.5, 0.5, 0.0]):
+        target = torch.tensor(teacher)[None, :, None, None].expand(1, 3, 1, 3)
+        value = consistency_loss(logits, target, name)
+        assert value.isfinite()
+        assert gradient(value, logits).isfinite().all()
+
+
+def test_pearson_is_continued_smoothly_and_pulls_on_a_student_however_wrong():
+    lowest = math.log(1e-6)
+    target = torch.tensor([0.0, 1.0])[None, :, None, None]
+    values, pulls = [], []
+    for x in (lowest + 1e-3, lowest - 1e-3, 2 * lowest, -1e4):
+        logits = torch.tensor([0.0, x])[None, :, None, None].requires_grad_()
+        value = consistency_loss(logits, target, "pearson")
+        values.append(value.item())
+        pulls.append(gradient(value, logits)[0, 1].item())
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(values[1], rel=3e-3)
+    assert pulls[0] == pytest.approx(pulls[1], rel=3e-3)
+    assert values[2] == pytest.approx(1e6 * (1 - lowest), rel=1e-3)
+    assert pulls[2:] == pytest.approx([-1e6, -1e6], rel=1e-3)
+
+
+def test_f_divergences_differ_in_how_hard_they_pull_on_a_certain_and_wrong_student():
+    target = torch.tensor([0.0, 1.0])[None, :, None, None]
+    pulls = {}
+    for name in GENERATORS:
+        logits = torch.tensor([10.0, 0.0])[None, :, None, None].requires_grad_()
+        pulls[name] = -gradient(consistency_loss(logits, target, name), logits)[0, 1].item()
+    assert pulls["pearson"] > 1e4
+    assert pulls["kl"] == pytest.approx(1, rel=1e-3)
+    for name in ("total_variation", "hellinger", "jensen_shannon"):
+        assert 0 < pulls[name] < 0.01
 
 
 def test_ce_and_kl_have_the_same_gradient_and_differ_by_the_targets_entropy():
@@ -509,16 +632,35 @@ def test_no_gradient_goes_into_a_soft_target(loss):
     assert weight.grad is None
 
 
-@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("name", sorted({*DISTANCES} - {"total_variation"}))  # it has a kink there
 def test_consistency_has_no_gradient_where_student_and_teacher_agree(name):
     logits, _, _, _ = draw(SHAPES[0])
     grad = gradient(consistency_loss(logits, logits.detach().softmax(1), name), logits)
     assert grad.abs().max() < 1e-7
 
 
-def test_an_unknown_distance_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="'mse', 'ce' and 'kl'"):
-        consistency_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), "l1")
+@pytest.mark.parametrize(
+    "name", ["l1", "", "consistency_loss", "log_softmax", "replace_ignored", "_find_distances"]
+)
+def test_an_unknown_distance_is_refused_with_the_choices(name):
+    choices = "there are 'mse', 'ce', 'kl', .*'hellinger' and 'jensen_shannon'$"
+    with pytest.raises(ValueError, match=choices):
+        consistency_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), name)
+
+
+def test_one_function_in_the_module_is_all_that_a_new_distance_needs(monkeypatch):
+    def distance_of_background(log_probs, q):
+        return (log_probs.exp() - q)[:, :1].abs()
+
+    distance_of_background.__module__ = consistency.__name__
+    monkeypatch.setattr(consistency, "background", distance_of_background, raising=False)
+    target = torch.tensor([0.75, 0.25])[None, :, None, None]
+    assert consistency_loss(torch.zeros(1, 2, 1, 1), target, "background").item() == 0.25
+
+
+def test_every_distance_that_a_configuration_can_name_is_tested_here():
+    choices = get_args(ConsistencySection.model_fields["name"].annotation)
+    assert sorted(choices) == sorted(DISTANCES)
 
 
 # ---------------------------------------------------------------- shapes

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl.transforms.mixing import draw_cubes, paste
+from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
 
 def generator(seed=0):
@@ -58,3 +58,80 @@ def test_a_paste_keeps_the_dtype_of_maps_and_images(dtype):
     cubes = draw_cubes(1, (4, 4, 4), generator(), probability=1.0)
     ones = torch.ones(1, 1, 4, 4, 4).to(dtype)
     assert paste(torch.zeros_like(ones), ones, cubes).dtype == dtype
+
+
+def measure_sides(box):
+    return [int(box.movedim(axis, 0).flatten(1).any(1).sum()) for axis in range(box.ndim)]
+
+
+def test_cubes_are_squares_in_2d():
+    (cube,) = draw_cubes(1, (9, 6), generator(), probability=1.0)
+    assert cube.shape == (1, 9, 6)
+    assert measure_sides(cube[0]) == [6, 4]
+    assert cube.sum() == 24
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 12), min_size=2, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_a_box_is_full_and_has_the_same_fraction_of_each_side(seed, size):
+    (box,) = draw_boxes(1, tuple(size), generator(seed), probability=1.0)
+    sides = measure_sides(box[0])
+    assert box.sum() == torch.tensor(sides).prod()
+    pairs = list(zip(sides, size, strict=True))
+    lowest = max(0.0 if side == 1 else (side - 0.5) / n for side, n in pairs)  # 1 is the least
+    assert lowest <= min((side + 0.5) / n for side, n in pairs)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (16, 16, 16)])
+def test_the_volume_of_boxes_has_the_moments_of_their_beta_distribution(size):
+    boxes = draw_boxes(1500, size, generator(3), probability=1.0)
+    shares = boxes.flatten(1).float().mean(1)
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.015)
+    assert shares.std().item() == pytest.approx(1 / 6, abs=0.01)  # Beta(4, 4): 1 / (4 (2 4 + 1))
+    wide = draw_boxes(1500, size, generator(3), probability=1.0, alpha=1.0)
+    assert wide.flatten(1).float().mean(1).std().item() == pytest.approx(12**-0.5, abs=0.015)
+
+
+def test_boxes_lie_everywhere_in_the_patch():
+    boxes = draw_boxes(300, (8, 8, 8), generator(), probability=1.0)
+    assert boxes.any(0).all()
+    assert not boxes.all(0).all()
+
+
+def test_no_patch_gets_a_box_at_probability_zero_and_half_of_them_at_a_half():
+    assert not draw_boxes(20, (6, 6, 6), generator(), probability=0.0).any()
+    chosen = draw_boxes(400, (3, 3), generator(), probability=0.5).flatten(1).any(1)
+    assert 160 < chosen.sum() < 240
+
+
+def test_boxes_are_drawn_by_the_generator_alone():
+    first = draw_boxes(3, (9, 9, 9), generator(1), probability=1.0)
+    torch.manual_seed(99)
+    assert torch.equal(first, draw_boxes(3, (9, 9, 9), generator(1), probability=1.0))
+    assert not torch.equal(first, draw_boxes(3, (9, 9, 9), generator(2), probability=1.0))
+
+
+def test_the_number_of_draws_does_not_depend_on_who_gets_a_box():
+    ends = []
+    for probability in (0.0, 1.0):
+        source = generator(4)
+        draw_boxes(5, (7, 7, 7), source, probability)
+        ends.append(torch.rand(1, generator=source))
+    assert torch.equal(*ends)
+
+
+def test_two_batches_of_one_generator_have_boxes_of_other_sizes():
+    source = generator()
+    first, second = (draw_boxes(4, (40, 40), source, probability=1.0) for _ in range(2))
+    assert not torch.equal(first.flatten(1).sum(1), second.flatten(1).sum(1))
+
+
+def test_a_box_needs_a_positive_alpha():
+    with pytest.raises(ValueError, match="above 0"):
+        draw_boxes(1, (4, 4), generator(), probability=1.0, alpha=0.0)
+
+
+def test_boxes_are_pasted_in_2d():
+    boxes = draw_boxes(2, (6, 6), generator(), probability=1.0)
+    mixed = paste(torch.zeros(2, 3, 6, 6), torch.ones(2, 3, 6, 6), boxes)
+    assert torch.equal(mixed, boxes.expand_as(mixed).float())

@@ -4,7 +4,13 @@ from torch import nn
 
 from medssl.config import InputError
 from medssl.networks.build import build_network
-from medssl.networks.noise import DropBranch, add_stochastic_depth, sample_dropout
+from medssl.networks.noise import (
+    DropBranch,
+    add_stochastic_depth,
+    drop_features,
+    freeze_encoder,
+    sample_dropout,
+)
 
 
 @pytest.fixture
@@ -127,3 +133,185 @@ def test_mc_dropout_on_a_network_without_dropout_is_an_error(tiny_spec):
         sample_dropout(network),
     ):
         pass
+
+
+def watch_levels(network, image, *, depth=2):
+    """Return what goes down to each level and what the decoder gets, from a forward pass."""
+    seen = {}
+    layer = network.dynunet.skip_layers
+    handles = []
+    for level in range(depth):
+        below, decoder = layer.next_layer, layer.upsample
+
+        def keep_down(_, inputs, level=level):
+            seen["down", level] = inputs[0].clone()
+
+        def keep_up(_, inputs, level=level):
+            seen["below", level], seen["skip", level] = (x.clone() for x in inputs)
+
+        handles.append(below.register_forward_pre_hook(keep_down))
+        handles.append(decoder.register_forward_pre_hook(keep_up))
+        layer = layer.next_layer
+    heads = network.forward_heads(image)
+    for handle in handles:
+        handle.remove()
+    return seen, heads
+
+
+def is_dropped(clean, features, scale):
+    """Return (B, C) bool after a check that a channel is either gone or scaled, nothing else."""
+    gone = (features == 0).flatten(2).all(2)
+    kept = gone.logical_not()
+    assert torch.allclose(features[kept], clean[kept] * scale)
+    return gone
+
+
+def test_feature_noise_drops_channels_of_every_skip_and_of_the_bottleneck(network):
+    images = torch.randn(12, 1, 8, 8, 8, generator=torch.Generator().manual_seed(2))
+    network.eval()
+    clean, _ = watch_levels(network, images)
+    with drop_features(network, 0.25, torch.Generator().manual_seed(0)):
+        noisy, _ = watch_levels(network, images)
+    for place in (("skip", 0), ("skip", 1), ("below", 1)):
+        gone = is_dropped(clean[place], noisy[place], 4 / 3)
+        assert 0.08 < gone.float().mean() < 0.45, place
+        assert not torch.equal(gone[0], gone[1])  # each sample has its own draw
+    for level in (0, 1):  # the encoder is clean, the decoder's own features have no channel gone
+        assert torch.equal(noisy["down", level], clean["down", level])
+    assert not (noisy["below", 0] == 0).flatten(2).all(2).any()
+
+
+def test_every_skip_has_a_draw_of_its_own(tiny_spec):
+    wide = tiny_spec.model_copy(update={"filters": (16, 16, 16)})
+    network = build_network(wide).eval()
+    image = torch.randn(2, 1, 8, 8, 8)
+    with drop_features(network, 0.5, torch.Generator().manual_seed(0)):
+        seen, _ = watch_levels(network, image)
+    places = [("skip", 0), ("skip", 1), ("below", 1)]
+    first, second, third = ((seen[p] == 0).flatten(2).all(2) for p in places)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_feature_noise_of_probability_zero_changes_no_bit(network, image):
+    network.eval()
+    expected = network.forward_heads(image)
+    with drop_features(network, 0.0):
+        found = network.forward_heads(image)
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_feature_noise_reaches_every_head_in_evaluation_and_ends_with_its_context(
+    tiny_spec, image, deep_supervision
+):
+    spec = tiny_spec.model_copy(update={"deep_supervision": deep_supervision})
+    network = build_network(spec).eval()
+    before = network.forward_heads(image)
+    with drop_features(network, 0.5):
+        first, second = network.forward_heads(image), network.forward_heads(image)
+    after = network.forward_heads(image)
+    assert len(before) == 1 + deep_supervision
+    for level in range(len(before)):
+        assert first[level].isfinite().all()
+        assert not torch.equal(first[level], before[level])
+        assert not torch.equal(first[level], second[level])
+        assert torch.equal(after[level], before[level])
+    assert not any(module.training for module in network.modules())
+
+
+def test_feature_noise_acts_in_training_and_lets_gradients_to_every_weight(tiny_spec, image):
+    network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).train()
+    clean = network(image)
+    with drop_features(network, 0.5):
+        heads = network.forward_heads(image)
+    assert not torch.equal(heads[0], clean)
+    sum(level.square().mean() for level in heads).backward()
+    assert not [name for name, p in network.named_parameters() if p.grad is None]
+    assert all(module.training for module in network.modules())
+
+
+def test_feature_noise_is_drawn_by_its_generator(network, image):
+    network.eval()
+    results = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(results))
+        with drop_features(network, 0.5, torch.Generator().manual_seed(seed)):
+            results.append(network(image))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_feature_noise_leaves_no_hook_behind_after_an_error(network, image):
+    def count_hooks():
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules())
+
+    def fail():
+        with drop_features(network, 0.5):
+            counts.append(count_hooks())
+            network(image[:, :, :7])
+
+    counts = [count_hooks()]
+    with pytest.raises(RuntimeError, match="size"):
+        fail()
+    counts.append(count_hooks())
+    assert counts == [0, 3, 0]
+    network.eval()
+    assert torch.equal(network(image), network(image))
+
+
+def test_feature_noise_does_not_show_in_the_weights_that_are_saved(network):
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with drop_features(network, 0.5):
+        during = network.state_dict()
+    assert before.keys() == during.keys()
+    assert all(torch.equal(before[name], during[name]) for name in before)
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.0])
+def test_feature_noise_that_leaves_nothing_is_an_error(network, probability):
+    with pytest.raises(ValueError, match=r"\[0, 1\)"), drop_features(network, probability):
+        pass
+
+
+def test_a_network_that_is_no_dynunet_refuses_feature_noise_and_freezing():
+    other = nn.Sequential(nn.Conv3d(1, 1, 1))
+    with pytest.raises(InputError, match="no DynUNet"), drop_features(other, 0.5):
+        pass
+    with pytest.raises(InputError, match="no DynUNet"):
+        freeze_encoder(other, 1)
+
+
+def test_the_frozen_levels_are_those_next_to_the_input(network):
+    # two convolutions of 3 x 3 x 3, two norms with scale and shift, and the residual 1 x 1 x 1
+    # convolution with its norm, where channels or the stride change
+    first = 27 * 1 * 4 + 27 * 4 * 4 + 2 * (4 + 4) + (1 * 4 + 4 + 4)
+    second = 27 * 4 * 8 + 27 * 8 * 8 + 2 * (8 + 8) + (4 * 8 + 8 + 8)
+    assert freeze_encoder(network, 0) == 0
+    assert all(p.requires_grad for p in network.parameters())
+    assert freeze_encoder(network, 1) == first
+    assert freeze_encoder(network, 2) == first + second
+    frozen = {name for name, p in network.dynunet.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[0] for name in frozen if "skip_layers" not in name} == {
+        "input_block",
+        "downsamples",
+    }
+
+
+def test_a_step_moves_every_weight_but_the_frozen_ones(network, image):
+    freeze_encoder(network, 2)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    sum(level.square().mean() for level in network.forward_heads(image)).backward()
+    optimizer.step()
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+    assert any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_the_bottleneck_is_the_last_level_that_can_be_frozen(network):
+    freeze_encoder(network, 3)
+    assert not any(p.requires_grad for p in network.dynunet.bottleneck.parameters())
+    for levels in (4, -1):
+        with pytest.raises(InputError, match=f"frozen_levels={levels}: the encoder has 3 levels"):
+            freeze_encoder(network, levels)

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from medssl.config import IGNORE, list_methods, load_config
-from medssl.losses.supervised import cross_entropy
+from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import build_network
-from medssl.objective import Objective, Patches, fit, mix, roll, shrink
+from medssl.objective import Patches, fit, load_objective, mix, shrink
 
 NAMES = ("background", "organ", "lesion")
 SIZE = (8, 8, 8)
@@ -18,6 +18,12 @@ every_preset = pytest.mark.parametrize("method", METHODS)
 
 def configure(method="default", *overrides):
     return load_config(overrides=[f"method={method}", *overrides]).config
+
+
+def configure_voxelwise(method):
+    """Return the settings of a preset without what a network of single voxels does not have."""
+    views = [view for view in configure(method).views if view != "feature_noise"]
+    return configure(method, f"views={views}", "filter.uncertainty.source=none")
 
 
 def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3):
@@ -37,6 +43,7 @@ def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3):
     unlabeled = {
         "weak": weak,
         "strong": weak + 0.3 * draw(num_unlabeled),
+        "strong_2": weak + 0.3 * draw(num_unlabeled),
         "weight": torch.ones(num_unlabeled, 1, *SIZE),
     }
     if "previous_round" in config.teacher.source:
@@ -52,7 +59,8 @@ def make_objective(config, spec, seed=0, student=None):
         student = build_network(spec)
         with torch.no_grad():
             student.dynunet.output_block.conv.conv.weight.mul_(20)
-    return Objective(student, config, NAMES).train()
+    prior = torch.tensor([0.6, 0.3, 0.1])
+    return load_objective(config.objective)(student, config, NAMES, prior).train()
 
 
 def compute(objective, labeled, unlabeled, progress=0.5, seed=7):
@@ -133,7 +141,8 @@ def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, tiny_sp
     config = configure(method)
     objective = make_objective(config, tiny_spec)
     labeled, unlabeled = make_batch(config)
-    leaves = [v.requires_grad_() for k, v in unlabeled.items() if k in ("probs", "weak")]
+    targets = {"probs", "weak"} - ({"weak"} if "feature_noise" in config.views else set())
+    leaves = [value.requires_grad_() for key, value in unlabeled.items() if key in targets]
     sum(compute(objective, labeled, unlabeled).values()).backward()
     assert not any(p.requires_grad for p in objective.teacher.parameters())
     assert all(p.grad is None for p in objective.teacher.parameters())
@@ -189,7 +198,7 @@ class VoxelNetwork(nn.Module):
 
 @every_preset
 def test_ignored_voxels_give_no_gradient(method):
-    config = configure(method)
+    config = configure_voxelwise(method)
     objective = make_objective(config, None, student=VoxelNetwork())
     labeled, unlabeled = make_batch(config)
     labeled["label"][:, :, :2] = IGNORE
@@ -208,7 +217,7 @@ def test_ignored_voxels_give_no_gradient(method):
 @every_preset
 @pytest.mark.parametrize("num_heads", [1, 3])
 def test_what_stands_in_ignored_voxels_changes_no_loss(method, num_heads):
-    config = configure(method)
+    config = configure_voxelwise(method)
     student = VoxelNetwork(num_heads)
     results = []
     for filler in (0, 2):
@@ -407,7 +416,8 @@ def test_an_online_teacher_needs_no_pseudo_labels_on_disk(tiny_spec):
 
 def make_patches(value, count=2):
     ones = torch.ones(count, 1, 4, 4, 4)
-    return Patches(ones * value, ones.expand(-1, 3, -1, -1, -1) * value, ones * value, ones > 0)
+    probs = ones.expand(-1, 3, -1, -1, -1) * value
+    return Patches(ones * value, probs, ones * value, ones > 0, probs, ones > 0, ones * value)
 
 
 def test_mixing_moves_image_target_weight_and_valid_alike():
@@ -416,7 +426,7 @@ def test_mixing_moves_image_target_weight_and_valid_alike():
     source = make_patches(2.0)
     source.valid[0, :, 0] = False
     mixed = mix(make_patches(1.0), source, cubes)
-    for part in (mixed.image, mixed.target, mixed.weight):
+    for part in (mixed.image, mixed.target, mixed.weight, mixed.online, mixed.accepted):
         assert torch.equal(part, 1.0 + cubes.expand_as(part).float())
     assert not mixed.valid[0, :, 0].any()
     assert mixed.valid[0, :, 1:].all()
@@ -424,7 +434,7 @@ def test_mixing_moves_image_target_weight_and_valid_alike():
 
 def test_partners_for_mixing_are_the_next_in_the_batch_and_repeat_as_needed():
     patches = make_patches(torch.tensor([1.0, 2.0, 3.0])[:, None, None, None, None], count=3)
-    assert roll(patches).image[:, 0, 0, 0, 0].tolist() == [2, 3, 1]
+    assert fit(patches, 3, shift=1).image[:, 0, 0, 0, 0].tolist() == [2, 3, 1]
     fitted = fit(patches, 5, scale=0.5)
     assert fitted.image[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
     assert fitted.weight[:, 0, 0, 0, 0].tolist() == [0.5, 1, 1.5, 0.5, 1]

@@ -140,3 +140,32 @@ def test_only_the_part_of_a_volume_that_a_patch_needs_is_read(tmp_path):
     volume = np.zeros((1, 50, 50, 50), np.float32).view(Watched)
     draw(0, (50, 50, 50), (6, 6, 6), target=(25, 25, 25)).sample(volume, nearest=True)
     assert 6**3 <= Watched.read < 20**3
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 1.5))
+@settings(max_examples=15, deadline=None)
+def test_an_extra_that_moves_nothing_leaves_every_bit(seed, strength):
+    still = (np.eye(3), np.zeros(3))
+    found = draw(seed, strength=strength, extra=still)
+    assert torch.equal(found.coordinates, draw(seed, strength=strength).coordinates)
+
+
+def test_an_extra_turns_the_patch_about_its_centre_and_then_shifts_it():
+    plain = draw(4, (30, 30, 30), strength=0.0, flips=()).coordinates
+    centre = plain.flatten(0, 2).mean(0)
+    turn = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    shift = np.array([0.25, 0.0, -0.5])  # of a patch of 8 voxels
+    found = draw(4, (30, 30, 30), strength=0.0, flips=(), extra=(turn, shift)).coordinates
+    expected = (plain - centre) @ torch.tensor(turn.T, dtype=torch.float32) + centre
+    assert torch.allclose(found, expected + torch.tensor([2.0, 0.0, -4.0]), atol=1e-4)
+
+
+def test_an_extra_follows_what_was_drawn():
+    turn = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    for seed in range(8):
+        before = draw(seed, strength=0.3).coordinates
+        after = draw(seed, strength=0.3, extra=(turn, np.zeros(3))).coordinates
+        edges = [c[1, 1, 1] - c[0, 0, 0] for c in (before, after)]
+        bent = (before[2, 2, 2] - before[1, 1, 1] - edges[0]).abs().max() > 1e-4
+        turned = torch.tensor(turn, dtype=torch.float32) @ edges[0]
+        assert bent or torch.allclose(edges[1], turned, atol=1e-4)

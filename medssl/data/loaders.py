@@ -7,7 +7,7 @@ Axes: B batch, C channels, I J K voxel axes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medssl.config import IGNORE
+from medssl.config import IGNORE, RandAugmentSection
 from medssl.data.cache import CachedCase
 from medssl.runs import seed_from
 from medssl.transforms.intensity import apply_seeded, build_intensity, build_occlusion
+from medssl.transforms.randaugment import (
+    Operation,
+    apply_intensity,
+    draw_operations,
+    spatial_matrix,
+)
 from medssl.transforms.spatial import SpatialDraw, draw_spatial
 
 Batch = dict[str, dict[str, Tensor] | None]
@@ -30,10 +36,12 @@ class UnlabeledCase:
 
     ``folder`` holds probs.npy (num_classes, I, J, K) uint8, uncertainty.npy (I, J, K) float16 and
     class_voxels.npz, all on the cache grid; None for a method whose targets are made online.
+    ``weight`` is how often patches are cut from it, relative to the others.
     """
 
     cached: CachedCase
     folder: Path | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,9 @@ class Sampling:
     """What decides the patches of a round besides the cases.
 
     ``foreground`` is the share of patches around a foreground voxel; ``strong`` scales the strong
-    view; ``flips`` are the axes that may be mirrored; ``num_unlabeled`` counts unlabeled patches
-    per step.
+    views, of which ``views`` names the ones that are made; ``flips`` are the axes that may be
+    mirrored; ``num_unlabeled`` counts unlabeled patches per step. From step ``fine_tune_from`` on
+    there are labeled patches only, not augmented; ``pretrain`` leaves them out before it.
     """
 
     seed: int
@@ -53,6 +62,10 @@ class Sampling:
     foreground: float
     strong: float
     flips: tuple[int, ...]
+    views: tuple[str, ...] = ("strong",)
+    randaugment: RandAugmentSection = field(default_factory=RandAugmentSection)
+    fine_tune_from: int | None = None
+    pretrain: bool = False
 
 
 class PatchDataset(Dataset[Batch]):
@@ -76,37 +89,49 @@ class PatchDataset(Dataset[Batch]):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker: a sum over two threads rounds differently
         try:
-            labeled = [self._draw_labeled(step, index) for index in range(self.sampling.batch)]
-            count = self.sampling.num_unlabeled if self.unlabeled else 0
-            unlabeled = [self._draw_unlabeled(step, index) for index in range(count)]
+            tuning = is_fine_tune(self.sampling.fine_tune_from, step)
+            alone = not self.unlabeled or tuning
+            num_labeled = 0 if self.sampling.pretrain and not alone else self.sampling.batch
+            num_unlabeled = 0 if alone else self.sampling.num_unlabeled
+            labeled = [self._draw_labeled(step, index, tuning) for index in range(num_labeled)]
+            unlabeled = [self._draw_unlabeled(step, index) for index in range(num_unlabeled)]
         finally:
             torch.set_num_threads(threads)
-        return {"labeled": _stack(labeled), "unlabeled": _stack(unlabeled) if unlabeled else None}
+        return {"labeled": _stack(labeled), "unlabeled": _stack(unlabeled)}
 
-    def _draw_labeled(self, step: int, index: int) -> dict[str, Tensor]:
-        """Cut one labeled patch."""
+    def _draw_labeled(self, step: int, index: int, plain: bool) -> dict[str, Tensor]:
+        """Cut one labeled patch, augmented or plain."""
         case = self.labeled[self._choose(len(self.labeled), "labeled", step, index)]
         label = case.label()
         if label is None:
             raise ValueError(f"{case.case_id}: a labeled case without a label in the cache")
         seed = self._seed(step, index, "labeled")
-        draw = self._draw(seed, case, case.class_voxels())
-        image = apply_seeded(self._weak, draw.sample(case.image(), nearest=False), seed)
+        draw = self._draw(seed, case, case.class_voxels(), plain=plain)
+        image = draw.sample(case.image(), nearest=False)
+        if not plain:
+            image = apply_seeded(self._weak, image, seed)
         classes = draw.sample(label[None], nearest=True)
         inside = draw.find_inside(case.shape)
         weight = inside * (classes != IGNORE)
         return {"image": image * inside, "label": classes.to(torch.uint8), "weight": weight}
 
     def _draw_unlabeled(self, step: int, index: int) -> dict[str, Tensor]:
-        """Cut one unlabeled patch with its weak and strong view and its pseudo-label."""
+        """Cut one unlabeled patch with its weak and strong views and its pseudo-label."""
         case = self.unlabeled[self._choose(len(self.unlabeled), "unlabeled", step, index)]
         seed = self._seed(step, index, "unlabeled")
         voxels = _load_class_voxels(case.folder) if case.folder else {}
-        draw = self._draw(seed, case.cached, voxels)
+        section = self.sampling.randaugment
+        rng = np.random.default_rng(seed + 1)
+        operations = draw_operations(rng, section.num_operations, section.magnitude)
+        draw = self._draw(seed, case.cached, voxels, operations)
         weak = draw.sample(case.cached.image(), nearest=False)
         inside = draw.find_inside(case.cached.shape)
-        strong = apply_seeded(self._occlusion, apply_seeded(self._strong, weak, seed), seed + 1)
-        patch = {"weak": weak * inside, "strong": strong * inside, "weight": inside}
+        patch = {"weak": weak * inside, "weight": inside}
+        if "strong" in self.sampling.views:
+            patch["strong"] = self._disturb(weak, operations, seed) * inside
+        if "strong_2" in self.sampling.views:
+            others = draw_operations(rng, section.num_operations, section.magnitude)
+            patch["strong_2"] = self._disturb(weak, others, seed + 2) * inside
         if case.folder is None:
             return patch
         probs = np.load(case.folder / "probs.npy", mmap_mode="r", allow_pickle=False)
@@ -118,7 +143,20 @@ class PatchDataset(Dataset[Batch]):
         patch["weight"] = inside * (total > 0)
         return patch
 
-    def _draw(self, seed: int, case: CachedCase, voxels: Mapping[int, object]) -> SpatialDraw:
+    def _disturb(self, weak: Tensor, operations: Sequence[Operation], seed: int) -> Tensor:
+        """Return a strong view: the weak one under intensity noise, RandAugment and occlusion."""
+        image = apply_seeded(self._strong, weak, seed)
+        image = apply_intensity(operations, image, seed)
+        return apply_seeded(self._occlusion, image, seed + 1)
+
+    def _draw(
+        self,
+        seed: int,
+        case: CachedCase,
+        voxels: Mapping[int, object],
+        operations: Sequence[Operation] = (),
+        plain: bool = False,
+    ) -> SpatialDraw:
         """Draw the geometry of a patch, around a foreground voxel in a share of the patches."""
         rng = np.random.default_rng(seed)
         wants_foreground, which = rng.random(2)
@@ -128,13 +166,22 @@ class PatchDataset(Dataset[Batch]):
             found = np.asarray(voxels[classes[int(which * len(classes))]])
             target = found[rng.integers(len(found))]
         spacing = np.linalg.norm(case.affine[:3, :3], axis=0)
+        extra = spatial_matrix(operations, spacing) if operations else None
+        flips, strength = ((), 0.0) if plain else (self.sampling.flips, 1.0)
         return draw_spatial(
-            rng, case.shape, self.sampling.patch_size, target, self.sampling.flips, 1.0, spacing
+            rng, case.shape, self.sampling.patch_size, target, flips, strength, spacing, extra
         )
 
     def _choose(self, num_cases: int, purpose: str, step: int, index: int) -> int:
-        """Return which case a patch is cut from: every case once per pass, in random order."""
+        """Return which case a patch is cut from.
+
+        Every case once per pass, in random order; by their weights where these differ.
+        """
         per_step = self.sampling.batch if purpose == "labeled" else self.sampling.num_unlabeled
+        weights = np.array([case.weight for case in self.unlabeled])
+        if purpose == "unlabeled" and (weights != weights[0]).any():
+            rng = np.random.default_rng(self._seed(step, index, "choice"))
+            return int(rng.choice(num_cases, p=weights / weights.sum()))
         turn, place = divmod(step * per_step + index, num_cases)
         key = (self.sampling.seed, self.sampling.round_index, purpose, "order", turn)
         return int(np.random.default_rng(seed_from(*key)).permutation(num_cases)[place])
@@ -151,9 +198,18 @@ def _load_class_voxels(folder: Path) -> dict[int, object]:
         return {int(name): archive[name] for name in archive.files}
 
 
-def _stack(patches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack patches into a batch."""
-    return {key: torch.stack([patch[key] for patch in patches]) for key in patches[0]}
+def is_fine_tune(first_step: int | None, step: int) -> bool:
+    """Return whether a step belongs to the fine-tune at the end of a round."""
+    return first_step is not None and step >= first_step
+
+
+def _stack(patches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Stack patches into a batch; None if there are none."""
+    return (
+        None
+        if not patches
+        else {key: torch.stack([patch[key] for patch in patches]) for key in patches[0]}
+    )
 
 
 def iterate_batches(

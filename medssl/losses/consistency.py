@@ -1,13 +1,29 @@
 """Distance of a student's logits to a teacher's probs.
 
 Axes: B batch, C classes (background first), I J K voxels (K is absent in 2D).
+
+Throughout, q is the teacher and p the student, as in the cross-entropy -sum q ln p. An f-divergence
+is D_f(q || p) = sum p f(q / p) with f convex and f(1) = 0. Between probs that differ by a small
+step d of the logits it is f''(1) / 2 d' F d with F = diag(p) - p p' (total variation, which has a
+kink there, apart): close to agreement they differ by a factor only. They differ in how hard they
+pull on a student that is certain and wrong. Pearson pulls without bound and KL with a bounded
+force; total variation, Hellinger and Jensen-Shannon let go of it.
+
+Every public function with the parameters (log_probs, q) is a distance, and its name is the name
+that a configuration gives it.
 """
+
+import inspect
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from medssl.losses import mean_over_valid, replace_ignored
+
+_LOWEST_PEARSON_PROB = 1e-6  # below it 1 / p goes on as its tangent over ln p
 
 
 def consistency_loss(
@@ -19,39 +35,133 @@ def consistency_loss(
 ) -> Tensor:
     """Return the distance of softmax(logits) to the target, averaged over the valid voxels.
 
-    With q the target and p the student: `mse` is the mean over classes of (p - q)^2, `ce` is
-    -sum q ln p and `kl` is sum q ln(q / p) = ce - H(q), both in nats and with the same gradient.
-    The gradient goes into the logits only.
+    The gradient goes into the logits only. It is finite for every finite logit and every target,
+    one-hot targets included.
 
     Args:
         logits: The student on the noised view, (B, C, I, J, K).
         target_probs: The teacher on the weak view, (B, C, I, J, K).
-        name: "mse", "ce" or "kl".
+        name: "mse", "ce", "kl", "total_variation", "pearson", "hellinger" or "jensen_shannon".
         weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
         valid: Bool (B, 1, I, J, K); voxels that are False are ignored.
 
     Raises:
         ValueError: A shape does not fit the logits, `valid` is not bool, or the name is unknown.
 
-    Source: Tarvainen and Valpola 2017, Mean Teacher (`mse`).
+    Source: Tarvainen and Valpola 2017, Mean Teacher (`mse`); Csiszár 1967 (f-divergences).
     """
     if target_probs.shape != logits.shape:
         raise ValueError(
             f"target_probs has shape {tuple(target_probs.shape)}, "
             f"but the logits have {tuple(logits.shape)}"
         )
+    distances = _find_distances()
+    if name not in distances:
+        *others, last = map(repr, distances)
+        choices = f"{', '.join(others)} and {last}"
+        raise ValueError(f"consistency loss {name!r} is unknown; there are {choices}")
     q = replace_ignored(target_probs.detach().float(), valid)
     log_probs = log_softmax(replace_ignored(logits, valid).float(), dim=1)
-    distance = _distance(log_probs, q, name)
-    return mean_over_valid(distance, weight, valid)
+    return mean_over_valid(distances[name](log_probs, q), weight, valid)
 
 
-def _distance(log_probs: Tensor, q: Tensor, name: str) -> Tensor:
-    """Return the named distance of each voxel, (B, 1, I, J, K)."""
-    if name == "mse":
-        return (log_probs.exp() - q).square().mean(dim=1, keepdim=True)
-    if name == "ce":
-        return -(q * log_probs).sum(dim=1, keepdim=True)
-    if name == "kl":
-        return (torch.xlogy(q, q) - q * log_probs).sum(dim=1, keepdim=True)
-    raise ValueError(f"consistency loss {name!r} is unknown; there are 'mse', 'ce' and 'kl'")
+def mse(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return the mean over classes of (p - q)^2 of each voxel, (B, 1, I, J, K), in [0, 2 / C].
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+    """
+    return (log_probs.exp() - q).square().mean(dim=1, keepdim=True)
+
+
+def ce(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return the cross-entropy -sum q ln p of each voxel, (B, 1, I, J, K), in nats.
+
+    It is `kl` + the entropy of q: a constant apart, so with the same gradient.
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+    """
+    return -(q * log_probs).sum(dim=1, keepdim=True)
+
+
+def kl(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return sum q ln(q / p) of each voxel, (B, 1, I, J, K), in nats; f(u) = u ln u, f''(1) = 1.
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+    """
+    return (torch.xlogy(q, q) - q * log_probs).sum(dim=1, keepdim=True)
+
+
+def total_variation(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return sum |q - p| / 2 of each voxel, (B, 1, I, J, K), in [0, 1]; f(u) = |u - 1| / 2.
+
+    It has a kink at p = q: its gradient does not fade as the student comes close to the teacher.
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+    """
+    return (q - log_probs.exp()).abs().sum(dim=1, keepdim=True) / 2
+
+
+def pearson(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return sum (q - p)^2 / p of each voxel, (B, 1, I, J, K); f(u) = (u - 1)^2, f''(1) = 2.
+
+    Unbounded, and so is its gradient q^2 / p. Departure: below p = 1e-6 the factor 1 / p goes on
+    as its tangent over ln p, 1e6 (1 + ln(1e-6 / p)). Clamped there, a confident student that is
+    wrong would not be pulled at all; unclamped, 1 / p overflows.
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+    """
+    lowest = math.log(_LOWEST_PEARSON_PROB)
+    inverse = (-log_probs.clamp(min=lowest)).exp() * (1 + (lowest - log_probs).clamp(min=0))
+    return ((q - log_probs.exp()).square() * inverse).sum(dim=1, keepdim=True)
+
+
+def hellinger(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return the squared Hellinger distance of each voxel, (B, 1, I, J, K), in [0, 2].
+
+    It is sum (sqrt q - sqrt p)^2, not halved; f(u) = (sqrt u - 1)^2, f''(1) = 1/2.
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+    """
+    return (q.sqrt() - (log_probs / 2).exp()).square().sum(dim=1, keepdim=True)
+
+
+def jensen_shannon(log_probs: Tensor, q: Tensor) -> Tensor:
+    """Return [KL(q || m) + KL(p || m)] / 2 of each voxel, (B, 1, I, J, K), in [0, ln 2] nats.
+
+    m = (q + p) / 2; f(u) = [u ln u - (u + 1) ln((u + 1) / 2)] / 2, f''(1) = 1/4.
+
+    Args:
+        log_probs: ln p, (B, C, I, J, K).
+        q: (B, C, I, J, K).
+
+    Source: Lin 1991 (with equal weights).
+    """
+    p = log_probs.exp()
+    # Not ln((q + p) / 2): where q is 0 and p underflows, its gradient would be infinity times 0.
+    log_middle = torch.logaddexp(q.log(), log_probs) - math.log(2)
+    terms = torch.xlogy(q, q) + p * log_probs - (q + p) * log_middle
+    return terms.sum(dim=1, keepdim=True) / 2
+
+
+def _find_distances() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Return the public functions of this module with the parameters (log_probs, q), by name."""
+    return {
+        name: function
+        for name, function in globals().items()
+        if inspect.isfunction(function)
+        and function.__module__ == __name__
+        and not name.startswith("_")
+        and list(inspect.signature(function).parameters) == ["log_probs", "q"]
+    }

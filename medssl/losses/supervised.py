@@ -14,7 +14,7 @@ from medssl.config import IGNORE
 from medssl.losses import check_map, mean_over_valid, replace_ignored
 
 
-def cross_entropy(
+def ce(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
     """Return the cross-entropy in nats, averaged over the valid voxels.
@@ -28,11 +28,11 @@ def cross_entropy(
     Raises:
         ValueError: A shape does not fit the logits, or `valid` is not bool.
     """
-    log_probs, probs, valid = _align(logits, target, valid)
+    log_probs, probs, valid = align(logits, target, valid)
     return _cross_entropy(log_probs, probs, weight, valid)
 
 
-def dice_loss(
+def dice(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -64,14 +64,14 @@ def dice_loss(
     Source: Wang et al. 2023, Dice Semimetric Losses (the overlap for soft labels); Isensee et al.
         2021, nnU-Net (sums over the batch, no background), which has s = 1e-5.
     """
-    log_probs, probs, valid = _align(logits, target, valid)
+    log_probs, probs, valid = align(logits, target, valid)
     return _dice_loss(log_probs, probs, weight, valid, smooth)
 
 
 def dice_ce(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """Return `dice_loss` + `cross_entropy`.
+    """Return `dice` + `ce`.
 
     Args:
         logits: (B, C, I, J, K).
@@ -82,13 +82,26 @@ def dice_ce(
     Raises:
         ValueError: A shape does not fit the logits, or `valid` is not bool.
     """
-    log_probs, probs, valid = _align(logits, target, valid)
-    dice = _dice_loss(log_probs, probs, weight, valid, smooth=1.0)
-    return dice + _cross_entropy(log_probs, probs, weight, valid)
+    log_probs, probs, valid = align(logits, target, valid)
+    overlap = _dice_loss(log_probs, probs, weight, valid, smooth=1.0)
+    return overlap + _cross_entropy(log_probs, probs, weight, valid)
 
 
-def _align(logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probs and target probs (B, C, ...) in float32 and the valid voxels (B, 1, ...)."""
+def align(logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs and target probs in float32 and the valid voxels, ignored ones replaced.
+
+    Args:
+        logits: (B, C, I, J, K).
+        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
+        valid: Bool (B, 1, I, J, K); None means every voxel that is not 255.
+
+    Returns:
+        Log-probs and probs (B, C, I, J, K), the probs one-hot if the target is a class map, and
+        the valid voxels, bool (B, 1, I, J, K).
+
+    Raises:
+        ValueError: A shape does not fit the logits, or `valid` is not bool.
+    """
     is_soft = target.is_floating_point()
     num_channels = logits.shape[1] if is_soft else 1
     wanted = (logits.shape[0], num_channels, *logits.shape[2:])

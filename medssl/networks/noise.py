@@ -1,4 +1,6 @@
-"""Model noise: stochastic depth, and dropout that can be left on at evaluation.
+"""Model noise: stochastic depth, dropout that can be left on at evaluation, feature dropout.
+
+Beside them, the freezing of the first levels of an encoder.
 
 Axes: B batch, C channels, I J K voxel axes.
 """
@@ -10,6 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetResBlock
+from monai.networks.nets import DynUNet
+from monai.networks.nets.dynunet import DynUNetSkipLayer
 from torch import Tensor, nn
 
 from medssl.config import InputError
@@ -90,3 +94,92 @@ def sample_dropout(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(was_training)
+
+
+@contextlib.contextmanager
+def drop_features(
+    network: nn.Module, probability: float, generator: torch.Generator | None = None
+) -> Iterator[None]:
+    """Drop channels of everything that the decoder gets from the encoder, in each forward pass.
+
+    These are the skips of all levels and the bottleneck's features, each with a draw of its own
+    per sample and channel; survivors are scaled by 1/(1 - probability). The encoder itself is left
+    clean: what goes down to the next level is not dropped. Modes, weights and state_dict of the
+    network stay as they are, and so does the noise that its mode gives it.
+
+    Args:
+        network: A DynUNet, or a module that holds one.
+        probability: Probability in [0, 1) that a channel is dropped; 0.5 in the paper.
+        generator: Source of the draw; torch's global random state if there is none.
+
+    Raises:
+        InputError: The network holds no DynUNet.
+        ValueError: The probability is not in [0, 1).
+
+    Source: Yang et al. 2023 (UniMatch), feature perturbation: channel dropout on all features of
+        the encoder, of the weak view.
+    """
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"the probability of dropping a channel is in [0, 1), got {probability}")
+    layer = _find_dynunet(network).skip_layers
+
+    def drop_skip(_: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        below, skip = inputs
+        return below, _drop_channels(skip, probability, generator)
+
+    def drop_bottleneck(_: nn.Module, __: tuple[Tensor], features: Tensor) -> Tensor:
+        return _drop_channels(features, probability, generator)
+
+    with contextlib.ExitStack() as hooks:
+        while isinstance(layer, DynUNetSkipLayer):
+            hooks.enter_context(layer.upsample.register_forward_pre_hook(drop_skip))
+            layer = layer.next_layer
+        hooks.enter_context(layer.register_forward_hook(drop_bottleneck))
+        yield
+
+
+def freeze_encoder(network: nn.Module, levels: int) -> int:
+    """Freeze the first levels of the encoder, from the input on: their weights get no gradient.
+
+    Args:
+        network: A DynUNet, or a module that holds one.
+        levels: How many resolution levels; the bottleneck is the last one.
+
+    Returns:
+        The number of weights that are frozen.
+
+    Raises:
+        InputError: The network holds no DynUNet, or has not so many levels.
+
+    Source: Xie et al. 2020 (Noisy Student), section 3.1: early layers are frozen in the last
+        fine-tune, at the resolution of the test.
+    """
+    dynunet = _find_dynunet(network)
+    blocks = [dynunet.input_block, *dynunet.downsamples, dynunet.bottleneck]
+    if not 0 <= levels <= len(blocks):
+        raise InputError(
+            f"train.fine_tune.frozen_levels={levels}: the encoder has {len(blocks)} levels; set it "
+            f"to 0 to {len(blocks)}"
+        )
+    weights = [weight for block in blocks[:levels] for weight in block.parameters()]
+    for weight in weights:
+        weight.requires_grad_(False)
+    return sum(weight.numel() for weight in weights)
+
+
+def _drop_channels(
+    features: Tensor, probability: float, generator: torch.Generator | None
+) -> Tensor:
+    """Return the features (B, C, I, J, K), zero in the channels that were dropped."""
+    device = features.device if generator is None else generator.device
+    drawn = torch.rand(features.shape[:2], generator=generator, device=device)
+    alive = (drawn >= probability).to(features).reshape(*drawn.shape, *[1] * (features.ndim - 2))
+    return features * alive / (1.0 - probability)
+
+
+def _find_dynunet(network: nn.Module) -> DynUNet:
+    """Return the DynUNet that a network is or holds."""
+    for module in network.modules():
+        if isinstance(module, DynUNet):
+            return module
+    raise InputError(f"the network holds no DynUNet, whose encoder is meant: {type(network)}")

@@ -42,7 +42,8 @@ class CaseReview:
     """One row of review.csv: what is known of the pseudo-label of a case.
 
     ``confidence`` and ``uncertainty`` (nats) are means over predicted foreground; ``agreement`` is
-    the mean Dice with the round before, or None; ``coverage`` are accepted fractions.
+    the mean Dice with the round before, ``stability`` that with earlier checkpoints of the same
+    training, or None; ``coverage`` are accepted fractions.
     """
 
     case_id: str
@@ -56,6 +57,7 @@ class CaseReview:
     agreement_per_class: dict[str, float]
     volume_ml: dict[str, float]
     share: dict[int, float] = field(repr=False)
+    stability: float | None = None
 
     def to_row(self) -> dict[str, object]:
         """Return the row of review.csv."""
@@ -124,18 +126,18 @@ def trust_voxels(
 ) -> NDArray[np.bool_]:
     """Return (I, J, K): the voxels that people are shown as trusted, and that coverage counts.
 
-    The confidence reaches the lowest threshold of the round and the entropy is under the strictest
-    limit. The student's own filter moves in between, class by class.
+    The confidence reaches the lowest threshold of the round, where that is a given number, and the
+    uncertainty is under the strictest limit. The student's own filter moves in between, class by
+    class.
 
     Args:
         probs: (num_classes, I, J, K).
         uncertainty: (I, J, K), nats.
         section: The filter's settings.
     """
-    lowest = {"none": 0.0, "fixed": section.threshold.start}
-    trusted: NDArray[np.bool_] = probs.max(0) >= lowest.get(
-        section.threshold.name, section.threshold.end
-    )
+    threshold = section.threshold
+    lowest = {"fixed": threshold.start, "curriculum": threshold.end, "flex": threshold.end}
+    trusted: NDArray[np.bool_] = probs.max(0) >= lowest.get(threshold.name, 0.0)
     if section.uncertainty.source != "none":
         trusted &= uncertainty < section.uncertainty.start * np.log(len(probs))
     return trusted

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.config import IGNORE, FilterSection
+from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import write_mask
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
@@ -22,18 +23,32 @@ from medssl.pseudo.store import (
     has_pseudo_label,
     measure_agreement,
     read_pseudo_label,
+    read_stability,
     write_pseudo_label,
 )
 from medssl.runs import write_text
 from medssl.transforms.geometry import to_native
 
 NUM_OVERLAYS = 4  # fixed cases, pictured after each round
-Maps = tuple[NDArray[np.float32], NDArray[np.float32]]
+LEAST_WEIGHT = 0.01  # of a case, so that none is lost for good
+
+
+@dataclass(frozen=True)
+class RawPseudoLabel:
+    """What a teacher says of a case, before any filter.
+
+    ``probs`` (num_classes, I, J, K); ``uncertainty`` (I, J, K) in nats; ``stability`` is the mean
+    Dice of earlier checkpoints' class maps with this one, or None where it was not measured.
+    """
+
+    probs: NDArray[np.float32]
+    uncertainty: NDArray[np.float32]
+    stability: float | None
 
 
 def label_cases(
     cases: Sequence[CachedCase],
-    predict: Callable[[CachedCase], Maps],
+    predict: Callable[[CachedCase], RawPseudoLabel],
     folder: Path,
     before: Path | None,
     teacher_hash: str,
@@ -50,7 +65,7 @@ def label_cases(
 
     Args:
         cases: The unlabeled cases.
-        predict: Returns probs (num_classes, I, J, K) and uncertainty (I, J, K) of a case.
+        predict: Labels a case.
         folder: The folder of the round whose model labels.
         before: pseudo_labels/ of the teacher of that model, to agree with; None in round 0.
         teacher_hash: Hash of the model's weights: pseudo-labels of other weights are made anew.
@@ -69,18 +84,18 @@ def label_cases(
             return None
         target = folder / "pseudo_labels" / case.case_id
         if not has_pseudo_label(target, teacher_hash):
-            raw, uncertainty = predict(case)
+            raw = predict(case)
+            found = raw.probs
             if section.components == "largest":
-                raw = drop_islands(raw, expectation.single)
-            write_pseudo_label(target, raw, uncertainty, teacher_hash)
+                found = drop_islands(found, expectation.single)
+            write_pseudo_label(target, found, raw.uncertainty, teacher_hash, raw.stability)
         probs, uncertainty = read_pseudo_label(target)
         agreement = _compare(probs, before / case.case_id, names) if before else {}
         voxel_ml = float(np.prod(case.spacing)) / 1000
-        reviews.append(
-            review_case(
-                case.case_id, probs, uncertainty, agreement, voxel_ml, names, expectation, section
-            )
+        review = review_case(
+            case.case_id, probs, uncertainty, agreement, voxel_ml, names, expectation, section
         )
+        reviews.append(replace(review, stability=read_stability(target)))
         _write_mask(folder, case, probs, uncertainty, label_values, section)
         if number <= NUM_OVERLAYS:
             write_overlay(
@@ -144,3 +159,37 @@ def read_review(folder: Path) -> list[dict[str, str]]:
     """Return the rows of the review.csv of a round."""
     with (folder / "review.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def weigh_cases(
+    rows: Sequence[Mapping[str, str]], section: CaseFilterSection, names: Sequence[str]
+) -> dict[str, float]:
+    """Return how often patches are cut from each case, relative to the others.
+
+    Args:
+        rows: Rows of review.csv.
+        section: ``draw: coverage`` weighs by the accepted share of the predicted foreground;
+            ``balance`` by how much rarer a case's rarest class is than the most frequent one, which
+            is what repeating cases of rare classes comes to.
+        names: Foreground classes.
+
+    Source: Xie et al. 2020 (Noisy Student), section 3.1, for the balance of classes.
+    """
+    present = {name: {row["case_id"] for row in rows if has_class(row, name)} for name in names}
+    most = max((len(cases) for cases in present.values()), default=0)
+    weights = {}
+    for row in rows:
+        weight = 1.0
+        if section.draw == "coverage":
+            shares = [float(row[f"coverage/{n}"]) for n in names if has_class(row, n)]
+            weight *= max(float(np.mean(shares)) if shares else 0.0, LEAST_WEIGHT)
+        if section.balance:
+            own = [len(cases) for cases in present.values() if row["case_id"] in cases]
+            weight *= most / min(own) if own else 1.0
+        weights[row["case_id"]] = weight
+    return weights
+
+
+def has_class(row: Mapping[str, str], name: str) -> bool:
+    """Return whether the pseudo-mask of a row of review.csv has a class."""
+    return float(row[f"volume_ml/{name}"]) > 0

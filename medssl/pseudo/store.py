@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from medssl.runs import read_json, seed_from, write_file, write_json
 
@@ -18,7 +20,11 @@ MOST_VOXELS = 5_000  # per class, kept to place patches on
 
 
 def write_pseudo_label(
-    folder: Path, probs: NDArray[np.float32], uncertainty: NDArray[np.float32], teacher: str
+    folder: Path,
+    probs: NDArray[np.float32],
+    uncertainty: NDArray[np.float32],
+    teacher: str,
+    stability: float | None = None,
 ) -> None:
     """Write the pseudo-label of a case; meta.json comes last, so its existence means whole.
 
@@ -27,6 +33,7 @@ def write_pseudo_label(
         probs: (num_classes, I, J, K); stored as uint8, 255 = 1.
         uncertainty: (I, J, K) predictive entropy in nats; stored as float16.
         teacher: Hash of the weights that made it.
+        stability: Mean Dice with what earlier checkpoints of the teacher said, if measured.
 
     Raises:
         FloatingPointError: Probs or uncertainty are not finite.
@@ -41,7 +48,7 @@ def write_pseudo_label(
     _save(folder / "uncertainty.npy", uncertainty.astype(np.float16))
     named: dict[str, Any] = {str(index): found for index, found in voxels.items()}
     write_file(folder / "class_voxels.npz", lambda path: _save_archive(path, named))
-    write_json(folder / "meta.json", {"teacher": teacher})
+    write_json(folder / "meta.json", {"teacher": teacher, "stability": stability})
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:
@@ -75,7 +82,7 @@ def _draw_class_voxels(probs: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]
 def has_pseudo_label(folder: Path, teacher: str) -> bool:
     """Return whether a whole pseudo-label of this teacher stands here."""
     path = folder / "meta.json"
-    return path.is_file() and read_json(path) == {"teacher": teacher}
+    return path.is_file() and read_json(path)["teacher"] == teacher
 
 
 def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -83,6 +90,25 @@ def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.flo
     probs = np.load(folder / "probs.npy", allow_pickle=False).astype(np.float32) / 255
     uncertainty = np.load(folder / "uncertainty.npy", allow_pickle=False).astype(np.float32)
     return probs, uncertainty
+
+
+def read_stability(folder: Path) -> float | None:
+    """Return the stability that stands with a pseudo-label, if it was measured."""
+    value: float | None = read_json(folder / "meta.json").get("stability")
+    return value
+
+
+def draw_probs(folders: Sequence[Path], num_voxels: int = 100_000) -> Tensor:
+    """Return (N, num_classes) probs of voxels drawn from pseudo-labels, as many from each."""
+    each = max(1, num_voxels // len(folders))
+    drawn = []
+    for folder in folders:
+        probs = np.load(folder / "probs.npy", mmap_mode="r", allow_pickle=False)
+        rng = np.random.default_rng(seed_from("draw_probs", folder.name))
+        places = rng.integers(int(np.prod(probs.shape[1:])), size=each)
+        drawn.append(np.asarray(probs.reshape(len(probs), -1)[:, places].T, dtype=np.float32))
+    found = torch.from_numpy(np.concatenate(drawn))
+    return found / found.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def measure_agreement(

@@ -1,12 +1,18 @@
 """Class-wise dynamic confidence thresholds, with their statistics inside each predicted class.
 
 Counted over all voxels, background would drown the foreground: with 2 % of it the published
-formulas give thresholds that filter nothing. Axes: B batch, C classes, I J K voxel axes.
+formulas give thresholds that filter nothing. A rule is the function of its name: every function
+of this module whose first argument is ``statistics``. Axes: B batch, C classes, I J K voxel axes
+(K is absent in 2D), N voxels of a batch that count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,47 +22,204 @@ from medssl.config import ThresholdSection
 MEMORY = 0.99  # of the running counts, per step
 FEWEST = 20.0  # running count of voxels under which a class keeps its last threshold
 HIGHEST = 0.95
+NUM_BINS = 200  # of confidence; a bin is under 6 % of 1 - confidence wide
+LEAST_DOUBT = 1e-5  # 1 - confidence of the highest bin; about the resolution of a softmax
+DEVIATIONS = 2.0  # n of soft: its Gaussian has 1/n of the standard deviation of the confidence
+NARROWEST = 1e-4  # width of a Gaussian of soft, in confidence
+HALF = math.sqrt(2 * math.log(2))  # widths under the mean at which a Gaussian is 1/2
+FARTHEST = 13.0  # widths under the mean beyond which float32 has no Gaussian above 0
 
 
-class ClassThresholds(nn.Module):
-    """Thresholds T_c; the running counts and T_c are buffers, so a checkpoint holds them.
-
-    ``fixed`` and ``curriculum`` give every class the same threshold: constant ``start``, or falling
-    linearly from ``start`` to ``end`` over the round. ``flex`` lowers it for the classes that the
-    teacher is unsure of: b_c is the share of voxels predicted c that reach the (falling)
-    threshold, relative to the best class, and T_c = tau b_c / (2 - b_c).
+@dataclass(frozen=True)
+class ClassStatistics:
+    """What is known of the confidence of the voxels predicted as each class.
 
     Args:
-        section: Name and range of the thresholds.
-        num_classes: Number of classes, with background.
-
-    Source: Zhang et al. 2021 (FlexMatch), equations 5-7 and 11; Cascante-Bonilla et al. 2021
-        (curriculum). Departures: counts are taken inside each predicted class and under tau, not
-        T_c, which would spiral; T_c stays in [floor, 0.95], floor 0.6 for two classes and
-        1/C + 0.2 for more; the background has the lowest threshold of the foreground classes,
-        since a stricter one takes away only the outer side of every surface, and masks grow.
+        predicted: (C,) running count of voxels.
+        reached: (C,) running count of those that reach the threshold of the curriculum.
+        mean: (C,) of the confidence.
+        variance: (C,) of the confidence.
+        histogram: (C, bins) running count of voxels.
+        edges: (bins,) lower edge of each bin, in confidence; the first is 0.
+        last: (C,) thresholds of the step before.
+        floor: Lowest threshold of the rules that clamp.
     """
 
     predicted: Tensor
     reached: Tensor
+    mean: Tensor
+    variance: Tensor
+    histogram: Tensor
+    edges: Tensor
+    last: Tensor
+    floor: float
+
+    @property
+    def enough(self) -> Tensor:
+        """(C,) bool: the class has enough voxels to say something of them."""
+        return self.predicted >= FEWEST
+
+    @property
+    def width(self) -> Tensor:
+        """(C,) of the Gaussians of soft, in confidence."""
+        return (self.variance.sqrt() / DEVIATIONS).clamp(min=NARROWEST)
+
+    def settle(self, wanted: Tensor) -> Tensor:
+        """Return the wanted thresholds (C,), but the last one for classes with too few voxels.
+
+        The background has the lowest threshold of the foreground classes: a stricter one takes
+        away only the outer side of every surface, and masks grow.
+        """
+        settled = torch.where(self.enough, wanted, self.last)
+        settled[0] = settled[1:].min()
+        return settled
+
+
+Rule = Callable[[ClassStatistics, ThresholdSection, float], Tensor]
+
+
+def interpolate(section: ThresholdSection, progress: float) -> float:
+    """Return the value at a progress in [0, 1] between ``start`` and ``end``."""
+    return section.start + progress * (section.end - section.start)
+
+
+def none(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return thresholds (C,) that every voxel reaches."""
+    return torch.zeros_like(statistics.last)
+
+
+def fixed(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return the threshold ``start`` for every class, (C,)."""
+    return torch.full_like(statistics.last, section.start)
+
+
+def curriculum(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return, for every class, the threshold on its way from ``start`` to ``end``, (C,).
+
+    Source: Cascante-Bonilla et al. 2021, as a line where they take percentiles.
+    """
+    return torch.full_like(statistics.last, interpolate(section, progress))
+
+
+def flex(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return thresholds (C,) that are lower for the classes that the teacher is unsure of.
+
+    T_c = tau b_c / (2 - b_c), where tau is that of the curriculum and b_c the share of the voxels
+    predicted c that reach it, relative to the best class.
+
+    Source: Zhang et al. 2021 (FlexMatch), equations 5-7 and 11. Departures: counts are taken
+        inside each predicted class and under tau, not T_c, which would spiral; T_c is clamped.
+    """
+    tau = interpolate(section, progress)
+    share = statistics.reached / statistics.predicted.clamp(min=1.0)
+    share = share / share.max().clamp(min=1e-6)
+    return statistics.settle((tau * share / (2.0 - share)).clamp(statistics.floor, HIGHEST))
+
+
+def free(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return thresholds (C,) that follow the mean confidence mu_c; ``start``, ``end`` play no part.
+
+    T_c = tau mu_c / max mu, with tau the mean of mu over the classes that have enough voxels.
+
+    Source: Wang et al. 2023 (FreeMatch), self-adaptive thresholds. Departures: mu_c is the mean
+        confidence of the voxels predicted c, not the mean probability of c, which is its voxel
+        share, and tau is a mean over classes, not over voxels; T_c is clamped.
+    """
+    mean = torch.where(statistics.enough, statistics.mean, 0.0)
+    tau = mean.sum() / statistics.enough.sum().clamp(min=1)
+    wanted = tau * mean / mean.max().clamp(min=1e-6)
+    return statistics.settle(wanted.clamp(statistics.floor, HIGHEST))
+
+
+def soft(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return the confidence (C,) at which the weight is 1/2; ``start``, ``end`` play no part.
+
+    ``ClassThresholds.weigh`` gives the weights, exp(-min(conf - mu_c, 0)^2 n^2 / (2 var_c)), n = 2.
+
+    Source: Chen et al. 2023 (SoftMatch), truncated Gaussian weights. Departures: mu_c and var_c are
+        those of the voxels predicted c, not of all; var_c is divided by the count, not by one
+        less.
+    """
+    return statistics.settle(statistics.mean - HALF * statistics.width)
+
+
+def quantile(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
+    """Return thresholds (C,) that the most confident voxels of each predicted class reach.
+
+    Their share moves from ``start`` to ``end``. At least that share is kept and at most one bin of
+    the histogram more: where many voxels are certain to `LEAST_DOUBT`, or equally confident, all of
+    them are kept. The background shares the lowest threshold, so its share is its own.
+
+    Source: Cascante-Bonilla et al. 2021 (curriculum labeling). Departures: percentiles are taken
+        inside each predicted class, and from running counts.
+    """
+    above = statistics.histogram.flip(1).cumsum(1).flip(1)  # voxels in a bin or a higher one
+    share = interpolate(section, progress) - 1e-6  # for the rounding of the counts
+    lowest = (above >= share * above[:, :1]).sum(1) - 1
+    return statistics.settle(statistics.edges[lowest])
+
+
+def find_rule(name: str) -> Rule:
+    """Return the rule of that name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    rules = {
+        rule_name: cast(Rule, function)
+        for rule_name, function in globals().items()
+        if inspect.isfunction(function)
+        and next(iter(inspect.signature(function).parameters), "") == "statistics"
+    }
+    if name not in rules:
+        raise ValueError(f"threshold {name!r} is unknown; there are {', '.join(rules)}")
+    return rules[name]
+
+
+class ClassThresholds(nn.Module):
+    """Thresholds T_c and the running statistics under them, all in buffers: a checkpoint has them.
+
+    A class keeps its last threshold until it has enough voxels; the first is ``start``, or 0.95 for
+    the rules where ``start`` is no confidence. T_c of flex and free stays in [floor, 0.95], floor
+    0.6 for two classes and 1/C + 0.2 for more. Of flex, free, soft and quantile the background has
+    the threshold, and of soft the weights, of the foreground class with the lowest threshold.
+
+    Args:
+        section: Name of the rule, and range of the thresholds or (quantile) of the kept share.
+        num_classes: Number of classes, with background.
+
+    Raises:
+        ValueError: There is no rule of that name.
+    """
+
+    predicted: Tensor
+    reached: Tensor
+    mean: Tensor
+    squares: Tensor
+    histogram: Tensor
     thresholds: Tensor
+    widths: Tensor
+    edges: Tensor
 
     def __init__(self, section: ThresholdSection, num_classes: int) -> None:
         super().__init__()
         self.section = section
+        self.rule = find_rule(section.name)
         self.floor = 0.6 if num_classes == 2 else min(HIGHEST, 1 / num_classes + 0.2)
         self.register_buffer("predicted", torch.zeros(num_classes))
         self.register_buffer("reached", torch.zeros(num_classes))
-        first = 0.0 if section.name == "none" else section.start
+        self.register_buffer("mean", torch.zeros(num_classes))
+        self.register_buffer("squares", torch.zeros(num_classes))  # sum of (confidence - mean)^2
+        self.register_buffer("histogram", torch.zeros(num_classes, NUM_BINS))
+        by_class = section.name in ("free", "soft", "quantile")
+        first = 0.0 if section.name == "none" else HIGHEST if by_class else section.start
         self.register_buffer("thresholds", torch.full((num_classes,), first))
-
-    def find_tau(self, progress: float) -> float:
-        """Return the common threshold at a progress in [0, 1] of the round."""
-        if self.section.name == "none":
-            return 0.0
-        if self.section.name == "fixed":
-            return self.section.start
-        return self.section.start + progress * (self.section.end - self.section.start)
+        # Until a class has enough voxels: a weight of 1 at confidence 1, and of 1/2 at HIGHEST.
+        self.register_buffer("widths", torch.full((num_classes,), (1 - HIGHEST) / HALF))
+        doubt = torch.logspace(math.log10(1 - 1 / num_classes), math.log10(LEAST_DOUBT), NUM_BINS)
+        edges = 1 - doubt
+        edges[0] = 0.0
+        self.register_buffer("edges", edges, persistent=False)
 
     @torch.no_grad()
     def update(self, probs: Tensor, valid: Tensor, progress: float) -> None:
@@ -67,28 +230,57 @@ class ClassThresholds(nn.Module):
             valid: (B, 1, I, J, K) bool, voxels that count.
             progress: In [0, 1].
         """
-        tau = self.find_tau(progress)
-        if self.section.name != "flex":
-            self.thresholds.fill_(tau)
-            return
-        confidence, classes = probs.max(dim=1, keepdim=True)
-        chosen = classes[valid]
+        confidence, classes = probs.float().max(dim=1, keepdim=True)
+        self._count(confidence[valid], classes[valid], interpolate(self.section, progress))
+        statistics = ClassStatistics(
+            predicted=self.predicted,
+            reached=self.reached,
+            mean=self.mean,
+            variance=self.squares / self.predicted.clamp(min=1.0),
+            histogram=self.histogram,
+            edges=self.edges,
+            last=self.thresholds,
+            floor=self.floor,
+        )
+        self.thresholds.copy_(self.rule(statistics, self.section, progress))
+        self.widths.copy_(torch.where(statistics.enough, statistics.width, self.widths))
+        self.widths[0] = self.widths[1 + self.thresholds[1:].argmin()]
+
+    def _count(self, confidence: Tensor, classes: Tensor, tau: float) -> None:
+        """Add voxels, their confidence (N,) and classes (N,), to the running statistics."""
         num_classes = self.predicted.numel()
-        predicted = torch.bincount(chosen, minlength=num_classes)
-        reached = torch.bincount(chosen[confidence[valid] >= tau], minlength=num_classes)
-        self.predicted.mul_(MEMORY).add_(predicted)
+        member = classes == torch.arange(num_classes, device=classes.device)[:, None]
+        predicted = torch.bincount(classes, minlength=num_classes)
+        reached = torch.bincount(classes[confidence >= tau], minlength=num_classes)
+        mean = torch.where(member, confidence, 0.0).sum(1) / predicted.clamp(min=1)
+        squares = torch.where(member, confidence - mean[:, None], 0.0).square().sum(1)
+        bins = torch.bucketize(confidence, self.edges, right=True) - 1
+        places = torch.bincount(classes * NUM_BINS + bins, minlength=num_classes * NUM_BINS)
+
+        self.predicted.mul_(MEMORY)  # the earlier part, until the sums below have used it
+        joint = (self.predicted + predicted).clamp(min=1e-6)
+        step = mean - self.mean
+        self.squares.mul_(MEMORY).add_(squares + step**2 * self.predicted * predicted / joint)
+        self.mean.add_(step * predicted / joint)
+        self.predicted.add_(predicted)
         self.reached.mul_(MEMORY).add_(reached)
-        share = self.reached / self.predicted.clamp(min=1.0)
-        share = share / share.max().clamp(min=1e-6)
-        wanted = (tau * share / (2.0 - share)).clamp(self.floor, HIGHEST)
-        enough = self.predicted >= FEWEST
-        self.thresholds.copy_(torch.where(enough, wanted, self.thresholds))
-        self.thresholds[0] = self.thresholds[1:].min()
+        self.histogram.mul_(MEMORY).add_(places.view_as(self.histogram))
 
     def accept(self, probs: Tensor) -> Tensor:
-        """Return (B, 1, I, J, K) bool: the confidence reaches the threshold of its class."""
+        """Return (B, 1, I, J, K) bool: the confidence reaches the threshold of its class.
+
+        With ``soft`` that is where the weight reaches 1/2, so that coverage says something there.
+        """
         confidence, classes = probs.max(dim=1, keepdim=True)
         return confidence >= self.thresholds[classes]
+
+    def weigh(self, probs: Tensor) -> Tensor:
+        """Return (B, 1, I, J, K) float32: accepted voxels as 1 and 0, or with ``soft`` (0, 1]."""
+        if self.section.name != "soft":
+            return self.accept(probs).float()
+        confidence, classes = probs.float().max(dim=1, keepdim=True)
+        under = (self.thresholds[classes] - confidence) / self.widths[classes] + HALF
+        return torch.exp(-under.clamp(0.0, FARTHEST).square() / 2)
 
 
 def find_surface(classes: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ def build_intensity(strength: float) -> Compose:
     steps: list[Transform] = [
         RandBiasField(prob=often, degree=3, coeff_range=(0.0, 0.1)),
         RandGaussianSmooth((0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=often),
-        RandSimulateLowResolution(prob=often, zoom_range=(0.5, 1.0)),
+        # "area": the default picks voxels, which shifts the image against its label
+        RandSimulateLowResolution(prob=often, zoom_range=(0.5, 1.0), downsample_mode="area"),
         RandScaleIntensity(factors=0.25 * strength, prob=min(1.0, 2 * often)),
         RandShiftIntensity(offsets=0.2 * strength, prob=min(1.0, 2 * often)),
         RandAdjustContrast(prob=min(1.0, 2 * often), gamma=(0.7, 1.5), retain_stats=True),

@@ -67,6 +67,7 @@ def draw_spatial(
     flips: Sequence[int],
     strength: float = 1.0,
     spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    extra: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
 ) -> SpatialDraw:
     """Draw the geometry of a patch.
 
@@ -78,6 +79,8 @@ def draw_spatial(
         flips: Axes that may be mirrored.
         strength: 0 cuts and flips only; 1 is the full augmentation.
         spacing: Voxel size in mm, so that rotations are rigid in mm.
+        extra: A matrix (3, 3) that follows the drawn rotation, scale and mirroring, in voxels, and
+            a shift (3,) of the patch, as a fraction of it; it changes nothing else of the draw.
 
     Returns:
         The draw; without rotation, scaling and bending its coordinates are whole numbers.
@@ -95,6 +98,9 @@ def draw_spatial(
         flipped = rng.random() < 0.5
         if axis in flips and flipped:
             matrix[:, axis] *= -1
+    place = start.astype(float)
+    if extra is not None:
+        matrix, place = extra[0] @ matrix, place + extra[1] * size
     offsets = offsets @ torch.as_tensor(matrix.T, dtype=torch.float32)
     bent = rng.random() < 0.3 * min(strength, 1.0)
     nodes = rng.standard_normal((1, 3, *[ELASTIC_NODES] * 3))
@@ -103,7 +109,7 @@ def draw_spatial(
         field = torch.as_tensor(nodes, dtype=torch.float32)
         field = F.interpolate(field, size=tuple(patch_size), mode="trilinear", align_corners=True)
         offsets = offsets + field[0].permute(1, 2, 3, 0)
-    return SpatialDraw(offsets + centre + torch.as_tensor(start, dtype=torch.float32))
+    return SpatialDraw(offsets + centre + torch.as_tensor(place, dtype=torch.float32))
 
 
 def _draw_start(

@@ -1,0 +1,84 @@
+"""Cross pseudo supervision: two students teach each other.
+
+An example of what the one equation cannot say, and so a class of its own, which a configuration
+names: ``objective: medssl.cross_pseudo:CrossPseudo``. Axes: B batch, C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from medssl.config import Config
+from medssl.networks.build import SegmentationNetwork
+from medssl.objective import Objective
+
+
+class CrossPseudo(Objective):
+    """The equation twice: for each of two students, with what the other one says as the target.
+
+    The students have the same architecture and weights of their own; the EMA of the first one is
+    what is delivered. Arguments are those of ``Objective``.
+
+    Source: Chen et al. 2021, Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision,
+        equations 1 to 4.
+    """
+
+    def __init__(
+        self,
+        student: SegmentationNetwork,
+        config: Config,
+        class_names: Sequence[str],
+        prior: Tensor | None = None,
+        log_potentials: Tensor | None = None,
+    ) -> None:
+        super().__init__(student, config, class_names, prior, log_potentials)
+        self.second = copy.deepcopy(student)
+        self.second.apply(draw_weights)
+
+    def forward(
+        self,
+        labeled: Mapping[str, Tensor] | None,
+        unlabeled: Mapping[str, Tensor] | None,
+        progress: float,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Return the terms of both students, summed by name."""
+        first = self.ask(self.student, unlabeled)
+        with self.swapped():
+            other = super().forward(labeled, first, progress, generator)
+            second = self.ask(self.student, unlabeled)
+        terms = super().forward(labeled, second, progress, generator)
+        return {name: term + other[name] for name, term in terms.items()}
+
+    @torch.no_grad()
+    def ask(
+        self, network: SegmentationNetwork, unlabeled: Mapping[str, Tensor] | None
+    ) -> dict[str, Tensor] | None:
+        """Return the unlabeled patches with what a student says of their weak view as probs."""
+        if unlabeled is None:
+            return None
+        network.eval()
+        probs = torch.softmax(network(unlabeled["weak"]).float(), dim=1)
+        network.train()
+        return {**unlabeled, "probs": probs}
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the second student be the one that learns."""
+        self.student, self.second = self.second, self.student
+        try:
+            yield
+        finally:
+            self.student, self.second = self.second, self.student
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Draw fresh weights for a layer that has any."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()

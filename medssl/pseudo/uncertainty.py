@@ -1,0 +1,58 @@
+"""Uncertainty of a voxel from several predictions: MC dropout, mirrorings or an ensemble.
+
+Axes: B batch, C classes, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from medssl.config import InputError
+from medssl.losses.entropy import renyi_entropy
+
+LEAST_PROB = 1e-12
+
+
+def combine(draws: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean probs, predictive entropy and mutual information of several predictions.
+
+    Args:
+        draws: Probs (B, C, I, J, K) of at least two predictions, read one at a time.
+        source: What made them, for the message.
+
+    Returns:
+        Mean probs (B, C, I, J, K); entropy of the mean H(p_bar), and the mutual information
+        H(p_bar) - mean H(p_t), both (B, 1, I, J, K) in nats.
+
+    Raises:
+        InputError: The predictions do not differ at all, so they say nothing about uncertainty.
+
+    Source: Gal 2016, Uncertainty in Deep Learning, equation 3.24.
+    """
+    first: Tensor | None = None
+    total, total_entropy = torch.zeros(()), torch.zeros(())
+    count, spread = 0, 0.0
+    for probs in draws:
+        if first is None:
+            first = probs
+            total, total_entropy = torch.zeros_like(probs), torch.zeros_like(probs[:, :1])
+        spread = max(spread, float((probs - first).abs().max()))
+        total += probs
+        total_entropy += entropy_of(probs)
+        count += 1
+    if spread == 0.0:
+        raise InputError(
+            f"{count} predictions of {source} are the same: they tell no uncertainty; set "
+            "filter.uncertainty.source=none"
+        )
+    mean = total / count
+    entropy = entropy_of(mean)
+    return mean, entropy, (entropy - total_entropy / count).clamp(min=0.0)
+
+
+def entropy_of(probs: Tensor) -> Tensor:
+    """Return the Shannon entropy (B, 1, I, J, K) of probs (B, C, I, J, K), in nats."""
+    return renyi_entropy(probs.clamp(min=LEAST_PROB).log(), 1.0)

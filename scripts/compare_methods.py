@@ -1,0 +1,141 @@
+"""All presets side by side on one data set: same split, network, steps and round 0; resumable.
+
+    python scripts/compare_methods.py DATA --out runs/methods labeled=4 test=40 steps=1200
+    python scripts/compare_methods.py phantoms --out runs/methods_phantoms
+
+For every draw of the labeled cases: one round 0, the students of each preset on top of it, and
+labels alone at the total steps of the presets, for one and for two student rounds. All are measured
+on the same test cases. What is done is skipped; OUT/results.csv and OUT/results.md are written
+anew after every arm, and all runs stand in one MLflow experiment. A preset that did not run
+is listed as such. With ``--names`` only these presets run; with ``--hours`` none is begun later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from study import finish, run, write_table
+
+from medssl.config import list_methods, load_config
+from medssl.data.phantoms import write_phantoms
+from medssl.metrics import paired_difference, read_table
+from medssl.runs import Journal, read_json
+
+BASELINE = "labels_only"
+PHANTOMS = {
+    "num_labeled": 4,
+    "num_unlabeled": 12,
+    "num_test": 12,
+    "shape": (40, 48, 32),
+}
+PHANTOM_SETTINGS = ["steps=320", "train.lr=3e-3", "plan.flips=[]"]
+
+
+def read_dice(folder: Path) -> dict[str, float]:
+    """Return the mean Dice of each test case."""
+    return {row["case_id"]: row["dice"] for row in read_table(folder / "per_case.csv")}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return what the journal and the pseudo-labels of a run say of its last student."""
+    summary = read_json(folder / "summary.json")
+    last = summary["rounds"][-1]
+    entries = [e for e in Journal(folder / "metrics.jsonl").read() if e["round"] == last["round"]]
+    coverages = [m for e in entries if (m := e["metrics"].get("monitors/coverage")) is not None]
+    losses = [m for e in entries if (m := e["metrics"].get("losses/total")) is not None]
+    agreement = last.get("agreement")
+    return {
+        "rounds": last["round"],
+        "steps": summary["total_steps"],
+        "minutes": round(summary["seconds"] / 60, 1),
+        "delivered": summary["delivered"],
+        "finite": all(math.isfinite(value) for value in losses),
+        "coverage": round(sum(coverages) / len(coverages), 4) if coverages else "",
+        "agreement": round(agreement, 4) if agreement is not None else "",
+    }
+
+
+def compare(folder: Path, other: Path) -> str:
+    """Return the paired difference of the last rounds of two runs with its interval, as text."""
+    if not (other / "evaluation" / "per_case.csv").is_file():
+        return ""
+    ours, theirs = read_dice(last_round(folder)), read_dice(last_round(other))
+    cases = sorted(ours)
+    found = paired_difference([ours[c] for c in cases], [theirs[c] for c in cases])
+    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+
+
+def last_round(folder: Path) -> Path:
+    """Return the evaluation of a run's last round, whatever round its gates delivered."""
+    last = read_json(folder / "summary.json")["rounds"][-1]["round"]
+    path = folder / "evaluation" / f"round_{last}"
+    return path if path.is_dir() else folder / "evaluation"
+
+
+def tabulate(out: Path, draws: list[int], names: list[str], steps: int) -> list[dict[str, Any]]:
+    """Return one row per draw and arm."""
+    rows = []
+    for draw in draws:
+        for name in [BASELINE, *[f"{BASELINE}_{k}x" for k in (2, 3)], *names]:
+            folder = out / f"draw_{draw}_{name}"
+            row: dict[str, Any] = {"draw": draw, "arm": name, "n": "", "dice": "not run"}
+            if (folder / "evaluation" / "per_case.csv").is_file():
+                about = describe(folder)
+                dice = read_dice(last_round(folder))
+                factor = round(about["steps"] / steps)
+                total = out / f"draw_{draw}_{BASELINE}_{factor}x"
+                row |= {
+                    "n": len(dice),
+                    "dice": f"{sum(dice.values()) / len(dice):.4f}",
+                    "to round 0": compare(folder, out / f"draw_{draw}_{BASELINE}"),
+                    "to labels only, total steps": "" if factor < 2 else compare(folder, total),
+                    **about,
+                }
+            rows.append(row)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key, "") for key in keys} for row in rows]
+
+
+def main() -> None:
+    """Run all arms of all draws, in order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("data", help="as of `medssl train`, or the word phantoms")
+    parser.add_argument("settings", nargs="*", help="key=value for all runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--draws", type=int, nargs="+", default=[0])
+    parser.add_argument("--names", nargs="+", help="presets; default: all")
+    parser.add_argument("--hours", type=float, default=math.inf)
+    options = parser.parse_intermixed_args()
+    started = time.monotonic()
+    data, settings = options.data, options.settings
+    if data == "phantoms":
+        data = str(options.out / "phantoms")
+        if not Path(data).is_dir():
+            write_phantoms(Path(data), **PHANTOMS)
+        settings = [*PHANTOM_SETTINGS, *settings]
+    names = options.names or [name for name in list_methods() if name != BASELINE]
+    for name in names:
+        load_config(None, [*settings, f"method={name}"])  # mistakes first
+    for draw in options.draws:
+        base = options.out / f"draw_{draw}_{BASELINE}"
+        common = [*settings, f"draw={draw}"]
+        steps = finish(data, base, [*common, f"method={BASELINE}"])["total_steps"]
+        longer = [
+            (f"{BASELINE}_{k}x", [*common, f"method={BASELINE}", f"steps={k * steps}"], [])
+            for k in (2, 3)
+        ]
+        students = [(n, [*common, f"method={n}"], ["--round-0", str(base)]) for n in names]
+        for name, given, extra in [*students, *longer]:
+            if time.monotonic() - started < options.hours * 3600:
+                finish(data, options.out / f"draw_{draw}_{name}", given, extra)
+            write_table(options.out, tabulate(options.out, options.draws, names, steps))
+    print((options.out / "results.md").read_text(encoding="utf-8"))
+    run("compare", *[str(p.parent) for p in sorted(options.out.glob("draw_*/evaluation"))][:12])
+
+
+if __name__ == "__main__":
+    main()

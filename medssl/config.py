@@ -187,6 +187,7 @@ class NoiseSection(Section):
     mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
     labeled_mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
     mixing_probability: Fraction = 0.5
+    labeled_mixing_probability: Fraction = 0.5
     strong: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     randaugment: RandAugmentSection = RandAugmentSection()
     dropout: Auto | Annotated[float, Field(ge=0.0, lt=1.0)] = "auto"
@@ -652,9 +653,11 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             key = next(iter(_flatten({".".join(path): item["input"]})))
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            near = near or [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
-            hint = f"did you mean {near[0]}?" if near else "`medssl config` lists all keys"
+            near = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
+            near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {' or '.join(near)}?" if near else "`medssl config` lists all keys"
+            )
             unknown.append(f"{key}: unknown key; {hint}")
             continue
         while path and ".".join(path) not in valid:

@@ -299,8 +299,9 @@ class Objective(nn.Module):
 
     def _mix_labeled(self, known: Patches, generator: torch.Generator) -> Patches:
         """Return labeled patches mixed among themselves."""
-        kind = self.config.noise.labeled_mixing
-        return mix(known, fit(known, len(known.image), shift=1), self._draw(kind, known, generator))
+        noise = self.config.noise
+        boxes = draw(noise.labeled_mixing, noise.labeled_mixing_probability, known, generator)
+        return mix(known, fit(known, len(known.image), shift=1), boxes)
 
     def _mix(
         self, known: Patches | None, views: Sequence[Patches], generator: torch.Generator
@@ -311,12 +312,12 @@ class Objective(nn.Module):
         goes between unlabeled patches, view by view, where there are two (French et al. 2020).
         The view feature_noise stays as it is (Yang et al. 2023).
         """
-        kind = self.config.noise.mixing
+        kind, probability = self.config.noise.mixing, self.config.noise.mixing_probability
         both_ways = kind == "copy_paste" and known is not None
         x_l = known
         if known is not None and both_ways:
             pasted = fit(views[0], len(known.image), PASTED_WEIGHT)
-            x_l = mix(known, pasted, self._draw(kind, known, generator))
+            x_l = mix(known, pasted, draw(kind, probability, known, generator))
         elif known is not None:
             x_l = self._mix_labeled(known, generator)
         x_v = []
@@ -325,15 +326,9 @@ class Objective(nn.Module):
                 x_v.append(x)
                 continue
             partner = known if known is not None and both_ways else x
-            boxes = self._draw(kind, x, generator)
+            boxes = draw(kind, probability, x, generator)
             x_v.append(mix(x, fit(partner, len(x.image), shift=int(partner is x)), boxes))
         return x_l, x_v
-
-    def _draw(self, kind: str, patches: Patches, generator: torch.Generator) -> Tensor:
-        """Draw which part of each patch is replaced; nothing without mixing."""
-        probability = self.config.noise.mixing_probability if kind != "none" else 0.0
-        draw = draw_boxes if kind == "cutmix" else draw_cubes
-        return draw(len(patches.image), tuple(patches.image.shape[2:]), generator, probability)
 
     def _compare(self, name: str, patches: Patches, logits: Sequence[Tensor]) -> Tensor:
         """Return the segmentation loss over the heads, weighted 1, 1/2, 1/4, ... (sum 1)."""
@@ -407,6 +402,14 @@ def choose_voxels(voxels: str, patches: Patches) -> Tensor:
 def ramp(section: Ramp, progress: float) -> float:
     """Return a_*(t) without its weight."""
     return ramp_value(section.name, progress, section.start, section.end)
+
+
+def draw(kind: str, probability: float, patches: Patches, generator: torch.Generator) -> Tensor:
+    """Draw which part (B, 1, I, J, K) of each patch is replaced; none without mixing."""
+    size = tuple(patches.image.shape[2:])
+    draw_boxes_of = draw_boxes if kind == "cutmix" else draw_cubes
+    share = 0.0 if kind == "none" else probability
+    return draw_boxes_of(len(patches.image), size, generator, share)
 
 
 def mix(into: Patches, source: Patches, boxes: Tensor) -> Patches:

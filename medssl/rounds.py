@@ -74,8 +74,8 @@ MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
 LEAST_SHARE = 1e-4  # of a class in the prior that pseudo-labels are assigned towards
 STUDENT_KEYS = (
     "method", "objective", "teacher.source", "teacher.ensemble", "views", "target.", "filter.",
-    "noise.mixing", "noise.strong", "noise.randaugment.", "noise.dropout",
-    "noise.stochastic_depth", "losses.pseudo_label.", "losses.entropy.", "losses.consistency.",
+    "noise.mixing", "noise.mixing_probability", "noise.strong", "noise.randaugment.",
+    "noise.dropout", "noise.stochastic_depth", "losses.pseudo_label.", "losses.entropy.", "losses.consistency.",
     "network.width", "train.rounds", "train.unlabeled_ratio", "train.start", "train.schedule",
     "train.fine_tune.",
 )  # fmt: skip

@@ -6,7 +6,7 @@ L(t) = L_sup(f(x~_l), y~_l)
                          + a_con(t) mean[m_con D(stopgrad g(w) || f(v))]
 
 f is the noised student, g the teacher, w the weak view. ``mean`` is over all voxels that are not
-ignored. Axes: B batch, C channels, I J K voxel axes.
+ignored. Axes: B batch, C channels, I J K voxel axes (K is absent in 2D).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
 from medssl.losses.supervised import cross_entropy, dice_ce, dice_loss
-from medssl.networks.build import SegmentationNetwork
+from medssl.networks.build import SegmentationNetwork, arrange
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.transforms.mixing import draw_cubes, paste
 
@@ -74,7 +74,9 @@ class Objective(nn.Module):
             student,
             avg_fn=lambda average, current, count: average.lerp(
                 current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay))
-            ),
+            )
+            if average.is_floating_point()
+            else current,  # batch norm counts its batches
             use_buffers=True,
         )
         self.teacher.requires_grad_(False)
@@ -148,13 +150,13 @@ class Objective(nn.Module):
 
     def _predict(self, image: Tensor) -> list[Tensor]:
         """Return the student's logits, full resolution first."""
-        return self.student.forward_heads(image.contiguous(memory_format=torch.channels_last_3d))
+        return self.student.forward_heads(arrange(image))
 
     @torch.no_grad()
     def _teach(self, weak: Tensor) -> Tensor:
         """Return the probs of the un-noised EMA teacher on the weak view."""
         self.teacher.eval()
-        logits = self.teacher(weak.contiguous(memory_format=torch.channels_last_3d))
+        logits = self.teacher(arrange(weak))
         return torch.softmax(logits.float(), dim=1)
 
     def _read_labeled(self, labeled: Mapping[str, Tensor]) -> Patches:
@@ -254,8 +256,9 @@ def shrink(patches: Patches, size: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
     if tuple(size) == tuple(patches.target.shape[2:]):
         return patches.target, patches.weight, patches.valid
     kernel = [full // low for full, low in zip(patches.target.shape[2:], size, strict=True)]
+    pool = F.avg_pool3d if len(kernel) == 3 else F.avg_pool2d
     counted = patches.valid.float()
-    share = F.avg_pool3d(counted, kernel)
-    target = F.avg_pool3d(patches.target * counted, kernel) / share.clamp(min=1e-6)
-    weight = F.avg_pool3d(patches.weight * counted, kernel) / share.clamp(min=1e-6)
+    share = pool(counted, kernel)
+    target = pool(patches.target * counted, kernel) / share.clamp(min=1e-6)
+    weight = pool(patches.weight * counted, kernel) / share.clamp(min=1e-6)
     return target, weight, share > 0.5

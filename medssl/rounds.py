@@ -262,7 +262,7 @@ def _train_round(run: Run, index: int, teacher: int | None) -> None:
         survival = run.config.noise.stochastic_depth
         spec = spec.model_copy(update={"stochastic_depth": survival})
     torch.manual_seed(seed_from(run.config.train.seed, index, "weights"))
-    objective = Objective(build_network(spec), run.config, run.class_names)
+    objective = Objective(build_network(spec, download=True), run.config, run.class_names)
     dataset = PatchDataset(run.labeled, kept, _choose_sampling(run, index))
     steps = train(
         objective,
@@ -299,6 +299,7 @@ def _choose_sampling(run: Run, index: int) -> Sampling:
         foreground=run.config.train.foreground,
         strong=run.config.noise.strong,
         flips=run.plan.flips,
+        slice_axis=run.plan.slice_axis,
     )
 
 
@@ -312,7 +313,8 @@ def _validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
         if label is None:
             continue
         image = _to_tensor(case, run.plan.device)
-        probs = predict_probs(network, image, run.plan.patch_size, run.plan.precision)
+        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+        probs = predict_probs(network, image, size, precision, slice_axis=axis)
         classes = probs[0].argmax(0).cpu().numpy()
         classes[label == IGNORE] = IGNORE
         for class_index, name in enumerate(run.class_names[1:], start=1):
@@ -360,12 +362,12 @@ def _label_case(
     The uncertainty is the predictive entropy of MC dropout, or of the probs without it.
     """
     image = _to_tensor(case, run.plan.device)
-    size, precision = run.plan.patch_size, run.plan.precision
-    probs = predict_probs(network, image, size, precision, run.plan.flips)[0]
+    size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+    probs = predict_probs(network, image, size, precision, run.plan.flips, axis)[0]
     section = run.config.filter.uncertainty
     if section.source == "mc_dropout":
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
-        entropy, _ = measure_uncertainty(network, image, size, precision, section.passes)
+        entropy, _ = measure_uncertainty(network, image, size, precision, section.passes, axis)
         doubt = entropy[0, 0]
     else:
         doubt = -(probs * probs.clamp(min=1e-12).log()).sum(0)
@@ -511,13 +513,12 @@ def _predict_unlabeled(run: Run) -> None:
     """Write the delivered model's masks of all unlabeled cases, in full, on their own grids."""
     model = load_model(run.folder, run.plan.device)
     for case in run.unlabeled:
-        path = run.folder / "unlabeled_masks" / f"{case.case_id}.nii.gz"
+        path = run.folder / "unlabeled_masks" / f"{case.case_id}{case.mask_suffix}"
         if path.is_file():
             continue
         image = _to_tensor(case, run.plan.device)
-        probs = predict_probs(
-            model.network, image, run.plan.patch_size, run.plan.precision, run.plan.flips
-        )[0]
+        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+        probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]
         native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
         classes = native.argmax(0).astype(np.uint8)
         write_mask(path, classes, case.native_affine, run.plan.label_values)
@@ -543,7 +544,9 @@ def _describe(
             (float(channel[:, 0].min()), float(channel[:, -1].max()))
             for channel in percentiles.swapaxes(0, 1)
         ),
-        spacing_range=tuple((float(axis.min()), float(axis.max())) for axis in spacings.T),
+        spacing_range=tuple((float(axis.min()), float(axis.max())) for axis in spacings.T)
+        if plan.has_spacing
+        else (),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from monai.networks.blocks.dynunet_block import UnetResBlock
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from medssl.config import InputError
 
@@ -55,15 +56,18 @@ def add_stochastic_depth(network: nn.Module, last_survival: float) -> int:
 
     Source: Huang et al. 2016, equation 4.
     """
-    blocks = [module for module in network.modules() if isinstance(module, UnetResBlock)]
+    kinds = (UnetResBlock, BasicBlock, Bottleneck)
+    blocks = [module for module in network.modules() if isinstance(module, kinds)]
     if not blocks:
         raise InputError(
             f"noise.stochastic_depth={last_survival}: the network has no residual block; set "
-            "noise.stochastic_depth=1.0"
+            "noise.stochastic_depth=1.0 (or, in 2D, an encoder with such blocks, as resnet18)"
         )
     for index, block in enumerate(blocks, start=1):
         survival = 1.0 - index / len(blocks) * (1.0 - last_survival)
-        block.norm2 = nn.Sequential(block.norm2, DropBranch(survival))
+        last = {UnetResBlock: "norm2", BasicBlock: "bn2", Bottleneck: "bn3"}[type(block)]
+        norm = getattr(block, last)  # what stands before the addition
+        setattr(block, last, nn.Sequential(norm, DropBranch(survival)))
     return len(blocks)
 
 

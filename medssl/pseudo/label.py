@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, FilterSection
 from medssl.data.cache import CachedCase
-from medssl.data.io import write_mask
+from medssl.data.io import find_untrusted_value, write_mask
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
 from medssl.pseudo.overlays import write_overlay
 from medssl.pseudo.store import (
@@ -45,8 +45,8 @@ def label_cases(
 ) -> list[CaseReview] | None:
     """Pseudo-label unlabeled cases, from where it was left.
 
-    Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz on the native grid, a few
-    overlays and review.csv into the folder.
+    Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz (of a picture, in its format) on
+    the native grid, a few overlays and review.csv into the folder.
 
     Args:
         cases: The unlabeled cases.
@@ -75,7 +75,7 @@ def label_cases(
             write_pseudo_label(target, raw, uncertainty, teacher_hash)
         probs, uncertainty = read_pseudo_label(target)
         agreement = _compare(probs, before / case.case_id, names) if before else {}
-        voxel_ml = float(np.prod(case.spacing)) / 1000
+        voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
         reviews.append(
             review_case(
                 case.case_id, probs, uncertainty, agreement, voxel_ml, names, expectation, section
@@ -88,8 +88,9 @@ def label_cases(
                 probs.argmax(0).astype(np.uint8),
                 folder / "overlays" / f"{case.case_id}.png",
                 title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
-                spacing=case.spacing,
+                spacing=case.spacing if case.has_spacing else None,
                 names=names,
+                is_picture=not case.has_spacing,
             )
         if number % 50 == 0 or number == len(cases):
             title = folder.name.replace("_", " ")
@@ -122,9 +123,8 @@ def _write_mask(
     native = to_native(probs, *grid)
     trusted = trust_voxels(native, to_native(uncertainty[None], *grid)[0], section)
     mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
-    untrusted = max(set(range(IGNORE + 1)) - set(label_values))  # 255, unless that is a label
-    path = folder / "pseudo_masks" / f"{case.case_id}.nii.gz"
-    write_mask(path, mask, case.native_affine, label_values, untrusted)
+    path = folder / "pseudo_masks" / f"{case.case_id}{case.mask_suffix}"
+    write_mask(path, mask, case.native_affine, label_values, find_untrusted_value(label_values))
 
 
 def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:

@@ -72,11 +72,11 @@ class Objective(nn.Module):
         decay = config.teacher.ema_decay
         self.teacher = AveragedModel(
             student,
-            avg_fn=lambda average, current, count: average.lerp(
-                current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay))
-            )
-            if average.is_floating_point()
-            else current,  # batch norm counts its batches
+            avg_fn=lambda average, current, count: (
+                average.lerp(current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay)))
+                if average.is_floating_point()
+                else current
+            ),  # batch norm counts its batches
             use_buffers=True,
         )
         self.teacher.requires_grad_(False)

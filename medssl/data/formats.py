@@ -566,9 +566,25 @@ def _check_cases(dataset: Dataset, source: Path) -> None:
             num_hints -= 1
             hint = _suggest_path(path) if num_hints >= 0 and not path.exists() else ""
             problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
+    problems += _find_other_kinds(dataset.cases)
     raise_all(problems, str(source))
     if not dataset.cases:
         raise InputError(f"{source}: lists no case")
+
+
+def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
+    """Name the cases of the rarer kind where NIfTI files and pictures are mixed."""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for case in cases:
+        paths = (*case.images, *([case.label] if case.label else []))
+        for kind in {is_picture(path) for path in paths}:
+            kinds[kind].append(case.case_id)
+    fewer = min(kinds.values(), key=len)
+    return [
+        f"{case_id}: NIfTI files, which have a spacing, and pictures, which have none, are mixed "
+        "in this data set; make two of it"
+        for case_id in fewer
+    ]
 
 
 def _is_bad(path: Path) -> bool:

@@ -266,7 +266,7 @@ def test_json_list_declares_channels_labels_and_ignore(tmp_path):
         ("case_id,image\n,a.nii.gz\n", "line 2: case_id is empty"),
         ("case_id,image\nx/y,a.nii.gz\n", "slash"),
         ("case_id,image\nx,a.txt\n", "a.txt does not exist"),
-        ("case_id,image\nx,cases.csv\n", "no NIfTI file"),
+        ("case_id,image\nx,cases.csv\n", "no scan that is read"),
         ("case_id,image,label\nx,a.nii.gz,mm.nii.gz\n", "did you mean"),
         ("case_id,image\n", "lists no case"),
         ("", "lists no case"),

@@ -252,14 +252,17 @@ def _read_integers(path: Path) -> tuple[NDArray[np.int64], Affine]:
 
 def _round(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
     """Return label values (I, J, K) as integers, or refuse those that are none."""
+    integers: NDArray[np.int64]
     if values.dtype.kind in "iub":
-        return values.astype(np.int64)
+        integers = values.astype(np.int64)
+        return integers
     bad = ~np.isfinite(values)
     if not bad.any():
         rounded = np.rint(values)
         bad = np.abs(values - rounded) > _ROUNDING
         if not bad.any():
-            return rounded.astype(np.int64)
+            integers = rounded.astype(np.int64)
+            return integers
     examples = [float(value) for value in np.unique(values[bad])[:5]]
     raise InputError(
         f"{path}: {int(bad.sum())} label voxels are not integers, e.g. {examples}: "

@@ -84,7 +84,7 @@ def label_cases(
         _write_mask(folder, case, probs, uncertainty, label_values, section)
         if number <= NUM_OVERLAYS:
             write_overlay(
-                np.asarray(case.image()[0], dtype=np.float32),
+                _show_image(case),
                 probs.argmax(0).astype(np.uint8),
                 folder / "overlays" / f"{case.case_id}.png",
                 title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
@@ -97,6 +97,13 @@ def label_cases(
             print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
     _write_review(folder, reviews)
     return reviews
+
+
+def _show_image(case: CachedCase) -> NDArray[np.float32]:
+    """Return the first channel (I, J, K) of a scan, the mean of the colours of a picture."""
+    image = np.asarray(case.image(), dtype=np.float32)
+    shown: NDArray[np.float32] = image[0] if case.has_spacing else image.mean(0)
+    return shown
 
 
 def _compare(

@@ -35,9 +35,9 @@ from medssl.transforms.preprocess import Normalization, Preprocessing
 
 CPU_PATCH_VOXELS = 110_000
 GPU_PATCH_VOXELS = 128**3
-CPU_PATCH_PIXELS = 192**2
+CPU_PATCH_PIXELS = 160**2
 GPU_PATCH_PIXELS = 512**2
-CPU_BATCH_PIXELS = 4 * 192**2
+CPU_BATCH_PIXELS = 2 * 160**2  # half a second of an encoder network's step on one core
 GPU_BATCH_PIXELS = 12 * 512**2
 MOST_PATCHES = {"cpu": 8, "gpu": 32}  # of a batch in 2D
 THICK = 3.0  # times the spacing in plane from which on slices are thick

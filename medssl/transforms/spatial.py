@@ -34,7 +34,7 @@ class SpatialDraw:
     def sample(self, volume: NDArray[np.generic], nearest: bool) -> Tensor:
         """Return the patch (C, I, J, K) float32 of a volume (C, I', J', K'); 0 outside of it."""
         shape = np.array(volume.shape[1:])
-        flat = self.coordinates.reshape(-1, 3)
+        flat = self.coordinates.reshape(-1, self.coordinates.shape[-1])
         low = np.clip(np.floor(flat.amin(0).numpy()).astype(int), 0, shape - 1)
         high = np.clip(np.ceil(flat.amax(0).numpy()).astype(int) + 1, low + 1, shape)
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))

@@ -1,4 +1,4 @@
-"""Seeded phantoms, volumes or pictures: data that can be made anywhere, hard in the way of real ones.
+"""Seeded phantoms, volumes or pictures: data sets for anywhere, hard in the way of real ones.
 
 Legend: I J K voxel axes. A phantom is a list of structures, painted one over the other; each is
 a field of signed distances (mm inside of a reference box, positive inside the structure), so
@@ -119,7 +119,7 @@ def write_pictures(
     for index, part in enumerate(_list_parts(num_labeled, num_unlabeled, num_test)):
         scan, classes = make_phantom(seed, index, (*shape, 12), family)
         k = int(np.argmax((classes > 0).sum((0, 1))))
-        grey = np.rint(255 * scan[..., k] / scan.max()).astype(np.uint8)
+        grey = np.rint(scan[..., k] * (255.0 / scan.max())).astype(np.uint8)
         case_id = f"{family}_{index:03d}"
         image_path = folder / "images" / f"{case_id}{suffix}"
         label_path = folder / "labels" / f"{case_id}{name_mask_suffix(image_path)}"

@@ -176,7 +176,7 @@ def test_stochastic_depth_drops_the_branches_of_resnet_blocks_and_other_encoders
 
 
 def test_an_unknown_encoder_is_refused_with_the_nearest():
-    with pytest.raises(InputError, match="did you mean .*resnet34"):
+    with pytest.raises(InputError, match=r"did you mean .*resnet34"):
         build_network(ENCODER.model_copy(update={"encoder": "resnet43"}))
 
 

@@ -204,9 +204,7 @@ def _choose_slice_axis(
         reasons: Takes the reason.
     """
     shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
-    # the coarsest axis; of equal ones the one with fewest slices, of these the last
-    found = max(range(3), key=lambda axis: (round(float(spacing[axis]), 3), -shape[axis], axis))
-    thick = {0: 0, 1: 1, 2: 2}[found if has_spacing else 2]
+    thick = _find_thick_axis(shape, spacing) if has_spacing else 2
     others = np.delete(spacing, thick)
     ratio = float(spacing[thick] / others.max())
     given = {len(v) for v in (config.plan.patch_size, config.plan.spacing) if v != "auto"}
@@ -237,6 +235,15 @@ def _choose_slice_axis(
     where = f"slice by slice along {AXES[thick]}" if has_spacing else "picture by picture"
     reasons.append(f"2D, {where}: {why}")
     return thick  # type: ignore[return-value]  # 0, 1 or 2
+
+
+def _find_thick_axis(shape: NDArray[np.float64], spacing: NDArray[np.float64]) -> int:
+    """Return an axis of one slice, else the coarsest, of equal ones that of fewest slices."""
+
+    def rank(axis: int) -> tuple[bool, float, float, int]:
+        return bool(shape[axis] == 1), round(float(spacing[axis]), 3), -float(shape[axis]), axis
+
+    return max(range(3), key=rank)
 
 
 def _choose_spacing(

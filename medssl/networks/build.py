@@ -192,33 +192,42 @@ def _create_smp(spec: NetworkSpec, download: bool) -> Any:
         ) from error
 
 
-def _replace_batch_norm(network: nn.Module) -> None:
+def _replace_batch_norm(module: nn.Module, is_pooled: bool = False) -> None:
     """Put instance norm in the place of batch norm, with the activation that timm's carries.
 
     Behind a global pooling, where an instance is one pixel, it is taken over the channels.
     """
-    for parent in list(network.modules()):
-        children = list(parent.named_children())
-        is_pooled = any(isinstance(child, nn.AdaptiveAvgPool2d) for _, child in children)
-        for name, child in children:
-            if not isinstance(child, nn.BatchNorm2d):
-                continue
-            count = child.num_features
-            norm: nn.Module = (
-                nn.GroupNorm(1, count) if is_pooled else nn.InstanceNorm2d(count, affine=True)
-            )
-            more = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
-            setattr(parent, name, nn.Sequential(norm, *more) if more else norm)
+    children = list(module.named_children())
+    if isinstance(module, nn.Sequential):
+        is_pooled = is_pooled or any(_pools_globally(child) for _, child in children)
+    for name, child in children:
+        if not isinstance(child, nn.BatchNorm2d):
+            _replace_batch_norm(child, is_pooled)
+            continue
+        count = child.num_features
+        norm: nn.Module = (
+            nn.GroupNorm(1, count) if is_pooled else nn.InstanceNorm2d(count, affine=True)
+        )
+        more = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+        setattr(module, name, nn.Sequential(norm, *more) if more else norm)
 
 
-def channels_last(dimension: int) -> torch.memory_format:
-    """Return the memory format that convolutions of a dimension are fast in."""
-    return torch.channels_last_3d if dimension == 3 else torch.channels_last
+def _pools_globally(module: nn.Module) -> bool:
+    """Tell whether a module leaves one pixel."""
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
 def arrange(image: Tensor) -> Tensor:
-    """Return an image (B, C, I, J[, K]) with its channels last in memory."""
-    return image.contiguous(memory_format=channels_last(image.ndim - 2))
+    """Return an image (B, C, I, J[, K]) in the memory layout that convolutions are fast in.
+
+    Channels last, but not in 2D on a CPU: there the backward pass of a strided 1 x 1 convolution
+    of less than 16 channels writes out of bounds in that layout (torch 2.15).
+    """
+    if image.ndim == 5:
+        return image.contiguous(memory_format=torch.channels_last_3d)
+    return image.contiguous(
+        memory_format=torch.channels_last if image.is_cuda else torch.contiguous_format
+    )
 
 
 def build_network(spec: NetworkSpec, download: bool = False) -> SegmentationNetwork:
@@ -232,6 +241,8 @@ def build_network(spec: NetworkSpec, download: bool = False) -> SegmentationNetw
     Raises:
         InputError: The specification names what cannot be built, or the download failed.
     """
-    if spec.name == "dynunet":
-        return DynamicUNet(spec).to(memory_format=channels_last(len(spec.strides[0])))
-    return EncoderNetwork(spec, download).to(memory_format=channels_last(2))
+    if spec.name != "dynunet":
+        return EncoderNetwork(spec, download)
+    network = DynamicUNet(spec)
+    is_flat = len(spec.strides[0]) == 2
+    return network if is_flat else network.to(memory_format=torch.channels_last_3d)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medssl.config import InputError
-from medssl.data.files import KINDS, is_picture, list_scans, name_mask_suffix, strip_suffix
+from medssl.data.files import KINDS, is_picture, keep_scans, name_mask_suffix, strip_suffix
 from medssl.data.io import read_image, write_map, write_mask
 from medssl.data.pictures import count_channels
 from medssl.losses.entropy import renyi_entropy
@@ -422,7 +422,8 @@ def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Pat
     problems: list[str] = []
     files: list[Path] = []
     for path in inputs:
-        found = list(list_scans(path).values()) if path.is_dir() else [path]
+        found = keep_scans(sorted(path.iterdir())) if path.is_dir() else [path]
+        found = [file for file in found if not file.name.startswith(".")]
         if not path.exists():
             problems.append(f"{path}: no such file or folder")
         elif not found or any(strip_suffix(file.name) is None for file in found):

@@ -325,8 +325,8 @@ def test_a_named_format_that_is_not_there_says_what_it_needs(tmp_path):
 def test_an_empty_folder_and_other_files_are_named(tmp_path, here):
     (tmp_path / "set").mkdir()
     assert "empty" in refuse(tmp_path / "set")
-    touch(tmp_path / "set", "a.png", "b.png")
-    assert "2 x .png" in refuse(tmp_path / "set")
+    touch(tmp_path / "set", "a.bmp", "b.bmp")
+    assert "2 x .bmp" in refuse(tmp_path / "set")
     assert list(here.iterdir()) == []
 
 

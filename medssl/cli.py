@@ -191,7 +191,8 @@ def _train(
     report_path = _write_report(folder)
     print(f"\n{outcome.message}")
     print(f"report:    {report_path}")
-    print(f"predict:   medssl predict {folder} SCAN.nii.gz --out masks")
+    scan = "SCAN.nii.gz" if prepared.plan.has_spacing else "PICTURE.png"
+    print(f"predict:   medssl predict {folder} {scan} --out masks")
     if prepared.splits.test:
         print(f"evaluate:  medssl evaluate {folder}")
     else:
@@ -252,10 +253,12 @@ def evaluate(
     model: RunOrModel,
     data: Annotated[Path | None, typer.Argument(help="Labeled data; default: own test.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the tables.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Of surface Dice, in mm.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Of surface Dice, in mm (pixels).")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure a model on labeled scans it was not trained on, on full volumes, in mm."""
+    """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
     from medssl.evaluate import evaluate_data, evaluate_run
     from medssl.evaluate import render as render_summary
     from medssl.plan import choose_device

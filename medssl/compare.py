@@ -195,10 +195,11 @@ def _check_references(arms: Sequence[Arm], shared: Sequence[str], classes: Seque
                 ours, theirs = (_get_reference(a.cases[case_id], name) for a in (first, arm))
                 if ours is None or theirs is None or np.isclose(ours, theirs, rtol=1e-3):
                     continue
+                unit = "ml" if f"reference_ml/{name}" in first.cases[case_id] else "pixels"
                 raise InputError(
-                    f"{case_id}: the reference of {name!r} is {ours:.4g} ml in {first.name} and "
-                    f"{theirs:.4g} ml in {arm.name}: not the same label; evaluate both on the "
-                    "same data"
+                    f"{case_id}: the reference of {name!r} is {ours:.4g} {unit} in {first.name} "
+                    f"and {theirs:.4g} {unit} in {arm.name}: not the same label; evaluate both on "
+                    "the same data"
                 )
 
 

@@ -23,6 +23,11 @@ IGNORE = 255
 Value = TypeVar("Value")
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PlaneNetwork = Literal[
+    "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus",
+    "upernet", "segformer",
+]  # fmt: skip
+"""Architectures of segmentation-models-pytorch, all in 2D."""
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -52,10 +57,14 @@ class DataSection(Section):
 
 
 class PlanSection(Section):
-    """What the plan decides unless it is given: spacing in mm, patch_size in voxels."""
+    """What the plan decides unless it is given: spacing in mm, patch_size in voxels.
 
-    spacing: Auto | tuple[float, float, float] = "auto"
-    patch_size: Auto | tuple[int, int, int] = "auto"
+    In dimension 2, slice by slice, both have two entries, those of the plane.
+    """
+
+    dimension: Auto | Literal[2, 3] = "auto"
+    spacing: Auto | tuple[float, float, float] | tuple[float, float] = "auto"
+    patch_size: Auto | tuple[int, int, int] | tuple[int, int] = "auto"
     normalization: Auto | Literal["zscore", "ct"] = "auto"
     flips: Auto | tuple[Literal[0, 1, 2], ...] = "auto"
 
@@ -67,9 +76,13 @@ class NetworkSection(Section):
     """The network: ``width`` scales the channels, ``depth`` counts the resolution levels.
 
     A list of widths has one entry per round, round 0 first: students larger than their teachers.
+    ``auto`` is dynunet in 3D and unet in 2D. All but dynunet are of segmentation-models-pytorch:
+    in 2D, with an ``encoder``, which ``pretrained`` starts from weights of ImageNet (a download).
     """
 
-    name: Literal["dynunet"] = "dynunet"
+    name: Auto | Literal["dynunet"] | PlaneNetwork = "auto"
+    encoder: str = "resnet18"
+    pretrained: bool = False
     width: Width | Annotated[tuple[Width, ...], Field(min_length=1)] = 1.0
     depth: Auto | Annotated[int, Field(ge=3, le=7)] = "auto"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1

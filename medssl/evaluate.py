@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from medssl.config import DataSection, InputError, load_config
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
+from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_label, write_mask
 from medssl.metrics import (
     MIN_CASES_FOR_VERDICT,
@@ -51,14 +52,16 @@ def evaluate_model(
     """Predict cases, compare with their labels, and write the tables.
 
     Writes ``per_case.csv`` and ``summary.json`` into `out`, and the masks as
-    ``predictions/<case_id>.nii.gz``. Cases without a label are left out, which is said.
+    ``predictions/<case_id>.nii.gz`` (of a picture, in its format). Cases without a label are left
+    out, which is said. Pictures are measured in pixels: columns end in ``_px``.
 
     Args:
         model: Of ``load_model``.
         cases: Cases with their labels.
         out: The folder of the tables.
         ignore: Label value that means: not annotated.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing) of each case.
+        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing) of each case. In
+            pictures the unit is the pixel, and None takes one.
         about: What else the summary is to hold, such as the name of the data set.
         report: Takes a line of progress.
 
@@ -231,15 +234,15 @@ def _measure(
         except FloatingPointError as error:
             raise FloatingPointError(f"{case.case_id}: {error}") from error
         label, affine = _read_label(case, info.label_values, ignore)
-        spacing = grid_spacing(affine)
+        spacing = None if is_picture(case.images[0]) else grid_spacing(affine)
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
         num_classes = len(info.label_values)
         metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
-        rows.append(tabulate(case.case_id, metrics, names))
+        rows.append(tabulate(case.case_id, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
         if masks is not None:
-            path = masks / f"{case.case_id}.nii.gz"
+            path = masks / f"{case.case_id}{name_mask_suffix(case.images[0])}"
             write_mask(path, prediction.mask, prediction.affine, info.label_values)
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
     summary = summarize(rows)
@@ -250,7 +253,8 @@ def _measure(
             "intervals are wider"
         )
     extent = {"low": min(tolerances), "high": max(tolerances)}
-    return rows, {**summary, "surface_tolerance_mm": extent, "flags": flags}
+    unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
+    return rows, {**summary, f"surface_tolerance_{unit}": extent, "flags": flags}
 
 
 def tabulate(
@@ -268,7 +272,7 @@ def tabulate(
         "dice": "dice",
         "hd95_mm" if in_mm else "hd95_px": "hd95_mm",
         "surface_dice": "surface_dice",
-        "volume_ml" if in_mm else "volume_px": "volume_ml",
+        "volume_ml" if in_mm else "area_px": "volume_ml",
         "reference_ml" if in_mm else "reference_px": "reference_ml",
         "missed": "missed",
     }
@@ -306,9 +310,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 def _summarize_class(rows: Sequence[Row], name: str, unit: str) -> dict[str, Any]:
     """Return the summary of one class."""
     dice = _column(rows, f"dice/{name}")
-    size = "ml" if unit == "mm" else "px"
-    reference = _column(rows, f"reference_{size}/{name}")
-    predicted = _column(rows, f"volume_{size}/{name}")
+    reference = _column(rows, f"reference_{'ml' if unit == 'mm' else 'px'}/{name}")
+    predicted = _column(rows, f"{'volume_ml' if unit == 'mm' else 'area_px'}/{name}")
     pairs = list(zip(reference, predicted, strict=True))
     summary: dict[str, Any] = {
         metric: bootstrap_mean(_column(rows, f"{metric}/{name}"))

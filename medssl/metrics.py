@@ -12,7 +12,8 @@ Policy, where a structure is absent in the reference, in the prediction, or in b
 A false alarm costs what a miss costs, as in the BraTS challenges; n/a is None here and an empty
 cell in a table. Ignored voxels (255 in the reference) count nowhere.
 
-Axes: I J K are voxel axes.
+An axis of a single voxel counts for nothing but the volume: a slice has an outline, not a surface
+on both of its faces. Axes: I J K are voxel axes.
 """
 
 from __future__ import annotations
@@ -141,6 +142,12 @@ def _measure_class(
     size = np.ones(prediction.ndim) if spacing is None else np.asarray(spacing, dtype=np.float64)
     num_predicted, num_reference = int(prediction.sum()), int(reference.sum())
     unit = 1.0 if spacing is None else float(np.prod(size)) / 1000.0
+    thin = tuple(axis for axis, count in enumerate(prediction.shape) if count == 1)
+    if 0 < len(thin) < prediction.ndim:
+        size = np.delete(size, thin)
+        prediction, reference, ignored = (
+            mask.squeeze(thin) for mask in (prediction, reference, ignored)
+        )
     dice: float | None = None
     hd95: float | None = None
     surface: float | None = None

@@ -6,7 +6,7 @@ L(t) = L_sup(f(x~_l), y~_l)
                          + a_con(t) mean[m_con D(stopgrad g(w) || f(v))]
 
 f is the noised student, g the teacher, w the weak view. ``mean`` is over all voxels that are not
-ignored. Axes: B batch, C channels, I J K voxel axes.
+ignored. Axes: B batch, C channels, I J K voxel axes (K is absent in 2D).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from medssl.losses import robust, supervised
 from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
-from medssl.networks.build import SegmentationNetwork
+from medssl.networks.build import SegmentationNetwork, arrange
 from medssl.networks.noise import drop_features, sample_dropout
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
@@ -175,7 +175,7 @@ class Objective(nn.Module):
 
     def _predict(self, image: Tensor) -> list[Tensor]:
         """Return the student's logits, full resolution first."""
-        return self.student.forward_heads(image.contiguous(memory_format=torch.channels_last_3d))
+        return self.student.forward_heads(arrange(image))
 
     def _predict_views(
         self, x_l: Patches | None, x_v: Sequence[Patches]
@@ -216,7 +216,7 @@ class Objective(nn.Module):
         else:
             return None
         network.eval()
-        logits = network(weak.contiguous(memory_format=torch.channels_last_3d))
+        logits = network(arrange(weak))
         self.student.train()
         return torch.softmax(logits.float(), dim=1)
 
@@ -241,7 +241,7 @@ class Objective(nn.Module):
         section = self.config.filter.uncertainty
         if section.source == "none" or "uncertainty" in unlabeled:
             return unlabeled.get("uncertainty") if section.source != "none" else None
-        weak = unlabeled["weak"].contiguous(memory_format=torch.channels_last_3d)
+        weak = arrange(unlabeled["weak"])
         network = self.teacher if "ema" in self.config.teacher.source else self.student
         with sample_dropout(network):
             draws = (torch.softmax(network(weak).float(), 1) for _ in range(section.passes))
@@ -381,9 +381,11 @@ def average(student: nn.Module, decay: float) -> AveragedModel:
     """Return an EMA of a network, buffers included, that takes no gradient."""
     teacher = AveragedModel(
         student,
-        avg_fn=lambda average, current, count: average.lerp(
-            current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay))
-        ),
+        avg_fn=lambda average, current, count: (
+            average.lerp(current, float(1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay)))
+            if average.is_floating_point()
+            else current
+        ),  # batch norm counts its batches
         use_buffers=True,
     )
     return teacher.requires_grad_(False)
@@ -435,8 +437,9 @@ def shrink(patches: Patches, size: Sequence[int]) -> tuple[Tensor, Tensor, Tenso
     if tuple(size) == tuple(patches.target.shape[2:]):
         return patches.target, patches.weight, patches.valid
     kernel = [full // low for full, low in zip(patches.target.shape[2:], size, strict=True)]
+    pool = F.avg_pool3d if len(kernel) == 3 else F.avg_pool2d
     counted = patches.valid.float()
-    share = F.avg_pool3d(counted, kernel)
-    target = F.avg_pool3d(patches.target * counted, kernel) / share.clamp(min=1e-6)
-    weight = F.avg_pool3d(patches.weight * counted, kernel) / share.clamp(min=1e-6)
+    share = pool(counted, kernel)
+    target = pool(patches.target * counted, kernel) / share.clamp(min=1e-6)
+    weight = pool(patches.weight * counted, kernel) / share.clamp(min=1e-6)
     return target, weight, share > 0.5

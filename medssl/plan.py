@@ -1,6 +1,7 @@
 """From the data and the machine to a plan: no configuration is needed, and each choice says why.
 
-Voxel axes I, J, K point to right, anterior, superior.
+Voxel axes I, J, K point to right, anterior, superior; in pictures to the rows below, the columns to
+the right, and the next page. In 2D a plan has a slice axis; sizes are those of the plane.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,13 +21,34 @@ from pydantic import BaseModel, ConfigDict
 
 from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
+from medssl.data.files import is_picture
 from medssl.data.io import read_geometry, read_image, read_label
-from medssl.networks.build import NetworkSpec, build_network
-from medssl.transforms.geometry import Shape, cache_grid, grid_spacing
+from medssl.networks.build import (
+    ENCODER_FACTOR,
+    LEAST_SIDE,
+    NetworkSpec,
+    arrange,
+    build_network,
+)
+from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
 CPU_PATCH_VOXELS = 110_000
 GPU_PATCH_VOXELS = 128**3
+CPU_PATCH_PIXELS = 160**2
+GPU_PATCH_PIXELS = 512**2
+CPU_BATCH_PIXELS = 2 * 160**2  # half a second of an encoder network's step on one core
+GPU_BATCH_PIXELS = 12 * 512**2
+MOST_PATCHES = {"cpu": 8, "gpu": 32}  # of a batch in 2D
+THICK = 3.0  # times the spacing in plane from which on slices are thick
+FEW_SLICES = 16  # under which a 3D network cannot halve their axis twice
+_MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
+    (False, False): 4,
+    (False, True): 6,
+    (True, False): 6,
+    (True, True): 7,
+}
+AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = 2400
 GPU_STEPS = 10_000
 CPU_FILTERS = 16
@@ -49,8 +71,10 @@ class Plan(BaseModel):
     ignore: int | None
     channels: tuple[str, ...]
     preprocessing: Preprocessing
-    patch_size: tuple[int, int, int]
-    flips: tuple[int, ...]
+    patch_size: tuple[int, ...]  # voxels; in 2D those of the plane
+    slice_axis: Literal[0, 1, 2] | None = None  # along which slices are taken; None in 3D
+    has_spacing: bool = True  # False for pictures, whose unit is the pixel
+    flips: tuple[int, ...]  # axes of the volume
     network: NetworkSpec
     batch: int
     num_unlabeled: int
@@ -66,6 +90,11 @@ class Plan(BaseModel):
     def num_classes(self) -> int:
         """Number of classes, with background."""
         return len(self.label_values)
+
+    @property
+    def dimension(self) -> Literal[2, 3]:
+        """2 for a network that sees slices, 3 for one that sees volumes."""
+        return 3 if self.slice_axis is None else 2
 
 
 def make_plan(
@@ -91,27 +120,24 @@ def make_plan(
     device = choose_device(config.train.device)
     on_gpu = device != "cpu"
     reasons.append(f"device {device}: " + ("found" if on_gpu else "no GPU was found or asked for"))
-    grids = [read_geometry(case.images[0]) for case in [*labeled, *unlabeled]]
-    spacing = _choose_spacing(config, grids, reasons)
+    cases = [*labeled, *unlabeled]
+    has_spacing = not any(is_picture(case.images[0]) for case in cases)
+    grids = [read_geometry(case.images[0]) for case in cases]
+    own = [cache_grid(shape, affine, (None, None, None)) for shape, affine in grids]
+    spacings = np.array([grid_spacing(affine) for _, affine in own])
+    slice_axis = _choose_slice_axis(
+        config, np.array([shape for shape, _ in own]), spacings, has_spacing, reasons
+    )
+    axes = [axis for axis in range(3) if axis != slice_axis]
+    spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
     shapes = np.array([cache_grid(shape, affine, spacing)[0] for shape, affine in grids])
     normalization = _choose_normalization(config, dataset, labels, labeled, reasons)
-    patch_size, strides = _choose_patch(config, shapes, spacing, on_gpu, reasons)
-    base = GPU_FILTERS if on_gpu else CPU_FILTERS
-    filters = _choose_filters(base * at_round(config.network.width, 0), len(strides))
-    reasons.append(
-        f"network DynUNet with residual blocks, {len(strides)} levels, filters {filters}, channel "
-        f"dropout {config.network.dropout}"
-    )
-    network = NetworkSpec(
-        in_channels=max(1, len(dataset.channels)),
-        num_classes=len(labels),
-        filters=filters,
-        kernels=tuple(_choose_kernel(level, spacing) for level in range(len(strides))),
-        strides=strides,
-        dropout=config.network.dropout,
-        deep_supervision=config.network.deep_supervision,
-    )
-    batch = 2 if config.train.batch == "auto" else config.train.batch
+    in_plane = [step for step in spacing if step is not None]
+    patch_size, network = _choose_network(
+        config, shapes[:, axes], in_plane, (max(1, len(dataset.channels)), len(labels)),
+        bool(unlabeled), on_gpu, reasons,
+    )  # fmt: skip
+    batch = _choose_batch(config, patch_size, on_gpu, reasons)
     steps = config.train.steps
     if steps == "auto":
         steps = GPU_STEPS if on_gpu else CPU_STEPS
@@ -127,7 +153,9 @@ def make_plan(
         channels=dataset.channels or ("",),
         preprocessing=Preprocessing(spacing=spacing, normalization=normalization),
         patch_size=patch_size,
-        flips=_choose_flips(config, labels, reasons),
+        slice_axis=slice_axis,
+        has_spacing=has_spacing,
+        flips=_choose_flips(config, labels, slice_axis, has_spacing, reasons),
         network=network,
         batch=batch,
         num_unlabeled=num_unlabeled,
@@ -157,9 +185,12 @@ def describe_student(plan: Plan, config: Config, round_index: int) -> NetworkSpe
     widths = config.network.width
     scale = at_round(widths, round_index) / at_round(widths, 0)
     spec, dropout = plan.network, config.noise.dropout
+    filters = spec.filters  # empty for networks with an encoder
+    if filters:
+        filters = _choose_filters(filters[0] * scale, len(filters))
     return spec.model_copy(
         update={
-            "filters": _choose_filters(spec.filters[0] * scale, len(spec.filters)),
+            "filters": filters,
             "dropout": spec.dropout if dropout == "auto" else dropout,
             "stochastic_depth": config.noise.stochastic_depth,
         }
@@ -184,23 +215,84 @@ def choose_device(name: str) -> str:
     return name
 
 
+def _choose_slice_axis(
+    config: Config,
+    shapes: NDArray[np.int_],
+    spacings: NDArray[np.float64],
+    has_spacing: bool,
+    reasons: list[str],
+) -> Literal[0, 1, 2] | None:
+    """Return the axis along which a network in 2D is shown slices, or None for one in 3D.
+
+    Args:
+        config: The configuration.
+        shapes: Shapes (n, 3) of the scans.
+        spacings: Their spacings (n, 3), in mm.
+        has_spacing: False for pictures.
+        reasons: Takes the reason.
+    """
+    shape, spacing = np.median(shapes, axis=0), np.median(spacings, axis=0)
+    thick = _find_thick_axis(shape, spacing) if has_spacing else 2
+    others = np.delete(spacing, thick)
+    ratio = float(spacing[thick] / others.max())
+    given = {len(v) for v in (config.plan.patch_size, config.plan.spacing) if v != "auto"}
+    dimension = config.plan.dimension
+    if dimension == "auto" and given:
+        dimension = 2 if given == {2} else 3
+    if len(given) > 1 or (given and given != {dimension}):
+        raise InputError(
+            f"plan.dimension={config.plan.dimension}: plan.spacing and plan.patch_size have "
+            f"{' and '.join(str(n) for n in sorted(given))} entries; in dimension 2 they have two, "
+            "those of the plane, in dimension 3 three"
+        )
+    if dimension == "auto":
+        few = shape[thick] < FEW_SLICES
+        dimension = 2 if not has_spacing or (shape[thick] == 1) or (ratio > THICK and few) else 3
+        why = (
+            "pictures; what lies between the pages of one is not known"
+            if not has_spacing
+            else f"along {AXES[thick]} slices are {spacing[thick]:g} mm apart, {ratio:.1f} times "
+            f"the {others.max():g} mm in plane, and a scan has {shape[thick]:g} of them (2D from "
+            f"{THICK:g} times on, with fewer than {FEW_SLICES})"
+        )
+    else:
+        why = "as given"
+    if dimension == 3:
+        reasons.append(f"3D: {why}")
+        return None
+    where = f"slice by slice along {AXES[thick]}" if has_spacing else "picture by picture"
+    reasons.append(f"2D, {where}: {why}")
+    return thick  # type: ignore[return-value]  # 0, 1 or 2
+
+
+def _find_thick_axis(shape: NDArray[np.float64], spacing: NDArray[np.float64]) -> int:
+    """Return an axis of one slice, else the coarsest, of equal ones that of fewest slices."""
+
+    def rank(axis: int) -> tuple[bool, float, float, int]:
+        return bool(shape[axis] == 1), round(float(spacing[axis]), 3), -float(shape[axis]), axis
+
+    return max(range(3), key=rank)
+
+
 def _choose_spacing(
-    config: Config, grids: Sequence[tuple[Shape, NDArray[np.float64]]], reasons: list[str]
-) -> tuple[float, float, float]:
-    """Return the spacing of the cache grid in mm along right, anterior, superior."""
-    if config.plan.spacing != "auto":
-        return config.plan.spacing
-    spacings = []
-    for shape, affine in grids:
-        _, canonical = cache_grid(shape, affine, (1.0, 1.0, 1.0))
-        own = np.array(grid_spacing(affine))
-        turn = np.abs(np.linalg.inv(canonical[:3, :3]) @ affine[:3, :3]) / own[None, :]
-        spacings.append([own[np.argmax(turn[axis])] for axis in range(3)])
-    first, second, third = (round(float(value), 4) for value in np.median(spacings, axis=0))
-    reasons.append(
-        f"spacing {first:g} x {second:g} x {third:g} mm: the median of {len(grids)} scans"
-    )
-    return first, second, third
+    config: Config,
+    spacings: NDArray[np.float64],
+    axes: Sequence[int],
+    has_spacing: bool,
+    reasons: list[str],
+) -> GridSpacing:
+    """Return the spacing of the cache grid in mm; None along slices, which are never resampled."""
+    given = config.plan.spacing
+    values = np.median(spacings, axis=0)[list(axes)] if given == "auto" else given
+    chosen: list[float | None] = [None, None, None]
+    for axis, value in zip(axes, values, strict=True):
+        chosen[axis] = round(float(value), 4)
+    shown = " x ".join(f"{step:g}" for step in chosen if step is not None)
+    if given == "auto" and has_spacing:
+        reasons.append(f"spacing {shown} mm: the median of {len(spacings)} scans")
+    elif given == "auto":
+        reasons.append("no spacing: pictures keep their pixels, which are the unit of length")
+    return chosen[0], chosen[1], chosen[2]
 
 
 def _choose_normalization(
@@ -257,20 +349,154 @@ def _collect_foreground(
     return values
 
 
+def _choose_network(
+    config: Config,
+    shapes: NDArray[np.int_],
+    spacing: Sequence[float],
+    counts: tuple[int, int],
+    has_students: bool,
+    on_gpu: bool,
+    reasons: list[str],
+) -> tuple[tuple[int, ...], NetworkSpec]:
+    """Return the patch size and the network; of both one entry for each axis of ``shapes``."""
+    dimension = shapes.shape[1]
+    name = config.network.name
+    if name == "auto":
+        name = "dynunet" if dimension == 3 else "unet"
+    if name != "dynunet":
+        patch_size = _choose_encoder_patch(config, shapes, on_gpu, reasons)
+        return patch_size, _choose_encoder(config, name, counts, has_students, reasons)
+    if config.network.pretrained:
+        raise InputError(
+            "network.pretrained=true: a DynUNet has no encoder with weights of ImageNet; in 2D "
+            "take network.name=unet"
+        )
+    patch_size, strides = _choose_patch(config, shapes, spacing, on_gpu, reasons)
+    base = GPU_FILTERS if on_gpu else CPU_FILTERS
+    filters = _choose_filters(base * at_round(config.network.width, 0), len(strides))
+    reasons.append(
+        f"network DynUNet with residual blocks, {len(strides)} levels, filters {filters}, channel "
+        f"dropout {config.network.dropout}"
+    )
+    return patch_size, NetworkSpec(
+        in_channels=counts[0],
+        num_classes=counts[1],
+        filters=filters,
+        kernels=tuple(_choose_kernel(level, spacing) for level in range(len(strides))),
+        strides=strides,
+        dropout=config.network.dropout,
+        deep_supervision=config.network.deep_supervision,
+    )
+
+
+def _choose_encoder(
+    config: Config, name: Any, counts: tuple[int, int], has_students: bool, reasons: list[str]
+) -> NetworkSpec:
+    """Return a network of segmentation-models-pytorch, built once so that mistakes come first."""
+    section = config.network
+    if at_round(section.width, 0) != 1.0 or section.depth not in (
+        "auto",
+        ENCODER_FACTOR.bit_length(),
+    ):
+        raise InputError(
+            f"network.width={section.width}, network.depth={section.depth}: {name} has the "
+            "channels and levels of its encoder; leave both out and choose another "
+            "network.encoder, as resnet34, or network.name=dynunet"
+        )
+    spec = NetworkSpec(
+        name=name,
+        in_channels=counts[0],
+        num_classes=counts[1],
+        dropout=section.dropout,
+        encoder=section.encoder,
+        pretrained=section.pretrained,
+    )
+    noisy = has_students and config.train.rounds > 0
+    build_network(
+        spec.model_copy(update={"stochastic_depth": config.noise.stochastic_depth if noisy else 1})
+    )
+    if section.width != 1.0:
+        reasons.append(f"students as large as their teacher: {name} has the width of its encoder")
+    norm = "batch norm, from weights of ImageNet" if section.pretrained else "instance norm"
+    reasons.append(
+        f"network {name} with encoder {section.encoder}, {norm}, channel dropout {section.dropout}"
+    )
+    return spec
+
+
+def _choose_encoder_patch(
+    config: Config, shapes: NDArray[np.int_], on_gpu: bool, reasons: list[str]
+) -> tuple[int, ...]:
+    """Return the patch size, in pixels, of a network with an encoder: multiples of 32 from 64."""
+    if shapes.shape[1] == 3:
+        raise InputError(
+            f"network.name={config.network.name}: is for 2D, and these are volumes; leave it out, "
+            "or set plan.dimension=2 to segment them slice by slice"
+        )
+    budget = GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
+    given = config.plan.patch_size
+    median = np.median(shapes, axis=0)
+    wanted = median.copy() if given == "auto" else np.array(given, dtype=float)
+    while True:
+        size = np.maximum(np.ceil(wanted / ENCODER_FACTOR) * ENCODER_FACTOR, LEAST_SIDE).astype(int)
+        if given != "auto" or size.prod() <= budget:
+            break
+        wanted[np.argmax(wanted)] *= 0.9
+    if given != "auto" and tuple(size) != tuple(given):
+        raise InputError(
+            f"plan.patch_size={list(given)}: with an encoder each side must be a multiple of "
+            f"{ENCODER_FACTOR} and {LEAST_SIDE} at least; the nearest is {size.tolist()}"
+        )
+    _explain_patch(size, median, budget, "pixels", reasons)
+    return tuple(size.tolist())
+
+
+def _explain_patch(
+    size: NDArray[np.int_],
+    median: NDArray[np.float64],
+    budget: int,
+    unit: str,
+    reasons: list[str],
+) -> None:
+    """Say why a patch has its size."""
+    reasons.append(
+        f"patch {'x'.join(str(n) for n in size)} {unit}: scans have a median of "
+        f"{'x'.join(f'{n:g}' for n in median)}, at most {budget} {unit} fit this device's time"
+    )
+
+
+def _choose_batch(
+    config: Config, patch_size: Sequence[int], on_gpu: bool, reasons: list[str]
+) -> int:
+    """Return the number of labeled patches of a step."""
+    if config.train.batch != "auto":
+        return config.train.batch
+    if len(patch_size) == 3:
+        return 2
+    most = MOST_PATCHES["gpu" if on_gpu else "cpu"]
+    fitting = (GPU_BATCH_PIXELS if on_gpu else CPU_BATCH_PIXELS) // math.prod(patch_size)
+    batch = min(most, max(2, fitting))
+    reasons.append(f"batch {batch}: patches of one slice are small")
+    return batch
+
+
 def _choose_patch(
     config: Config,
     shapes: NDArray[np.int_],
     spacing: Sequence[float],
     on_gpu: bool,
     reasons: list[str],
-) -> tuple[tuple[int, int, int], tuple[tuple[int, int, int], ...]]:
-    """Return the patch size in voxels and the strides of the levels."""
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Return the patch size in voxels and the strides of the levels of a DynUNet."""
+    is_flat = shapes.shape[1] == 2
     budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
+    if is_flat:
+        budget = GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
     wanted = np.median(shapes, axis=0)
     given = config.plan.patch_size
     if given != "auto":
         wanted = np.array(given, dtype=float)
-    most = config.network.depth if config.network.depth != "auto" else (6 if on_gpu else 4)
+    most = config.network.depth if config.network.depth != "auto" else _MOST_LEVELS[is_flat, on_gpu]
     while True:
         strides = _choose_strides(wanted, np.array(spacing), most)
         factor = np.prod(np.array(strides), axis=0)
@@ -288,49 +514,66 @@ def _choose_patch(
             f"plan.patch_size={list(given)}: with {len(strides)} levels each side must be a "
             f"multiple of {factor.tolist()}; the nearest is {size.tolist()}"
         )
-    median = "x".join(f"{n:g}" for n in np.median(shapes, axis=0))
-    reasons.append(
-        f"patch {'x'.join(str(n) for n in size)} voxels: scans have a median of {median}, at most "
-        f"{budget} voxels fit this device's time"
-    )
-    return (int(size[0]), int(size[1]), int(size[2])), strides
+    median = np.median(shapes, axis=0)
+    _explain_patch(size, median, budget, "pixels" if is_flat else "voxels", reasons)
+    return tuple(size.tolist()), strides
 
 
 def _choose_strides(
     size: NDArray[np.float64], spacing: NDArray[np.float64], most: int
-) -> tuple[tuple[int, int, int], ...]:
+) -> tuple[tuple[int, ...], ...]:
     """Return strides: halve an axis while it stays long enough and is not the coarse one.
 
     Source: Isensee et al. 2021 (nnU-Net), the rule for the network topology.
     """
     size, spacing = size.copy(), spacing.copy()
-    strides = [(1, 1, 1)]
+    strides: list[tuple[int, ...]] = [(1,) * len(size)]
     while len(strides) < most:
         can = (size >= 8) & (spacing <= 2 * spacing[size >= 8].min(initial=math.inf))
         if not can.any() and len(strides) >= 3:
             break
         stride = np.where(can, 2, 1)
         size, spacing = size / stride, spacing * stride
-        strides.append((int(stride[0]), int(stride[1]), int(stride[2])))
+        strides.append(tuple(stride.tolist()))
     return tuple(strides)
 
 
-def _choose_kernel(level: int, spacing: Sequence[float]) -> tuple[int, int, int]:
+def _choose_kernel(level: int, spacing: Sequence[float]) -> tuple[int, ...]:
     """Return the kernel of a level: flat along an axis that is still coarser than the others."""
     now = np.array(spacing)
     finest = now.min() * 2**level
-    kernel = np.where(now > 2 * finest, 1, 3)
-    return int(kernel[0]), int(kernel[1]), int(kernel[2])
+    return tuple(np.where(now > 2 * finest, 1, 3).tolist())
 
 
-def _choose_flips(config: Config, labels: Mapping[int, str], reasons: list[str]) -> tuple[int, ...]:
+def _choose_flips(
+    config: Config,
+    labels: Mapping[int, str],
+    slice_axis: int | None,
+    has_spacing: bool,
+    reasons: list[str],
+) -> tuple[int, ...]:
     """Return the axes that may be mirrored: left-right, where no label has a side."""
-    if config.plan.flips != "auto":
-        return config.plan.flips
+    given = config.plan.flips
+    if given != "auto":
+        if slice_axis in given:
+            raise InputError(
+                f"plan.flips={list(given)}: slices along axis {slice_axis} are mirrored in their "
+                f"plane only; leave out {slice_axis}"
+            )
+        return given
     words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in labels.values()}
     sided = [name for name in labels.values() if SIDES.search(words[name].replace("_", " "))]
     if sided:
         reasons.append(f"no mirroring: labels have sides ({', '.join(sided)})")
+        return ()
+    if not has_spacing:
+        reasons.append(
+            "mirroring left-right only: no label name has a side; where pictures have no above and "
+            "below either, plan.flips=[0,1]"
+        )
+        return (1,)
+    if slice_axis == 0:
+        reasons.append("no mirroring: slices lie left-right, and bodies are not symmetric in them")
         return ()
     reasons.append(
         "mirroring left-right only: no label name has a side, and bodies are not symmetric along "
@@ -386,7 +629,7 @@ def measure_step(plan: Plan) -> float:
     device = torch.device(plan.device)
     network = build_network(plan.network).to(device).train()
     image = torch.randn(plan.batch, plan.network.in_channels, *plan.patch_size, device=device)
-    image = image.contiguous(memory_format=torch.channels_last_3d)
+    image = arrange(image)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     times = []
     for _ in range(3):
@@ -409,12 +652,15 @@ def estimate_hours(plan: Plan, rounds: int, step_seconds: float) -> dict[str, fl
 
 def resolve(plan: Plan) -> dict[str, Any]:
     """Return the dotted keys of the configuration that the plan decided."""
+    spacing = plan.preprocessing.spacing
     return {
-        "plan.spacing": list(plan.preprocessing.spacing),
+        "plan.dimension": plan.dimension,
+        "plan.spacing": [s for axis, s in enumerate(spacing) if axis != plan.slice_axis],
         "plan.patch_size": list(plan.patch_size),
         "plan.normalization": plan.preprocessing.normalization[0].kind,
         "plan.flips": list(plan.flips),
-        "network.depth": len(plan.network.strides),
+        "network.name": plan.network.name,
+        "network.depth": len(plan.network.strides) or ENCODER_FACTOR.bit_length(),
         "train.batch": plan.batch,
         "train.steps": plan.steps,
         "train.device": plan.device,

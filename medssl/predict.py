@@ -1,6 +1,7 @@
 """A model folder and a scan in, probs and mask on the scan's own grid out.
 
-Axes: B batch, C channels, I J K voxel axes.
+Axes: B batch, C channels, I J K voxel axes. A network in 2D sees a scan slice by slice: the slices
+along its slice axis are a batch, and their logits are stacked to a volume again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medssl.config import InputError
+from medssl.data.files import KINDS, is_picture, keep_scans, name_mask_suffix, strip_suffix
 from medssl.data.io import read_image, write_map, write_mask
-from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
+from medssl.data.pictures import count_channels
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
 from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
@@ -32,6 +35,7 @@ from medssl.transforms.preprocess import Preprocessing, measure_percentiles, pre
 
 OVERLAP = 0.5  # of neighboring windows, fraction
 MC_PASSES = 8
+SLICES = 8  # windows of slices that go through a network in 2D at once
 
 
 class ModelInfo(BaseModel):
@@ -39,7 +43,8 @@ class ModelInfo(BaseModel):
 
     ``intensity_range`` holds, per channel, the lowest 0.5 and highest 99.5 percentile of the
     training scans; ``spacing_range`` the smallest and largest value in mm of a scan's finest,
-    middle and coarsest spacing.
+    middle and coarsest spacing, empty where they had none (``has_spacing``). A network in 2D has a
+    ``slice_axis``, along which it sees slices, and a ``patch_size`` of the two other axes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,7 +55,9 @@ class ModelInfo(BaseModel):
     label_values: tuple[int, ...]
     channels: tuple[str, ...]
     preprocessing: Preprocessing
-    patch_size: tuple[int, int, int]
+    patch_size: tuple[int, ...]
+    slice_axis: Literal[0, 1, 2] | None = None
+    has_spacing: bool = True
     flips: tuple[int, ...]
     precision: str
     intensity_range: tuple[tuple[float, float], ...] = ()
@@ -59,7 +66,7 @@ class ModelInfo(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Refuse numbers of classes or channels that contradict each other."""
+        """Refuse numbers of classes, channels or axes that contradict each other."""
         for name, wanted, found in (
             ("classes", self.network.num_classes, (len(self.labels), len(self.label_values))),
             ("channels", self.network.in_channels, (len(self.channels),)),
@@ -67,6 +74,10 @@ class ModelInfo(BaseModel):
         ):
             if set(found) != {wanted}:
                 raise ValueError(f"the network has {wanted} {name}, described are {found}")
+        if len(self.patch_size) != (3 if self.slice_axis is None else 2):
+            raise ValueError(
+                f"patch_size {self.patch_size} does not fit slice_axis {self.slice_axis}"
+            )
         return self
 
 
@@ -104,6 +115,8 @@ def describe_model(plan: Plan, provenance: dict[str, Any], **ranges: Any) -> Mod
         channels=plan.channels,
         preprocessing=plan.preprocessing,
         patch_size=plan.patch_size,
+        slice_axis=plan.slice_axis,
+        has_spacing=plan.has_spacing,
         flips=plan.flips,
         precision=plan.precision,
         provenance=provenance,
@@ -182,28 +195,36 @@ def load_model(path: Path, device: str = "cpu") -> Model:
 
 @torch.no_grad()
 def predict_logits(
-    network: SegmentationNetwork, image: Tensor, patch_size: Sequence[int], precision: str
+    network: SegmentationNetwork,
+    image: Tensor,
+    patch_size: Sequence[int],
+    precision: str,
+    slice_axis: int | None = None,
 ) -> Tensor:
     """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K).
 
     Windows overlap by half and are blended with Gaussian weights; a volume smaller than the
-    patch is padded and cut back. The network's mode is left as it is.
+    patch is padded and cut back. With a slice axis the windows lie in slices along it, and
+    ``patch_size`` has two entries. The network's mode is left as it is.
 
     Raises:
         FloatingPointError: The logits are not finite.
     """
+    if slice_axis is not None:
+        slices = image[0].movedim(1 + slice_axis, 0)
+        logits = predict_logits(network, slices, patch_size, precision)
+        return logits.movedim(0, 1 + slice_axis)[None]
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
 
     def run(window: Tensor) -> Tensor:
-        window = window.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32):
-            return network(window).float()  # type: ignore[no-any-return]  # a module's call is Any
+            return network(arrange(window)).float()  # type: ignore[no-any-return]  # a module's call is Any
 
     logits = torch.as_tensor(
         sliding_window_inference(
             image,
             tuple(patch_size),
-            1,
+            1 if len(patch_size) == 3 else SLICES,
             run,
             overlap=OVERLAP,
             mode="gaussian",
@@ -221,10 +242,11 @@ def predict_probs(
     patch_size: Sequence[int],
     precision: str,
     flips: Sequence[int] = (),
+    slice_axis: int | None = None,
 ) -> Tensor:
     """Return probs (1, num_classes, I, J, K), averaged over all mirrorings along ``flips``."""
     total, count = torch.zeros(()), 0
-    for probs in predict_mirrored(network, image, patch_size, precision, flips):
+    for probs in predict_mirrored(network, image, patch_size, precision, flips, slice_axis):
         total, count = total.to(image.device) + probs, count + 1
     return total / count
 
@@ -235,12 +257,13 @@ def predict_mirrored(
     patch_size: Sequence[int],
     precision: str,
     flips: Sequence[int],
+    slice_axis: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield probs (1, num_classes, I, J, K) under each mirroring along ``flips``, none first."""
     for size in range(len(flips) + 1):
         for subset in itertools.combinations(flips, size):
             axes = [axis + 2 for axis in subset]
-            logits = predict_logits(network, image.flip(axes), patch_size, precision)
+            logits = predict_logits(network, image.flip(axes), patch_size, precision, slice_axis)
             yield torch.softmax(logits, dim=1).flip(axes)
 
 
@@ -250,6 +273,7 @@ def measure_uncertainty(
     patch_size: Sequence[int],
     precision: str,
     passes: int,
+    slice_axis: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return predictive entropy and mutual information (1, 1, I, J, K), in nats, of MC dropout.
 
@@ -260,7 +284,7 @@ def measure_uncertainty(
     """
     with sample_dropout(network):
         draws = (
-            torch.softmax(predict_logits(network, image, patch_size, precision), dim=1)
+            torch.softmax(predict_logits(network, image, patch_size, precision, slice_axis), dim=1)
             for _ in range(passes)
         )
         _, entropy, information = combine(draws, f"MC dropout ({passes} passes)")
@@ -289,13 +313,13 @@ def predict_case(
     prepared = preprocess_image(volume, model.info.preprocessing)
     tensor = torch.from_numpy(prepared.array)[None].to(model.device)
     flips = model.info.flips if test_time_flips else ()
-    size, precision = model.info.patch_size, model.info.precision
-    probs = predict_probs(model.network, tensor, size, precision, flips)[0]
+    size, precision, axis = model.info.patch_size, model.info.precision, model.info.slice_axis
+    probs = predict_probs(model.network, tensor, size, precision, flips, axis)[0]
     native = _return(probs, prepared, volume)
     uncertainty = None
     if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
-        entropy, _ = measure_uncertainty(model.network, tensor, size, precision, passes)
+        entropy, _ = measure_uncertainty(model.network, tensor, size, precision, passes, axis)
         uncertainty = _return(entropy[0], prepared, volume)[0]
     return Prediction(
         probs=native,
@@ -316,6 +340,9 @@ def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float3
 def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
     """Say what of a scan lies outside of what the model was trained on."""
     flags = []
+    if volume.has_spacing != info.has_spacing:
+        scan, others = ("has a", "had none") if volume.has_spacing else ("has no", "had one")
+        flags.append(f"the scan {scan} spacing, the training scans {others}: sizes may not fit")
     for spacing, (low, high) in zip(sorted(volume.spacing), info.spacing_range, strict=False):
         if not 0.67 * low <= spacing <= 1.5 * high:
             flags.append(
@@ -343,14 +370,15 @@ def predict_files(
     uncertainty: bool = False,
     report: Callable[[str], object] = print,
 ) -> None:
-    """Segment files and folders of NIfTI scans; one mask each, and predictions.json.
+    """Segment files and folders of scans; one mask each, and predictions.json.
 
     Args:
         model: A loaded model.
-        inputs: NIfTI files, or folders of them; with several channels, files that end in
-            _0000, _0001, ... or one 4D file.
-        out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for.
-        probs: Write class probabilities, (I, J, K, num_classes).
+        inputs: NIfTI files or pictures, or folders of them; with several channels, files that end
+            in _0000, _0001, ..., one 4D file, or pictures in colour.
+        out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for. The
+            mask of a picture has its format (PNG for a JPEG), its maps are TIFF files.
+        probs: Write class probabilities, (I, J, K, num_classes); a TIFF has the pages (C, K).
         uncertainty: Write the predictive entropy of MC dropout, in nats.
         report: Is told of every file.
 
@@ -361,7 +389,8 @@ def predict_files(
     scans = find_scans(inputs, len(model.info.channels))
     problems, flags = [], {}
     for name, images in scans.items():
-        target = out / f"{name}.nii.gz"
+        target = out / f"{name}{name_mask_suffix(images[0])}"
+        maps = ".tiff" if is_picture(images[0]) else ".nii.gz"
         if target.resolve() in {image.resolve() for image in images}:
             problems.append(f"{target}: would overwrite its own scan; give another --out")
             continue
@@ -371,9 +400,9 @@ def predict_files(
             problems.append(f"{images[0]}: {error}")
             continue
         if probs:
-            write_map(out / f"{name}_probs.nii.gz", np.moveaxis(found.probs, 0, -1), found.affine)
+            write_map(out / f"{name}_probs{maps}", np.moveaxis(found.probs, 0, -1), found.affine)
         if found.uncertainty is not None:
-            write_map(out / f"{name}_uncertainty.nii.gz", found.uncertainty, found.affine)
+            write_map(out / f"{name}_uncertainty{maps}", found.uncertainty, found.affine)
         write_mask(target, found.mask, found.affine, model.info.label_values)
         flags[name] = list(found.flags)
         report(f"{target}" + "".join(f"\n  note: {flag}" for flag in found.flags))
@@ -390,24 +419,25 @@ def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Pat
     """Return the image files of each scan by its name.
 
     Raises:
-        InputError: A path does not exist, holds no NIfTI file, or two scans share a name.
+        InputError: A path does not exist, holds no scan, or two scans share a name.
     """
     problems: list[str] = []
     files: list[Path] = []
     for path in inputs:
-        found = sorted(path.glob("*.nii*")) if path.is_dir() else [path]
+        found = keep_scans(sorted(path.iterdir())) if path.is_dir() else [path]
         found = [file for file in found if not file.name.startswith(".")]
         if not path.exists():
             problems.append(f"{path}: no such file or folder")
-        elif not found or not all(f.name.endswith((".nii", ".nii.gz")) for f in found):
-            problems.append(f"{path}: no NIfTI file (.nii, .nii.gz)")
+        elif not found or any(strip_suffix(file.name) is None for file in found):
+            problems.append(f"{path}: no scan that is read, {KINDS}")
         else:
             files += found
     scans: dict[str, dict[str, list[Path]]] = {}
     for file in files:
-        name = file.name.removesuffix(".gz").removesuffix(".nii")
+        name = strip_suffix(file.name) or file.name
         channel = ""
-        if num_channels > 1 and re.search(r"_\d{4}$", name):
+        is_whole = is_picture(file) and count_channels(file) == num_channels
+        if num_channels > 1 and re.search(r"_\d{4}$", name) and not is_whole:
             name, channel = name[:-5], name[-4:]
         scans.setdefault(name, {}).setdefault(channel, []).append(file)
     wanted = {f"{channel:04d}" for channel in range(num_channels)}

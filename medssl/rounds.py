@@ -75,9 +75,9 @@ LEAST_SHARE = 1e-4  # of a class in the prior that pseudo-labels are assigned to
 STUDENT_KEYS = (
     "method", "objective", "teacher.source", "teacher.ensemble", "views", "target.", "filter.",
     "noise.mixing", "noise.mixing_probability", "noise.strong", "noise.randaugment.",
-    "noise.dropout", "noise.stochastic_depth", "losses.pseudo_label.", "losses.entropy.", "losses.consistency.",
-    "network.width", "train.rounds", "train.unlabeled_ratio", "train.start", "train.schedule",
-    "train.fine_tune.",
+    "noise.dropout", "noise.stochastic_depth", "losses.pseudo_label.", "losses.entropy.",
+    "losses.consistency.", "network.width", "train.rounds", "train.unlabeled_ratio",
+    "train.start", "train.schedule", "train.fine_tune.",
 )  # fmt: skip
 """What round 0 does not depend on; its network stands in the plan."""
 
@@ -212,7 +212,8 @@ def run_training(
     )
     sources = {case_id: _read_sources(entry) for case_id, entry in cached.items()}
     run_hash = hash_json([hash_config(config), splits.to_json(), sources])
-    first = plan.model_dump(mode="json", include={"network", "patch_size", "flips", "batch"})
+    about = {"network", "patch_size", "flips", "batch", "slice_axis"}
+    first = plan.model_dump(mode="json", include=about)
     first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
     _open_folder(prepared, run_dir, run_hash)
     if round_0 is not None:
@@ -306,7 +307,7 @@ def _train_model(
     seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
     spec = describe_student(run.plan, config, index) if kept else run.plan.network
     torch.manual_seed(seed_from(seed, index, "weights"))
-    network = build_network(spec)
+    network = build_network(spec, download=True)
     if kept and config.train.start == "warm" and teacher is not None:
         _start_warm(network, spec, load_model(run.round_folder(teacher)))
     objective = _build_objective(run, network, kept, teacher)
@@ -394,7 +395,7 @@ def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     """Return the mean share of each class in what a teacher says of the labeled cases."""
     model = load_model(run.round_folder(teacher), run.plan.device)
-    window = (run.plan.patch_size, run.plan.precision, run.plan.flips)
+    window = (run.plan.patch_size, run.plan.precision, run.plan.flips, run.plan.slice_axis)
     shares = []
     for case in run.labeled:
         probs = predict_probs(model.network, _to_tensor(case, run.plan.device), *window)
@@ -442,6 +443,7 @@ def _choose_sampling(run: Run, index: int, seed: int) -> Sampling:
         randaugment=noise.randaugment,
         fine_tune_from=round(run.plan.steps * (1 - tuned)) if tuned else None,
         pretrain=train_section.schedule == "pretrain",
+        slice_axis=run.plan.slice_axis,
     )
 
 
@@ -455,7 +457,8 @@ def _validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
         if label is None:
             continue
         image = _to_tensor(case, run.plan.device)
-        probs = predict_probs(network, image, run.plan.patch_size, run.plan.precision)
+        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+        probs = predict_probs(network, image, size, precision, slice_axis=axis)
         classes = probs[0].argmax(0).cpu().numpy()
         classes[label == IGNORE] = IGNORE
         for class_index, name in enumerate(run.class_names[1:], start=1):
@@ -519,26 +522,27 @@ def _label_case(
     """
     image = _to_tensor(case, run.plan.device)
     window = (run.plan.patch_size, run.plan.precision)
+    axis, flips = run.plan.slice_axis, run.plan.flips
     section = run.config.filter.uncertainty
-    all_probs = [predict_probs(m.network, image, *window, run.plan.flips) for m in members]
+    all_probs = [predict_probs(m.network, image, *window, flips, axis) for m in members]
     probs = torch.stack(all_probs).mean(0)
     entropy = information = entropy_of(probs)
     if section.source == "mc_dropout":
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
-        network = members[0].network
-        entropy, information = measure_uncertainty(network, image, *window, section.passes)
+        network, passes = members[0].network, section.passes
+        entropy, information = measure_uncertainty(network, image, *window, passes, axis)
     elif section.source == "ensemble":
         _, entropy, information = combine(all_probs, "the ensemble")
     elif section.source == "flips":
-        turned = predict_mirrored(members[0].network, image, *window, run.plan.flips)
+        turned = predict_mirrored(members[0].network, image, *window, flips, axis)
         _, entropy, information = combine(turned, "mirrorings")
     doubt = information if section.measure == "mutual_information" else entropy
     stability = None
     if earlier:
         classes = probs[0].argmax(0).cpu().numpy()
         named = range(1, run.plan.num_classes)
-        then = [predict_probs(m.network, image, *window)[0].argmax(0) for m in earlier]
-        agreements = [measure_agreement(t.cpu().numpy(), classes, named) for t in then]
+        then = [predict_probs(m.network, image, *window, (), axis) for m in earlier]
+        agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
         stability = float(np.mean(agreements))
     return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
 
@@ -682,13 +686,12 @@ def _predict_unlabeled(run: Run) -> None:
     """Write the delivered model's masks of all unlabeled cases, in full, on their own grids."""
     model = load_model(run.folder, run.plan.device)
     for case in run.unlabeled:
-        path = run.folder / "unlabeled_masks" / f"{case.case_id}.nii.gz"
+        path = run.folder / "unlabeled_masks" / f"{case.case_id}{case.mask_suffix}"
         if path.is_file():
             continue
         image = _to_tensor(case, run.plan.device)
-        probs = predict_probs(
-            model.network, image, run.plan.patch_size, run.plan.precision, run.plan.flips
-        )[0]
+        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+        probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]
         native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
         classes = native.argmax(0).astype(np.uint8)
         write_mask(path, classes, case.native_affine, run.plan.label_values)
@@ -714,7 +717,9 @@ def _describe(
             (float(channel[:, 0].min()), float(channel[:, -1].max()))
             for channel in percentiles.swapaxes(0, 1)
         ),
-        spacing_range=tuple((float(axis.min()), float(axis.max())) for axis in spacings.T),
+        spacing_range=tuple((float(axis.min()), float(axis.max())) for axis in spacings.T)
+        if plan.has_spacing
+        else (),
     )
 
 

@@ -266,7 +266,7 @@ def test_json_list_declares_channels_labels_and_ignore(tmp_path):
         ("case_id,image\n,a.nii.gz\n", "line 2: case_id is empty"),
         ("case_id,image\nx/y,a.nii.gz\n", "slash"),
         ("case_id,image\nx,a.txt\n", "a.txt does not exist"),
-        ("case_id,image\nx,cases.csv\n", "no NIfTI file"),
+        ("case_id,image\nx,cases.csv\n", "no scan that is read"),
         ("case_id,image,label\nx,a.nii.gz,mm.nii.gz\n", "did you mean"),
         ("case_id,image\n", "lists no case"),
         ("", "lists no case"),
@@ -325,8 +325,8 @@ def test_a_named_format_that_is_not_there_says_what_it_needs(tmp_path):
 def test_an_empty_folder_and_other_files_are_named(tmp_path, here):
     (tmp_path / "set").mkdir()
     assert "empty" in refuse(tmp_path / "set")
-    touch(tmp_path / "set", "a.png", "b.png")
-    assert "2 x .png" in refuse(tmp_path / "set")
+    touch(tmp_path / "set", "a.bmp", "b.bmp")
+    assert "2 x .bmp" in refuse(tmp_path / "set")
     assert list(here.iterdir()) == []
 
 

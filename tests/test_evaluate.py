@@ -163,7 +163,7 @@ def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
 def test_without_spacing_columns_end_in_px() -> None:
     mask = np.ones((3, 3, 3), np.uint8)
     row = tabulate("x", case_metrics(mask, mask, None, 2), {1: "a"}, in_mm=False)
-    expected = ["hd95_px/a", "volume_px/a", "reference_px/a"]
+    expected = ["hd95_px/a", "area_px/a", "reference_px/a"]
     assert [column for column in row if "_px" in column] == expected
     assert not [column for column in row if "_mm" in column or "_ml" in column]
     assert summarize([row])["classes"]["a"]["hd95_px"]["mean"] == 0.0

@@ -95,7 +95,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             read_image([path], 1)
     with pytest.raises(InputError, match="there is no such file"):
         read_image([tmp_path / "missing.nii.gz"], 1)
-    with pytest.raises(InputError, match="not a NIfTI file"):
+    with pytest.raises(InputError, match="not a scan that is read"):
         read_image([tmp_path / "scan.dcm"], 1)
 
 

@@ -132,7 +132,7 @@ def test_every_shape_and_spacing_gets_a_patch_that_fits_the_network_and_the_budg
 
 @pytest.mark.parametrize("shape", [(20, 18, 16), (30, 25, 1), (12, 12, 5)])
 def test_the_network_of_a_plan_takes_its_patch(scans, shape):
-    plan = scans.add(shape, (1.0, 1.0, 4.0)).plan("network.width=0.25")
+    plan = scans.add(shape, (1.0, 1.0, 4.0)).plan("network.width=0.25", "plan.dimension=3")
     network = build_network(plan.network)
     heads = network.forward_heads(torch.zeros(1, 1, *plan.patch_size))
     assert heads[0].shape == (1, 3, *plan.patch_size)
@@ -140,7 +140,7 @@ def test_the_network_of_a_plan_takes_its_patch(scans, shape):
 
 
 def test_a_coarse_axis_is_not_halved_and_gets_flat_kernels_at_first(scans):
-    plan = scans.add((40, 40, 12), (1.0, 1.0, 5.0)).plan()
+    plan = scans.add((40, 40, 12), (1.0, 1.0, 5.0)).plan("plan.dimension=3")
     assert plan.network.strides[1] == (2, 2, 1)
     assert plan.network.kernels[0] == (3, 3, 1)
     assert plan.network.kernels[-1] == (3, 3, 3)

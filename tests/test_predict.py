@@ -367,8 +367,8 @@ def test_a_file_with_all_channels_is_one_scan(tmp_path):
         (["a_0001.nii", "a_0002.nii"], 2, "a: the model wants 2 channels"),
         (["a.nii", "a.nii.gz"], 1, "two scans of one name"),
         (["x/a.nii", "y/a.nii"], 2, "two scans of one name"),
-        (["a.mha"], 1, "no NIfTI file"),
-        ([], 1, "no NIfTI file"),
+        (["a.mha"], 1, "no scan that is read"),
+        ([], 1, "no scan that is read"),
     ],
 )
 def test_files_that_make_no_scan_are_refused(tmp_path, names, num_channels, words):

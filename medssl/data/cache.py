@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
+from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.formats import Case
 from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
 from medssl.runs import hash_file, hash_json, read_json, seed_from, write_file, write_json
@@ -51,6 +52,8 @@ class CachedCase:
         native_affine: Affine (4, 4) of the scan.
         percentiles: The 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
         has_label: Whether this run may open a label; False for every unlabeled case.
+        has_spacing: Whether a spacing is known; False for a picture, on the identity affine.
+        mask_suffix: Suffix of the files of its masks: that of its own format.
     """
 
     case_id: str
@@ -61,6 +64,8 @@ class CachedCase:
     native_affine: Affine
     percentiles: tuple[tuple[float, float, float], ...]
     has_label: bool
+    has_spacing: bool = True
+    mask_suffix: str = ".nii.gz"
 
     @property
     def spacing(self) -> Spacing:
@@ -154,6 +159,7 @@ def _open_image(
         "native_shape": volume.shape,
         "native_affine": volume.affine.tolist(),
         "percentiles": measure_percentiles(volume),
+        "has_spacing": volume.has_spacing,
     }
     (entry / "meta.json").unlink(missing_ok=True)
     _save(entry / "image.npy", _halve(image))
@@ -223,6 +229,8 @@ def _describe(entry: Path, case: Case, meta: dict[str, Any]) -> CachedCase:
         native_affine=np.asarray(meta["native_affine"], dtype=np.float64),
         percentiles=tuple((low, middle, high) for low, middle, high in meta["percentiles"]),
         has_label=case.label is not None,
+        has_spacing=not any(is_picture(path) for path in case.images),
+        mask_suffix=name_mask_suffix(case.images[0]),
     )
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
+from medssl.data.files import is_picture
 from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label_values
 from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
 
@@ -46,7 +47,8 @@ class CaseFacts:
     """What was seen of one case; of a test case the hash alone.
 
     `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
-    volumes, None where no label was opened.
+    volumes, None where no label was opened. A picture has no spacing, and areas in pixels in the
+    place of volumes.
     """
 
     case_id: str
@@ -59,6 +61,7 @@ class CaseFacts:
     num_voxels: dict[int, int] | None = None
     has_identity_affine: bool = False
     has_rounded_label: bool = False
+    has_spacing: bool = True
     problems: tuple[str, ...] = field(default=())
 
 
@@ -210,6 +213,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         volume.spacing,
         tuple(_measure_percentiles(channel) for channel in volume.array),
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
+        has_spacing=volume.has_spacing,
         **{**seen, "problems": (*problems, *seen["problems"])},
     )
 
@@ -219,6 +223,8 @@ def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
     """Turn whatever a damaged file makes of a read into an InputError that names it."""
     try:
         for path in paths:
+            if is_picture(path):
+                continue  # their reader decodes all of a file
             nib.load(path).get_data_dtype()
             if path.suffix == ".gz":
                 _read_to_end(path)
@@ -261,7 +267,7 @@ def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, A
             num_voxels, affine, shape = read_label_values(path)
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    voxel_ml = 1.0 if is_picture(path) else abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     return {
         "volumes_ml": {value: count * voxel_ml for value, count in num_voxels.items()},
         "num_voxels": num_voxels,
@@ -272,6 +278,8 @@ def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, A
 
 def _is_rounded(path: Path) -> bool:
     """Tell whether a label file holds almost-integers like 0.9999999."""
+    if is_picture(path):
+        return False
     image: Any = nib.load(path)
     if image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0):
         return False
@@ -392,7 +400,8 @@ def _warn_of_labels(
 
 def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
     """Warn of headers that say nothing, implausible spacing and constant images."""
-    seen_grids = [seen for seen in facts if seen.spacing is not None]
+    all_seen = [seen for seen in facts if seen.spacing is not None]
+    seen_grids = [seen for seen in all_seen if seen.has_spacing]
     identity = [seen.case_id for seen in seen_grids if seen.has_identity_affine]
     low, high = _PLAUSIBLE_MM
     odd = [
@@ -402,7 +411,7 @@ def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
     ]
     flat = [
         seen.case_id
-        for seen in seen_grids
+        for seen in all_seen
         if any(channel[0] == channel[-1] for channel in seen.percentiles)
     ]
     texts = (
@@ -462,10 +471,15 @@ def _render_grids(result: CheckResult) -> list[str]:
     if not facts:
         return []
     rows: list[tuple[str, Sequence[float]]] = []
-    for axis, name in enumerate("IJK"):
-        rows.append((f"spacing {name}, mm", [(seen.spacing or (0, 0, 0))[axis] for seen in facts]))
-    for axis, name in enumerate("IJK"):
-        rows.append((f"shape {name}, voxels", [(seen.shape or (0, 0, 0))[axis] for seen in facts]))
+    names = ["shape I, voxels", "shape J, voxels", "shape K, voxels"]
+    if not facts[0].has_spacing:
+        names = ["rows (I), pixels", "columns (J), pixels", "pages (K)"]
+    else:
+        for axis, name in enumerate("IJK"):
+            sizes = [(seen.spacing or (0, 0, 0))[axis] for seen in facts]
+            rows.append((f"spacing {name}, mm", sizes))
+    for axis, name in enumerate(names):
+        rows.append((name, [(seen.shape or (0, 0, 0))[axis] for seen in facts]))
     for channel, name in enumerate(result.dataset.channels):
         for index, percent in enumerate(PERCENTILES):
             title = f"{name or f'channel {channel}'}, {percent:g} % of voxels below"
@@ -490,7 +504,8 @@ def _render_classes(result: CheckResult) -> list[str]:
     if not opened:
         return []
     title = f"in the {len(opened)} labels opened"
-    columns = ("value", "labels", "min ml", "median ml", "max ml")
+    unit = "ml" if all(seen.has_spacing for seen in result.facts) else "px"
+    columns = ("value", "labels", f"min {unit}", f"median {unit}", f"max {unit}")
     lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
     for value, name in result.labels.items():
         volumes = [found[value] for found in opened if value in found]

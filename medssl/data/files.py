@@ -13,6 +13,8 @@ from pathlib import Path
 from medssl.config import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+KINDS = "NIfTI (.nii, .nii.gz), PNG, JPEG or TIFF"
 
 _MASK_WORD = (
     "(?:labels?|lbl|masks?|seg|segs|segm|segmentations?|gt|groundtruth|annotations?|rois?|manual)"
@@ -30,24 +32,50 @@ _NUM_SHOWN = 12
 
 
 def strip_suffix(name: str) -> str | None:
-    """Return a file name without its NIfTI suffix, or None for every other kind of file."""
-    for suffix in SUFFIXES:
+    """Return a file name without the suffix of a scan or picture, or None for other files."""
+    for suffix in (*SUFFIXES, *PICTURES):
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
     return None
 
 
+def is_picture(path: Path) -> bool:
+    """Tell whether a file is a PNG, JPEG or TIFF by its name: a picture, without spacing."""
+    return path.suffix.lower() in PICTURES
+
+
+def name_mask_suffix(image: Path) -> str:
+    """Return the suffix of a mask of an image: its own format, PNG for a JPEG, .nii.gz for NIfTI.
+
+    A JPEG would change the values of a mask.
+    """
+    if not is_picture(image):
+        return SUFFIXES[0]
+    is_tiff = image.suffix.lower() in (".tif", ".tiff")
+    return image.suffix.lower() if is_tiff else ".png"
+
+
+def keep_scans(paths: Iterable[Path]) -> list[Path]:
+    """Return the NIfTI files among files, or, where there is none, the pictures.
+
+    Pictures beside NIfTI files are previews of them.
+    """
+    scans = [path for path in paths if strip_suffix(path.name) is not None]
+    return [path for path in scans if not is_picture(path)] or scans
+
+
 def list_scans(folder: Path) -> dict[str, Path]:
-    """Return stem -> path of the NIfTI files in a folder; hidden and `._*` files are ignored.
+    """Return stem -> path of the scans in a folder; hidden and `._*` files are ignored.
+
+    Scans are NIfTI files or, in a folder without one, pictures.
 
     Raises:
         InputError: Two files have the same stem.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        stem = None if path.name.startswith(".") else strip_suffix(path.name)
-        if stem is None or not path.is_file():
-            continue
+    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
+    for path in keep_scans(files):
+        stem = strip_suffix(path.name) or path.name
         if stem in found:
             raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
         found[stem] = path
@@ -175,7 +203,7 @@ def describe_unknown(root: Path) -> str:
         The lines to print: the tree as understood, and what to do next.
     """
     paths = walk_files(root)
-    scans = [path for path in paths if strip_suffix(path.name) is not None]
+    scans = keep_scans(paths)
     others = [path for path in paths if strip_suffix(path.name) is None]
     lines = [f"{root}: this is none of the layouts that medssl reads."]
     if not paths:
@@ -187,7 +215,7 @@ def describe_unknown(root: Path) -> str:
     if others and not scans and not dicom:
         kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
         counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
-        lines.append(f"It holds no NIfTI file (.nii, .nii.gz), and only those are read: {counts}.")
+        lines.append(f"It holds no scan that is read, {KINDS}: {counts}.")
     return "\n".join([*lines, _LAYOUTS])
 
 

@@ -17,10 +17,13 @@ from typing import Any, Literal
 
 from medssl.config import InputError
 from medssl.data.files import (
+    KINDS,
     SUFFIXES,
     describe_unknown,
     guess_patient,
     is_mask,
+    is_picture,
+    keep_scans,
     list_scans,
     strip_suffix,
     walk_files,
@@ -29,6 +32,7 @@ from medssl.data.files import (
 Part = Literal["labeled", "unlabeled", "val", "test"]
 PARTS: tuple[Part, ...] = ("labeled", "unlabeled", "val", "test")
 
+_COLOURS = ("red", "green", "blue")
 _MAX_HINTS = 20  # missing files for which a near name is looked for
 
 
@@ -128,7 +132,7 @@ def _is_folders(root: Path) -> bool:
         return False
     if (root / "labels").is_dir():
         return True
-    return not any(is_mask(path, root) for path in walk_files(root) if strip_suffix(path.name))
+    return not any(is_mask(path, root) for path in keep_scans(walk_files(root)))
 
 
 def _detect_file_format(path: Path) -> tuple[str, Path]:
@@ -381,7 +385,7 @@ def _read_folders(root: Path) -> Dataset:
     if not images:
         kinds = sorted({path.suffix for path in (root / "images").iterdir() if path.is_file()})
         got = f"files of the kind {', '.join(kinds)}" if kinds else "no file"
-        raise InputError(f"{root / 'images'}: expected NIfTI files (.nii, .nii.gz), got {got}")
+        raise InputError(f"{root / 'images'}: expected scans, {KINDS}, got {got}")
     problems: list[str] = []
     groups: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in images.items()}
     more: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in unlabeled.items()}
@@ -394,8 +398,22 @@ def _read_folders(root: Path) -> Dataset:
     raise_all(problems, str(root))
     cases = [_make_case(paths, masks.get(name), name) for name, paths in groups.items()]
     cases += [_make_case(paths, None, name) for name, paths in more.items()]
-    channels = ("",) * num_channels
+    channels = _name_channels(cases, num_channels)
     return Dataset(root.resolve().name, root, "folders", tuple(cases), None, channels)
+
+
+def _name_channels(cases: Sequence[Case], num_channels: int) -> tuple[str, ...]:
+    """Return empty names, or those of colours where the first picture, by its header, is in colour.
+
+    Scans keep their channels in the number of files; pictures in the file itself.
+    """
+    first = cases[0].images[0] if cases else None
+    if num_channels == 1 and first is not None and is_picture(first) and first.is_file():
+        from medssl.data.pictures import count_channels  # heavy: only where there are pictures
+
+        if count_channels(first) == len(_COLOURS):
+            return _COLOURS
+    return ("",) * num_channels
 
 
 _COLUMNS = ("case_id", "image", "label", "patient_id", "split")
@@ -422,7 +440,7 @@ def _read_list(path: Path) -> Dataset:
         raise InputError(f"{path}: lists no case")
     columns = sorted({k for _, row in rows for k in row if _is_channel(k)}, key=_channel_index)
     cases = [_read_row(where, row, columns, path.parent, problems) for where, row in rows]
-    channels = ("",) * len(columns)
+    channels = _name_channels(cases, len(columns))
     if content.get("channels") is not None:
         channels = _read_channels(content["channels"], problems)
         if len(columns) not in (1, len(channels)):
@@ -548,20 +566,36 @@ def _check_cases(dataset: Dataset, source: Path) -> None:
             num_hints -= 1
             hint = _suggest_path(path) if num_hints >= 0 and not path.exists() else ""
             problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
+    problems += _find_other_kinds(dataset.cases)
     raise_all(problems, str(source))
     if not dataset.cases:
         raise InputError(f"{source}: lists no case")
 
 
+def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
+    """Name the cases of the rarer kind where NIfTI files and pictures are mixed."""
+    kinds: dict[bool, list[str]] = {True: [], False: []}
+    for case in cases:
+        paths = (*case.images, *([case.label] if case.label else []))
+        for kind in {is_picture(path) for path in paths}:
+            kinds[kind].append(case.case_id)
+    fewer = min(kinds.values(), key=len)
+    return [
+        f"{case_id}: NIfTI files, which have a spacing, and pictures, which have none, are mixed "
+        "in this data set; make two of it"
+        for case_id in fewer
+    ]
+
+
 def _is_bad(path: Path) -> bool:
-    """Tell whether a path is no NIfTI file."""
+    """Tell whether a path is no scan."""
     return strip_suffix(path.name) is None or not path.is_file()
 
 
 def _explain_file(path: Path) -> str:
     """Say why a file cannot be used."""
     if path.is_file():
-        return f"{path} is no NIfTI file (.nii, .nii.gz), and only those are read"
+        return f"{path} is no scan that is read: {KINDS}"
     return f"{path} does not exist"
 
 

@@ -1,7 +1,8 @@
-"""NIfTI in and out, on the native grid of the scan.
+"""Scans and pictures in and out, on the native grid.
 
 Legend: C channels, I J K voxel axes. What is written holds voxels and geometry, nothing else of
-the header it came from.
+the header it came from. The suffix of a file decides: NIfTI, or a PNG, JPEG or TIFF, which has no
+spacing and lies on the identity affine (see `medssl.data.pictures` for its axes).
 """
 
 import zlib
@@ -16,6 +17,8 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
+from medssl.data.files import KINDS, is_picture
+from medssl.data.pictures import read_channels, read_shape, read_values, write_picture
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Shape, Volume, affines_differ, check_affine
 
@@ -49,9 +52,10 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
         InputError: A file cannot be read, the channels lie on different grids, or their number
             is not the declared one.
     """
+    has_spacing = not any(is_picture(path) for path in paths)
     if len(paths) == 1:
         array, affine = _read_channels(paths[0], num_channels)
-        return Volume(array, affine)
+        return Volume(array, affine, has_spacing)
     if len(paths) != num_channels:
         raise InputError(
             f"{len(paths)} image files for {num_channels} channels: "
@@ -61,7 +65,7 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
     first, affine = channels[0]
     for path, (array, other) in zip(paths[1:], channels[1:], strict=True):
         _compare_grids(paths[0], first.shape[1:], affine, path, array.shape[1:], other)
-    return Volume(np.concatenate([array for array, _ in channels]), affine)
+    return Volume(np.concatenate([array for array, _ in channels]), affine, has_spacing)
 
 
 def read_label(
@@ -115,6 +119,8 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
     Raises:
         InputError: The header cannot be read or places no voxels.
     """
+    if is_picture(path):
+        return read_shape(path), np.eye(4)
     image = _open(path)
     return _spatial_shape(path, image), _affine(path, image)
 
@@ -129,14 +135,15 @@ def write_mask(
     """Write class indices as a mask with the original label values, atomically.
 
     Args:
-        path: A file name that ends in .nii or .nii.gz.
+        path: A file name that ends in .nii, .nii.gz, .png (one slice), .tif or .tiff.
         classes: Class indices (I, J, K); 255 = not trusted.
-        affine: Affine (4, 4) of the scan that the mask belongs to.
+        affine: Affine (4, 4) of the scan that the mask belongs to; a picture keeps none.
         label_values: Value of each class index.
         ignore: Value that stands for 255 in the file.
 
     Raises:
-        ValueError: There is a class without a value, or `ignore` is the value of a class.
+        ValueError: There is a class without a value, or `ignore` is the value of a class, or the
+            format cannot hold a value.
     """
     found = np.unique(classes)
     unknown = [int(index) for index in found if index >= len(label_values) and index != IGNORE]
@@ -149,23 +156,32 @@ def write_mask(
             raise ValueError(f"{ignore} means ignored and is a label value: {label_values}")
         values[IGNORE] = ignore
     used = values[found] if found.size else values[:1]
+    kinds = (np.uint8, np.uint16 if is_picture(path) else np.int16, np.int32)
     dtype = next(
         dtype
-        for dtype in (np.uint8, np.int16, np.int32)
+        for dtype in kinds
         if np.iinfo(dtype).min <= used.min() and used.max() <= np.iinfo(dtype).max
     )
     _write(path, values.astype(dtype)[classes] if found.size else classes, affine)
 
 
+def find_untrusted_value(label_values: tuple[int, ...]) -> int:
+    """Return the value that stands for 255 in a pseudo-mask: 255, unless that is a label's."""
+    return max(set(range(IGNORE + 1)) - set(label_values))
+
+
 def write_map(path: Path, array: NDArray[np.floating[Any]], affine: Affine) -> None:
-    """Write a float32 map (I, J, K) or (I, J, K, C), atomically."""
+    """Write a float32 map (I, J, K) or (I, J, K, C), atomically; a TIFF has the pages (C, K)."""
+    if is_picture(path) and array.ndim == 4:
+        i, j, k, c = array.shape
+        array = np.moveaxis(array, -1, 2).reshape(i, j, c * k)
     _write(path, array.astype(np.float32), affine)
 
 
 def _open(path: Path) -> Any:
     """Open a NIfTI file without reading its voxels (nibabel has no types, hence Any)."""
     if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{path}: not a NIfTI file (.nii, .nii.gz): convert it first")
+        raise InputError(f"{path}: not a scan that is read, {KINDS}: convert it first")
     return _guard(path, lambda: nib.load(path))
 
 
@@ -205,6 +221,8 @@ def _spatial_shape(path: Path, image: Any) -> Shape:
 
 def _read_channels(path: Path, num_channels: int) -> tuple[NDArray[np.float32], Affine]:
     """Read one file as (C, I, J, K) float32 with its affine."""
+    if is_picture(path):
+        return read_channels(path, num_channels), np.eye(4)
     image = _open(path)
     shape = _spatial_shape(path, image)
     found = int(np.prod(image.shape[3:])) if len(image.shape) > 3 else 1
@@ -221,21 +239,30 @@ def _read_channels(path: Path, num_channels: int) -> tuple[NDArray[np.float32], 
 
 
 def _read_integers(path: Path) -> tuple[NDArray[np.int64], Affine]:
-    """Read one file as integers (I, J, K) with its affine."""
+    if is_picture(path):
+        return _round(path, read_values(path)), np.eye(4)
     image = _open(path)
     shape = _spatial_shape(path, image)
     if int(np.prod(image.shape)) != int(np.prod(shape)):
         raise InputError(f"{path}: a label is (I, J, K), got shape {tuple(image.shape)}")
     _refuse_records(path, image)
     values = _guard(path, lambda: np.asanyarray(image.dataobj)).reshape(shape)
-    if np.issubdtype(values.dtype, np.integer):
-        return values.astype(np.int64), _affine(path, image)
+    return _round(path, values), _affine(path, image)
+
+
+def _round(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
+    """Return label values (I, J, K) as integers, or refuse those that are none."""
+    integers: NDArray[np.int64]
+    if values.dtype.kind in "iub":
+        integers = values.astype(np.int64)
+        return integers
     bad = ~np.isfinite(values)
     if not bad.any():
         rounded = np.rint(values)
         bad = np.abs(values - rounded) > _ROUNDING
         if not bad.any():
-            return rounded.astype(np.int64), _affine(path, image)
+            integers = rounded.astype(np.int64)
+            return integers
     examples = [float(value) for value in np.unique(values[bad])[:5]]
     raise InputError(
         f"{path}: {int(bad.sum())} label voxels are not integers, e.g. {examples}: "
@@ -274,8 +301,11 @@ def _compare_grids(
 
 def _write(path: Path, array: NDArray[Any], affine: Affine) -> None:
     """Write voxels with a header that holds the geometry alone."""
+    if is_picture(path):
+        write_picture(path, array)
+        return
     if not path.name.endswith(SUFFIXES):
-        raise ValueError(f"{path}: must end in .nii or .nii.gz")
+        raise ValueError(f"{path}: must end in .nii, .nii.gz, .png, .tif or .tiff")
     image = nib.Nifti1Image(array, affine)
     image.header.set_slope_inter(1, 0)
     image.header.set_xyzt_units("mm")

@@ -1,7 +1,8 @@
 """Batches of patches, each a pure function of (seed, round, step, index in batch, purpose).
 
 Nothing about the randomness has to be saved, and any number of workers gives the same batches.
-Axes: B batch, C channels, I J K voxel axes.
+Axes: B batch, C channels, I J K voxel axes. In 2D a patch is cut from one slice of a case: the
+batch then has the two axes of the plane, (B, C, I, J) where the slices lie along K.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,14 +51,16 @@ class Sampling:
     """What decides the patches of a round besides the cases.
 
     ``foreground`` is the share of patches around a foreground voxel; ``strong`` scales the strong
-    views, of which ``views`` names the ones that are made; ``flips`` are the axes that may be
-    mirrored; ``num_unlabeled`` counts unlabeled patches per step. From step ``fine_tune_from`` on
-    there are labeled patches only, not augmented; ``pretrain`` leaves them out before it.
+    views, of which ``views`` names the ones that are made; ``flips`` are the axes of the volume
+    that may be mirrored; ``num_unlabeled`` counts unlabeled patches per step. ``slice_axis`` is the
+    axis along which slices are taken in 2D; then ``patch_size`` has the two others. From step
+    ``fine_tune_from`` on there are labeled patches only, not augmented; ``pretrain`` leaves them
+    out before it.
     """
 
     seed: int
     round_index: int
-    patch_size: tuple[int, int, int]
+    patch_size: tuple[int, ...]
     batch: int
     num_unlabeled: int
     foreground: float
@@ -66,6 +70,31 @@ class Sampling:
     randaugment: RandAugmentSection = field(default_factory=RandAugmentSection)
     fine_tune_from: int | None = None
     pretrain: bool = False
+    slice_axis: int | None = None
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the volume that a patch has."""
+        return tuple(axis for axis in range(3) if axis != self.slice_axis)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a patch is cut: a draw, in the whole volume or in one slice of it."""
+
+    draw: SpatialDraw
+    slice_axis: int | None = None
+    index: int = 0
+
+    def sample(self, volume: NDArray[np.generic], nearest: bool) -> Tensor:
+        """Return the patch (C, I, J[, K]) float32 of a volume (C, I, J, K); 0 outside of it."""
+        if self.slice_axis is not None:
+            volume = volume[(slice(None),) * (self.slice_axis + 1) + (self.index,)]
+        return self.draw.sample(volume, nearest)
+
+    def find_inside(self, shape: Sequence[int]) -> Tensor:
+        """Return (1, I, J[, K]) float32: 1 inside a volume of a shape (I, J, K), 0 in padding."""
+        return self.draw.find_inside([n for a, n in enumerate(shape) if a != self.slice_axis])
 
 
 class PatchDataset(Dataset[Batch]):
@@ -80,8 +109,9 @@ class PatchDataset(Dataset[Batch]):
         self.labeled = list(labeled)
         self.unlabeled = list(unlabeled)
         self.sampling = sampling
-        self._weak = build_intensity(1.0)
-        self._strong = build_intensity(2.0 * sampling.strong)
+        dimension = len(sampling.patch_size)
+        self._weak = build_intensity(1.0, dimension)
+        self._strong = build_intensity(2.0 * sampling.strong, dimension)
         self._occlusion = build_occlusion(sampling.patch_size, 2.0 * sampling.strong)
 
     def __getitem__(self, step: int) -> Batch:
@@ -156,8 +186,11 @@ class PatchDataset(Dataset[Batch]):
         voxels: Mapping[int, object],
         operations: Sequence[Operation] = (),
         plain: bool = False,
-    ) -> SpatialDraw:
-        """Draw the geometry of a patch, around a foreground voxel in a share of the patches."""
+    ) -> Cut:
+        """Draw the geometry of a patch, around a foreground voxel in a share of the patches.
+
+        In 2D the voxel says which slice; without one, any slice is as likely.
+        """
         rng = np.random.default_rng(seed)
         wants_foreground, which = rng.random(2)
         classes = [c for c, found in voxels.items() if c > 0 and len(np.asarray(found))]
@@ -166,11 +199,22 @@ class PatchDataset(Dataset[Batch]):
             found = np.asarray(voxels[classes[int(which * len(classes))]])
             target = found[rng.integers(len(found))]
         spacing = np.linalg.norm(case.affine[:3, :3], axis=0)
-        extra = spatial_matrix(operations, spacing) if operations else None
+        normal, axes = self.sampling.slice_axis, list(self.sampling.axes)
         flips, strength = ((), 0.0) if plain else (self.sampling.flips, 1.0)
-        return draw_spatial(
-            rng, case.shape, self.sampling.patch_size, target, flips, strength, spacing, extra
+        index = 0
+        if normal is not None:
+            index = int(rng.integers(case.shape[normal]) if target is None else target[normal])
+        plane = draw_spatial(
+            rng,
+            [case.shape[axis] for axis in axes],
+            self.sampling.patch_size,
+            None if target is None else target[axes],
+            [place for place, axis in enumerate(axes) if axis in flips],
+            strength,
+            spacing[axes],
+            spatial_matrix(operations, spacing[axes]) if operations else None,
         )
+        return Cut(plane, normal, index)
 
     def _choose(self, num_cases: int, purpose: str, step: int, index: int) -> int:
         """Return which case a patch is cut from.

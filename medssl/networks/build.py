@@ -1,41 +1,79 @@
 """Build a network from a specification that a model folder can hold.
 
-Axes: B batch, C channels, I J K voxel axes.
+MONAI's DynUNet in 3D and 2D; the architectures of segmentation-models-pytorch, with any of its
+encoders, in 2D. Axes: B batch, C channels, I J K voxel axes (K is absent in 2D).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import warnings
+from typing import Any, Literal, Self, get_args
 
 import torch
+import torch.nn.functional as F
 from monai.networks.nets import DynUNet
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
-from medssl.networks.noise import add_stochastic_depth
+from medssl.config import InputError, PlaneNetwork
+from medssl.networks.noise import DROPOUTS, add_stochastic_depth
+
+ENCODER_FACTOR = 32  # pixels to which an image is padded: five halvings
+LEAST_SIDE = 64  # pixels: below, one pixel is left, of which an instance has no deviation
+FIRST_DROPPED = 2  # halvings from which on features are dropped
+PLANE_NETWORKS: tuple[str, ...] = get_args(PlaneNetwork)
 
 
 class NetworkSpec(BaseModel):
     """What a network is built from; it stands in model.json.
 
-    ``strides`` has one entry per resolution level; a stride of 1 keeps an axis as it is.
+    ``strides`` has one entry per resolution level; a stride of 1 keeps an axis as it is. A DynUNet
+    has as many dimensions as its strides have entries. The other names are two-dimensional; they
+    have an ``encoder`` in place of filters, kernels and strides. ``pretrained`` says that the
+    encoder started from weights of ImageNet and has kept its batch norm.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["dynunet"] = "dynunet"
+    name: Literal["dynunet"] | PlaneNetwork = "dynunet"
     in_channels: int
     num_classes: int
-    filters: tuple[int, ...]
-    kernels: tuple[tuple[int, int, int], ...]
-    strides: tuple[tuple[int, int, int], ...]
+    filters: tuple[int, ...] = ()
+    kernels: tuple[tuple[int, ...], ...] = ()
+    strides: tuple[tuple[int, ...], ...] = ()
     dropout: float = 0.0
     deep_supervision: bool = False
     stochastic_depth: float = 1.0
+    encoder: str = ""
+    pretrained: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Refuse a DynUNet without levels, and others without an encoder."""
+        if self.name == "dynunet":
+            sizes = {len(self.filters), len(self.kernels), len(self.strides)}
+            if sizes & {0} or len(sizes) > 1 or self.encoder or self.pretrained:
+                raise ValueError("dynunet needs filters, kernels and strides alike, and no encoder")
+        elif not self.encoder or self.filters or self.kernels or self.strides:
+            raise ValueError(f"{self.name} needs an encoder in place of filters, kernels, strides")
+        return self
 
 
 class SegmentationNetwork(nn.Module):
-    """A DynUNet whose heads give logits at their own resolution.
+    """A network whose heads give logits at their own resolution; the first has full resolution."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits (B, num_classes, I, J, K) of an image (B, C, I, J, K)."""
+        raise NotImplementedError
+
+    def forward_heads(self, image: Tensor) -> list[Tensor]:
+        """Return logits from full resolution downwards, each at its own resolution."""
+        return [self(image)]
+
+
+class DynamicUNet(SegmentationNetwork):
+    """A DynUNet, in 3D or 2D.
 
     Residual blocks, instance norm, channel dropout after the second convolution of every block
     but those at full resolution, where it costs most; never on logits.
@@ -44,9 +82,10 @@ class SegmentationNetwork(nn.Module):
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
         levels = len(spec.filters)
+        dimension = len(spec.strides[0])
         self.num_heads = min(2, levels - 2) if spec.deep_supervision else 0
         self.dynunet = DynUNet(
-            spatial_dims=3,
+            spatial_dims=dimension,
             in_channels=spec.in_channels,
             out_channels=spec.num_classes,
             kernel_size=spec.kernels,
@@ -58,7 +97,7 @@ class SegmentationNetwork(nn.Module):
             deep_supervision=self.num_heads > 0,
             deep_supr_num=max(1, self.num_heads),
         )
-        _place_dropout(self.dynunet, spec.dropout)
+        _place_dropout(self.dynunet, spec.dropout, dimension)
         if spec.stochastic_depth < 1.0:
             add_stochastic_depth(self.dynunet, spec.stochastic_depth)
 
@@ -73,14 +112,137 @@ class SegmentationNetwork(nn.Module):
         return logits + list(self.dynunet.heads[: self.num_heads])
 
 
-def _place_dropout(dynunet: DynUNet, probability: float) -> None:
+def _place_dropout(dynunet: DynUNet, probability: float, dimension: int) -> None:
     """Set channel dropout after the second convolution of the blocks below full resolution."""
+    dropout = nn.Dropout3d if dimension == 3 else nn.Dropout2d
     upsampled = [block.conv_block for block in dynunet.upsamples[:-1]]
     for block in [*dynunet.downsamples, dynunet.bottleneck, *upsampled]:
-        block.conv2 = nn.Sequential(block.conv2, nn.Dropout3d(probability))
+        block.conv2 = nn.Sequential(block.conv2, dropout(probability))
 
 
-def build_network(spec: NetworkSpec) -> SegmentationNetwork:
-    """Build a network with fresh weights from torch's global random state."""
-    network = SegmentationNetwork(spec)
-    return network.to(memory_format=torch.channels_last_3d)
+class EncoderNetwork(SegmentationNetwork):
+    """A network of segmentation-models-pytorch: one head, at full resolution.
+
+    Instance norm takes the place of batch norm, whose statistics would mix labeled and unlabeled
+    patches, unless the encoder comes with pretrained ones. Channel dropout lies on the features
+    of the encoder from a quarter of the resolution on, and where the decoder has its own.
+
+    Args:
+        spec: The specification.
+        download: Whether to fetch the weights that a pretrained encoder starts from.
+
+    Raises:
+        InputError: The encoder is unknown, does not fit the decoder, or cannot be fetched.
+    """
+
+    def __init__(self, spec: NetworkSpec, download: bool = False) -> None:
+        super().__init__()
+        self.smp = _create_smp(spec, download)
+        if not spec.pretrained:
+            _replace_batch_norm(self.smp)
+        self.dropout = nn.Dropout2d(spec.dropout)
+        for module in self.smp.decoder.modules():
+            if isinstance(module, DROPOUTS):
+                module.p = spec.dropout
+        if spec.stochastic_depth < 1.0:
+            add_stochastic_depth(self.smp.encoder, spec.stochastic_depth)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits (B, num_classes, I, J) of an image (B, C, I, J) of any size."""
+        i, j = image.shape[2:]
+        padded = F.pad(image, (0, -j % ENCODER_FACTOR, 0, -i % ENCODER_FACTOR))
+        features = [
+            feature if level < FIRST_DROPPED else self.dropout(feature)
+            for level, feature in enumerate(self.smp.encoder(padded))
+        ]
+        logits: Tensor = self.smp.segmentation_head(self.smp.decoder(features))
+        return logits[:, :, :i, :j]
+
+
+def _create_smp(spec: NetworkSpec, download: bool) -> Any:
+    """Create a network of segmentation-models-pytorch (it has no types, hence Any)."""
+    import segmentation_models_pytorch as smp  # slow, and needed in 2D only
+
+    weights = ("imagenet" if not spec.encoder.startswith("tu-") else True) if download else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return smp.create_model(
+                spec.name,
+                encoder_name=spec.encoder,
+                encoder_weights=weights if spec.pretrained else None,
+                in_channels=spec.in_channels,
+                classes=spec.num_classes,
+            )
+    except KeyError as error:
+        known = smp.encoders.get_encoder_names()
+        near = difflib.get_close_matches(spec.encoder, known, n=3) if spec.encoder else []
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; such as {known[0]}"
+        raise InputError(
+            f"network.encoder={spec.encoder}: {str(error.args[0]).split(', ')[0]}{hint}"
+        ) from error
+    except Exception as error:  # a download, or an encoder that a decoder cannot take
+        if spec.pretrained and download:
+            raise InputError(
+                f"network.pretrained=true: the weights of {spec.encoder} could not be fetched "
+                f"({str(error).splitlines()[0]}); go online once, or set network.pretrained=false"
+            ) from error
+        raise InputError(
+            f"network.name={spec.name} does not work with network.encoder={spec.encoder}: {error}"
+        ) from error
+
+
+def _replace_batch_norm(module: nn.Module, is_pooled: bool = False) -> None:
+    """Put instance norm in the place of batch norm, with the activation that timm's carries.
+
+    Behind a global pooling, where an instance is one pixel, it is taken over the channels.
+    """
+    children = list(module.named_children())
+    if isinstance(module, nn.Sequential):
+        is_pooled = is_pooled or any(_pools_globally(child) for _, child in children)
+    for name, child in children:
+        if not isinstance(child, nn.BatchNorm2d):
+            _replace_batch_norm(child, is_pooled)
+            continue
+        count = child.num_features
+        norm: nn.Module = (
+            nn.GroupNorm(1, count) if is_pooled else nn.InstanceNorm2d(count, affine=True)
+        )
+        more = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+        setattr(module, name, nn.Sequential(norm, *more) if more else norm)
+
+
+def _pools_globally(module: nn.Module) -> bool:
+    """Tell whether a module leaves one pixel."""
+    return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
+
+
+def arrange(image: Tensor) -> Tensor:
+    """Return an image (B, C, I, J[, K]) in the memory layout that convolutions are fast in.
+
+    Channels last, but not in 2D on a CPU: there the backward pass of a strided 1 x 1 convolution
+    of less than 16 channels writes out of bounds in that layout (torch 2.15).
+    """
+    if image.ndim == 5:
+        return image.contiguous(memory_format=torch.channels_last_3d)
+    return image.contiguous(
+        memory_format=torch.channels_last if image.is_cuda else torch.contiguous_format
+    )
+
+
+def build_network(spec: NetworkSpec, download: bool = False) -> SegmentationNetwork:
+    """Build a network with fresh weights from torch's global random state.
+
+    Args:
+        spec: The specification.
+        download: Whether a pretrained encoder fetches its first weights; a network whose weights
+            are loaded afterwards needs none.
+
+    Raises:
+        InputError: The specification names what cannot be built, or the download failed.
+    """
+    if spec.name != "dynunet":
+        return EncoderNetwork(spec, download)
+    network = DynamicUNet(spec)
+    is_flat = len(spec.strides[0]) == 2
+    return network if is_flat else network.to(memory_format=torch.channels_last_3d)

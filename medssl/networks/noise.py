@@ -8,6 +8,7 @@ Axes: B batch, C channels, I J K voxel axes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -15,9 +16,11 @@ from monai.networks.blocks.dynunet_block import UnetResBlock
 from monai.networks.nets import DynUNet
 from monai.networks.nets.dynunet import DynUNetSkipLayer
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from medssl.config import InputError
 
+ENCODER_LEVELS = 6  # resolutions of an encoder of segmentation-models-pytorch
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -59,15 +62,18 @@ def add_stochastic_depth(network: nn.Module, last_survival: float) -> int:
 
     Source: Huang et al. 2016, equation 4.
     """
-    blocks = [module for module in network.modules() if isinstance(module, UnetResBlock)]
+    kinds = (UnetResBlock, BasicBlock, Bottleneck)
+    blocks = [module for module in network.modules() if isinstance(module, kinds)]
     if not blocks:
         raise InputError(
             f"noise.stochastic_depth={last_survival}: the network has no residual block; set "
-            "noise.stochastic_depth=1.0"
+            "noise.stochastic_depth=1.0 (or, in 2D, an encoder with such blocks, as resnet18)"
         )
     for index, block in enumerate(blocks, start=1):
         survival = 1.0 - index / len(blocks) * (1.0 - last_survival)
-        block.norm2 = nn.Sequential(block.norm2, DropBranch(survival))
+        last = {UnetResBlock: "norm2", BasicBlock: "bn2", Bottleneck: "bn3"}[type(block)]
+        norm = getattr(block, last)  # what stands before the addition
+        setattr(block, last, nn.Sequential(norm, DropBranch(survival)))
     return len(blocks)
 
 
@@ -108,12 +114,12 @@ def drop_features(
     network stay as they are, and so does the noise that its mode gives it.
 
     Args:
-        network: A DynUNet, or a module that holds one.
+        network: A DynUNet or an encoder network of ``build``, or a module that holds one.
         probability: Probability in [0, 1) that a channel is dropped; 0.5 in the paper.
         generator: Source of the draw; torch's global random state if there is none.
 
     Raises:
-        InputError: The network holds no DynUNet.
+        InputError: The network holds none of the two.
         ValueError: The probability is not in [0, 1).
 
     Source: Yang et al. 2023 (UniMatch), feature perturbation: channel dropout on all features of
@@ -121,7 +127,11 @@ def drop_features(
     """
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"the probability of dropping a channel is in [0, 1), got {probability}")
-    layer = _find_dynunet(network).skip_layers
+    part = _find_encoder_owner(network)
+
+    def drop_all(_: nn.Module, __: tuple[Tensor], features: list[Tensor]) -> list[Tensor]:
+        image, *rest = features
+        return [image, *(_drop_channels(feature, probability, generator) for feature in rest)]
 
     def drop_skip(_: nn.Module, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         below, skip = inputs
@@ -131,6 +141,11 @@ def drop_features(
         return _drop_channels(features, probability, generator)
 
     with contextlib.ExitStack() as hooks:
+        if not isinstance(part, DynUNet):
+            hooks.enter_context(part.register_forward_hook(drop_all))
+            yield
+            return
+        layer = part.skip_layers
         while isinstance(layer, DynUNetSkipLayer):
             hooks.enter_context(layer.upsample.register_forward_pre_hook(drop_skip))
             layer = layer.next_layer
@@ -142,26 +157,33 @@ def freeze_encoder(network: nn.Module, levels: int) -> int:
     """Freeze the first levels of the encoder, from the input on: their weights get no gradient.
 
     Args:
-        network: A DynUNet, or a module that holds one.
-        levels: How many resolution levels; the bottleneck is the last one.
+        network: A DynUNet or an encoder network of ``build``, or a module that holds one.
+        levels: How many resolution levels; the bottleneck is the last one. The stages of encoders
+            have no common names: there it is the first levels/6 of the weights.
 
     Returns:
         The number of weights that are frozen.
 
     Raises:
-        InputError: The network holds no DynUNet, or has not so many levels.
+        InputError: The network holds none of the two, or has not so many levels.
 
     Source: Xie et al. 2020 (Noisy Student), section 3.1: early layers are frozen in the last
         fine-tune, at the resolution of the test.
     """
-    dynunet = _find_dynunet(network)
-    blocks = [dynunet.input_block, *dynunet.downsamples, dynunet.bottleneck]
-    if not 0 <= levels <= len(blocks):
+    part = _find_encoder_owner(network)
+    if isinstance(part, DynUNet):
+        blocks = [part.input_block, *part.downsamples, part.bottleneck]
+        parts = [list(block.parameters()) for block in blocks]
+    else:
+        found = list(part.parameters())
+        cuts = [round(len(found) * level / ENCODER_LEVELS) for level in range(ENCODER_LEVELS + 1)]
+        parts = [found[low:high] for low, high in itertools.pairwise(cuts)]
+    if not 0 <= levels <= len(parts):
         raise InputError(
-            f"train.fine_tune.frozen_levels={levels}: the encoder has {len(blocks)} levels; set it "
-            f"to 0 to {len(blocks)}"
+            f"train.fine_tune.frozen_levels={levels}: the encoder has {len(parts)} levels; set it "
+            f"to 0 to {len(parts)}"
         )
-    weights = [weight for block in blocks[:levels] for weight in block.parameters()]
+    weights = [weight for level in parts[:levels] for weight in level]
     for weight in weights:
         weight.requires_grad_(False)
     return sum(weight.numel() for weight in weights)
@@ -177,9 +199,12 @@ def _drop_channels(
     return features * alive / (1.0 - probability)
 
 
-def _find_dynunet(network: nn.Module) -> DynUNet:
-    """Return the DynUNet that a network is or holds."""
+def _find_encoder_owner(network: nn.Module) -> nn.Module:
+    """Return the DynUNet that a network is or holds, or its encoder in 2D."""
     for module in network.modules():
         if isinstance(module, DynUNet):
             return module
-    raise InputError(f"the network holds no DynUNet, whose encoder is meant: {type(network)}")
+        encoder = getattr(getattr(module, "smp", None), "encoder", None)
+        if isinstance(encoder, nn.Module):
+            return encoder
+    raise InputError(f"the network has no encoder that is known here: {type(network).__name__}")

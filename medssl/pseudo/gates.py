@@ -43,7 +43,8 @@ class CaseReview:
 
     ``confidence`` and ``uncertainty`` (nats) are means over predicted foreground; ``agreement`` is
     the mean Dice with the round before, ``stability`` that with earlier checkpoints of the same
-    training, or None; ``coverage`` are accepted fractions.
+    training, or None; ``coverage`` are accepted fractions. Volumes of pictures, which have no
+    spacing, are areas in pixels.
     """
 
     case_id: str
@@ -58,14 +59,16 @@ class CaseReview:
     volume_ml: dict[str, float]
     share: dict[int, float] = field(repr=False)
     stability: float | None = None
+    has_spacing: bool = True
 
     def to_row(self) -> dict[str, object]:
         """Return the row of review.csv."""
         row = {k: v for k, v in asdict(self).items() if not isinstance(v, dict)}
+        volume = "volume_ml" if row.pop("has_spacing") else "area_px"
         row["accepted"] = int(self.accepted)
         row |= {f"coverage/{name}": value for name, value in self.coverage_per_class.items()}
         row |= {f"agreement/{name}": value for name, value in self.agreement_per_class.items()}
-        return row | {f"volume_ml/{name}": value for name, value in self.volume_ml.items()}
+        return row | {f"{volume}/{name}": value for name, value in self.volume_ml.items()}
 
 
 def expect_from(labels: Sequence[NDArray[np.uint8]], num_classes: int) -> Expectation:
@@ -148,7 +151,7 @@ def review_case(
     probs: NDArray[np.float32],
     uncertainty: NDArray[np.float32],
     agreement: Mapping[str, float],
-    voxel_ml: float,
+    voxel_ml: float | None,
     names: Mapping[int, str],
     expectation: Expectation,
     section: FilterSection,
@@ -160,7 +163,7 @@ def review_case(
         probs: (num_classes, I, J, K).
         uncertainty: (I, J, K), nats.
         agreement: Dice of each class with the pseudo-label of the round before; empty without one.
-        voxel_ml: Volume of a voxel of this grid in ml.
+        voxel_ml: Volume of a voxel of this grid in ml; None counts pixels.
         names: Class names by index.
         expectation: What the labeled cases lead one to expect.
         section: The filter's settings.
@@ -185,8 +188,12 @@ def review_case(
         coverage_per_class={
             names[i]: float(trusted[m].mean()) if m.any() else 0.0 for i, m in kept.items()
         },
-        volume_ml={names[i]: float(m.sum()) * voxel_ml for i, m in kept.items()},
+        volume_ml={
+            names[i]: float(m.sum()) * (1.0 if voxel_ml is None else voxel_ml)
+            for i, m in kept.items()
+        },
         share={i: float(m.mean()) for i, m in kept.items()},
+        has_spacing=voxel_ml is not None,
     )
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
-from medssl.data.io import write_mask
+from medssl.data.io import find_untrusted_value, write_mask
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
 from medssl.pseudo.overlays import write_overlay
 from medssl.pseudo.store import (
@@ -60,8 +60,8 @@ def label_cases(
 ) -> list[CaseReview] | None:
     """Pseudo-label unlabeled cases, from where it was left.
 
-    Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz on the native grid, a few
-    overlays and review.csv into the folder.
+    Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz (of a picture, in its format) on
+    the native grid, a few overlays and review.csv into the folder.
 
     Args:
         cases: The unlabeled cases.
@@ -91,7 +91,7 @@ def label_cases(
             write_pseudo_label(target, found, raw.uncertainty, teacher_hash, raw.stability)
         probs, uncertainty = read_pseudo_label(target)
         agreement = _compare(probs, before / case.case_id, names) if before else {}
-        voxel_ml = float(np.prod(case.spacing)) / 1000
+        voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
         review = review_case(
             case.case_id, probs, uncertainty, agreement, voxel_ml, names, expectation, section
         )
@@ -99,18 +99,26 @@ def label_cases(
         _write_mask(folder, case, probs, uncertainty, label_values, section)
         if number <= NUM_OVERLAYS:
             write_overlay(
-                np.asarray(case.image()[0], dtype=np.float32),
+                _show_image(case),
                 probs.argmax(0).astype(np.uint8),
                 folder / "overlays" / f"{case.case_id}.png",
                 title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
-                spacing=case.spacing,
+                spacing=case.spacing if case.has_spacing else None,
                 names=names,
+                is_picture=not case.has_spacing,
             )
         if number % 50 == 0 or number == len(cases):
             title = folder.name.replace("_", " ")
             print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
     _write_review(folder, reviews)
     return reviews
+
+
+def _show_image(case: CachedCase) -> NDArray[np.float32]:
+    """Return the first channel (I, J, K) of a scan, the mean of the colours of a picture."""
+    image = np.asarray(case.image(), dtype=np.float32)
+    shown: NDArray[np.float32] = image[0] if case.has_spacing else image.mean(0)
+    return shown
 
 
 def _compare(
@@ -137,9 +145,8 @@ def _write_mask(
     native = to_native(probs, *grid)
     trusted = trust_voxels(native, to_native(uncertainty[None], *grid)[0], section)
     mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
-    untrusted = max(set(range(IGNORE + 1)) - set(label_values))  # 255, unless that is a label
-    path = folder / "pseudo_masks" / f"{case.case_id}.nii.gz"
-    write_mask(path, mask, case.native_affine, label_values, untrusted)
+    path = folder / "pseudo_masks" / f"{case.case_id}{case.mask_suffix}"
+    write_mask(path, mask, case.native_affine, label_values, find_untrusted_value(label_values))
 
 
 def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:

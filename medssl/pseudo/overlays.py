@@ -1,5 +1,7 @@
 """One scan and its class map as a picture: three orthogonal planes with contours.
 
+A picture is shown as it is, in one plane: alone, and beside it with contours.
+
 Axes legend: I, J, K voxel axes of a RAS+ grid (I grows to the patient's right, J to the front,
 K to the head). The picture is in radiological convention: the patient's right is on the left.
 """
@@ -50,6 +52,7 @@ def render_overlay(
     legend: bool = True,
     width: float = 9.0,
     dpi: int = 100,
+    is_picture: bool = False,
 ) -> bytes:
     """Return a PNG of three orthogonal planes, each through its largest cross-section.
 
@@ -63,6 +66,7 @@ def render_overlay(
         legend: Whether a line below the planes says which contour is what.
         width: Width in inches, against which lines and letters keep their size.
         dpi: Pixels per inch.
+        is_picture: Whether the image is a picture: I are its rows from the top, J its columns.
 
     Raises:
         ValueError: If the shapes differ or are not (I, J, K).
@@ -78,11 +82,18 @@ def render_overlay(
     indices = sorted({int(v) for other in others for v in np.unique(other)} - {0, IGNORE})
 
     bottom, top = (0.28 if legend else 0.0), (0.26 if title else 0.0)
-    height = width / 3 + bottom + top
+    panels = 2 if is_picture else 3
+    height = width / panels + bottom + top
     figure = Figure(figsize=(width, height), dpi=dpi, facecolor="black")
-    for column, (_, axis, letters) in enumerate(PLANES):
-        frame = (column / 3, bottom / height, 1 / 3 - 0.003, width / 3 / height)
+    for column in range(panels):
+        frame = (column / panels, bottom / height, 1 / panels - 0.003, width / panels / height)
         axes = figure.add_axes(frame, facecolor="black")
+        if is_picture:
+            planes = [a[..., center[2]] for a in (image, *others)]
+            drawn = indices if column else []
+            _draw_plane(axes, planes if column else planes[:1], 2, sizes, window, drawn)
+            continue
+        _, axis, letters = PLANES[column]
         crop = _find_crop(shown, axis, sizes)
         planes = [_take_plane(a, axis, center[axis], crop) for a in (image, *others)]
         _draw_plane(axes, planes, axis, sizes, window, indices)
@@ -103,6 +114,7 @@ def write_overlay(
     reference: Array | None = None,
     spacing: tuple[float, float, float] | None = None,
     names: Mapping[int, str] | None = None,
+    is_picture: bool = False,
 ) -> None:
     """Write ``render_overlay`` of a case to ``path`` (PNG); its folder is made if need be.
 
@@ -110,7 +122,13 @@ def write_overlay(
         ValueError: If the shapes differ or are not (I, J, K).
     """
     data = render_overlay(
-        image, classes, title=title, reference=reference, spacing=spacing, names=names
+        image,
+        classes,
+        title=title,
+        reference=reference,
+        spacing=spacing,
+        names=names,
+        is_picture=is_picture,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -162,7 +180,8 @@ def _take_plane(array: Array, axis: int, index: int, crop: list[slice]) -> Array
 def _find_window(image: Array) -> tuple[float, float]:
     """Return the shown intensities: 1 % to 99.7 % of a sparse sample of the finite voxels."""
     step = max(1, round((image.size / 200_000) ** (1 / 3)))
-    sample = np.asarray(image[::step, ::step, ::step], dtype=np.float32)
+    along = slice(None, None, step if image.shape[2] > 1 else 1)
+    sample = np.asarray(image[::step, ::step, along], dtype=np.float32)
     sample = sample[np.isfinite(sample)]
     if sample.size == 0:
         return 0.0, 1.0
@@ -178,8 +197,8 @@ def _draw_plane(
     window: tuple[float, float],
     indices: list[int],
 ) -> None:
-    """Draw the scan with the contours of the class map and of the reference."""
-    image, classes, *reference = planes
+    """Draw the scan with the contours of the class map and of the reference, if there are maps."""
+    image, *maps = planes
     width, height = (spacing[a] for a in range(3) if a != axis)
     image = np.nan_to_num(image.astype(np.float32), nan=window[0])
     axes.imshow(
@@ -191,10 +210,10 @@ def _draw_plane(
         interpolation="bilinear",
     )
     axes.set_axis_off()
-    if (classes == IGNORE).any():
-        _draw_hatching(axes, classes == IGNORE)
+    if maps and (maps[0] == IGNORE).any():
+        _draw_hatching(axes, maps[0] == IGNORE)
     for index in indices:
-        for is_reference, plane in ((False, classes), *((True, p) for p in reference)):
+        for is_reference, plane in zip((False, True), maps, strict=False):
             _draw_contour(axes, plane == index, color_of(index), is_reference)
     axes.set_xlim(-0.5, image.shape[1] - 0.5)
     axes.set_ylim(image.shape[0] - 0.5, -0.5)

@@ -14,9 +14,10 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from medssl.config import IGNORE, InputError
+from medssl.config import InputError
 from medssl.data.cases import Case, read_dataset
-from medssl.data.io import read_image, read_label
+from medssl.data.files import name_mask_suffix
+from medssl.data.io import find_untrusted_value, read_image, read_label
 from medssl.pseudo.overlays import render_overlay
 from medssl.report.read import RunFiles, number
 
@@ -89,39 +90,42 @@ def describe_patients(run: RunFiles, sources: Sources) -> str:
 
 def draw_test_case(run: RunFiles, sources: Sources, case_id: str) -> Overlay:
     """Draw a test case with the delivered model's prediction and the reference label."""
-    mask = run.folder / "evaluation" / "predictions" / f"{case_id}.nii.gz"
-    return _draw(run, sources, case_id, mask, width=9.0, with_reference=True)
+    folder = run.folder / "evaluation" / "predictions"
+    return _draw(run, sources, case_id, folder, width=9.0, with_reference=True)
 
 
 def draw_pseudo_mask(
     run: RunFiles, sources: Sources, case_id: str, folder: Path, width: float = 9.0
 ) -> Overlay:
     """Draw an unlabeled case with the pseudo-mask of a round's folder, ``width`` inches wide."""
-    mask = folder / "pseudo_masks" / f"{case_id}.nii.gz"
-    return _draw(run, sources, case_id, mask, width, with_reference=False)
+    masks = folder / "pseudo_masks"
+    return _draw(run, sources, case_id, masks, width, with_reference=False)
 
 
 def _draw(
     run: RunFiles,
     sources: Sources,
     case_id: str,
-    mask: Path,
+    folder: Path,
     width: float,
     with_reference: bool,
 ) -> Overlay:
-    """Draw a case; whatever is gone or unreadable becomes a sentence."""
+    """Draw a case with its mask in a folder; what is gone or unreadable becomes a sentence."""
+    images = sources.cases[case_id].images if case_id in sources.cases else ()
+    mask = folder / f"{case_id}{name_mask_suffix(images[0]) if images else ''}"
     problem = _find_problem(run, sources, case_id, mask)
     if problem:
         return Overlay(case_id, b"", problem)
     case = sources.cases[case_id]
     try:
         volume = read_image(case.images, sources.num_channels)
-        untrusted = None if IGNORE in run.label_values else IGNORE
+        untrusted = find_untrusted_value(run.label_values)
         classes, _ = read_label(mask, run.label_values, untrusted)
         reference = None
         if with_reference and case.label is not None:
             reference, _ = read_label(case.label, run.label_values, _find_ignore(run))
-        arrays = [volume.array[0], classes, *([] if reference is None else [reference])]
+        shown = volume.array[0] if volume.has_spacing else volume.array.mean(0)
+        arrays = [shown, classes, *([] if reference is None else [reference])]
         turned = [_to_ras(array, volume.affine) for array in arrays]
         image, prediction, *label = turned
         spacing = _find_spacing(volume.affine)
@@ -134,6 +138,7 @@ def _draw(
             legend=False,
             width=width,
             dpi=1200 // round(width),
+            is_picture=not volume.has_spacing,
         )
     except (InputError, OSError, ValueError):
         return Overlay(case_id, b"", "its files cannot be read or do not fit together any more")

@@ -375,13 +375,14 @@ def _describe_origin(run: RunFiles, names: Names) -> dict[str, Any]:
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
     command = str(provenance.get("command") or "")
     folder = "RUN" if names.shared else shlex.quote(str(run.folder))
+    scan = "SCAN.nii.gz" if run.plan.get("has_spacing", True) else "PICTURE.png"
     return {
         "reasons": [names.text(str(reason)) for reason in run.plan.get("reasons") or ()],
         "command": _hide_arguments(command) if names.shared else command,
         "versions": [(key, str(value)) for key, value in versions.items()],
         "config": text,
         "has_model": (run.folder / "model" / "model.json").is_file(),
-        "predict": f"medssl predict {folder} SCAN.nii.gz --out OUT",
+        "predict": f"medssl predict {folder} {scan} --out OUT",
         "evaluate": f"medssl evaluate {folder}",
         "dataset": "" if names.shared else str((run.splits.get("dataset") or {}).get("root") or ""),
     }

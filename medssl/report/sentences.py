@@ -12,7 +12,7 @@ from medssl.report.read import RoundFiles, RunFiles, mean, number
 
 MISSING = "–"
 
-_FILE = r"[^\s,;:'\"()]*\.(?:nii|gz|nrrd|mha|dcm|csv|json|ya?ml|npy|db)\b"
+_FILE = r"[^\s,;:'\"()]*\.(?:nii|gz|nrrd|mha|dcm|png|jpe?g|tiff?|csv|json|ya?ml|npy|db)\b"
 _PATH = re.compile(rf"(?:(?<=\s)|^|(?<=['\"(=]))(?:[~.]{{0,2}}[\\/]|[A-Za-z]:[\\/])\S+|{_FILE}")
 
 

@@ -17,6 +17,9 @@ from scipy import ndimage
 Affine = NDArray[np.float64]
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
+GridSpacing = tuple[float | None, float | None, float | None]
+"""Spacing of a grid that is laid over a scan; None keeps the scan's own, so nothing is resampled
+along that axis."""
 
 _SLACK = 0.1  # voxels of the field of view that a grid may leave uncovered, both sides together
 _EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of their axes
@@ -24,10 +27,14 @@ _EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """An array (C, I, J, K) with its affine (4, 4), voxel centre -> RAS+ world in mm."""
+    """An array (C, I, J, K) with its affine (4, 4), voxel centre -> RAS+ world in mm.
+
+    A picture has no spacing: its affine is the identity, and the unit is the pixel.
+    """
 
     array: NDArray[Any]
     affine: Affine
+    has_spacing: bool = True
 
     def __post_init__(self) -> None:
         """Refuse an array that is not (C, I, J, K), and an affine that is not one."""
@@ -66,7 +73,7 @@ def grid_spacing(affine: Affine) -> Spacing:
     return i, j, k
 
 
-def cache_grid(shape: Shape, affine: Affine, spacing: Spacing) -> tuple[Shape, Affine]:
+def cache_grid(shape: Shape, affine: Affine, spacing: GridSpacing) -> tuple[Shape, Affine]:
     """Lay the grid of the cache over a scan.
 
     The scan's own axes are kept (an oblique scan is not rotated: nothing is cut, nothing is
@@ -77,7 +84,7 @@ def cache_grid(shape: Shape, affine: Affine, spacing: Spacing) -> tuple[Shape, A
     Args:
         shape: Voxel counts (I, J, K) of the scan.
         affine: Affine (4, 4) of the scan.
-        spacing: Spacing of the new grid along its own I, J, K in mm.
+        spacing: Spacing of the new grid along its own I, J, K in mm; None keeps the scan's own.
 
     Returns:
         Shape (I, J, K) and affine (4, 4) of the new grid.
@@ -86,7 +93,8 @@ def cache_grid(shape: Shape, affine: Affine, spacing: Spacing) -> tuple[Shape, A
     flips = nib.orientations.io_orientation(affine)[order, 1]
     old_spacing = np.asarray(grid_spacing(affine))[order]
     old_shape = np.asarray(shape)[order]
-    steps = np.asarray(spacing, dtype=np.float64)
+    pairs = zip(spacing, old_spacing, strict=True)
+    steps = np.array([old if step is None else step for step, old in pairs], dtype=np.float64)
     counts = np.maximum(np.ceil(old_shape * old_spacing / steps - _SLACK), 1).astype(int)
     grid = np.eye(4)
     grid[:3, :3] = affine[:3, :3][:, order] * (flips / old_spacing * steps)

@@ -1,7 +1,7 @@
 """Weak and strong intensity views: MONAI transforms with a stated range for each.
 
 Images are normalized, so ranges are in standard deviations of the scan. Axes: C channels,
-I J K voxel axes.
+I J K voxel axes (K is absent in 2D).
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from monai.transforms import (
     RandSimulateLowResolution,
     Transform,
 )
+from monai.utils.enums import InterpolateMode
 from torch import Tensor
 
 
-def build_intensity(strength: float) -> Compose:
+def build_intensity(strength: float, dimension: int = 3) -> Compose:
     """Build the intensity augmentation of labeled patches and, stronger, of strong views.
 
     Args:
         strength: 1 is nnU-Net's augmentation; 2 is the strong view; probabilities and ranges
             grow with it.
+        dimension: 2 for patches (C, I, J), 3 for (C, I, J, K).
 
     Source: Isensee et al. 2021 (nnU-Net), supplementary note 4.
     """
@@ -35,8 +37,12 @@ def build_intensity(strength: float) -> Compose:
     steps: list[Transform] = [
         RandBiasField(prob=often, degree=3, coeff_range=(0.0, 0.1)),
         RandGaussianSmooth((0.5, 1.0), (0.5, 1.0), (0.5, 1.0), prob=often),
-        # "area": the default picks voxels, which shifts the image against its label
-        RandSimulateLowResolution(prob=often, zoom_range=(0.5, 1.0), downsample_mode="area"),
+        RandSimulateLowResolution(
+            prob=often,
+            zoom_range=(0.5, 1.0),
+            downsample_mode="area",  # the default picks voxels: a shift against the label
+            upsample_mode=InterpolateMode.TRILINEAR if dimension == 3 else InterpolateMode.BILINEAR,
+        ),
         RandScaleIntensity(factors=0.25 * strength, prob=min(1.0, 2 * often)),
         RandShiftIntensity(offsets=0.2 * strength, prob=min(1.0, 2 * often)),
         RandAdjustContrast(prob=min(1.0, 2 * often), gamma=(0.7, 1.5), retain_stats=True),
@@ -45,7 +51,7 @@ def build_intensity(strength: float) -> Compose:
     return Compose(steps)
 
 
-def build_occlusion(patch_size: tuple[int, int, int], strength: float) -> Compose:
+def build_occlusion(patch_size: tuple[int, ...], strength: float) -> Compose:
     """Build the occlusion of strong views: up to three boxes of up to a quarter of each side."""
     smallest = tuple(max(1, n // 10) for n in patch_size)
     largest = tuple(max(2, n // 4) for n in patch_size)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from medssl.config import IGNORE, InputError
-from medssl.transforms.geometry import Affine, Shape, Volume, cache_grid, resample
+from medssl.transforms.geometry import Affine, GridSpacing, Shape, Volume, cache_grid, resample
 
 _LOW, _HIGH = 0.5, 99.5  # percentiles between which the intensities of a scan are believed
 _EMPTY = 1 / 3  # share of exact zeros above which zero means: nothing was measured here
@@ -49,16 +49,19 @@ class Normalization(BaseModel):
 
 
 class Preprocessing(BaseModel):
-    """The recipe: spacing of the cache grid along right, anterior, superior in mm; channels."""
+    """The recipe: spacing of the cache grid along right, anterior, superior in mm; channels.
+
+    A spacing of None keeps that of each scan. In pictures the unit is the pixel.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    spacing: tuple[float, float, float]
+    spacing: GridSpacing
     normalization: tuple[Normalization, ...]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if min(self.spacing) <= 0:
+        if any(step is not None and step <= 0 for step in self.spacing):
             raise ValueError(f"spacing must be above 0 mm, got {self.spacing}")
         if not self.normalization:
             raise ValueError("normalization needs one entry per channel, got none")
@@ -97,7 +100,8 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
     for index, how in enumerate(recipe.normalization):
         normalized[index] = _normalize(volume.array[index], how)
     shape, affine = cache_grid(volume.shape, volume.affine, recipe.spacing)
-    return Volume(resample(normalized, volume.affine, shape, affine, "linear"), affine)
+    resampled = resample(normalized, volume.affine, shape, affine, "linear")
+    return Volume(resampled, affine, volume.has_spacing)
 
 
 def preprocess_label(

@@ -1,7 +1,8 @@
 """One spatial draw per patch: where it is cut, how it is turned, scaled, bent and flipped.
 
 Drawing is apart from applying, so image, probs and label of a patch see the same geometry and
-voxels of all views correspond. Axes: C channels, I J K voxel axes.
+voxels of all views correspond. Axes: C channels, I J K voxel axes (K is absent in 2D, where a
+patch is cut from one slice and turned in its plane).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ELASTIC_SHARE = 0.03  # standard deviation of a node's displacement, fraction of
 class SpatialDraw:
     """Where each voxel of a patch lies in the volume that it is cut from.
 
-    ``coordinates`` is (I, J, K, 3) float32, in voxels of the volume.
+    ``coordinates`` is (I, J, K, 3) float32, in voxels of the volume; (I, J, 2) in a slice.
     """
 
     coordinates: Tensor
@@ -33,7 +34,7 @@ class SpatialDraw:
     def sample(self, volume: NDArray[np.generic], nearest: bool) -> Tensor:
         """Return the patch (C, I, J, K) float32 of a volume (C, I', J', K'); 0 outside of it."""
         shape = np.array(volume.shape[1:])
-        flat = self.coordinates.reshape(-1, 3)
+        flat = self.coordinates.reshape(-1, self.coordinates.shape[-1])
         low = np.clip(np.floor(flat.amin(0).numpy()).astype(int), 0, shape - 1)
         high = np.clip(np.ceil(flat.amax(0).numpy()).astype(int) + 1, low + 1, shape)
         box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
@@ -66,21 +67,22 @@ def draw_spatial(
     target: Sequence[int] | None,
     flips: Sequence[int],
     strength: float = 1.0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    spacing: Sequence[float] | None = None,
     extra: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
 ) -> SpatialDraw:
     """Draw the geometry of a patch.
 
     Args:
         rng: Source of the draw.
-        shape: Shape (I, J, K) of the volume, in voxels.
-        patch_size: Shape of the patch, in voxels.
+        shape: Shape (I, J, K) of the volume, in voxels; (I, J) of a slice.
+        patch_size: Shape of the patch, in voxels, of as many axes.
         target: A voxel that the patch shall contain, or None for a place anywhere.
         flips: Axes that may be mirrored.
         strength: 0 cuts and flips only; 1 is the full augmentation.
-        spacing: Voxel size in mm, so that rotations are rigid in mm.
+        spacing: Voxel size in mm, so that rotations are rigid in mm; None for equal sides.
         extra: A matrix (3, 3) that follows the drawn rotation, scale and mirroring, in voxels, and
             a shift (3,) of the patch, as a fraction of it; it changes nothing else of the draw.
+            (2, 2) and (2,) in 2D.
 
     Returns:
         The draw; without rotation, scaling and bending its coordinates are whole numbers.
@@ -93,8 +95,9 @@ def draw_spatial(
     offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     centre = torch.as_tensor((size - 1) / 2, dtype=torch.float32)
     offsets = offsets - centre
-    matrix = _draw_matrix(rng, strength, np.array(spacing, dtype=float))
-    for axis in range(3):
+    sides = np.ones(len(size)) if spacing is None else np.array(spacing, dtype=float)
+    matrix = _draw_matrix(rng, strength, sides)
+    for axis in range(len(size)):
         flipped = rng.random() < 0.5
         if axis in flips and flipped:
             matrix[:, axis] *= -1
@@ -103,12 +106,14 @@ def draw_spatial(
         matrix, place = extra[0] @ matrix, place + extra[1] * size
     offsets = offsets @ torch.as_tensor(matrix.T, dtype=torch.float32)
     bent = rng.random() < 0.3 * min(strength, 1.0)
-    nodes = rng.standard_normal((1, 3, *[ELASTIC_NODES] * 3))
+    dimension = len(size)
+    nodes = rng.standard_normal((1, dimension, *[ELASTIC_NODES] * dimension))
     if bent:
-        nodes *= (ELASTIC_SHARE * strength * size)[None, :, None, None, None]
+        nodes *= (ELASTIC_SHARE * strength * size).reshape(1, dimension, *[1] * dimension)
         field = torch.as_tensor(nodes, dtype=torch.float32)
-        field = F.interpolate(field, size=tuple(patch_size), mode="trilinear", align_corners=True)
-        offsets = offsets + field[0].permute(1, 2, 3, 0)
+        mode = "trilinear" if dimension == 3 else "bilinear"
+        field = F.interpolate(field, size=tuple(patch_size), mode=mode, align_corners=True)
+        offsets = offsets + field[0].movedim(0, -1)
     return SpatialDraw(offsets + centre + torch.as_tensor(place, dtype=torch.float32))
 
 
@@ -134,19 +139,20 @@ def _draw_matrix(
     rng: np.random.Generator, strength: float, spacing: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Draw rotation and scale as a matrix from patch to volume offsets, in voxels."""
-    matrix = np.eye(3)
+    dimension = len(spacing)
+    matrix = np.eye(dimension)
+    planes = ((1, 2), (0, 2), (0, 1)) if dimension == 3 else ((0, 1),)
     angles = np.deg2rad(rng.uniform(-1, 1, 3) * ROTATION_DEGREES * strength)
     exponents = rng.uniform(np.log(SCALES[0]), np.log(SCALES[1]), 3)
     rotated, scaled, anisotropic = rng.random(3)
     if rotated < 0.5 * min(strength, 1.0):
-        for axis, angle in enumerate(angles):
-            first, second = [other for other in range(3) if other != axis]
-            turn = np.eye(3)
+        for (first, second), angle in zip(planes, angles, strict=False):
+            turn = np.eye(dimension)
             turn[first, first] = turn[second, second] = np.cos(angle)
             turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
             matrix = matrix @ turn
     if scaled < 0.5 * min(strength, 1.0):
         together = anisotropic < 0.5
         factors = np.exp((np.repeat(exponents[:1], 3) if together else exponents) * strength)
-        matrix = matrix * factors[None, :]
+        matrix = matrix * factors[None, :dimension]
     return np.diag(1 / spacing) @ matrix @ np.diag(spacing)

@@ -276,9 +276,9 @@ def test_feature_noise_that_leaves_nothing_is_an_error(network, probability):
 
 def test_a_network_that_is_no_dynunet_refuses_feature_noise_and_freezing():
     other = nn.Sequential(nn.Conv3d(1, 1, 1))
-    with pytest.raises(InputError, match="no DynUNet"), drop_features(other, 0.5):
+    with pytest.raises(InputError, match="no encoder"), drop_features(other, 0.5):
         pass
-    with pytest.raises(InputError, match="no DynUNet"):
+    with pytest.raises(InputError, match="no encoder"):
         freeze_encoder(other, 1)
 
 

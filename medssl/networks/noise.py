@@ -201,10 +201,8 @@ def _drop_channels(
 
 def _find_encoder_owner(network: nn.Module) -> nn.Module:
     """Return the DynUNet that a network is or holds, or its encoder in 2D."""
-    for module in network.modules():
-        if isinstance(module, DynUNet):
-            return module
-        encoder = getattr(getattr(module, "smp", None), "encoder", None)
-        if isinstance(encoder, nn.Module):
-            return encoder
+    for name, module in network.named_modules():
+        if isinstance(module, DynUNet) or name.endswith("smp.encoder"):
+            found: nn.Module = module
+            return found
     raise InputError(f"the network has no encoder that is known here: {type(network).__name__}")

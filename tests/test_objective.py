@@ -10,10 +10,19 @@ from medssl.networks.build import build_network
 from medssl.objective import Patches, fit, load_objective, mix, shrink
 
 NAMES = ("background", "organ", "lesion")
-SIZE = (8, 8, 8)
+SIDES = ("kernels", "strides")
 METHODS = sorted(list_methods())
 
 every_preset = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(params=["3D", "2D"])
+def spec(request, tiny_spec):
+    """A tiny network in 3D, and the same in 2D."""
+    if request.param == "3D":
+        return tiny_spec
+    flat = {key: tuple(size[:2] for size in getattr(tiny_spec, key)) for key in SIDES}
+    return tiny_spec.model_copy(update=flat)
 
 
 def configure(method="default", *overrides):
@@ -26,25 +35,26 @@ def configure_voxelwise(method):
     return configure(method, f"views={views}", "filter.uncertainty.source=none")
 
 
-def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3):
+def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3, spec=None):
     """Return labeled and unlabeled patches, with probs where a method's teacher is offline."""
     source = torch.Generator().manual_seed(seed)
+    size = (8,) * (len(spec.strides[0]) if spec else 3)
 
     def draw(count, channels=1):
-        return torch.randn(count, channels, *SIZE, generator=source)
+        return torch.randn(count, channels, *size, generator=source)
 
-    label = torch.randint(0, 3, (num_labeled, 1, *SIZE), generator=source).to(torch.uint8)
+    label = torch.randint(0, 3, (num_labeled, 1, *size), generator=source).to(torch.uint8)
     labeled = {
         "image": draw(num_labeled) + label.float(),
         "label": label,
-        "weight": torch.ones(num_labeled, 1, *SIZE),
+        "weight": torch.ones(num_labeled, 1, *size),
     }
     weak = draw(num_unlabeled)
     unlabeled = {
         "weak": weak,
         "strong": weak + 0.3 * draw(num_unlabeled),
         "strong_2": weak + 0.3 * draw(num_unlabeled),
-        "weight": torch.ones(num_unlabeled, 1, *SIZE),
+        "weight": torch.ones(num_unlabeled, 1, *size),
     }
     if "previous_round" in config.teacher.source:
         unlabeled["probs"] = torch.softmax(8 * draw(num_unlabeled, 3), dim=1)
@@ -92,11 +102,11 @@ def take_steps(objective, batch, count, seed=0):
 
 
 @every_preset
-def test_every_term_is_finite_from_the_first_to_the_last_step(method, tiny_spec):
+def test_every_term_is_finite_from_the_first_to_the_last_step(method, spec):
     config = configure(method)
-    objective = make_objective(config, tiny_spec)
+    objective = make_objective(config, spec)
     for progress in (0.0, 0.5, 1.0):
-        terms = compute(objective, *make_batch(config), progress=progress)
+        terms = compute(objective, *make_batch(config, spec=spec), progress=progress)
         assert "supervised" in terms
         for term in terms.values():
             assert term.ndim == 0
@@ -105,30 +115,30 @@ def test_every_term_is_finite_from_the_first_to_the_last_step(method, tiny_spec)
 
 
 @every_preset
-def test_labeled_patches_alone_give_the_supervised_term_alone(method, tiny_spec):
+def test_labeled_patches_alone_give_the_supervised_term_alone(method, spec):
     config = configure(method)
-    terms = compute(make_objective(config, tiny_spec), make_batch(config)[0], None)
+    terms = compute(make_objective(config, spec), make_batch(config, spec=spec)[0], None)
     assert set(terms) == {"supervised"}
 
 
 @every_preset
-def test_every_unlabeled_term_moves_the_student(method, tiny_spec):
+def test_every_unlabeled_term_moves_the_student(method, spec):
     config = configure(method)
-    objective = make_objective(config, tiny_spec)
-    terms = compute(objective, *make_batch(config))
+    objective = make_objective(config, spec)
+    terms = compute(objective, *make_batch(config, spec=spec))
     assert len(terms) > 1
     for name, term in terms.items():
         assert find_gradient(objective, term).abs().max() > 1e-8, name
 
 
 @every_preset
-def test_unlabeled_images_move_the_student_also_without_mixing(method, tiny_spec):
+def test_unlabeled_images_move_the_student_also_without_mixing(method, spec):
     config = configure(method, "noise.mixing=none")
-    labeled, unlabeled = make_batch(config)
-    other = make_batch(config, seed=1)[1]
+    labeled, unlabeled = make_batch(config, spec=spec)
+    other = make_batch(config, seed=1, spec=spec)[1]
     gradients = []
     for part in (unlabeled, unlabeled, other):
-        objective = make_objective(config, tiny_spec)
+        objective = make_objective(config, spec)
         terms = compute(objective, labeled, part)
         gradients.append(find_gradient(objective, sum(terms.values())))
     assert torch.equal(gradients[0], gradients[1])
@@ -137,10 +147,10 @@ def test_unlabeled_images_move_the_student_also_without_mixing(method, tiny_spec
 
 
 @every_preset
-def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, tiny_spec):
+def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, spec):
     config = configure(method)
-    objective = make_objective(config, tiny_spec)
-    labeled, unlabeled = make_batch(config)
+    objective = make_objective(config, spec)
+    labeled, unlabeled = make_batch(config, spec=spec)
     targets = {"probs", "weak"} - ({"weak"} if "feature_noise" in config.views else set())
     leaves = [value.requires_grad_() for key, value in unlabeled.items() if key in targets]
     sum(compute(objective, labeled, unlabeled).values()).backward()
@@ -150,10 +160,10 @@ def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, tiny_sp
 
 
 @every_preset
-def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, tiny_spec):
+def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, spec):
     config = configure(method)
-    objective = make_objective(config, tiny_spec)
-    take_steps(objective, make_batch(config), 1)
+    objective = make_objective(config, spec)
+    take_steps(objective, make_batch(config, spec=spec), 1)
     before = [p.clone() for p in objective.predictor.parameters()]
     student = [p.clone() for p in objective.student.parameters()]
     with torch.no_grad():
@@ -249,12 +259,12 @@ def test_label_255_and_weight_zero_mean_the_same(tiny_spec):
 
 
 @every_preset
-def test_a_batch_without_a_single_valid_voxel_has_a_loss_of_zero(method, tiny_spec):
+def test_a_batch_without_a_single_valid_voxel_has_a_loss_of_zero(method, spec):
     config = configure(method)
-    labeled, unlabeled = make_batch(config)
+    labeled, unlabeled = make_batch(config, spec=spec)
     labeled["weight"].zero_()
     unlabeled["weight"].zero_()
-    objective = make_objective(config, tiny_spec)
+    objective = make_objective(config, spec)
     total = sum(compute(objective, labeled, unlabeled).values())
     total.backward()
     assert total.item() == 0
@@ -262,12 +272,12 @@ def test_a_batch_without_a_single_valid_voxel_has_a_loss_of_zero(method, tiny_sp
 
 
 @every_preset
-def test_all_state_is_in_the_state_dict(method, tiny_spec):
+def test_all_state_is_in_the_state_dict(method, spec):
     config = configure(method)
-    batch = make_batch(config)
-    first = make_objective(config, tiny_spec)
+    batch = make_batch(config, spec=spec)
+    first = make_objective(config, spec)
     take_steps(first, batch, 3)
-    second = make_objective(config, tiny_spec, seed=99)
+    second = make_objective(config, spec, seed=99)
     second.load_state_dict(first.state_dict())
     assert take_steps(first, batch, 3, seed=5) == take_steps(second, batch, 3, seed=5)
     for key, value in first.state_dict().items():
@@ -276,21 +286,19 @@ def test_all_state_is_in_the_state_dict(method, tiny_spec):
 
 
 @every_preset
-def test_the_same_seed_gives_the_same_losses_and_another_one_does_not(method, tiny_spec):
+def test_the_same_seed_gives_the_same_losses_and_another_one_does_not(method, spec):
     config = configure(method)
-    batch = make_batch(config)
-    runs = [
-        take_steps(make_objective(config, tiny_spec), batch, 3, seed=seed) for seed in (1, 1, 2)
-    ]
+    batch = make_batch(config, spec=spec)
+    runs = [take_steps(make_objective(config, spec), batch, 3, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
 @every_preset
-def test_monitors_are_plain_finite_floats(method, tiny_spec):
+def test_monitors_are_plain_finite_floats(method, spec):
     config = configure(method)
-    objective = make_objective(config, tiny_spec)
-    labeled, unlabeled = make_batch(config)
+    objective = make_objective(config, spec)
+    labeled, unlabeled = make_batch(config, spec=spec)
     compute(objective, labeled, unlabeled)
     assert {"coverage", "threshold/organ"} <= set(objective.monitors)
     assert all(type(value) is float for value in objective.monitors.values())
@@ -300,11 +308,11 @@ def test_monitors_are_plain_finite_floats(method, tiny_spec):
 
 
 @every_preset
-def test_a_step_lowers_the_loss_on_its_own_batch(method, tiny_spec):
+def test_a_step_lowers_the_loss_on_its_own_batch(method, spec):
     config = configure(method, "network.dropout=0.1")
-    spec = tiny_spec.model_copy(update={"dropout": 0.0})
-    objective = make_objective(config, spec)
-    labeled, _ = make_batch(config)
+    still = spec.model_copy(update={"dropout": 0.0})
+    objective = make_objective(config, still)
+    labeled, _ = make_batch(config, spec=spec)
     losses = [compute(objective, labeled, None)["supervised"].item()]
     optimizer = torch.optim.SGD(objective.student.parameters(), lr=0.01)
     for _ in range(4):

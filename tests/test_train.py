@@ -37,7 +37,7 @@ def train_in(tiny_config, tiny_plan, make_dataset, stop_at):
         objective = Spoiled(build_network(plan.network), config, names)
         objective.bad, objective.num_steps = frozenset(bad), plan.steps
         flag = stop if hasattr(stop, "is_set") else stop_at(stop)
-        dataset = make_dataset(round_index)
+        dataset = make_dataset(round_index, seed=config.train.seed)
         steps = train(objective, dataset, config, plan, folder, round_index, flag, **options)
         return objective, steps
 

@@ -350,7 +350,9 @@ def _start_warm(network: SegmentationNetwork, spec: NetworkSpec, teacher: Model)
             f"{list(teacher.info.network.filters)}; give network.width one value, or "
             "train.start=scratch"
         )
-    network.load_state_dict(teacher.network.state_dict())
+    pairs = zip(network.state_dict().values(), teacher.network.state_dict().values(), strict=True)
+    for own, given in pairs:  # by place: noise between the layers changes their names
+        own.copy_(given)
 
 
 def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
@@ -531,7 +533,7 @@ def _label_case(
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
         network, passes = members[0].network, section.passes
         entropy, information = measure_uncertainty(network, image, *window, passes, axis)
-    elif section.source == "ensemble":
+    elif section.source == "ensemble" and len(members) > 1:  # the last round has one
         _, entropy, information = combine(all_probs, "the ensemble")
     elif section.source == "flips":
         turned = predict_mirrored(members[0].network, image, *window, flips, axis)

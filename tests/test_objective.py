@@ -357,7 +357,7 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
 
 
 def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny_spec):
-    config = configure("default", "noise.mixing=none", "losses.supervised.name=ce")
+    config = configure("default", "noise.labeled_mixing=none", "losses.supervised.name=ce")
     labeled, _ = make_batch(config)
     objective = make_objective(config, None, student=VoxelNetwork(num_heads=2))
     fine, coarse = objective.student.forward_heads(labeled["image"])
@@ -373,6 +373,7 @@ def test_voxels_that_the_filter_refuses_do_not_teach():
     config = configure(
         "default",
         "noise.mixing=none",
+        "target.assignment=argmax",
         "filter.threshold={name: fixed, start: 0.9}",
         "losses.consistency.weight=0",
         "losses.pseudo_label.name=ce",
@@ -414,7 +415,8 @@ def test_a_method_without_any_teacher_is_an_error(tiny_spec):
 
 
 def test_an_online_teacher_needs_no_pseudo_labels_on_disk(tiny_spec):
-    config = configure("default", "teacher.source=[ema]", "filter.uncertainty.source=none")
+    online = ["teacher.source=[ema]", "target.assignment=argmax"]
+    config = configure("default", *online, "filter.uncertainty.source=none")
     objective = make_objective(config, tiny_spec)
     labeled, unlabeled = make_batch(config)
     assert "probs" not in unlabeled

@@ -1,0 +1,230 @@
+"""What a round does beyond the plain loop: ensembles, stable cases, fine-tunes, shared round 0."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medssl import rounds
+from medssl.config import InputError, load_config
+from medssl.data.phantoms import write_phantoms
+from medssl.pseudo.gates import Gate
+from medssl.pseudo.label import weigh_cases
+from medssl.pseudo.store import read_pseudo_label
+from medssl.runs import Journal, hash_file, read_json
+
+SETTINGS = [
+    "plan.patch_size=[16,16,16]",
+    "network.depth=3",
+    "network.width=0.5",
+    "plan.flips=[]",
+    "train.batch=2",
+    "train.log_every=1",
+    "filter.uncertainty={source: none}",
+    "filter.threshold.name=none",
+    "filter.components=all",
+    "tracking.uri=none",
+    "steps=6",
+    "rounds=1",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_phantoms(folder, num_labeled=2, num_unlabeled=4, num_test=0, shape=(24, 24, 24))
+    return folder
+
+
+@pytest.fixture
+def start(data, tmp_path, monkeypatch, stop_at):
+    """Return a function that runs all rounds in a folder; models of a few steps pass the gate."""
+    monkeypatch.setattr(rounds, "judge_model", lambda *_: Gate(True, ()))
+    accept = rounds.read_review
+    monkeypatch.setattr(
+        rounds, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]
+    )
+
+    def run(*overrides, name="run", stop=None, round_0=None):
+        given = [*SETTINGS, *overrides]
+        prepared = rounds.prepare(
+            load_config(data, given), lambda plan: load_config(data, given, plan), None
+        )
+        folder = tmp_path / "runs" / name
+        rounds.run_training(prepared, folder, stop_at(stop), round_0=round_0)
+        return folder
+
+    return run
+
+
+def read_losses(folder, round_index):
+    """Return the losses of each step of a round."""
+    entries = Journal(folder / "metrics.jsonl").read()
+    kept = [e for e in entries if e["round"] == round_index and "losses/total" in e["metrics"]]
+    return {
+        e["step"]: {k[7:]: v for k, v in e["metrics"].items() if k.startswith("losses/")}
+        for e in kept
+    }
+
+
+def read_rows(folder):
+    with (folder / "review.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
+    folder = start("teacher.ensemble=2", "filter.uncertainty={source: ensemble}")
+    second = folder / "round_0" / "models" / "1"
+    assert (second / "metrics.jsonl").is_file()
+    assert not (folder / "round_1" / "models").exists()
+    weights = [load_file(p / "model" / "weights.safetensors") for p in (folder / "round_0", second)]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    models = [rounds.load_model(p) for p in (folder / "round_0", second)]
+    (case_id, *_) = sorted(p.name for p in (folder / "round_0" / "pseudo_labels").iterdir())
+    probs, doubt = read_pseudo_label(folder / "round_0" / "pseudo_labels" / case_id)
+    (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/image.npy")
+    tensor = torch.from_numpy(np.load(image).astype(np.float32))[None]
+    window = ((16, 16, 16), models[0].info.precision)
+    own = [rounds.predict_probs(m.network, tensor, *window)[0].numpy() for m in models]
+    assert np.abs(probs - (own[0] + own[1]) / 2).max() < 0.02
+    assert np.abs(own[0] - own[1]).max() > 0.02
+    mean = (own[0] + own[1]) / 2
+    assert np.allclose(doubt, -(mean * np.log(mean)).sum(0), atol=0.02)
+
+
+def test_a_stop_inside_an_ensemble_resumes_to_the_same_bits(start):
+    overrides = ["teacher.ensemble=2", "filter.uncertainty={source: ensemble}"]
+    whole = start(*overrides, name="whole")
+    stopped = start(*overrides, name="stopped", stop=9)
+    assert read_json(stopped / "state.json")["status"] == "interrupted"
+    assert not (stopped / "round_1").exists()
+    start(*overrides, name="stopped")
+    for path in sorted(whole.glob("**/weights.safetensors")):
+        assert hash_file(path) == hash_file(stopped / path.relative_to(whole)), path
+
+
+def test_the_stable_half_comes_first_and_then_all(start):
+    folder = start("filter.case.stable=[0.5, 1.0]", "rounds=2", "steps=9")
+    rows = read_rows(folder / "round_0")
+    values = {row["case_id"]: float(row["stability"]) for row in rows}
+    assert all(0 <= value <= 1 for value in values.values())
+    assert read_json(folder / "round_1" / "model" / "done.json")["num_kept"] == 2
+    assert read_json(folder / "round_2" / "model" / "done.json")["num_kept"] == 4
+    assert all(row["stability"] == "" for row in read_rows(folder / "round_1"))
+    snapshots = [folder / "round_0" / "snapshots" / part for part in "12"]
+    paths = [*snapshots, folder / "round_0" / "model"]
+    assert len({hash_file(path / "weights.safetensors") for path in paths}) == 3
+
+
+def test_a_fine_tune_sees_labels_only_and_leaves_the_first_levels_as_they_are(start):
+    tuned = ["train.fine_tune={share: 0.5, lr: 0.01, frozen_levels: 1}"]
+    folder = start(*tuned, "teacher.ema_decay=0.0", "train.checkpoint_every=3")
+    losses = read_losses(folder, 1)
+    assert "pseudo_label" in losses[3]
+    assert set(losses[4]) == {"supervised", "total"}
+    stopped = start(*tuned, "teacher.ema_decay=0.0", "train.checkpoint_every=3", name="b", stop=13)
+    state = read_json(stopped / "state.json")
+    assert (state["round"], state["step"]) == (1, 3)
+    path = folder / "round_1" / "checkpoint.pt"
+    after = torch.load(path, weights_only=True)["objective"]
+    path = stopped / "round_1" / "checkpoint.pt"
+    before = torch.load(path, weights_only=True)["objective"]
+    first = [k for k in after if k.startswith("student.dynunet.input_block.") and "weight" in k]
+    last = [k for k in after if k.startswith("student.dynunet.output_block.") and "weight" in k]
+    assert all(torch.equal(before[key], after[key]) for key in first)
+    assert first
+    assert not all(torch.equal(before[key], after[key]) for key in last)
+
+
+def test_pretraining_leaves_the_labels_to_the_fine_tune(start):
+    folder = start("train.schedule=pretrain", "train.fine_tune.share=0.5")
+    losses = read_losses(folder, 1)
+    assert set(losses[1]) >= {"pseudo_label"}
+    assert "supervised" not in losses[1]
+    assert set(losses[6]) == {"supervised", "total"}
+
+
+def test_a_warm_start_begins_with_the_teacher(start):
+    settings = ["teacher.ema_decay=0.0", "train.lr=1e-9", "train.weight_decay=0", "steps=1"]
+    for how, same in (("warm", True), ("scratch", False)):
+        folder = start(*settings, f"train.start={how}", name=how)
+        teacher, student = (
+            load_file(folder / f"round_{r}" / "model" / "weights.safetensors") for r in (0, 1)
+        )
+        close = all(torch.allclose(teacher[k], student[k], atol=1e-6) for k in teacher)
+        assert close is same
+
+
+def test_students_may_be_wider_than_their_teacher_but_not_start_warm_then(start):
+    folder = start("network.width=[0.5, 1.0]")
+    filters = [
+        read_json(folder / f"round_{r}" / "model" / "model.json")["network"]["filters"]
+        for r in (0, 1)
+    ]
+    assert filters == [[8, 16, 32], [16, 32, 64]]
+    with pytest.raises(InputError, match=r"train\.start=warm"):
+        start("network.width=[0.5, 1.0]", "train.start=warm", name="warm")
+
+
+def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start):
+    base = start("method=labels_only", "rounds=0", name="base")
+    folder = start("noise.strong=0.3", "losses.entropy.weight=0", round_0=base)
+    name = "round_0/model/weights.safetensors"
+    assert hash_file(base / name) == hash_file(folder / name)
+    assert not (folder / "round_0" / "checkpoint.pt").exists()
+    assert len(read_losses(folder, 0)) == 6
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [entry["steps"] for entry in summary["rounds"]] == [6, 6]
+    with pytest.raises(InputError, match="--round-0"):
+        start("steps=5", round_0=base, name="shorter")
+    with pytest.raises(InputError, match="no finished round 0"):
+        start(round_0=base.parent / "nothing", name="missing")
+
+
+def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start, monkeypatch):
+    seen = {}
+
+    def fit(pool, prior, *rest):
+        seen["pool"], seen["prior"] = pool, prior
+        return torch.zeros(len(prior))
+
+    true = torch.tensor([0.7, 0.2, 0.06, 0.04])
+    monkeypatch.setattr(rounds, "fit_potentials", fit)
+    monkeypatch.setattr(rounds, "_measure_shares", lambda *_: true * torch.tensor([1, 1.25, 5, 1]))
+    monkeypatch.setattr(rounds, "_expect", lambda _: fake_expectation(true))
+    start("target.assignment=transport")
+    found = torch.bincount(seen["pool"].argmax(1), minlength=4) / len(seen["pool"])
+    corrected = (found * torch.tensor([1, 1 / 1.25, 0.5, 1])).clamp(min=rounds.LEAST_SHARE)
+    assert torch.allclose(seen["prior"][1:], corrected[1:])
+    assert seen["prior"].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def fake_expectation(shares):
+    """Return an expectation with these shares, of classes that need not be there."""
+    foreground = {index: float(share) for index, share in enumerate(shares) if index}
+    return rounds.Expectation(presence=dict.fromkeys(foreground, 0.0), share=foreground)
+
+
+def make_row(case_id, coverage, volumes):
+    row = {"case_id": case_id}
+    for name, volume in volumes.items():
+        row |= {f"volume_ml/{name}": str(volume), f"coverage/{name}": str(coverage)}
+    return row
+
+
+def test_cases_are_weighed_by_accepted_share_and_by_the_rarity_of_their_classes():
+    rows = [
+        make_row("a", 0.5, {"liver": 9.0, "cyst": 0.0}),
+        make_row("b", 1.0, {"liver": 9.0, "cyst": 0.0}),
+        make_row("c", 1.0, {"liver": 9.0, "cyst": 1.0}),
+    ]
+    names = ("liver", "cyst")
+    section = load_config().config.filter.case
+    assert weigh_cases(rows, section, names) == {"a": 1.0, "b": 1.0, "c": 1.0}
+    balanced = section.model_copy(update={"balance": True})
+    assert weigh_cases(rows, balanced, names) == {"a": 1.0, "b": 1.0, "c": 3.0}
+    covered = section.model_copy(update={"draw": "coverage"})
+    assert weigh_cases(rows, covered, names) == {"a": 0.5, "b": 1.0, "c": 1.0}

@@ -460,3 +460,36 @@ def test_lower_resolutions_average_over_valid_voxels_only():
     assert torch.allclose(target, torch.ones(()))
     assert torch.allclose(weight, torch.ones(()))
     assert valid[:, :, 1].all()
+
+
+def test_potentials_of_a_pool_shift_the_classes_and_leave_the_teacher_unsharpened():
+    config = configure("default", "target.transport.epsilon=0.5", "noise.mixing=none")
+    prior, potentials = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([2.0, 0.0, -1.0])
+    kind = load_objective(config.objective)
+    objective = kind(VoxelNetwork(), config, NAMES, prior, potentials).train()
+    probs = torch.tensor([0.30, 0.45, 0.25]).reshape(1, 3, 1, 1, 1)
+    valid = torch.ones(1, 1, 1, 1, 1, dtype=torch.bool)
+    weights = torch.tensor([0.30 * math.e, 0.45, 0.25 * math.exp(-0.5)])  # p v^epsilon
+    found = objective._assign(probs, valid)
+    assert torch.allclose(found.flatten(), weights / weights.sum(), atol=1e-6)
+    assert found.argmax(1).item() == 0
+    assert torch.equal(objective.transport.log_v, potentials)  # fitted on the pool, not moved
+    view = objective._read_view(
+        "strong",
+        {"strong": torch.zeros(1, 1, 1, 1, 1)},
+        found,
+        valid.float(),
+        None,
+        valid,
+    )
+    plan = weights**2 / (weights**2).sum()  # p^(1/epsilon) v
+    assert torch.allclose(view.target.flatten(), plan, atol=1e-5)
+
+
+def test_without_offline_labels_the_potentials_follow_the_batches():
+    config = configure("default", "target.transport={prior: labeled}", "teacher.source=[ema]")
+    objective = make_objective(config, None, student=VoxelNetwork())
+    _, unlabeled = make_batch(config)
+    before = objective.transport.log_v.clone()
+    objective._assign(objective._teach(unlabeled["weak"]), unlabeled["weight"] > 0)
+    assert not torch.equal(objective.transport.log_v, before)

@@ -24,7 +24,7 @@ from medssl.config import (
 )
 
 if TYPE_CHECKING:
-    from medssl.rounds import Outcome
+    from medssl.deliver import Outcome
 
 app = typer.Typer(
     add_completion=False,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medssl import rounds
+from medssl import rounds, students, teachers
 from medssl.config import InputError, load_config
 from medssl.data.phantoms import write_phantoms
 from medssl.pseudo.gates import Gate
@@ -42,10 +42,10 @@ def data(tmp_path_factory):
 @pytest.fixture
 def start(data, tmp_path, monkeypatch, stop_at):
     """Return a function that runs all rounds in a folder; models of a few steps pass the gate."""
-    monkeypatch.setattr(rounds, "judge_model", lambda *_: Gate(True, ()))
-    accept = rounds.read_review
+    monkeypatch.setattr(teachers, "judge_model", lambda *_: Gate(True, ()))
+    accept = students.read_review
     monkeypatch.setattr(
-        rounds, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]
+        students, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]
     )
 
     def run(*overrides, name="run", stop=None, round_0=None):
@@ -82,13 +82,13 @@ def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     assert not (folder / "round_1" / "models").exists()
     weights = [load_file(p / "model" / "weights.safetensors") for p in (folder / "round_0", second)]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    models = [rounds.load_model(p) for p in (folder / "round_0", second)]
+    models = [teachers.load_model(p) for p in (folder / "round_0", second)]
     (case_id, *_) = sorted(p.name for p in (folder / "round_0" / "pseudo_labels").iterdir())
     probs, doubt = read_pseudo_label(folder / "round_0" / "pseudo_labels" / case_id)
     (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/image.npy")
     tensor = torch.from_numpy(np.load(image).astype(np.float32))[None]
     window = ((16, 16, 16), models[0].info.precision)
-    own = [rounds.predict_probs(m.network, tensor, *window)[0].numpy() for m in models]
+    own = [teachers.predict_probs(m.network, tensor, *window)[0].numpy() for m in models]
     assert np.abs(probs - (own[0] + own[1]) / 2).max() < 0.02
     assert np.abs(own[0] - own[1]).max() > 0.02
     mean = (own[0] + own[1]) / 2
@@ -192,12 +192,14 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
         return torch.zeros(len(prior))
 
     true = torch.tensor([0.7, 0.2, 0.06, 0.04])
-    monkeypatch.setattr(rounds, "fit_potentials", fit)
-    monkeypatch.setattr(rounds, "_measure_shares", lambda *_: true * torch.tensor([1, 1.25, 5, 1]))
-    monkeypatch.setattr(rounds, "_expect", lambda _: fake_expectation(true))
+    monkeypatch.setattr(students, "fit_potentials", fit)
+    monkeypatch.setattr(
+        students, "_measure_shares", lambda *_: true * torch.tensor([1, 1.25, 5, 1])
+    )
+    monkeypatch.setattr(students, "expect", lambda _: fake_expectation(true))
     start("target.assignment=transport")
     found = torch.bincount(seen["pool"].argmax(1), minlength=4) / len(seen["pool"])
-    corrected = (found * torch.tensor([1, 1 / 1.25, 0.5, 1])).clamp(min=rounds.LEAST_SHARE)
+    corrected = (found * torch.tensor([1, 1 / 1.25, 0.5, 1])).clamp(min=students.LEAST_SHARE)
     assert torch.allclose(seen["prior"][1:], corrected[1:])
     assert seen["prior"].sum().item() == pytest.approx(1, abs=1e-5)
 
@@ -205,7 +207,7 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
 def fake_expectation(shares):
     """Return an expectation with these shares, of classes that need not be there."""
     foreground = {index: float(share) for index, share in enumerate(shares) if index}
-    return rounds.Expectation(presence=dict.fromkeys(foreground, 0.0), share=foreground)
+    return students.Expectation(presence=dict.fromkeys(foreground, 0.0), share=foreground)
 
 
 def make_row(case_id, coverage, volumes):

@@ -1,0 +1,277 @@
+"""A round of training: a student and what it learns from; in round 0, labels alone.
+
+Axes: C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medssl.config import IGNORE, Config, InputError, at_round
+from medssl.data.cache import CachedCase
+from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
+from medssl.objective import Objective, load_objective
+from medssl.plan import Plan, count_unlabeled, describe_student
+from medssl.predict import Model, ModelInfo, load_model, predict_probs, save_model
+from medssl.pseudo.gates import Expectation, expect_from
+from medssl.pseudo.label import read_review, weigh_cases
+from medssl.pseudo.store import draw_probs, measure_agreement
+from medssl.pseudo.transport import fit_potentials, shrink_prior
+from medssl.runs import StopFlag, is_done, seed_from, write_json
+from medssl.train import find_model_folder, train
+
+TRANSPORT_STEPS = 500
+MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
+LEAST_SHARE = 1e-4  # of a class in the prior that pseudo-labels are assigned towards
+
+
+class StopRequested(Exception):  # noqa: N818  # it is no error
+    """The stop flag was set; everything up to here is on disk."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    folder: Path
+    config: Config
+    plan: Plan
+    hash: str
+    first_hash: str
+    labeled: tuple[CachedCase, ...]
+    unlabeled: tuple[CachedCase, ...]
+    val: tuple[CachedCase, ...]
+    info: ModelInfo
+    stop: StopFlag
+    notify: Callable[[], None]
+
+    @property
+    def num_rounds(self) -> int:
+        """Number of student rounds."""
+        return self.config.train.rounds if self.unlabeled else 0
+
+    def round_hash(self, index: int) -> str:
+        """Return the hash of a round's models: round 0 depends on no setting of students."""
+        return self.hash if index else self.first_hash
+
+    def round_folder(self, index: int) -> Path:
+        """Return the folder of a round."""
+        return self.folder / f"round_{index}"
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, background first."""
+        return tuple(self.plan.labels[index] for index in range(self.plan.num_classes))
+
+
+def train_round(run: Run, index: int, teacher: int | None) -> None:
+    """Train the models of a round: one, or an ensemble if another round follows."""
+    kept = [] if teacher is None else _choose_cases(run, index, teacher)
+    for member in range(count_members(run, index)):
+        folder = find_model_folder(run.folder, index, member)
+        if is_done(folder / "model", run.round_hash(index)):
+            continue
+        name = f"round {index}" + (f", model {member + 1} of the ensemble" if member else "")
+        if teacher is None:
+            print(f"{name}: {len(run.labeled)} labeled cases alone, the honest baseline")
+        else:
+            print(
+                f"{name}: a student learns from {len(run.labeled)} labeled and {len(kept)} "
+                f"pseudo-labeled cases of round {teacher}"
+            )
+        _train_model(run, index, member, teacher, kept)
+
+
+def count_members(run: Run, index: int) -> int:
+    """Return how many models a round trains; the last round has nobody to teach."""
+    return run.config.teacher.ensemble if index < run.num_rounds else 1
+
+
+def _train_model(
+    run: Run, index: int, member: int, teacher: int | None, kept: Sequence[UnlabeledCase]
+) -> None:
+    """Train one model of a round, and write its model folder."""
+    config, folder = run.config, find_model_folder(run.folder, index, member)
+    seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
+    spec = describe_student(run.plan, config, index) if kept else run.plan.network
+    torch.manual_seed(seed_from(seed, index, "weights"))
+    network = build_network(spec, download=True)
+    if kept and config.train.start == "warm" and teacher is not None:
+        _start_warm(network, spec, load_model(run.round_folder(teacher)))
+    objective = _build_objective(run, network, kept, teacher)
+    info = run.info.model_copy(update={"network": spec})
+    thirds = {}
+    if needs_stability(run, index) and not member:
+        thirds = {
+            max(1, run.plan.steps * part // 3): functools.partial(
+                _save_snapshot, folder / "snapshots" / str(part), objective, info
+            )
+            for part in (1, 2)
+        }
+    steps = train(
+        objective,
+        PatchDataset(run.labeled, kept, _choose_sampling(run, index, seed)),
+        config,
+        run.plan,
+        run.folder,
+        index,
+        run.stop,
+        validate=(lambda: validate(run, objective.predictor)) if run.val and not member else None,
+        on_checkpoint=run.notify,
+        member=member,
+        snapshots=thirds,
+    )
+    provenance = {**run.info.provenance, "round": index, "steps": steps}
+    info = info.model_copy(update={"provenance": provenance})
+    save_model(folder / "model", objective.predictor.eval(), info)
+    if steps < run.plan.steps:
+        raise StopRequested
+    done = {"hash": run.round_hash(index), "round": index, "steps": steps, "num_kept": len(kept)}
+    write_json(folder / "model" / "done.json", done)
+
+
+def _start_warm(network: SegmentationNetwork, spec: NetworkSpec, teacher: Model) -> None:
+    """Give a student the weights of its teacher."""
+    if spec.filters != teacher.info.network.filters:
+        raise InputError(
+            f"train.start=warm: the student has filters {list(spec.filters)}, its teacher "
+            f"{list(teacher.info.network.filters)}; give network.width one value, or "
+            "train.start=scratch"
+        )
+    pairs = zip(network.state_dict().values(), teacher.network.state_dict().values(), strict=True)
+    for own, given in pairs:  # by place: noise between the layers changes their names
+        own.copy_(given)
+
+
+def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
+    """Write the predictor as it is in the middle of a training."""
+    save_model(folder, objective.predictor, info)
+
+
+def needs_stability(run: Run, index: int) -> bool:
+    """Return whether the round after this one is taught by the stable cases only."""
+    return index < run.num_rounds and at_round(run.config.filter.case.stable, index) < 1.0
+
+
+def _build_objective(
+    run: Run, network: SegmentationNetwork, kept: Sequence[UnlabeledCase], teacher: int | None
+) -> Objective:
+    """Return the objective of a round: round 0 has the built-in one, whatever is named."""
+    kind = load_objective(run.config.objective) if kept else Objective
+    if run.config.target.assignment != "transport" or not kept:
+        return kind(network, run.config, run.class_names)
+    section = run.config.target.transport
+    shares = expect(run).share
+    labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
+    folders = [case.folder for case in kept if case.folder is not None]
+    if not folders or teacher is None:
+        return kind(network, run.config, run.class_names, labeled)
+    pool = draw_probs(folders)
+    prior = shrink_prior(labeled, pool.mean(0), section.shrink)
+    if section.prior == "calibrated":
+        found = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes) / len(pool)
+        ratio = labeled / _measure_shares(run, teacher)
+        prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
+    potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
+    return kind(network, run.config, run.class_names, prior, potentials)
+
+
+def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
+    """Return the shares of all classes, given those of the foreground; none is zero."""
+    shares = torch.as_tensor(foreground, dtype=torch.float32).clamp(min=LEAST_SHARE)
+    return torch.cat([(1 - shares.sum()).clamp(min=LEAST_SHARE)[None], shares])
+
+
+def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
+    """Return the mean share of each class in what a teacher says of the labeled cases."""
+    model = load_model(run.round_folder(teacher), run.plan.device)
+    window = (run.plan.patch_size, run.plan.precision, run.plan.flips, run.plan.slice_axis)
+    shares = []
+    for case in run.labeled:
+        probs = predict_probs(model.network, to_tensor(case, run.plan.device), *window)
+        counts = torch.bincount(probs[0].argmax(0).flatten(), minlength=run.plan.num_classes)
+        shares.append(counts.cpu() / counts.sum().cpu())
+    return complete_shares(torch.stack(shares).mean(0)[1:])
+
+
+def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
+    """Return the pseudo-labeled cases that the student of a round learns from."""
+    source, section = run.round_folder(teacher), run.config.filter.case
+    rows = {row["case_id"]: row for row in read_review(source)}
+    accepted = [row for row in rows.values() if row["accepted"] == "1"]
+    share = at_round(section.stable, index - 1)
+    if share < 1.0:
+        accepted.sort(key=lambda row: (-float(row["stability"]), row["case_id"]))
+        accepted = accepted[: max(1, round(share * len(accepted)))]
+    weights = weigh_cases(accepted, section, run.class_names[1:])
+    offline = "previous_round" in run.config.teacher.source
+    return [
+        UnlabeledCase(
+            case,
+            source / "pseudo_labels" / case.case_id if offline else None,
+            weights[case.case_id],
+        )
+        for case in run.unlabeled
+        if case.case_id in weights
+    ]
+
+
+def _choose_sampling(run: Run, index: int, seed: int) -> Sampling:
+    """Return what decides the patches of a round."""
+    train_section, noise = run.config.train, run.config.noise
+    tuned = train_section.fine_tune.share if index else 0.0
+    return Sampling(
+        seed=seed,
+        round_index=index,
+        patch_size=run.plan.patch_size,
+        batch=run.plan.batch,
+        num_unlabeled=count_unlabeled(run.config, run.plan.batch, max(1, index)),
+        foreground=train_section.foreground,
+        strong=noise.strong,
+        flips=run.plan.flips,
+        views=run.config.views,
+        randaugment=noise.randaugment,
+        fine_tune_from=round(run.plan.steps * (1 - tuned)) if tuned else None,
+        pretrain=train_section.schedule == "pretrain",
+        slice_axis=run.plan.slice_axis,
+    )
+
+
+@torch.no_grad()
+def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
+    """Return val/dice of the validation cases on the cache grid."""
+    network.eval()
+    per_class: dict[str, list[float]] = {name: [] for name in run.class_names[1:]}
+    for case in run.val:
+        label = case.label()
+        if label is None:
+            continue
+        image = to_tensor(case, run.plan.device)
+        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+        probs = predict_probs(network, image, size, precision, slice_axis=axis)
+        classes = probs[0].argmax(0).cpu().numpy()
+        classes[label == IGNORE] = IGNORE
+        for class_index, name in enumerate(run.class_names[1:], start=1):
+            if (label == class_index).any() or (classes == class_index).any():
+                dice = measure_agreement(classes, label, [class_index])
+                per_class[name].append(dice)
+    means = {f"val/dice/{name}": float(np.mean(v)) for name, v in per_class.items() if v}
+    return {**means, "val/dice": float(np.mean(list(means.values())))} if means else {}
+
+
+def expect(run: Run) -> Expectation:
+    """Return what the labeled cases lead one to expect of a pseudo-label."""
+    labels = [label for case in run.labeled if (label := case.label()) is not None]
+    return expect_from(labels, run.plan.num_classes)
+
+
+def to_tensor(case: CachedCase, device: str) -> torch.Tensor:
+    """Return the image of a case, (1, C, I, J, K) float32."""
+    return torch.from_numpy(np.asarray(case.image(), dtype=np.float32))[None].to(device)

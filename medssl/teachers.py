@@ -1,0 +1,166 @@
+"""The end of a round: its model labels the unlabeled cases, and is judged by what it says.
+
+Axes: C channels, I J K voxel axes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from medssl.data.cache import CachedCase
+from medssl.predict import Model, load_model, measure_uncertainty, predict_mirrored, predict_probs
+from medssl.pseudo.gates import CaseReview, Gate, judge_model
+from medssl.pseudo.label import RawPseudoLabel, label_cases
+from medssl.pseudo.store import measure_agreement
+from medssl.pseudo.uncertainty import combine, entropy_of
+from medssl.runs import (
+    Journal,
+    hash_file,
+    hash_json,
+    is_done,
+    read_json,
+    seed_from,
+    write_json,
+    write_state,
+)
+from medssl.students import (
+    Run,
+    StopRequested,
+    count_members,
+    expect,
+    needs_stability,
+    to_tensor,
+    validate,
+)
+from medssl.train import find_model_folder
+
+
+def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
+    """Pseudo-label the unlabeled cases with the model of a round, and judge it by them."""
+    folder = run.round_folder(index)
+    if is_done(folder, run.hash):
+        gate = read_json(folder / "done.json")["gate"]
+        return Gate(gate["passed"], tuple(gate["reasons"]))
+    expectation = expect(run)
+    folders = [
+        find_model_folder(run.folder, index, member) for member in range(count_members(run, index))
+    ]
+    members = [load_model(path, run.plan.device) for path in folders]
+    earlier = [
+        load_model(folder / "snapshots" / str(part), run.plan.device)
+        for part in (1, 2)
+        if needs_stability(run, index)
+    ]
+    before = run.round_folder(teacher) / "pseudo_labels" if teacher is not None else None
+    reviews = label_cases(
+        run.unlabeled,
+        lambda case: _label_case(run, members, earlier, case),
+        folder,
+        before,
+        hash_json([hash_file(path / "model" / "weights.safetensors") for path in folders]),
+        expectation,
+        run.plan.labels,
+        run.plan.label_values,
+        run.config.filter,
+        run.stop.is_set,
+    )
+    if reviews is None:
+        raise StopRequested
+    gate = judge_model(reviews, expectation, run.plan.labels)
+    _finish_round(run, index, teacher, reviews, gate)
+    return gate
+
+
+def _label_case(
+    run: Run, members: Sequence[Model], earlier: Sequence[Model], case: CachedCase
+) -> RawPseudoLabel:
+    """Return what the un-noised teacher says of a case: one model, or the mean of an ensemble.
+
+    The probs are averaged over mirrorings. The uncertainty is that of MC dropout, mirrorings or
+    the ensemble, or the entropy of the probs. The stability is the mean Dice of the class maps of
+    earlier checkpoints with that of the last one (Yang et al. 2022, ST++, equation 4).
+    """
+    image = to_tensor(case, run.plan.device)
+    window = (run.plan.patch_size, run.plan.precision)
+    axis, flips = run.plan.slice_axis, run.plan.flips
+    section = run.config.filter.uncertainty
+    all_probs = [predict_probs(m.network, image, *window, flips, axis) for m in members]
+    probs = torch.stack(all_probs).mean(0)
+    entropy = information = entropy_of(probs)
+    if section.source == "mc_dropout":
+        torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
+        network, passes = members[0].network, section.passes
+        entropy, information = measure_uncertainty(network, image, *window, passes, axis)
+    elif section.source == "ensemble" and len(members) > 1:  # the last round has one
+        _, entropy, information = combine(all_probs, "the ensemble")
+    elif section.source == "flips":
+        turned = predict_mirrored(members[0].network, image, *window, flips, axis)
+        _, entropy, information = combine(turned, "mirrorings")
+    doubt = information if section.measure == "mutual_information" else entropy
+    stability = None
+    if earlier:
+        classes = probs[0].argmax(0).cpu().numpy()
+        named = range(1, run.plan.num_classes)
+        then = [predict_probs(m.network, image, *window, (), axis) for m in earlier]
+        agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
+        stability = float(np.mean(agreements))
+    return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
+
+
+def _finish_round(
+    run: Run, index: int, teacher: int | None, reviews: Sequence[CaseReview], gate: Gate
+) -> None:
+    """Write the done mark of a round and its line in the journal."""
+    folder = run.round_folder(index)
+    journal = Journal(run.folder / "metrics.jsonl")
+    metrics: dict[str, float] = {"monitors/gate": float(gate.passed)}
+    if reviews:
+        metrics["monitors/kept_cases"] = float(sum(review.accepted for review in reviews))
+        metrics["monitors/uncertainty"] = float(np.mean([r.uncertainty for r in reviews]))
+        for name in run.class_names[1:]:
+            shares = [review.coverage_per_class[name] for review in reviews]
+            metrics[f"monitors/pseudo_coverage/{name}"] = float(np.mean(shares))
+    agreements = [r.agreement for r in reviews if r.agreement is not None]
+    if agreements:
+        metrics["monitors/agreement"] = float(np.mean(agreements))
+    own = [e for e in journal.read() if e["round"] == index]
+    last = [e for e in own if "losses/total" in e["metrics"]]
+    if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark
+        journal.append(index, run.plan.steps, metrics)
+    values = {**(last[-1]["metrics"] if last else {}), **metrics}
+    if run.val:
+        values |= validate(run, load_model(folder, run.plan.device).network)
+    model_done = read_json(folder / "model" / "done.json")
+    content = {
+        "hash": run.hash,
+        "round": index,
+        "teacher": teacher,
+        "steps": run.plan.steps,
+        "seconds": _measure_seconds(journal, index),
+        "gate": {"passed": gate.passed, "reasons": list(gate.reasons)},
+        "num_labeled": len(run.labeled),
+        "num_unlabeled": model_done["num_kept"],
+        "final": values,
+    }
+    write_json(folder / "done.json", content)
+    write_state(run.folder, "running", index, run.plan.steps)
+    run.notify()
+    if teacher is not None:
+        for earlier in range(index):
+            if earlier != teacher and gate.passed:
+                shutil.rmtree(run.round_folder(earlier) / "pseudo_labels", ignore_errors=True)
+
+
+def _measure_seconds(journal: Journal, index: int) -> float:
+    """Return the seconds that the steps of a round took, over all sittings."""
+    seconds, before = 0.0, 0
+    for entry in journal.read():
+        rate = entry["metrics"].get("monitors/steps_per_second")
+        if entry["round"] == index and rate:
+            seconds += (entry["step"] - before) / rate
+            before = entry["step"]
+    return round(seconds, 1)

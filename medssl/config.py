@@ -299,7 +299,7 @@ class TrainSection(Section):
     start: Literal["scratch", "warm"] = "scratch"
     schedule: Literal["joint", "pretrain"] = "joint"
     fine_tune: FineTuneSection = FineTuneSection()
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr: Positive = 3e-3
     weight_decay: NonNegative = 1e-2
     warmup: Fraction = 0.03
     grad_clip: Annotated[float, Field(gt=0.0)] = 12.0

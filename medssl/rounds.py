@@ -236,6 +236,7 @@ def _take_over_round_0(source: Path, run_dir: Path, first_hash: str) -> None:
     for folder in (there, *sorted((there / "models").glob("*"))):
         target = here / folder.relative_to(there) / "model"
         shutil.copytree(folder / "model", target, dirs_exist_ok=True)
+    shutil.copytree(there / "snapshots", here / "snapshots", dirs_exist_ok=True)
     journal = Journal(run_dir / "metrics.jsonl")
     journal.cut(0, 0)
     for entry in Journal(source / "metrics.jsonl").read():

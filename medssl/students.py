@@ -107,14 +107,13 @@ def _train_model(
         _start_warm(network, spec, load_model(run.round_folder(teacher)))
     objective = _build_objective(run, network, kept, teacher)
     info = run.info.model_copy(update={"network": spec})
-    thirds = {}
-    if needs_stability(run, index) and not member:
-        thirds = {
-            max(1, run.plan.steps * part // 3): functools.partial(
-                _save_snapshot, folder / "snapshots" / str(part), objective, info
-            )
-            for part in (1, 2)
-        }
+    thirds = {
+        max(1, run.plan.steps * part // 3): functools.partial(
+            _save_snapshot, folder / "snapshots" / str(part), objective, info
+        )
+        for part in (1, 2)
+        if not member
+    }
     steps = train(
         objective,
         PatchDataset(run.labeled, kept, _choose_sampling(run, index, seed)),

@@ -25,7 +25,7 @@ def spec(request, tiny_spec):
     return tiny_spec.model_copy(update=flat)
 
 
-def configure(method="default", *overrides):
+def configure(method="full", *overrides):
     return load_config(overrides=[f"method={method}", *overrides]).config
 
 
@@ -177,7 +177,7 @@ def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, spe
 
 
 def test_the_decay_of_the_teacher_rises_to_what_is_set(tiny_spec):
-    objective = make_objective(configure("default", "teacher.ema_decay=0.75"), tiny_spec)
+    objective = make_objective(configure("full", "teacher.ema_decay=0.75"), tiny_spec)
     (parameter, *_) = objective.student.parameters()
     (average, *_) = objective.predictor.parameters()
     value = 0.0
@@ -332,7 +332,7 @@ def test_a_step_lowers_the_loss_on_its_own_batch(method, spec):
     ],
 )
 def test_a_term_without_weight_is_left_out(tiny_spec, weight, term):
-    full, less = configure(), configure("default", weight)
+    full, less = configure(), configure("full", weight)
     batch = make_batch(full)
     everything = compute(make_objective(full, tiny_spec), *batch)
     rest = compute(make_objective(less, tiny_spec), *batch)
@@ -345,8 +345,8 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
         for name in ("pseudo_label", "entropy", "consistency")
     ]
     overrides += ["noise.mixing=none", "filter.threshold.name=none", "filter.uncertainty.start=1.0"]
-    config = configure("default", *overrides)
-    double = configure("default", *overrides, "losses.pseudo_label.weight=2.0")
+    config = configure("full", *overrides)
+    double = configure("full", *overrides, "losses.pseudo_label.weight=2.0")
     batch = make_batch(config)
     terms = {t: compute(make_objective(config, tiny_spec), *batch, t) for t in (0.1, 0.4, 0.9)}
     for name in ("pseudo_label", "entropy", "consistency"):
@@ -357,7 +357,7 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
 
 
 def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny_spec):
-    config = configure("default", "noise.labeled_mixing=none", "losses.supervised.name=ce")
+    config = configure("full", "noise.labeled_mixing=none", "losses.supervised.name=ce")
     labeled, _ = make_batch(config)
     objective = make_objective(config, None, student=VoxelNetwork(num_heads=2))
     fine, coarse = objective.student.forward_heads(labeled["image"])
@@ -392,7 +392,7 @@ def test_voxels_that_the_filter_refuses_do_not_teach():
 
 def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():
     settings = ["noise.mixing=none", "losses.pseudo_label.name=ce", "filter.threshold.name=none"]
-    config = configure("default", *settings)
+    config = configure("full", *settings)
     labeled, unlabeled = make_batch(config)
     student = VoxelNetwork()
     whole = compute(make_objective(config, None, student=student), labeled, unlabeled)
@@ -407,7 +407,7 @@ def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():
 
 
 def test_a_method_without_any_teacher_is_an_error(tiny_spec):
-    config = configure("default", "teacher.source=[previous_round]", "losses.consistency.weight=0")
+    config = configure("full", "teacher.source=[previous_round]", "losses.consistency.weight=0")
     labeled, unlabeled = make_batch(config)
     del unlabeled["probs"]
     with pytest.raises(ValueError, match="no teacher"):
@@ -416,7 +416,7 @@ def test_a_method_without_any_teacher_is_an_error(tiny_spec):
 
 def test_an_online_teacher_needs_no_pseudo_labels_on_disk(tiny_spec):
     online = ["teacher.source=[ema]", "target.assignment=argmax"]
-    config = configure("default", *online, "filter.uncertainty.source=none")
+    config = configure("full", *online, "filter.uncertainty.source=none")
     objective = make_objective(config, tiny_spec)
     labeled, unlabeled = make_batch(config)
     assert "probs" not in unlabeled
@@ -463,7 +463,7 @@ def test_lower_resolutions_average_over_valid_voxels_only():
 
 
 def test_potentials_of_a_pool_shift_the_classes_and_leave_the_teacher_unsharpened():
-    config = configure("default", "target.transport.epsilon=0.5", "noise.mixing=none")
+    config = configure("full", "target.transport.epsilon=0.5", "noise.mixing=none")
     prior, potentials = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([2.0, 0.0, -1.0])
     kind = load_objective(config.objective)
     objective = kind(VoxelNetwork(), config, NAMES, prior, potentials).train()
@@ -487,7 +487,7 @@ def test_potentials_of_a_pool_shift_the_classes_and_leave_the_teacher_unsharpene
 
 
 def test_without_offline_labels_the_potentials_follow_the_batches():
-    config = configure("default", "target.transport={prior: labeled}", "teacher.source=[ema]")
+    config = configure("full", "target.transport={prior: labeled}", "teacher.source=[ema]")
     objective = make_objective(config, None, student=VoxelNetwork())
     _, unlabeled = make_batch(config)
     before = objective.transport.log_v.clone()

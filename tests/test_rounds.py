@@ -107,7 +107,8 @@ def test_a_stop_inside_an_ensemble_resumes_to_the_same_bits(start):
 
 
 def test_the_stable_half_comes_first_and_then_all(start):
-    folder = start("filter.case.stable=[0.5, 1.0]", "rounds=2", "steps=9")
+    base = start("method=labels_only", "rounds=0", "steps=9", name="base")
+    folder = start("filter.case.stable=[0.5, 1.0]", "rounds=2", "steps=9", round_0=base)
     rows = read_rows(folder / "round_0")
     values = {row["case_id"]: float(row["stability"]) for row in rows}
     assert all(0 <= value <= 1 for value in values.values())
@@ -210,18 +211,19 @@ def fake_expectation(shares):
     return students.Expectation(presence=dict.fromkeys(foreground, 0.0), share=foreground)
 
 
-def make_row(case_id, coverage, volumes):
+def make_row(case_id, coverage, volumes, unit):
     row = {"case_id": case_id}
     for name, volume in volumes.items():
-        row |= {f"volume_ml/{name}": str(volume), f"coverage/{name}": str(coverage)}
+        row |= {f"{unit}/{name}": str(volume), f"coverage/{name}": str(coverage)}
     return row
 
 
-def test_cases_are_weighed_by_accepted_share_and_by_the_rarity_of_their_classes():
+@pytest.mark.parametrize("unit", ["volume_ml", "area_px"])
+def test_cases_are_weighed_by_accepted_share_and_by_the_rarity_of_their_classes(unit):
     rows = [
-        make_row("a", 0.5, {"liver": 9.0, "cyst": 0.0}),
-        make_row("b", 1.0, {"liver": 9.0, "cyst": 0.0}),
-        make_row("c", 1.0, {"liver": 9.0, "cyst": 1.0}),
+        make_row("a", 0.5, {"liver": 9.0, "cyst": 0.0}, unit),
+        make_row("b", 1.0, {"liver": 9.0, "cyst": 0.0}, unit),
+        make_row("c", 1.0, {"liver": 9.0, "cyst": 1.0}, unit),
     ]
     names = ("liver", "cyst")
     section = load_config().config.filter.case

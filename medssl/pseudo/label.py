@@ -199,4 +199,5 @@ def weigh_cases(
 
 def has_class(row: Mapping[str, str], name: str) -> bool:
     """Return whether the pseudo-mask of a row of review.csv has a class."""
-    return float(row[f"volume_ml/{name}"]) > 0
+    size = row.get(f"volume_ml/{name}") or row[f"area_px/{name}"]
+    return float(size) > 0

@@ -9,25 +9,29 @@ import torch
 from safetensors.torch import load_file
 
 from medssl import rounds, students, teachers
-from medssl.config import InputError, load_config
+from medssl.config import InputError, list_methods, load_config
 from medssl.data.phantoms import write_phantoms
 from medssl.pseudo.gates import Gate
 from medssl.pseudo.label import weigh_cases
 from medssl.pseudo.store import read_pseudo_label
 from medssl.runs import Journal, hash_file, read_json
 
-SETTINGS = [
+SMALL = [
     "plan.patch_size=[16,16,16]",
     "network.depth=3",
-    "network.width=0.5",
     "plan.flips=[]",
     "train.batch=2",
     "train.log_every=1",
+    "tracking.uri=none",
+    "steps=6",
+]
+TERMS = ("pseudo_label", "entropy", "consistency")
+SETTINGS = [
+    *SMALL,
+    "network.width=0.5",
     "filter.uncertainty={source: none}",
     "filter.threshold.name=none",
     "filter.components=all",
-    "tracking.uri=none",
-    "steps=6",
     "rounds=1",
 ]
 
@@ -48,8 +52,8 @@ def start(data, tmp_path, monkeypatch, stop_at):
         students, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]
     )
 
-    def run(*overrides, name="run", stop=None, round_0=None):
-        given = [*SETTINGS, *overrides]
+    def run(*overrides, name="run", stop=None, round_0=None, settings=SETTINGS):
+        given = [*settings, *overrides]
         prepared = rounds.prepare(
             load_config(data, given), lambda plan: load_config(data, given, plan), None
         )
@@ -73,6 +77,22 @@ def read_losses(folder, round_index):
 def read_rows(folder):
     with (folder / "review.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(set(list_methods()) - {"labels_only"}))
+def test_every_preset_trains_its_rounds_labels_and_delivers(start, method):
+    folder = start(f"method={method}", settings=SMALL)
+    config = load_config(folder / "config.yaml").config
+    summary = read_json(folder / "summary.json")
+    assert len(summary["rounds"]) == config.train.rounds + 1
+    assert summary["delivered"] == f"round_{config.train.rounds}"
+    for index in range(1, config.train.rounds + 1):
+        losses = read_losses(folder, index)
+        assert all(np.isfinite(list(terms.values())).all() for terms in losses.values())
+        on = {name for name in TERMS if getattr(config.losses, name).weight > 0}
+        assert on <= set().union(*losses.values())
+        assert read_json(folder / f"round_{index}" / "model" / "done.json")["num_kept"] > 0
 
 
 def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):

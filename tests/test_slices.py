@@ -195,7 +195,7 @@ def make_batch():
 @pytest.mark.parametrize("spec", [FLAT, ENCODER, ENCODER.model_copy(update={"pretrained": True})])
 def test_every_term_moves_the_student_in_2d_and_the_teacher_follows(spec):
     torch.manual_seed(0)
-    config = load_config(overrides=["noise.mixing_probability=1"]).config
+    config = load_config(overrides=["method=full", "noise.mixing_probability=1"]).config
     objective = Objective(build_network(spec), config, ("background", "organ", "lesion")).train()
     terms = objective(*make_batch(), 0.5, torch.Generator().manual_seed(1))
     assert set(terms) == {"supervised", "pseudo_label", "entropy", "consistency"}
@@ -322,8 +322,10 @@ def test_settings_that_do_not_fit_an_encoder_are_refused(scans):
         ("plan.flips=[2]", "in their plane only"),
     ):
         with pytest.raises(InputError, match=words):
-            scans.plan(setting)
-    assert scans.plan("network.encoder=vgg11", "rounds=0").network.encoder == "vgg11"
+            scans.plan("method=full", setting)
+    for setting in ("rounds=0", "noise.stochastic_depth=1.0"):
+        plan = scans.plan("method=full", "network.encoder=vgg11", setting)
+        assert plan.network.encoder == "vgg11"
 
 
 def test_a_plan_in_2d_comes_back_from_its_file_and_resolves(scans, tmp_path):

@@ -3,7 +3,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 find_python() {
   for name in python3.13 python3.12 python3.11 python3 python; do
-    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     then echo "$name"; return; fi
   done
   echo "medssl needs Python 3.11 or newer; found: $(python3 --version 2>&1)" >&2

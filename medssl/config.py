@@ -406,6 +406,12 @@ def _check_rest(config: Config) -> Iterator[str]:
             "train.schedule=pretrain leaves the labels to the fine-tune; give it steps, such as "
             "train.fine_tune.share=0.2"
         )
+    widths = config.network.width
+    if config.train.start == "warm" and isinstance(widths, tuple) and len(set(widths)) > 1:
+        yield (
+            f"train.start=warm gives a student the weights of its teacher, but network.width is "
+            f"{list(widths)}; give it one value, or train.start=scratch"
+        )
     if loss.name == "forward_ce" and loss.transition is None:
         yield (
             "losses.pseudo_label.name=forward_ce needs losses.pseudo_label.transition, measured on "

@@ -34,7 +34,7 @@ from medssl.runs import (
     write_state,
     write_text,
 )
-from medssl.students import Run, StopRequested, train_round
+from medssl.students import Run, StopRequested, check_settings, train_round
 from medssl.teachers import label_and_judge
 from medssl.tracking import Mirror, default_uri
 
@@ -91,6 +91,7 @@ def prepare(
         rounds = config.train.rounds if unlabeled else 0
         estimate = estimate_hours(plan, rounds, measure_step(plan))
         plan = plan.model_copy(update={"estimate": estimate})
+    check_settings(config, plan)
     return Prepared(dataset, splits, plan, reload(resolve(plan)))
 
 

@@ -16,7 +16,9 @@ import torch
 from medssl.config import IGNORE, Config, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
-from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
+from medssl.losses.robust import check_transition
+from medssl.networks.build import SegmentationNetwork, build_network
+from medssl.networks.noise import freeze_encoder
 from medssl.objective import Objective, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student
 from medssl.predict import Model, ModelInfo, load_model, predict_probs, save_model
@@ -71,6 +73,30 @@ class Run:
         return tuple(self.plan.labels[index] for index in range(self.plan.num_classes))
 
 
+def check_settings(config: Config, plan: Plan) -> None:
+    """Refuse, before anything is trained, what students would fail at.
+
+    Raises:
+        InputError: A setting that does not fit the plan, or names no objective.
+    """
+    if not config.train.rounds:
+        return
+    load_objective(config.objective)
+    if config.filter.uncertainty.source == "flips" and not plan.flips:
+        raise InputError(
+            "filter.uncertainty.source=flips: this plan mirrors along no axis (plan.flips=[]), so "
+            "there is one prediction only; take mc_dropout, ensemble or none"
+        )
+    tuning, transition = config.train.fine_tune, config.losses.pseudo_label.transition
+    if tuning.share:
+        freeze_encoder(build_network(plan.network), tuning.frozen_levels)
+    if transition is not None:
+        try:
+            check_transition(torch.tensor(transition), plan.num_classes)
+        except ValueError as error:
+            raise InputError(f"losses.pseudo_label.transition: {error}") from error
+
+
 def train_round(run: Run, index: int, teacher: int | None) -> None:
     """Train the models of a round: one, or an ensemble if another round follows."""
     kept = [] if teacher is None else _choose_cases(run, index, teacher)
@@ -104,7 +130,7 @@ def _train_model(
     torch.manual_seed(seed_from(seed, index, "weights"))
     network = build_network(spec, download=True)
     if kept and config.train.start == "warm" and teacher is not None:
-        _start_warm(network, spec, load_model(run.round_folder(teacher)))
+        _start_warm(network, load_model(run.round_folder(teacher)))
     objective = _build_objective(run, network, kept, teacher)
     info = run.info.model_copy(update={"network": spec})
     thirds = {
@@ -136,14 +162,8 @@ def _train_model(
     write_json(folder / "model" / "done.json", done)
 
 
-def _start_warm(network: SegmentationNetwork, spec: NetworkSpec, teacher: Model) -> None:
+def _start_warm(network: SegmentationNetwork, teacher: Model) -> None:
     """Give a student the weights of its teacher."""
-    if spec.filters != teacher.info.network.filters:
-        raise InputError(
-            f"train.start=warm: the student has filters {list(spec.filters)}, its teacher "
-            f"{list(teacher.info.network.filters)}; give network.width one value, or "
-            "train.start=scratch"
-        )
     pairs = zip(network.state_dict().values(), teacher.network.state_dict().values(), strict=True)
     for own, given in pairs:  # by place: noise between the layers changes their names
         own.copy_(given)

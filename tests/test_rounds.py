@@ -79,6 +79,24 @@ def read_rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["objective=medssl.cross_pseudo:CrossPseud"], "CrossPseud"),
+        (["filter.uncertainty.source=flips"], r"plan\.flips=\[\]"),
+        (["train.fine_tune={share: 0.5, frozen_levels: 4}"], "the encoder has 3 levels"),
+        (
+            ["losses.pseudo_label={name: forward_ce, transition: [[0.9, 0.1], [0.1, 0.9]]}"],
+            r"losses\.pseudo_label\.transition.*4 classes",
+        ),
+    ],
+)
+def test_what_a_student_would_fail_at_is_refused_before_round_0(start, tmp_path, settings, words):
+    with pytest.raises(InputError, match=words):
+        start(*settings)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(set(list_methods()) - {"labels_only"}))
 def test_every_preset_trains_its_rounds_labels_and_delivers(start, method):

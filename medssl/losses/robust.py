@@ -190,7 +190,7 @@ def forward_ce(
 
     Source: Patrini et al. 2017, Theorem 2.
     """
-    _check_transition(transition, logits.shape[1])
+    check_transition(transition, logits.shape[1])
     log_probs, y, valid = align(logits, target, valid)
     log_transition = transition.detach().to(log_probs).log()
     # Class by class from logarithms: T' p itself underflows where T has zeros.
@@ -272,8 +272,12 @@ def _count_confusions(prediction: Tensor, label: Tensor, num_classes: int) -> Te
     return sums.index_add_(0, true, said.T.double())
 
 
-def _check_transition(transition: Tensor, num_classes: int) -> None:
-    """Refuse what is no (C, C) matrix of probabilities with rows that sum to 1."""
+def check_transition(transition: Tensor, num_classes: int) -> None:
+    """Refuse what is no (C, C) matrix of probabilities with rows that sum to 1.
+
+    Raises:
+        ValueError: The shape is another, a row is no distribution, or a column is zero.
+    """
     if tuple(transition.shape) != (num_classes, num_classes):
         raise ValueError(
             f"the transition has shape {tuple(transition.shape)}, but {num_classes} classes ask "

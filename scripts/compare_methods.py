@@ -12,15 +12,14 @@ is listed as such. With ``--names`` only these presets run; with ``--hours`` non
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from pathlib import Path
 from typing import Any
 
-from study import finish, run, write_table
+from study import finish, make_parser, write_table
 
-from medssl.config import list_methods, load_config
+from medssl.config import InputError, list_methods, load_config
 from medssl.data.phantoms import write_phantoms
 from medssl.metrics import paired_difference, read_table
 from medssl.runs import Journal, read_json
@@ -32,7 +31,7 @@ PHANTOMS = {
     "num_test": 12,
     "shape": (40, 48, 32),
 }
-PHANTOM_SETTINGS = ["steps=320", "train.lr=3e-3", "plan.flips=[]"]
+PHANTOM_SETTINGS = ["steps=320", "plan.flips=[]"]
 
 
 def read_dice(folder: Path) -> dict[str, float]:
@@ -102,24 +101,24 @@ def tabulate(out: Path, draws: list[int], names: list[str], steps: int) -> list[
 
 def main() -> None:
     """Run all arms of all draws, in order."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("data", help="as of `medssl train`, or the word phantoms")
-    parser.add_argument("settings", nargs="*", help="key=value for all runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--draws", type=int, nargs="+", default=[0])
-    parser.add_argument("--names", nargs="+", help="presets; default: all")
+    parser = make_parser(__doc__ or "", "runs/methods", "0")
+    parser.add_argument("--names", help="presets, such as default,fixmatch; all if not given")
     parser.add_argument("--hours", type=float, default=math.inf)
     options = parser.parse_intermixed_args()
     started = time.monotonic()
     data, settings = options.data, options.settings
     if data == "phantoms":
         data = str(options.out / "phantoms")
-        if not Path(data).is_dir():
+        if not (Path(data) / "cases.csv").is_file():
             write_phantoms(Path(data), **PHANTOMS)
         settings = [*PHANTOM_SETTINGS, *settings]
-    names = options.names or [name for name in list_methods() if name != BASELINE]
-    for name in names:
-        load_config(None, [*settings, f"method={name}"])  # mistakes first
+    presets = [name for name in list_methods() if name != BASELINE]
+    names = options.names.split(",") if options.names else presets
+    try:
+        for name in names:
+            load_config(None, [*settings, f"method={name}"])  # mistakes first
+    except InputError as error:
+        parser.error(str(error))
     for draw in options.draws:
         base = options.out / f"draw_{draw}_{BASELINE}"
         common = [*settings, f"draw={draw}"]
@@ -134,7 +133,6 @@ def main() -> None:
                 finish(data, options.out / f"draw_{draw}_{name}", given, extra)
             write_table(options.out, tabulate(options.out, options.draws, names, steps))
     print((options.out / "results.md").read_text(encoding="utf-8"))
-    run("compare", *[str(p.parent) for p in sorted(options.out.glob("draw_*/evaluation"))][:12])
 
 
 if __name__ == "__main__":

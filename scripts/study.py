@@ -1,6 +1,6 @@
 """What students gain over labels alone, over draws of the labeled cases; resumable.
 
-    python scripts/study.py DATA --out runs/study --draws 0 1 2 labeled=4 test=40
+    python scripts/study.py DATA --out runs/study --draws 0,1,2 labeled=4 test=40
 
 For every draw: the run with its rounds, and the arm that keeps it honest, labels only at the
 total steps of the whole run. Both are measured on the same test cases. Each command that this
@@ -127,13 +127,24 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def make_parser(about: str, out: str, draws: str) -> argparse.ArgumentParser:
+    """Return a parser of data, key=value settings, --out and --draws; lists have commas."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("data", help="as of `medssl train`")
+    parser.add_argument("settings", nargs="*", help="key=value for all runs")
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--draws", type=split_numbers, default=split_numbers(draws))
+    return parser
+
+
+def split_numbers(text: str) -> list[int]:
+    """Return the numbers of a list such as 0,1,2."""
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     """Run all arms of all draws, in order."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("data")
-    parser.add_argument("settings", nargs="*", help="key=value for all runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
+    parser = make_parser(__doc__ or "", "runs/study", "0,1,2")
     options = parser.parse_intermixed_args()
     arms: list[Arm] = []
     for draw in options.draws:

@@ -89,6 +89,23 @@ def test_files_and_commands_that_the_readme_names_exist() -> None:
         assert re.search(rf"\b{name}\b", help_text), name
 
 
+def test_the_studies_read_their_arguments_as_the_docs_write_them(tmp_path: Path) -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    lines = re.findall(r"^python (scripts/\S+ FOLDER/.*)$", "\n".join(texts), re.M)
+    assert {line.split()[0] for line in lines} == {"scripts/study.py", "scripts/compare_methods.py"}
+    for line in lines:
+        script, *arguments = line.split()
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "usage:" not in done.stderr
+        assert "FOLDER/Task04_Hippocampus: no such" in done.stderr, done.stderr
+
+
 def test_the_wheel_alone_lists_presets_and_runs_the_demo(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True, capture_output=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from medssl.config import Config
 from medssl.networks.build import SegmentationNetwork
-from medssl.objective import Objective
+from medssl.objective import Objective, predict_still
 
 
 class CrossPseudo(Objective):
@@ -48,24 +48,12 @@ class CrossPseudo(Objective):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Return the terms of both students, summed by name."""
-        first = self.ask(self.student, unlabeled)
+        first = ask(self.student, unlabeled)
         with self.swapped():
             other = super().forward(labeled, first, progress, generator)
-            second = self.ask(self.student, unlabeled)
+            second = ask(self.student, unlabeled)
         terms = super().forward(labeled, second, progress, generator)
         return {name: term + other[name] for name, term in terms.items()}
-
-    @torch.no_grad()
-    def ask(
-        self, network: SegmentationNetwork, unlabeled: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor] | None:
-        """Return the unlabeled patches with what a student says of their weak view as probs."""
-        if unlabeled is None:
-            return None
-        network.eval()
-        probs = torch.softmax(network(unlabeled["weak"]).float(), dim=1)
-        network.train()
-        return {**unlabeled, "probs": probs}
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -75,6 +63,13 @@ class CrossPseudo(Objective):
             yield
         finally:
             self.student, self.second = self.second, self.student
+
+
+def ask(network: nn.Module, unlabeled: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Return the unlabeled patches with what a student says of their weak view as probs."""
+    if unlabeled is None:
+        return None
+    return {**unlabeled, "probs": predict_still(network, unlabeled["weak"])}
 
 
 def draw_weights(module: nn.Module) -> None:

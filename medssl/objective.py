@@ -205,7 +205,6 @@ class Objective(nn.Module):
                 f_v.append(parts.pop(0))
         return f_l, f_v
 
-    @torch.no_grad()
     def _teach(self, weak: Tensor) -> Tensor | None:
         """Return the probs of the un-noised online teacher on the weak view, if there is one."""
         source = self.config.teacher.source
@@ -215,10 +214,7 @@ class Objective(nn.Module):
             network = self.student
         else:
             return None
-        network.eval()
-        logits = network(arrange(weak))
-        self.student.train()
-        return torch.softmax(logits.float(), dim=1)
+        return predict_still(network, weak)
 
     @torch.no_grad()
     def _assign(self, probs: Tensor | None, valid: Tensor) -> Tensor:
@@ -389,6 +385,16 @@ def average(student: nn.Module, decay: float) -> AveragedModel:
         use_buffers=True,
     )
     return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def predict_still(network: nn.Module, image: Tensor) -> Tensor:
+    """Return the probs of a network without its noise; its mode stays as it is."""
+    was_training = network.training
+    network.eval()
+    logits = network(arrange(image))
+    network.train(was_training)
+    return torch.softmax(logits.float(), dim=1)
 
 
 def add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:

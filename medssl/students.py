@@ -208,15 +208,28 @@ def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
     return torch.cat([(1 - shares.sum()).clamp(min=LEAST_SHARE)[None], shares])
 
 
+def load_members(run: Run, index: int) -> list[Model]:
+    """Return the models of a round: one, or an ensemble."""
+    members = range(count_members(run, index))
+    folders = [find_model_folder(run.folder, index, member) for member in members]
+    return [load_model(folder, run.plan.device) for folder in folders]
+
+
+def predict_members(run: Run, members: Sequence[Model], image: torch.Tensor) -> list[torch.Tensor]:
+    """Return the probs (1, num_classes, I, J, K) of each model, averaged over mirrorings."""
+    window = (run.plan.patch_size, run.plan.precision, run.plan.flips, run.plan.slice_axis)
+    return [predict_probs(model.network, image, *window) for model in members]
+
+
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     """Return the mean share of each class in what a teacher says of the labeled cases."""
-    model = load_model(run.round_folder(teacher), run.plan.device)
-    window = (run.plan.patch_size, run.plan.precision, run.plan.flips, run.plan.slice_axis)
+    members = load_members(run, teacher)
     shares = []
     for case in run.labeled:
-        probs = predict_probs(model.network, to_tensor(case, run.plan.device), *window)
-        counts = torch.bincount(probs[0].argmax(0).flatten(), minlength=run.plan.num_classes)
-        shares.append(counts.cpu() / counts.sum().cpu())
+        all_probs = predict_members(run, members, to_tensor(case, run.plan.device))
+        classes = torch.stack(all_probs).mean(0)[0].argmax(0)
+        counts = torch.bincount(classes.flatten(), minlength=run.plan.num_classes).cpu()
+        shares.append(counts / counts.sum())
     return complete_shares(torch.stack(shares).mean(0)[1:])
 
 

@@ -30,9 +30,10 @@ from medssl.runs import (
 from medssl.students import (
     Run,
     StopRequested,
-    count_members,
     expect,
+    load_members,
     needs_stability,
+    predict_members,
     to_tensor,
     validate,
 )
@@ -46,10 +47,11 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
         gate = read_json(folder / "done.json")["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
     expectation = expect(run)
-    folders = [
-        find_model_folder(run.folder, index, member) for member in range(count_members(run, index))
+    members = load_members(run, index)
+    weights = [
+        find_model_folder(run.folder, index, member) / "model" / "weights.safetensors"
+        for member in range(len(members))
     ]
-    members = [load_model(path, run.plan.device) for path in folders]
     earlier = [
         load_model(folder / "snapshots" / str(part), run.plan.device)
         for part in (1, 2)
@@ -61,7 +63,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
         lambda case: _label_case(run, members, earlier, case),
         folder,
         before,
-        hash_json([hash_file(path / "model" / "weights.safetensors") for path in folders]),
+        hash_json([hash_file(path) for path in weights]),
         expectation,
         run.plan.labels,
         run.plan.label_values,
@@ -88,7 +90,7 @@ def _label_case(
     window = (run.plan.patch_size, run.plan.precision)
     axis, flips = run.plan.slice_axis, run.plan.flips
     section = run.config.filter.uncertainty
-    all_probs = [predict_probs(m.network, image, *window, flips, axis) for m in members]
+    all_probs = predict_members(run, members, image)
     probs = torch.stack(all_probs).mean(0)
     entropy = information = entropy_of(probs)
     if section.source == "mc_dropout":

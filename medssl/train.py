@@ -126,6 +126,7 @@ def train(
             journal.append(round_index, step, metrics)
             progress.report(step, metrics)
         progress.advance(step)
+        snapshots.get(step, _do_nothing)()  # before a checkpoint, which would not come back here
         stopping = stop.is_set()
         if step % config.train.checkpoint_every == 0 or step == plan.steps or stopping:
             if validate is not None:
@@ -135,7 +136,6 @@ def train(
             if not member:
                 write_state(run_dir, "running", round_index, step)
             on_checkpoint()
-        snapshots.get(step, _do_nothing)()
         if stopping:
             break
     progress.close()

@@ -109,6 +109,8 @@ class PatchDataset(Dataset[Batch]):
         self.labeled = list(labeled)
         self.unlabeled = list(unlabeled)
         self.sampling = sampling
+        weights = np.array([case.weight for case in self.unlabeled])
+        self._shares = weights / weights.sum() if len(set(weights.tolist())) > 1 else None
         dimension = len(sampling.patch_size)
         self._weak = build_intensity(1.0, dimension)
         self._strong = build_intensity(2.0 * sampling.strong, dimension)
@@ -222,10 +224,9 @@ class PatchDataset(Dataset[Batch]):
         Every case once per pass, in random order; by their weights where these differ.
         """
         per_step = self.sampling.batch if purpose == "labeled" else self.sampling.num_unlabeled
-        weights = np.array([case.weight for case in self.unlabeled])
-        if purpose == "unlabeled" and (weights != weights[0]).any():
+        if purpose == "unlabeled" and self._shares is not None:
             rng = np.random.default_rng(self._seed(step, index, "choice"))
-            return int(rng.choice(num_cases, p=weights / weights.sum()))
+            return int(rng.choice(num_cases, p=self._shares))
         turn, place = divmod(step * per_step + index, num_cases)
         key = (self.sampling.seed, self.sampling.round_index, purpose, "order", turn)
         return int(np.random.default_rng(seed_from(*key)).permutation(num_cases)[place])

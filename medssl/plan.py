@@ -49,7 +49,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, True): 7,
 }
 AXES = ("left-right", "back-front", "feet-head")
-CPU_STEPS = 1600
+CPU_STEPS = 1200
 GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32

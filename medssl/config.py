@@ -229,8 +229,10 @@ class PseudoLabelSection(Section):
     """Loss between the student's view and the pseudo-target.
 
     Cross-entropy by default: its optimum is the target itself, while that of Dice under doubt is a
-    larger structure, a little more so with each round. ``transition`` is for ``forward_ce``: row i
-    holds the probabilities of the classes that a teacher says of voxels of true class i.
+    larger structure, a little more so with each round. ``options`` are those of the loss by name,
+    such as ``{q: 0.7}`` of ``generalized_ce``. ``transition`` is for ``forward_ce``: row i holds
+    the probabilities of the classes that a teacher says of voxels of true class i; with
+    ``held_out`` it is measured for each teacher on the validation cases.
     """
 
     name: Literal[
@@ -240,7 +242,8 @@ class PseudoLabelSection(Section):
     weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
     voxels: Voxels = "accepted"
-    transition: tuple[tuple[Fraction, ...], ...] | None = None
+    options: dict[str, float | str] = {}
+    transition: Literal["held_out"] | tuple[tuple[Fraction, ...], ...] | None = None
 
 
 class EntropySection(Section):
@@ -369,7 +372,9 @@ def _check_teacher(config: Config) -> Iterator[str]:
         )
     if "previous_round" in source:
         return
+    held_out = config.losses.pseudo_label.transition == "held_out"
     for key, value, neutral in (
+        ("losses.pseudo_label.transition", "held_out" if held_out else "null", ("null",)),
         ("filter.uncertainty.source", config.filter.uncertainty.source, ("none", "mc_dropout")),
         ("filter.case.stable", case.stable, (1.0,)),
         ("filter.case.draw", case.draw, ("uniform",)),
@@ -414,8 +419,8 @@ def _check_rest(config: Config) -> Iterator[str]:
         )
     if loss.name == "forward_ce" and loss.transition is None:
         yield (
-            "losses.pseudo_label.name=forward_ce needs losses.pseudo_label.transition, measured on "
-            "cases that the teacher has not seen: rows of true classes, each with sum 1"
+            "losses.pseudo_label.name=forward_ce needs losses.pseudo_label.transition: held_out, "
+            "which is measured on validation cases, or rows of true classes, each with sum 1"
         )
     if loss.name != "forward_ce" and loss.transition is not None:
         yield f"losses.pseudo_label.transition is for forward_ce, but the loss is {loss.name}"

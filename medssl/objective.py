@@ -17,14 +17,14 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from medssl.config import IGNORE, Config, InputError, Ramp
+from medssl.config import IGNORE, Config, InputError, PseudoLabelSection, Ramp
 from medssl.losses import robust, supervised
 from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
@@ -98,13 +98,9 @@ class Objective(nn.Module):
             self.transport = RunningTransport(self.num_classes, prior, section.epsilon, section.rho)
             if log_potentials is not None:
                 self.transport.log_v.copy_(log_potentials)
-        transition = config.losses.pseudo_label.transition
-        options = {} if transition is None else {"transition": torch.tensor(transition)}
         self.losses: dict[str, Loss] = {
             "supervised": find_loss(config.losses.supervised.name),
-            "pseudo_label": functools.partial(
-                find_loss(config.losses.pseudo_label.name), **options
-            ),
+            "pseudo_label": build_loss(config.losses.pseudo_label),
         }
         self.monitors: dict[str, float] = {}
 
@@ -216,6 +212,12 @@ class Objective(nn.Module):
             return None
         return predict_still(network, weak)
 
+    def assign(self, probs: Tensor) -> Tensor:
+        """Return probs with the transport potentials as they are; probs themselves without any."""
+        if self.transport is None:
+            return probs
+        return assign(probs, self.transport.epsilon * self.transport.log_v, 1.0)
+
     @torch.no_grad()
     def _assign(self, probs: Tensor | None, valid: Tensor) -> Tensor:
         """Return the teacher's probs, or those with which its classes have the prior's shares.
@@ -228,8 +230,7 @@ class Objective(nn.Module):
             return probs
         if self.fits_transport:
             self.transport.update(probs, valid)
-        epsilon = self.transport.epsilon
-        return assign(probs, epsilon * self.transport.log_v, 1.0)
+        return self.assign(probs)
 
     @torch.no_grad()
     def _measure_doubt(self, unlabeled: Mapping[str, Tensor]) -> Tensor | None:
@@ -263,16 +264,19 @@ class Objective(nn.Module):
         valid: Tensor,
     ) -> Patches:
         """Return a view with its pseudo-target."""
-        section = self.config.target
-        if section.kind == "hard":
-            target = F.one_hot(q.argmax(1), self.num_classes).movedim(-1, 1).float()
-        else:
-            is_plan = self.transport is not None
-            temperature = section.transport.epsilon if is_plan else section.temperature
-            target = torch.softmax(q.clamp(min=LEAST_PROB).log() / temperature, dim=1)
+        target = self.read_target(q)
         image = unlabeled["weak" if view == "feature_noise" else view]
         weight = m if self.config.losses.pseudo_label.voxels == "accepted" else valid.float()
         return Patches(image, target, weight, valid, q if online is None else online, valid, m)
+
+    def read_target(self, q: Tensor) -> Tensor:
+        """Return the pseudo-target (B, num_classes, I, J, K) of assigned probs: hard, or soft."""
+        section = self.config.target
+        if section.kind == "hard":
+            return F.one_hot(q.argmax(1), self.num_classes).movedim(-1, 1).float()
+        is_plan = self.transport is not None
+        temperature = section.transport.epsilon if is_plan else section.temperature
+        return torch.softmax(q.clamp(min=LEAST_PROB).log() / temperature, dim=1)
 
     @torch.no_grad()
     def _filter(self, q: Tensor, doubt: Tensor | None, valid: Tensor, progress: float) -> Tensor:
@@ -371,6 +375,26 @@ def find_loss(name: str) -> Loss:
     if name not in found:
         raise ValueError(f"loss {name!r} is unknown; there are {', '.join(sorted(found))}")
     return found[name]
+
+
+def list_options(name: str) -> dict[str, Any]:
+    """Return what ``losses.pseudo_label.options`` may hold for a loss, with its defaults."""
+    named = inspect.signature(find_loss(name)).parameters.values()
+    return {p.name: p.default for p in named if p.kind is p.KEYWORD_ONLY and p.default != p.empty}
+
+
+def build_loss(section: PseudoLabelSection, transition: Tensor | None = None) -> Loss:
+    """Return the pseudo-label loss with its options.
+
+    Args:
+        section: Its settings.
+        transition: Matrix (C, C) of a teacher, where it was measured and not given.
+    """
+    given = section.transition
+    if transition is None and given is not None and given != "held_out":
+        transition = torch.tensor(given)
+    matrix = {} if transition is None else {"transition": transition}
+    return functools.partial(find_loss(section.name), **section.options, **matrix)
 
 
 def average(student: nn.Module, decay: float) -> AveragedModel:

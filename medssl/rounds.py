@@ -91,7 +91,7 @@ def prepare(
         rounds = config.train.rounds if unlabeled else 0
         estimate = estimate_hours(plan, rounds, measure_step(plan))
         plan = plan.model_copy(update={"estimate": estimate})
-    check_settings(config, plan)
+    check_settings(config, plan, len(splits.val))
     return Prepared(dataset, splits, plan, reload(resolve(plan)))
 
 

@@ -6,7 +6,7 @@ Axes: C channels, I J K voxel axes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import torch
 from medssl.config import IGNORE, Config, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
-from medssl.losses.robust import check_transition
+from medssl.losses.robust import estimate_transition
 from medssl.networks.build import SegmentationNetwork, build_network
 from medssl.networks.noise import freeze_encoder
-from medssl.objective import Objective, load_objective
+from medssl.objective import Objective, build_loss, list_options, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student
 from medssl.predict import Model, ModelInfo, load_model, predict_probs, save_model
 from medssl.pseudo.gates import Expectation, expect_from
@@ -73,8 +73,13 @@ class Run:
         return tuple(self.plan.labels[index] for index in range(self.plan.num_classes))
 
 
-def check_settings(config: Config, plan: Plan) -> None:
+def check_settings(config: Config, plan: Plan, num_val: int) -> None:
     """Refuse, before anything is trained, what students would fail at.
+
+    Args:
+        config: The resolved configuration.
+        plan: What it was resolved with.
+        num_val: Number of validation cases.
 
     Raises:
         InputError: A setting that does not fit the plan, or names no objective.
@@ -87,14 +92,28 @@ def check_settings(config: Config, plan: Plan) -> None:
             "filter.uncertainty.source=flips: this plan mirrors along no axis (plan.flips=[]), so "
             "there is one prediction only; take mc_dropout, ensemble or none"
         )
-    tuning, transition = config.train.fine_tune, config.losses.pseudo_label.transition
+    tuning, section = config.train.fine_tune, config.losses.pseudo_label
     if tuning.share:
         freeze_encoder(build_network(plan.network), tuning.frozen_levels)
-    if transition is not None:
-        try:
-            check_transition(torch.tensor(transition), plan.num_classes)
-        except ValueError as error:
-            raise InputError(f"losses.pseudo_label.transition: {error}") from error
+    known = list_options(section.name)
+    for option in section.options:
+        if option not in known:
+            has = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
+            raise InputError(
+                f"losses.pseudo_label.options: {section.name} has no option {option}; it has {has}"
+            )
+    is_measured = section.transition == "held_out"
+    if is_measured and not num_val:
+        raise InputError(
+            "losses.pseudo_label.transition=held_out is measured on labeled cases that are not "
+            "trained on, and there are none; set validation=1 or more, which count as labeled"
+        )
+    logits = torch.zeros(1, plan.num_classes, 2, 2, 2)
+    try:
+        loss = build_loss(section, torch.eye(plan.num_classes) if is_measured else None)
+        loss(logits, torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"losses.pseudo_label: {error}") from error
 
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:
@@ -125,6 +144,7 @@ def _train_model(
 ) -> None:
     """Train one model of a round, and write its model folder."""
     config, folder = run.config, find_model_folder(run.folder, index, member)
+    section = config.losses.pseudo_label
     seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
     spec = describe_student(run.plan, config, index) if kept else run.plan.network
     torch.manual_seed(seed_from(seed, index, "weights"))
@@ -132,6 +152,10 @@ def _train_model(
     if kept and config.train.start == "warm" and teacher is not None:
         _start_warm(network, load_model(run.round_folder(teacher)))
     objective = _build_objective(run, network, kept, teacher)
+    if teacher is not None and kept and section.transition == "held_out":
+        objective.losses["pseudo_label"] = build_loss(
+            section, _measure_transition(run, teacher, objective)
+        )
     info = run.info.model_copy(update={"network": spec})
     thirds = {
         max(1, run.plan.steps * part // 3): functools.partial(
@@ -223,14 +247,28 @@ def predict_members(run: Run, members: Sequence[Model], image: torch.Tensor) -> 
 
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     """Return the mean share of each class in what a teacher says of the labeled cases."""
-    members = load_members(run, teacher)
     shares = []
-    for case in run.labeled:
-        all_probs = predict_members(run, members, to_tensor(case, run.plan.device))
-        classes = torch.stack(all_probs).mean(0)[0].argmax(0)
-        counts = torch.bincount(classes.flatten(), minlength=run.plan.num_classes).cpu()
+    for probs in _ask(run, teacher, run.labeled):
+        counts = torch.bincount(probs[0].argmax(0).flatten(), minlength=run.plan.num_classes)
         shares.append(counts / counts.sum())
     return complete_shares(torch.stack(shares).mean(0)[1:])
+
+
+def _measure_transition(run: Run, teacher: int, objective: Objective) -> torch.Tensor:
+    """Return what the targets that a teacher gives say of each class, on the validation cases."""
+    labels = (torch.from_numpy(np.array(case.label()))[None] for case in run.val)
+    targets = (
+        objective.read_target(objective.assign(probs))[0] for probs in _ask(run, teacher, run.val)
+    )
+    return estimate_transition(targets, labels, run.plan.num_classes)
+
+
+def _ask(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.Tensor]:
+    """Yield what a teacher says of each case: the probs (1, num_classes, I, J, K) of its models."""
+    members = load_members(run, teacher)
+    for case in cases:
+        all_probs = predict_members(run, members, to_tensor(case, run.plan.device))
+        yield torch.stack(all_probs).mean(0).cpu()
 
 
 def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:

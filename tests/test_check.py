@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, split_cases
-from medssl.data.check import CheckResult, check_dataset, find_labels
+from medssl.data.check import CheckResult, check_dataset
 
 SHAPE = (6, 7, 5)
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 3.0, 5], [0, 0, 0, 1]])
@@ -272,10 +272,9 @@ def test_labels_are_found_in_files_where_none_are_declared(scans):
     scans.add("test", label=make_label(9))
     dataset = Dataset("set", scans.root, "folders", tuple(scans.cases), None, ("",))
     expected = {0: "background", 3: "class_3", 5: "class_5"}
-    assert find_labels(dataset, scans.splits()) == expected
-    assert find_labels(dataset, scans.splits(), ignore=5) == {0: "background", 3: "class_3"}
-    assert find_labels(replace(dataset, labels=LABELS), scans.splits()) == LABELS
     assert scans.check(None).labels == expected
+    ignoring = check_dataset(dataset, scans.splits(), ignore=5)
+    assert ignoring.labels == {0: "background", 3: "class_3"}
 
 
 _opened: list[str] | None = None
@@ -306,8 +305,6 @@ def test_no_label_of_an_unlabeled_or_test_case_is_opened(scans, opened):
         case.label.write_bytes(b"poison")
     opened.clear()
     assert scans.check(None).problems == ()
-    dataset = Dataset("set", scans.root, "list", tuple(scans.cases), None, ("",))
-    find_labels(dataset, scans.splits())
     assert [str(case.label) in opened for case in scans.cases] == [True, True, False, False]
 
 

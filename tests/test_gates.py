@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from medssl.config import FilterSection
-from medssl.pseudo.gates import Expectation, expect_from, judge_model, review_case
+from medssl.pseudo.gates import (
+    Expectation,
+    expect_from,
+    judge_model,
+    measure_confidence,
+    review_case,
+)
 
 NAMES = {0: "background", 1: "organ", 2: "lesion"}
 EXPECTATION = Expectation(presence={1: 1.0, 2: 0.4}, share={1: 0.2, 2: 0.05})
@@ -59,7 +65,8 @@ def test_a_good_pseudo_label_is_accepted_with_its_numbers():
     assert found.share == pytest.approx({1: 0.2, 2: 0.05})
     assert found.coverage == 1.0
     assert found.coverage_per_class == {"organ": 1.0, "lesion": 1.0}
-    assert found.confidence == pytest.approx(0.99, abs=1e-4)
+    organ = 2 * 20 * 0.99 / (20 * 0.99 + 80 * 0.005 + 20)
+    assert found.confidence == pytest.approx(organ, abs=1e-4)
 
 
 def test_an_empty_pseudo_label_is_refused():
@@ -82,14 +89,42 @@ def test_a_class_that_few_labeled_cases_have_may_be_absent():
 
 def test_a_case_under_the_least_confidence_is_refused_with_both_numbers():
     found = review(confidence=0.5, case={"confidence": 0.6})
-    assert found.reason == "confidence 0.50 is below 0.6"
+    organ = 2 * 20 * 0.5 / (20 * 0.5 + 80 * 0.25 + 20)
+    assert found.reason == f"confidence {organ:.2f} is below 0.6"
 
 
-def test_confidence_is_that_of_the_foreground():
-    classes = classes_of()
-    probs = one_hot(classes, 0.99)
-    probs[:, classes > 0] = one_hot(classes, 0.6)[:, classes > 0]
-    assert review(classes, probs=probs).confidence == pytest.approx(0.6, abs=1e-4)
+def test_confidence_is_the_dice_that_a_teacher_expects_of_its_own_mask():
+    probs = np.zeros((2, 4, 1, 1), np.float32)
+    probs[1, :, 0, 0] = [0.9, 0.7, 0.4, 0.1]
+    probs[0] = 1 - probs[1]
+    assert measure_confidence(probs, {1}) == pytest.approx(2 * (0.9 + 0.7) / (2.1 + 2), abs=1e-6)
+
+
+def test_confidence_counts_doubt_outside_of_the_mask_and_not_the_sure_background():
+    classes = classes_of(20, 0)
+    probs = one_hot(classes, 1.0)
+    assert measure_confidence(probs, {1}) == pytest.approx(1.0, abs=1e-6)
+    outside = classes == 0
+    probs[1, outside], probs[0, outside] = 0.45, 0.55
+    found = measure_confidence(probs, {1})
+    assert found == pytest.approx(2 * 20 / (20 + 0.45 * 80 + 20), abs=1e-5)
+    assert probs.max(0).mean() > found  # which a mean of the largest probs does not see
+
+
+def test_confidence_is_that_of_the_least_certain_class_of_those_that_are_usual():
+    classes = classes_of(20, 5)
+    probs = one_hot(classes, 1.0)
+    probs[:, classes == 2] = np.array([0.3, 0.3, 0.4], np.float32)[:, None]
+    lesion = 2 * 5 * 0.4 / (5 * 0.4 + 5)
+    organ = 2 * 20 / (20 + 5 * 0.3 + 20)
+    assert measure_confidence(probs, {1, 2}) == pytest.approx(lesion, abs=1e-5)
+    assert measure_confidence(probs, {1}) == pytest.approx(organ, abs=1e-5)
+    assert measure_confidence(probs, set()) == pytest.approx(lesion, abs=1e-5)
+    assert review(classes, probs=probs).confidence == pytest.approx(organ, abs=1e-5)
+
+
+def test_confidence_without_foreground_is_that_of_the_background():
+    assert review(classes_of(0, 0)).confidence == pytest.approx(2 * 99 / 199, abs=1e-4)
 
 
 def test_uncertain_voxels_are_not_covered_unless_that_filter_is_off():

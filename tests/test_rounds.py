@@ -87,8 +87,16 @@ def read_rows(folder):
         (["train.fine_tune={share: 0.5, frozen_levels: 4}"], "the encoder has 3 levels"),
         (
             ["losses.pseudo_label={name: forward_ce, transition: [[0.9, 0.1], [0.1, 0.9]]}"],
-            r"losses\.pseudo_label\.transition.*4 classes",
+            r"losses\.pseudo_label: .*4 classes",
         ),
+        (["losses.pseudo_label={name: forward_ce, transition: held_out}"], "validation=1"),
+        (["losses.pseudo_label={name: generalized_ce, options: {q: 2}}"], r"q is 2\.0"),
+        (
+            ["losses.pseudo_label={name: mae, options: {q: 0.5}}"],
+            "mae has no option q; it has none",
+        ),
+        (["losses.pseudo_label={name: symmetric_ce, options: {p: 1}}"], "alpha=1.0, beta=1.0"),
+        (["losses.pseudo_label={name: generalized_ce, options: {q: high}}"], "pseudo_label"),
     ],
 )
 def test_what_a_student_would_fail_at_is_refused_before_round_0(start, tmp_path, settings, words):
@@ -241,6 +249,35 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
     corrected = (found * torch.tensor([1, 1 / 1.25, 0.5, 1])).clamp(min=students.LEAST_SHARE)
     assert torch.allclose(seen["prior"][1:], corrected[1:])
     assert seen["prior"].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, monkeypatch):
+    seen = []
+
+    def estimate(targets, labels, num_classes):
+        pairs = list(zip(targets, labels, strict=True))
+        seen.extend(pairs)
+        return torch.eye(num_classes) * 0.6 + 0.1
+
+    monkeypatch.setattr(students, "estimate_transition", estimate)
+    common = ["validation=1", "target.kind=hard", "target.assignment=argmax"]
+    losses = "losses.pseudo_label={name: forward_ce, transition: held_out}"
+    folder = start(*common, losses)
+    start(*common, losses, "target.assignment=transport", name="shifted")
+    (target, label), (shifted, _) = seen
+    (case_id,) = read_json(folder / "splits.json")["val"]
+    (path,) = (folder.parent / "cache").glob(f"**/{case_id}*/label.npy")
+    assert np.array_equal(label[0].numpy(), np.load(path))
+    teacher = teachers.load_model(folder / "round_0")
+    image = torch.from_numpy(np.load(path.parent / "image.npy").astype(np.float32))[None]
+    probs = teachers.predict_probs(teacher.network, image, (16, 16, 16), teacher.info.precision)
+    assert torch.equal(target.argmax(0), probs[0].argmax(0))
+    assert set(target.unique().tolist()) <= {0.0, 1.0}
+    assert not torch.equal(target, shifted)
+    given = "losses.pseudo_label={name: forward_ce, transition: [[0.7, 0.1, 0.1, 0.1], "
+    given += "[0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1, 0.1, 0.1, 0.7]]}"
+    same = start(*common, given, name="given")
+    assert read_losses(folder, 1) == read_losses(same, 1)
 
 
 def fake_expectation(shares):

@@ -13,7 +13,6 @@ from medssl.pseudo.transport import (
     LOWEST_LOG_PROB,
     RunningTransport,
     assign,
-    draw_voxels,
     fit_potentials,
     shrink_prior,
 )
@@ -205,26 +204,6 @@ def test_work_and_memory_are_linear_in_the_voxels():
         assert counts[num_voxels].largest == 3 * num_voxels
     doubled = counts[2000].total - counts[1000].total
     assert counts[4000].total - counts[2000].total == 2 * doubled > 0
-
-
-def test_drawn_voxels_are_valid_ones_each_at_most_once():
-    # every voxel has probs of its own, which say where it comes from
-    first = torch.arange(2 * 60).reshape(2, 1, 3, 4, 5) / 120
-    probs = torch.cat([first, 1 - first], 1)
-    valid = torch.rand(2, 1, 3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-    allowed = set(first[valid].tolist())
-    drawn = draw_voxels(probs, valid, 30, torch.Generator().manual_seed(1))
-    assert drawn.shape == (30, 2)
-    assert len(set(drawn[:, 0].tolist())) == 30
-    assert set(drawn[:, 0].tolist()) <= allowed
-    assert torch.allclose(drawn.sum(1), torch.ones(30))
-    again = draw_voxels(probs, valid, 30, torch.Generator().manual_seed(1))
-    other = draw_voxels(probs, valid, 30, torch.Generator().manual_seed(2))
-    assert torch.equal(drawn, again)
-    assert not torch.equal(drawn, other)
-    everything = draw_voxels(probs, valid, 1000, torch.Generator().manual_seed(1))
-    assert set(everything[:, 0].tolist()) == allowed
-    assert draw_voxels(probs, valid & False, 10, torch.Generator()).shape == (0, 2)
 
 
 def test_a_shrunk_prior_lies_between_both():

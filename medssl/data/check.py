@@ -146,29 +146,6 @@ def check_dataset(
     )
 
 
-def find_labels(dataset: Dataset, splits: Splits, ignore: int | None = None) -> dict[int, str]:
-    """Return the names of label values, 0 included: as declared, else from the files.
-
-    Only labels of labeled and validation cases are opened; a class found there is `class_<value>`.
-
-    Raises:
-        InputError: A label cannot be read: all of them are named.
-    """
-    if dataset.labels is not None:
-        return dict(dataset.labels)
-    ignore = dataset.ignore if ignore is None else ignore
-    found: set[int] = set()
-    problems = []
-    for case in (*take(dataset, splits, "labeled"), *take(dataset, splits, "val")):
-        try:
-            found.update(read_label_values(case.label)[0] if case.label else ())
-        except InputError as error:
-            problems.append(f"{case.case_id}: {error}")
-    if problems:
-        raise InputError("\n".join(problems))
-    return _name_values(found, ignore)
-
-
 def _name_labels(
     dataset: Dataset, facts: Iterable[CaseFacts], ignore: int | None
 ) -> dict[int, str]:

@@ -38,7 +38,7 @@ def fit_potentials(
     the defaults, and 1 % with epsilon 0.1; a rho of 10 wants some hundreds.
 
     Args:
-        probs: (N, C); about 1e5 voxels are enough (`draw_voxels`). Clamped to 1e-6 from below.
+        probs: (N, C); about 1e5 voxels are enough. Clamped to 1e-6 from below.
         prior: (C,), wanted share of each class, above 0, sum 1.
         epsilon: Weight of the entropy, above 0, in nats of cost; towards 0 the plan hardens.
         rho: Weight of the prior, in [0, inf]: 0 only sharpens probs, inf meets the prior exactly.
@@ -79,25 +79,6 @@ def assign(probs: Tensor, log_v: Tensor, epsilon: float) -> Tensor:
     log_kernel = _log_kernel(probs, epsilon)
     along_classes = log_v.to(log_kernel).view(-1, *[1] * (probs.ndim - 2))
     return torch.softmax(log_kernel + along_classes, dim=1)
-
-
-def draw_voxels(
-    probs: Tensor, valid: Tensor, num_voxels: int, generator: torch.Generator
-) -> Tensor:
-    """Return (N, C): probs of voxels drawn without repetition, all valid ones if they are fewer.
-
-    Args:
-        probs: (B, C, I, J, K).
-        valid: (B, 1, I, J, K) bool, voxels that count.
-        num_voxels: Largest N.
-        generator: Source of the draw, on the CPU.
-    """
-    where = valid.flatten().nonzero()[:, 0]
-    order = torch.randperm(len(where), generator=generator)[:num_voxels]
-    drawn = where[order.to(where.device)]
-    flat = probs.flatten(2)
-    size = flat.shape[2]
-    return flat[drawn // size, :, drawn % size]
 
 
 def shrink_prior(labeled_prior: Tensor, pool_prior: Tensor, strength: float) -> Tensor:

@@ -166,6 +166,29 @@ def test_ctrl_c_leaves_a_usable_model_and_the_same_command_goes_on(
     assert hash_models(run) == hash_models(finished)
 
 
+def test_scans_of_another_kind_fall_out_by_their_confidence(data: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    subprocess.run(["cp", "-r", str(data), str(mixed)], check=True)
+    rng = np.random.default_rng(0)
+    with (mixed / "cases.csv").open("a", newline="") as file:
+        for index, path in enumerate(sorted((mixed / "images").iterdir())[:2]):
+            scan = nib.load(path)
+            values = rng.permutation(np.asarray(scan.dataobj).ravel()).reshape(scan.shape)
+            name = f"images/foreign_{index}.nii.gz"
+            nib.save(nib.Nifti1Image(values, scan.affine), mixed / name)
+            csv.writer(file).writerow([f"foreign_{index}", name, ""])
+    run = tmp_path / "runs" / "mixed"
+    settings = [*SETTINGS, "rounds=0", "filter.case.confidence=0.57"]  # after 120 steps
+    medssl("train", mixed, *settings, "--run", run)
+    with (run / "round_0" / "review.csv").open(newline="") as file:
+        rows = {row["case_id"]: row for row in csv.DictReader(file)}
+    foreign = {name for name in rows if name.startswith("foreign")}
+    assert len(foreign) / len(rows) == 0.25
+    for name, row in rows.items():
+        assert row["accepted"] == ("0" if name in foreign else "1")
+        assert row["reason"].startswith("confidence" if name in foreign else "")
+
+
 AUDITED = """
 import os, sys
 opened = []

@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
+both = pytest.mark.parametrize("draw", [draw_cubes, draw_boxes])
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -24,24 +26,27 @@ def test_a_cube_has_two_thirds_of_each_side_and_lies_in_the_patch(seed, size):
     assert cube.sum() == expected
 
 
-def test_no_patch_gets_a_cube_at_probability_zero_and_half_of_them_at_a_half():
-    assert not draw_cubes(20, (6, 6, 6), generator(), probability=0.0).any()
-    chosen = draw_cubes(400, (3, 3, 3), generator(), probability=0.5).flatten(1).any(1)
+@both
+def test_no_patch_gets_one_at_probability_zero_and_half_of_them_at_a_half(draw):
+    assert not draw(20, (6, 6, 6), generator(), probability=0.0).any()
+    chosen = draw(400, (3, 3, 3), generator(), probability=0.5).flatten(1).any(1)
     assert 160 < chosen.sum() < 240
 
 
-def test_cubes_are_drawn_by_the_generator_alone():
-    first = draw_cubes(3, (9, 9, 9), generator(1), probability=1.0)
+@both
+def test_they_are_drawn_by_the_generator_alone(draw):
+    first = draw(3, (9, 9, 9), generator(1), probability=1.0)
     torch.manual_seed(99)
-    assert torch.equal(first, draw_cubes(3, (9, 9, 9), generator(1), probability=1.0))
-    assert not torch.equal(first, draw_cubes(3, (9, 9, 9), generator(2), probability=1.0))
+    assert torch.equal(first, draw(3, (9, 9, 9), generator(1), probability=1.0))
+    assert not torch.equal(first, draw(3, (9, 9, 9), generator(2), probability=1.0))
 
 
-def test_the_number_of_draws_does_not_depend_on_who_gets_a_cube():
+@both
+def test_the_number_of_draws_does_not_depend_on_who_gets_one(draw):
     ends = []
     for probability in (0.0, 1.0):
         source = generator(4)
-        draw_cubes(5, (7, 7, 7), source, probability)
+        draw(5, (7, 7, 7), source, probability)
         ends.append(torch.rand(1, generator=source))
     assert torch.equal(*ends)
 
@@ -96,28 +101,6 @@ def test_boxes_lie_everywhere_in_the_patch():
     boxes = draw_boxes(300, (8, 8, 8), generator(), probability=1.0)
     assert boxes.any(0).all()
     assert not boxes.all(0).all()
-
-
-def test_no_patch_gets_a_box_at_probability_zero_and_half_of_them_at_a_half():
-    assert not draw_boxes(20, (6, 6, 6), generator(), probability=0.0).any()
-    chosen = draw_boxes(400, (3, 3), generator(), probability=0.5).flatten(1).any(1)
-    assert 160 < chosen.sum() < 240
-
-
-def test_boxes_are_drawn_by_the_generator_alone():
-    first = draw_boxes(3, (9, 9, 9), generator(1), probability=1.0)
-    torch.manual_seed(99)
-    assert torch.equal(first, draw_boxes(3, (9, 9, 9), generator(1), probability=1.0))
-    assert not torch.equal(first, draw_boxes(3, (9, 9, 9), generator(2), probability=1.0))
-
-
-def test_the_number_of_draws_does_not_depend_on_who_gets_a_box():
-    ends = []
-    for probability in (0.0, 1.0):
-        source = generator(4)
-        draw_boxes(5, (7, 7, 7), source, probability)
-        ends.append(torch.rand(1, generator=source))
-    assert torch.equal(*ends)
 
 
 def test_two_batches_of_one_generator_have_boxes_of_other_sizes():

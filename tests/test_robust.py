@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from voxels import SHAPES, draw, gradient, logits_of, soften
 
 from medssl.config import InputError, PseudoLabelSection
 from medssl.losses import mean_over_valid, robust
@@ -21,7 +22,6 @@ from medssl.losses.robust import (
 )
 from medssl.losses.supervised import ce as cross_entropy
 
-SHAPES = [(2, 3, 4, 5), (2, 3, 4, 3, 5)]
 # Rows: truth; columns: target. Not symmetric, with a zero, and far from the identity.
 TRANSITION = torch.tensor([[0.8, 0.15, 0.05], [0.3, 0.7, 0.0], [0.25, 0.15, 0.6]])
 
@@ -43,39 +43,11 @@ ROBUST = [
     forward_ce_of_t,
 ]
 all_losses = pytest.mark.parametrize("loss", ROBUST)
-all_targets = pytest.mark.parametrize("as_target", [lambda y: y, lambda y: soften(y)])
-
-
-def soften(classes):
-    """Probs (B, 3, ...) that favor the given classes (B, 1, ...); NaN where these are 255."""
-    one_hot = torch.zeros(classes.shape[0], 3, *classes.shape[2:])
-    one_hot.scatter_(1, torch.where(classes == 255, 0, classes).long(), 1.0)
-    return torch.where(classes == 255, math.nan, 0.7 * one_hot + 0.1)
-
-
-def draw(shape, seed=0, scale=2.0):
-    """Logits with gradient, classes, weight, valid of one shape (B, C, ...)."""
-    generator = torch.Generator().manual_seed(seed)
-    flat = (shape[0], 1, *shape[2:])
-    logits = (scale * torch.randn(shape, generator=generator)).requires_grad_()
-    classes = torch.randint(0, shape[1], flat, generator=generator, dtype=torch.uint8)
-    weight = torch.rand(flat, generator=generator)
-    valid = torch.rand(flat, generator=generator) < 0.7
-    return logits, classes, weight, valid
-
-
-def logits_of(*probs):
-    """Logits (1, C, 1, num_voxels) with these probs at each voxel."""
-    return torch.tensor(probs, dtype=torch.float64).log().T[None, :, None].float().requires_grad_()
+all_targets = pytest.mark.parametrize("as_target", [lambda y: y, lambda y: soften(y, 3)])
 
 
 def classes_of(*classes):
     return torch.tensor(classes, dtype=torch.uint8)[None, None, None]
-
-
-def gradient(loss, logits):
-    (grad,) = torch.autograd.grad(loss, logits)
-    return grad
 
 
 def every_class(logits):
@@ -231,7 +203,7 @@ def test_generalized_ce_has_the_gradient_of_ce_times_a_power_of_p():
 
 def test_symmetric_ce_is_the_sum_of_both_directions():
     logits, classes, weight, valid = draw(SHAPES[1])
-    target = soften(classes)
+    target = soften(classes, 3)
     p, log_p = logits.softmax(1), logits.log_softmax(1)
     both = -(0.1 * target * log_p + 2.0 * p * target.log()).sum(1, keepdim=True)
     value = symmetric_ce(logits, target, weight, valid, alpha=0.1, beta=2.0)
@@ -467,7 +439,7 @@ def test_gradients_are_those_of_finite_differences(loss, as_target):
 @all_losses
 def test_no_gradient_goes_into_target_or_weight(loss):
     logits, classes, weight, _ = draw(SHAPES[0])
-    target, weight = soften(classes).requires_grad_(), weight.requires_grad_()
+    target, weight = soften(classes, 3).requires_grad_(), weight.requires_grad_()
     loss(logits, target, weight).backward()
     assert target.grad is None
     assert weight.grad is None

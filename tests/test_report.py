@@ -30,6 +30,7 @@ from medssl.report import figures, overlays, write_report
 from medssl.report.figures import _spread, draw_pairs
 from medssl.report.read import read_run
 from medssl.report.sentences import Names, choose_names, count_steps, write_verdict
+from medssl.runs import Journal
 
 VALUES = (0, 1, 4)
 CLASSES = {0: "background", 1: "organ", 2: "lesion"}
@@ -324,6 +325,27 @@ def test_the_page_is_self_contained_and_small(run: Path) -> None:
     assert "url(" not in page.html
     assert not page.open
     assert page.num_images == 11  # dots, curves, 2 x coverage, best/median/worst, 4 to annotate
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_filter_no_flat_coverage_is_drawn(run: Path) -> None:
+    assert "every voxel enters the loss" not in report(run).text
+    lines = Journal(run / "metrics.jsonl").read()
+    for line in lines:
+        line["metrics"] |= {k: 1.0 for k in line["metrics"] if "monitors/coverage/" in k}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(run)
+    assert "every voxel enters the loss" in page.text
+    assert "Agreement of each unlabeled scan" in page.text
+    assert page.num_images == 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_directions_of_the_body_are_named_for_scans_and_not_for_pictures(run: Path) -> None:
+    assert "the patient's right" in report(run).text
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps({**plan, "has_spacing": False}))
+    assert "the patient's right" not in report(run).text
 
 
 @pytest.mark.usefixtures("quick")

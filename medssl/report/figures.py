@@ -239,7 +239,7 @@ def draw_reviews(run: RunFiles) -> bytes:
     """
     rounds = [entry for entry in run.rounds if entry.review]
     rows: list[list[Panel]] = []
-    for kind in ("coverage", "agreement"):
+    for kind in ("agreement",) if is_unfiltered(run) else ("coverage", "agreement"):
         panels = _list_panels(run, rounds, kind)
         rows += [panels[first : first + 4] for first in range(0, len(panels), 4)]
     if not rows:
@@ -305,6 +305,17 @@ def _list_class_curves(run: RunFiles, entry: RoundFiles, kind: str) -> dict[int,
                 curves[index] = points
                 break
     return curves
+
+
+def is_unfiltered(run: RunFiles) -> bool:
+    """Return whether the students of a run learned from every voxel of their pseudo-labels."""
+    shares = [
+        value
+        for entry in run.rounds
+        for curve in _list_class_curves(run, entry, "coverage").values()
+        for _, value in curve
+    ]
+    return bool(shares) and min(shares) == 1.0
 
 
 def _take(entry: RoundFiles, column: str) -> list[float]:

@@ -80,6 +80,7 @@ def write_report(run_dir: Path, share: bool = False) -> Path:
         coverage=_show_coverage(run),
         colors=_list_colors(run),
         num_colors=len(CLASS_COLORS),
+        has_directions=bool(run.plan.get("has_spacing", True)),
         cases=_show_cases(run, sources, names),
         annotate=_show_annotate(run, sources, names),
         origin=_describe_origin(run, names),
@@ -219,15 +220,23 @@ def _show_coverage(run: RunFiles) -> list[Picture]:
     """Return the pictures of coverage, thresholds and agreement."""
     students = any(entry.index > 0 for entry in run.rounds)
     why = "the run has no student round" if not students else "no file of the run says it"
-    reviews, curves = figures.draw_reviews(run), figures.draw_coverage_curves(run)
+    unfiltered = figures.is_unfiltered(run)
+    reviews = figures.draw_reviews(run)
+    curves = b"" if unfiltered else figures.draw_coverage_curves(run)
+    why_no_curves = f"No curve of coverage: {why}."
+    if unfiltered:
+        why_no_curves = "Nothing to show: this method has no filter, every voxel enters the loss."
+    coverage = (
+        "Coverage: of the voxels that the model of the round calls this class, the fraction that "
+        "is trusted. "
+    )
     many = len(run.classes) > len(figures.list_shown_classes(run))
     note = " Only the first seven classes are shown." if many else ""
     return [
         Picture(
-            "Coverage and agreement of each unlabeled scan",
-            "A dot is a scan, a bar the median. Coverage: of the voxels that the model of the "
-            "round calls this class, the fraction that is trusted. Agreement: mean Dice with the "
-            f"pseudo-mask of its teacher.{note}",
+            f"{'Agreement' if unfiltered else 'Coverage and agreement'} of each unlabeled scan",
+            f"A dot is a scan, a bar the median. {'' if unfiltered else coverage}Agreement: mean "
+            f"Dice with the pseudo-mask of its teacher.{note}",
             _embed(reviews),
             "" if reviews else f"No review of pseudo-labels: {why}.",
         ),
@@ -236,7 +245,7 @@ def _show_coverage(run: RunFiles) -> list[Picture]:
             "Fraction of voxels of a predicted class that enter the loss, and the confidence that "
             f"a voxel of this class has to reach.{note}",
             _embed(curves),
-            "" if curves else f"No curve of coverage: {why}.",
+            "" if curves else why_no_curves,
         ),
     ]
 

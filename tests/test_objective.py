@@ -6,7 +6,7 @@ from torch import nn
 
 from medssl.config import IGNORE, list_methods, load_config
 from medssl.losses.supervised import ce as cross_entropy
-from medssl.networks.build import build_network
+from medssl.networks.build import NetworkSpec, build_network
 from medssl.objective import Patches, fit, load_objective, mix, shrink
 
 NAMES = ("background", "organ", "lesion")
@@ -19,8 +19,22 @@ every_preset = pytest.mark.parametrize("method", METHODS)
 @pytest.fixture(params=["3D", "2D"])
 def spec(request, tiny_spec):
     """A tiny network in 3D, and the same in 2D."""
-    if request.param == "3D":
+    return make_spec(request.param, tiny_spec)
+
+
+@pytest.fixture(params=["3D", "2D", "2D encoder"])
+def any_spec(request, tiny_spec):
+    """Those, and one of segmentation-models-pytorch."""
+    return make_spec(request.param, tiny_spec)
+
+
+def make_spec(kind, tiny_spec):
+    if kind == "3D":
         return tiny_spec
+    if kind == "2D encoder":
+        return NetworkSpec(
+            name="unet", encoder="resnet18", in_channels=1, num_classes=3, dropout=0.1
+        )
     flat = {key: tuple(size[:2] for size in getattr(tiny_spec, key)) for key in SIDES}
     return tiny_spec.model_copy(update=flat)
 
@@ -38,7 +52,11 @@ def configure_voxelwise(method):
 def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3, spec=None):
     """Return labeled and unlabeled patches, with probs where a method's teacher is offline."""
     source = torch.Generator().manual_seed(seed)
-    size = (8,) * (len(spec.strides[0]) if spec else 3)
+    size = (8, 8, 8)
+    if spec is not None and spec.encoder:
+        size = (64, 64)
+    elif spec is not None:
+        size = (8,) * len(spec.strides[0])
 
     def draw(count, channels=1):
         return torch.randn(count, channels, *size, generator=source)
@@ -62,13 +80,19 @@ def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3, spec=None):
     return labeled, unlabeled
 
 
+def find_last_layer(student):
+    if hasattr(student, "smp"):
+        return student.smp.segmentation_head[0]
+    return student.dynunet.output_block.conv.conv
+
+
 def make_objective(config, spec, seed=0, student=None):
     """Return an objective whose student, and so whose online teacher, is sure of itself."""
     torch.manual_seed(seed)
     if student is None:
         student = build_network(spec)
         with torch.no_grad():
-            student.dynunet.output_block.conv.conv.weight.mul_(20)
+            find_last_layer(student).weight.mul_(20)
     prior = torch.tensor([0.6, 0.3, 0.1])
     return load_objective(config.objective)(student, config, NAMES, prior).train()
 
@@ -102,11 +126,11 @@ def take_steps(objective, batch, count, seed=0):
 
 
 @every_preset
-def test_every_term_is_finite_from_the_first_to_the_last_step(method, spec):
+def test_every_term_is_finite_from_the_first_to_the_last_step(method, any_spec):
     config = configure(method)
-    objective = make_objective(config, spec)
+    objective = make_objective(config, any_spec)
     for progress in (0.0, 0.5, 1.0):
-        terms = compute(objective, *make_batch(config, spec=spec), progress=progress)
+        terms = compute(objective, *make_batch(config, spec=any_spec), progress=progress)
         assert "supervised" in terms
         for term in terms.values():
             assert term.ndim == 0
@@ -122,10 +146,10 @@ def test_labeled_patches_alone_give_the_supervised_term_alone(method, spec):
 
 
 @every_preset
-def test_every_unlabeled_term_moves_the_student(method, spec):
+def test_every_unlabeled_term_moves_the_student(method, any_spec):
     config = configure(method)
-    objective = make_objective(config, spec)
-    terms = compute(objective, *make_batch(config, spec=spec))
+    objective = make_objective(config, any_spec)
+    terms = compute(objective, *make_batch(config, spec=any_spec))
     assert len(terms) > 1
     for name, term in terms.items():
         assert find_gradient(objective, term).abs().max() > 1e-8, name
@@ -147,10 +171,10 @@ def test_unlabeled_images_move_the_student_also_without_mixing(method, spec):
 
 
 @every_preset
-def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, spec):
+def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, any_spec):
     config = configure(method)
-    objective = make_objective(config, spec)
-    labeled, unlabeled = make_batch(config, spec=spec)
+    objective = make_objective(config, any_spec)
+    labeled, unlabeled = make_batch(config, spec=any_spec)
     targets = {"probs", "weak"} - ({"weak"} if "feature_noise" in config.views else set())
     leaves = [value.requires_grad_() for key, value in unlabeled.items() if key in targets]
     sum(compute(objective, labeled, unlabeled).values()).backward()

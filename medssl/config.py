@@ -215,10 +215,14 @@ class Ramp(Section):
     end: Fraction = 0.25
 
 
-class SupervisedSection(Section):
-    """Loss on labeled voxels."""
+Supervised = Literal["dice_ce", "ce", "dice"]
 
-    name: Literal["dice_ce", "ce", "dice"] = "dice_ce"
+
+class SupervisedSection(Section):
+    """Loss on labeled voxels; ``student`` is that beside pseudo-labels where it shall differ."""
+
+    name: Supervised = "dice_ce"
+    student: Auto | Supervised = "auto"
 
 
 Voxels = Literal["all", "accepted"]
@@ -549,7 +553,9 @@ def describe_terms(config: Config) -> str:
     if not config.train.rounds:
         return f"supervised {config.losses.supervised.name}"
     target, losses = config.target, config.losses
-    parts = [f"supervised {losses.supervised.name}"]
+    supervised = losses.supervised
+    own = supervised.name if supervised.student == "auto" else supervised.student
+    parts = [f"supervised {own}"]
     if losses.pseudo_label.weight:
         how = f"{target.kind} labels" + (", transport" if target.assignment != "argmax" else "")
         parts.append(f"pseudo-label {losses.pseudo_label.name} ({how})")

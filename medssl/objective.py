@@ -98,8 +98,10 @@ class Objective(nn.Module):
             self.transport = RunningTransport(self.num_classes, prior, section.epsilon, section.rho)
             if log_potentials is not None:
                 self.transport.log_v.copy_(log_potentials)
+        section = config.losses.supervised
         self.losses: dict[str, Loss] = {
-            "supervised": find_loss(config.losses.supervised.name),
+            "supervised": find_loss(section.name),
+            "student": find_loss(section.name if section.student == "auto" else section.student),
             "pseudo_label": build_loss(config.losses.pseudo_label),
         }
         self.monitors: dict[str, float] = {}
@@ -152,7 +154,7 @@ class Objective(nn.Module):
         losses = self.config.losses
         terms: dict[str, Tensor] = {}
         if x_l is not None:
-            terms["supervised"] = self._compare("supervised", x_l, f_l)
+            terms["supervised"] = self._compare("student", x_l, f_l)
         for x, f in zip(x_v, f_v, strict=True):
             if losses.pseudo_label.weight > 0:
                 a_pl = losses.pseudo_label.weight * ramp(losses.pseudo_label.ramp, t)

@@ -206,7 +206,7 @@ def test_a_warm_start_begins_with_the_teacher(start):
 
 
 def test_students_may_be_wider_than_their_teacher_but_not_start_warm_then(start):
-    folder = start("network.width=[0.5, 1.0]")
+    folder = start("network.width=[0.5, 1.0]", "train.start=scratch")
     filters = [
         read_json(folder / f"round_{r}" / "model" / "model.json")["network"]["filters"]
         for r in (0, 1)

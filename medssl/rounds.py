@@ -42,8 +42,8 @@ STUDENT_KEYS = (
     "method", "objective", "teacher.source", "teacher.ensemble", "views", "target.", "filter.",
     "noise.mixing", "noise.mixing_probability", "noise.strong", "noise.randaugment.",
     "noise.dropout", "noise.stochastic_depth", "losses.supervised.student",
-    "losses.pseudo_label.", "losses.entropy.", "losses.consistency.", "network.width", "train.rounds", "train.unlabeled_ratio",
-    "train.start", "train.schedule", "train.fine_tune.",
+    "losses.pseudo_label.", "losses.entropy.", "losses.consistency.", "network.width",
+    "train.rounds", "train.unlabeled_ratio", "train.start", "train.schedule", "train.fine_tune.",
 )  # fmt: skip
 """What round 0 does not depend on; its network stands in the plan."""
 

@@ -268,6 +268,22 @@ def test_what_stands_in_ignored_voxels_changes_no_loss(method, num_heads):
     assert results[0] == results[1]
 
 
+def test_a_student_may_have_another_loss_on_labels_than_round_0(tiny_spec):
+    off = ["noise.mixing=none", "noise.labeled_mixing=none", "losses.pseudo_label.weight=0"]
+    terms = {}
+    for student in ("auto", "ce"):
+        config = configure("fixmatch", *off, f"losses.supervised.student={student}")
+        labeled, unlabeled = make_batch(config)
+        terms[student, "beside"] = compute(make_objective(config, tiny_spec), labeled, unlabeled)
+        terms[student, "alone"] = compute(make_objective(config, tiny_spec), labeled, None)
+    found = {key: value["supervised"].item() for key, value in terms.items()}
+    assert found["auto", "alone"] == found["ce", "alone"]
+    assert found["ce", "beside"] < found["auto", "beside"]  # without the part of Dice
+    config = configure("fixmatch", *off, "losses.supervised.name=ce")
+    only = compute(make_objective(config, tiny_spec), *make_batch(config))["supervised"].item()
+    assert only == found["ce", "beside"]
+
+
 def test_label_255_and_weight_zero_mean_the_same(tiny_spec):
     config = configure()
     labeled, unlabeled = make_batch(config)

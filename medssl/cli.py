@@ -203,6 +203,8 @@ def _train(
 
 def _describe_plan(prepared: Any, folder: Path) -> str:
     """Return the plan with its reasons and costs as text."""
+    from medssl.plan import describe_steps
+
     plan, splits = prepared.plan, prepared.splits
     counts = ", ".join(
         f"{len(getattr(splits, part))} {part}" for part in ("labeled", "unlabeled", "val", "test")
@@ -212,9 +214,10 @@ def _describe_plan(prepared: Any, folder: Path) -> str:
     free = shutil.disk_usage(folder.parent if folder.parent.exists() else Path()).free / 1e9
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
+    steps = describe_steps(plan.steps)
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
-        f"  - round 0 on labels alone and {rounds} rounds of students, {plan.steps} steps each: "
+        f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
         f"about {estimate.get('hours', 0) * 60:.0f} minutes, {estimate['disk_mb'] / 1000:.2f} GB "
         f"of disk ({free:.0f} GB free)\nrun folder: {folder}"
     )

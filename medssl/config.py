@@ -294,13 +294,14 @@ class FineTuneSection(Section):
 class TrainSection(Section):
     """The loop: rounds after round 0, steps of each, labeled patches per step, optimizer.
 
+    ``steps`` may have one entry per round, round 0 first.
     ``unlabeled_ratio``, unlabeled to labeled patches, may have one entry per student round.
     ``start: warm`` begins a student with its teacher's weights. ``schedule: pretrain`` leaves the
     labels out until the fine-tune.
     """
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 2
-    steps: Auto | Count = "auto"
+    steps: Auto | Count | Annotated[tuple[Count, ...], Field(min_length=1)] = "auto"
     batch: Auto | Count = "auto"
     unlabeled_ratio: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1.0
     start: Literal["scratch", "warm"] = "scratch"

@@ -94,7 +94,7 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
         "rounds": rounds,
         "total_steps": sum(entry["steps"] for entry in rounds),
         "seconds": round(sum(entry["seconds"] for entry in rounds), 1),
-        "baseline": {"round": 0, "steps": run.plan.steps},
+        "baseline": {"round": 0, "steps": run.count_steps(0)},
         "labeled_cases": len(run.labeled),
         "val_cases": len(run.val),
         "unlabeled_cases": len(run.unlabeled),

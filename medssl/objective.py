@@ -98,10 +98,10 @@ class Objective(nn.Module):
             self.transport = RunningTransport(self.num_classes, prior, section.epsilon, section.rho)
             if log_potentials is not None:
                 self.transport.log_v.copy_(log_potentials)
-        section = config.losses.supervised
+        known = config.losses.supervised
         self.losses: dict[str, Loss] = {
-            "supervised": find_loss(section.name),
-            "student": find_loss(section.name if section.student == "auto" else section.student),
+            "supervised": find_loss(known.name),
+            "student": find_loss(known.name if known.student == "auto" else known.student),
             "pseudo_label": build_loss(config.losses.pseudo_label),
         }
         self.monitors: dict[str, float] = {}

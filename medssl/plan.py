@@ -49,7 +49,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, True): 7,
 }
 AXES = ("left-right", "back-front", "feet-head")
-CPU_STEPS = 1200
+CPU_STEPS = (3600, 1200)  # of round 0, which sees few scans and is cheap, and of each student
 GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32
@@ -78,7 +78,7 @@ class Plan(BaseModel):
     network: NetworkSpec
     batch: int
     num_unlabeled: int
-    steps: int
+    steps: int | tuple[int, ...]
     device: str
     precision: str
     threads: int
@@ -141,7 +141,7 @@ def make_plan(
     steps = config.train.steps
     if steps == "auto":
         steps = GPU_STEPS if on_gpu else CPU_STEPS
-        reasons.append(f"{steps} steps a round: where few labels level off on this device")
+        reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = torch.get_num_threads()
     workers = _choose_workers(config, on_gpu)
@@ -624,6 +624,13 @@ def _estimate_disk(
     return {"disk_mb": round((cache + pseudo) / 1e6 + 30, 1)}
 
 
+def describe_steps(steps: int | tuple[int, ...]) -> str:
+    """Return the steps of the rounds as text."""
+    if isinstance(steps, int):
+        return f"{steps} steps a round"
+    return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
+
+
 def measure_step(plan: Plan) -> float:
     """Return the seconds of one labeled training step on this device, measured on noise."""
     device = torch.device(plan.device)
@@ -645,8 +652,9 @@ def measure_step(plan: Plan) -> float:
 
 def estimate_hours(plan: Plan, rounds: int, step_seconds: float) -> dict[str, float]:
     """Return the plan's estimate with the time that all rounds take."""
-    cost = 1.0 + rounds * (1.0 + (STEP_COST - 1.0) * plan.num_unlabeled / plan.batch)
-    hours = step_seconds * plan.steps * cost / 3600
+    student = 1.0 + (STEP_COST - 1.0) * plan.num_unlabeled / plan.batch
+    students = sum(at_round(plan.steps, index) for index in range(1, rounds + 1))
+    hours = step_seconds * (at_round(plan.steps, 0) + student * students) / 3600
     return {**plan.estimate, "step_seconds": round(step_seconds, 4), "hours": round(hours, 3)}
 
 
@@ -662,7 +670,7 @@ def resolve(plan: Plan) -> dict[str, Any]:
         "network.name": plan.network.name,
         "network.depth": len(plan.network.strides) or ENCODER_FACTOR.bit_length(),
         "train.batch": plan.batch,
-        "train.steps": plan.steps,
+        "train.steps": plan.steps if isinstance(plan.steps, int) else list(plan.steps),
         "train.device": plan.device,
         "train.precision": plan.precision,
         "train.workers": plan.workers,

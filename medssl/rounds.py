@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import yaml
 
-from medssl.config import InputError, Resolved, dump, hash_config
+from medssl.config import InputError, Resolved, at_round, dump, hash_config
 from medssl.data.cache import CachedCase, build_cache
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset
@@ -43,9 +43,10 @@ STUDENT_KEYS = (
     "noise.mixing", "noise.mixing_probability", "noise.strong", "noise.randaugment.",
     "noise.dropout", "noise.stochastic_depth", "losses.supervised.student",
     "losses.pseudo_label.", "losses.entropy.", "losses.consistency.", "network.width",
-    "train.rounds", "train.unlabeled_ratio", "train.start", "train.schedule", "train.fine_tune.",
+    "train.rounds", "train.steps", "train.unlabeled_ratio", "train.start", "train.schedule",
+    "train.fine_tune.",
 )  # fmt: skip
-"""What round 0 does not depend on; its network stands in the plan."""
+"""What round 0 does not depend on; its network and its steps stand in the plan."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def run_training(
     sources = {case_id: _read_sources(entry) for case_id, entry in cached.items()}
     run_hash = hash_json([hash_config(config), splits.to_json(), sources])
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
-    first = plan.model_dump(mode="json", include=about)
+    first = {**plan.model_dump(mode="json", include=about), "steps": at_round(plan.steps, 0)}
     first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
     _open_folder(prepared, run_dir, run_hash)
     if round_0 is not None:

@@ -59,6 +59,10 @@ class Run:
         """Number of student rounds."""
         return self.config.train.rounds if self.unlabeled else 0
 
+    def count_steps(self, index: int) -> int:
+        """Return the steps of a round."""
+        return at_round(self.plan.steps, index)
+
     def round_hash(self, index: int) -> str:
         """Return the hash of a round's models: round 0 depends on no setting of students."""
         return self.hash if index else self.first_hash
@@ -145,6 +149,7 @@ def _train_model(
     """Train one model of a round, and write its model folder."""
     config, folder = run.config, find_model_folder(run.folder, index, member)
     section = config.losses.pseudo_label
+    planned = run.count_steps(index)
     seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
     spec = describe_student(run.plan, config, index) if kept else run.plan.network
     torch.manual_seed(seed_from(seed, index, "weights"))
@@ -158,7 +163,7 @@ def _train_model(
         )
     info = run.info.model_copy(update={"network": spec})
     thirds = {
-        max(1, run.plan.steps * part // 3): functools.partial(
+        max(1, planned * part // 3): functools.partial(
             _save_snapshot, folder / "snapshots" / str(part), objective, info
         )
         for part in (1, 2)
@@ -180,7 +185,7 @@ def _train_model(
     provenance = {**run.info.provenance, "round": index, "steps": steps}
     info = info.model_copy(update={"provenance": provenance})
     save_model(folder / "model", objective.predictor.eval(), info)
-    if steps < run.plan.steps:
+    if steps < planned:
         raise StopRequested
     done = {"hash": run.round_hash(index), "round": index, "steps": steps, "num_kept": len(kept)}
     write_json(folder / "model" / "done.json", done)
@@ -308,7 +313,7 @@ def _choose_sampling(run: Run, index: int, seed: int) -> Sampling:
         flips=run.plan.flips,
         views=run.config.views,
         randaugment=noise.randaugment,
-        fine_tune_from=round(run.plan.steps * (1 - tuned)) if tuned else None,
+        fine_tune_from=round(run.count_steps(index) * (1 - tuned)) if tuned else None,
         pretrain=train_section.schedule == "pretrain",
         slice_axis=run.plan.slice_axis,
     )

@@ -132,7 +132,7 @@ def _finish_round(
     own = [e for e in journal.read() if e["round"] == index]
     last = [e for e in own if "losses/total" in e["metrics"]]
     if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark
-        journal.append(index, run.plan.steps, metrics)
+        journal.append(index, run.count_steps(index), metrics)
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
     if run.val:
         values |= validate(run, load_model(folder, run.plan.device).network)
@@ -141,7 +141,7 @@ def _finish_round(
         "hash": run.hash,
         "round": index,
         "teacher": teacher,
-        "steps": run.plan.steps,
+        "steps": run.count_steps(index),
         "seconds": _measure_seconds(journal, index),
         "gate": {"passed": gate.passed, "reasons": list(gate.reasons)},
         "num_labeled": len(run.labeled),
@@ -149,7 +149,7 @@ def _finish_round(
         "final": values,
     }
     write_json(folder / "done.json", content)
-    write_state(run.folder, "running", index, run.plan.steps)
+    write_state(run.folder, "running", index, run.count_steps(index))
     run.notify()
     if teacher is not None:
         for earlier in range(index):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medssl.config import Config, InputError, hash_config
+from medssl.config import Config, InputError, at_round, hash_config
 from medssl.data.loaders import PatchDataset, is_fine_tune, iterate_batches
 from medssl.networks.noise import freeze_encoder
 from medssl.plan import Plan
@@ -67,6 +67,7 @@ def train(
         InputError: The checkpoint is not one of this run.
         FloatingPointError: The loss was not finite for many steps in a row.
     """
+    num_steps = at_round(plan.steps, round_index)
     device = torch.device(plan.device)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     objective.to(device).train()
@@ -82,24 +83,24 @@ def train(
     step, pending = _load(path, identity, objective, optimizer, device)
     journal = Journal((folder if member else run_dir) / "metrics.jsonl")
     journal.cut(round_index, step)
-    progress = Progress(round_index, step, plan.steps)
+    progress = Progress(round_index, step, num_steps)
     batches = iterate_batches(
-        dataset, step, plan.steps, plan.workers, pin_memory=device.type == "cuda"
+        dataset, step, num_steps, plan.workers, pin_memory=device.type == "cuda"
     )
     fine_tune_from = dataset.sampling.fine_tune_from
     nonfinite = 0
-    while step < plan.steps:
+    while step < num_steps:
         started = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - started
         labeled = _move(batch["labeled"], device)
         unlabeled = _move(batch["unlabeled"], device)
         generator = _seed_step(dataset.sampling.seed, round_index, step)
-        optimizer.param_groups[0]["lr"] = find_lr(config, step, plan.steps, fine_tune_from)
+        optimizer.param_groups[0]["lr"] = find_lr(config, step, num_steps, fine_tune_from)
         _freeze(objective, config, is_fine_tune(fine_tune_from, step))
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            terms = objective(labeled, unlabeled, step / plan.steps, generator)
+            terms = objective(labeled, unlabeled, step / num_steps, generator)
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -121,14 +122,14 @@ def train(
                 f"in a row; the last good checkpoint is {path}; lower train.lr "
                 f"(now {config.train.lr:g}) or set train.precision=float32"
             )
-        if step % config.train.log_every == 0 or step == plan.steps:
+        if step % config.train.log_every == 0 or step == num_steps:
             metrics = _average(pending, optimizer.param_groups[0]["lr"])
             journal.append(round_index, step, metrics)
             progress.report(step, metrics)
         progress.advance(step)
         snapshots.get(step, _do_nothing)()  # before a checkpoint, which would not come back here
         stopping = stop.is_set()
-        if step % config.train.checkpoint_every == 0 or step == plan.steps or stopping:
+        if step % config.train.checkpoint_every == 0 or step == num_steps or stopping:
             if validate is not None:
                 journal.append(round_index, step, validate())
                 objective.train()

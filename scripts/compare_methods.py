@@ -4,10 +4,10 @@
     python scripts/compare_methods.py phantoms --out runs/methods_phantoms
 
 For every draw of the labeled cases: one round 0, the students of each preset on top of it, and
-labels alone at the total steps of the presets, for one and for two student rounds. All are measured
-on the same test cases. What is done is skipped; OUT/results.csv and OUT/results.md are written
-anew after every arm, and all runs stand in one MLflow experiment. A preset that did not run
-is listed as such. With ``--names`` only these presets run; with ``--hours`` none is begun later.
+labels alone at the total steps of each preset. All are measured on the same test cases. What is
+done is skipped; OUT/results.csv and OUT/results.md are written anew after every arm, and all runs
+stand in one MLflow experiment. A preset that did not run is listed as such. With ``--names`` only
+these presets run; with ``--hours`` none is begun later.
 """
 
 from __future__ import annotations
@@ -75,23 +75,24 @@ def last_round(folder: Path) -> Path:
     return path if path.is_dir() else folder / "evaluation"
 
 
-def tabulate(out: Path, draws: list[int], names: list[str], steps: int) -> list[dict[str, Any]]:
+def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, Any]]:
     """Return one row per draw and arm."""
     rows = []
     for draw in draws:
-        for name in [BASELINE, *[f"{BASELINE}_{k}x" for k in (2, 3)], *names]:
+        longer = sorted(out.glob(f"draw_{draw}_{BASELINE}_*"), key=lambda path: len(path.name))
+        arms = [BASELINE, *(path.name.removeprefix(f"draw_{draw}_") for path in longer), *names]
+        for name in arms:
             folder = out / f"draw_{draw}_{name}"
             row: dict[str, Any] = {"draw": draw, "arm": name, "n": "", "dice": "not run"}
             if (folder / "evaluation" / "per_case.csv").is_file():
                 about = describe(folder)
                 dice = read_dice(last_round(folder))
-                factor = round(about["steps"] / steps)
-                total = out / f"draw_{draw}_{BASELINE}_{factor}x"
+                total = out / f"draw_{draw}_{BASELINE}_{about['steps']}"
                 row |= {
                     "n": len(dice),
                     "dice": f"{sum(dice.values()) / len(dice):.4f}",
                     "to round 0": compare(folder, out / f"draw_{draw}_{BASELINE}"),
-                    "to labels only, total steps": "" if factor < 2 else compare(folder, total),
+                    "to labels only, total steps": compare(folder, total),
                     **about,
                 }
             rows.append(row)
@@ -122,16 +123,19 @@ def main() -> None:
     for draw in options.draws:
         base = options.out / f"draw_{draw}_{BASELINE}"
         common = [*settings, f"draw={draw}"]
-        steps = finish(data, base, [*common, f"method={BASELINE}"])["total_steps"]
-        longer = [
-            (f"{BASELINE}_{k}x", [*common, f"method={BASELINE}", f"steps={k * steps}"], [])
-            for k in (2, 3)
-        ]
-        students = [(n, [*common, f"method={n}"], ["--round-0", str(base)]) for n in names]
-        for name, given, extra in [*students, *longer]:
+        finish(data, base, [*common, f"method={BASELINE}"])
+        totals: set[int] = set()
+        for name in names:
             if time.monotonic() - started < options.hours * 3600:
-                finish(data, options.out / f"draw_{draw}_{name}", given, extra)
-            write_table(options.out, tabulate(options.out, options.draws, names, steps))
+                given, extra = [*common, f"method={name}"], ["--round-0", str(base)]
+                arm = finish(data, options.out / f"draw_{draw}_{name}", given, extra)
+                totals.add(arm["total_steps"])
+            write_table(options.out, tabulate(options.out, options.draws, names))
+        for total in sorted(totals):
+            if time.monotonic() - started < options.hours * 3600:
+                given = [*common, f"method={BASELINE}", f"steps={total}"]
+                finish(data, options.out / f"draw_{draw}_{BASELINE}_{total}", given)
+            write_table(options.out, tabulate(options.out, options.draws, names))
     print((options.out / "results.md").read_text(encoding="utf-8"))
 
 

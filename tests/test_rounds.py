@@ -216,6 +216,18 @@ def test_students_may_be_wider_than_their_teacher_but_not_start_warm_then(start)
         start("network.width=[0.5, 1.0]", "train.start=warm", name="warm")
 
 
+def test_rounds_may_have_steps_of_their_own(start):
+    base = start("method=labels_only", "rounds=0", "steps=6", name="base")
+    folder = start("steps=[6, 3]", "rounds=2", round_0=base)
+    summary = read_json(folder / "summary.json")
+    assert [entry["steps"] for entry in summary["rounds"]] == [6, 3, 3]
+    assert summary["total_steps"] == 12
+    assert summary["baseline"] == {"round": 0, "steps": 6}
+    assert [max(read_losses(folder, index)) for index in range(3)] == [6, 3, 3]
+    with pytest.raises(InputError, match="--round-0"):
+        start("steps=[5, 6]", round_0=base, name="shorter")
+
+
 def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start):
     base = start("method=labels_only", "rounds=0", name="base")
     folder = start("noise.strong=0.3", "losses.entropy.weight=0", round_0=base)

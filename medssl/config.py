@@ -107,8 +107,8 @@ class TransportSection(Section):
 
     ``prior: labeled`` is the share of each class in labeled volumes, mixed with the pool's own
     shares by ``shrink`` (0: not at all). ``calibrated`` is the pool's own share, corrected by how
-    much too large or small the teacher finds the class in the labeled cases; it needs offline
-    pseudo-labels.
+    much too large or small round 0 finds the class in the labeled cases, so for its own labels
+    only; it needs offline pseudo-labels.
     """
 
     prior: Literal["labeled", "calibrated"] = "calibrated"

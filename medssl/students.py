@@ -225,7 +225,9 @@ def _build_objective(
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)
     if section.prior == "calibrated":
         found = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes) / len(pool)
-        ratio = labeled / _measure_shares(run, teacher)
+        ratio = torch.ones_like(labeled)
+        if teacher == 0:  # a student's volumes in cases that it saw twice say little of the pool
+            ratio = labeled / _measure_shares(run, teacher)
         prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
     potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
     return kind(network, run.config, run.class_names, prior, potentials)

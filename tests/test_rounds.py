@@ -244,10 +244,10 @@ def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start
 
 
 def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start, monkeypatch):
-    seen = {}
+    fits = []
 
     def fit(pool, prior, *rest):
-        seen["pool"], seen["prior"] = pool, prior
+        fits.append({"pool": pool, "prior": prior})
         return torch.zeros(len(prior))
 
     true = torch.tensor([0.7, 0.2, 0.06, 0.04])
@@ -256,7 +256,10 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
         students, "_measure_shares", lambda *_: true * torch.tensor([1, 1.25, 5, 1])
     )
     monkeypatch.setattr(students, "expect", lambda _: fake_expectation(true))
-    start("target.assignment=transport")
+    start("target.assignment=transport", "rounds=2")
+    seen, later = fits
+    uncorrected = torch.bincount(later["pool"].argmax(1), minlength=4) / len(later["pool"])
+    assert torch.allclose(later["prior"][1:], uncorrected[1:].clamp(min=students.LEAST_SHARE))
     found = torch.bincount(seen["pool"].argmax(1), minlength=4) / len(seen["pool"])
     corrected = (found * torch.tensor([1, 1 / 1.25, 0.5, 1])).clamp(min=students.LEAST_SHARE)
     assert torch.allclose(seen["prior"][1:], corrected[1:])

@@ -224,6 +224,11 @@ class SupervisedSection(Section):
     name: Supervised = "dice_ce"
     student: Auto | Supervised = "auto"
 
+    @property
+    def beside_pseudo_labels(self) -> str:
+        """The loss of a student on labels."""
+        return self.name if self.student == "auto" else self.student
+
 
 Voxels = Literal["all", "accepted"]
 """Where a term counts; the accepted voxels have the weights of the filter, which may be soft."""
@@ -554,9 +559,7 @@ def describe_terms(config: Config) -> str:
     if not config.train.rounds:
         return f"supervised {config.losses.supervised.name}"
     target, losses = config.target, config.losses
-    supervised = losses.supervised
-    own = supervised.name if supervised.student == "auto" else supervised.student
-    parts = [f"supervised {own}"]
+    parts = [f"supervised {losses.supervised.beside_pseudo_labels}"]
     if losses.pseudo_label.weight:
         how = f"{target.kind} labels" + (", transport" if target.assignment != "argmax" else "")
         parts.append(f"pseudo-label {losses.pseudo_label.name} ({how})")

@@ -98,10 +98,9 @@ class Objective(nn.Module):
             self.transport = RunningTransport(self.num_classes, prior, section.epsilon, section.rho)
             if log_potentials is not None:
                 self.transport.log_v.copy_(log_potentials)
-        known = config.losses.supervised
         self.losses: dict[str, Loss] = {
-            "supervised": find_loss(known.name),
-            "student": find_loss(known.name if known.student == "auto" else known.student),
+            "supervised": find_loss(config.losses.supervised.name),
+            "student": find_loss(config.losses.supervised.beside_pseudo_labels),
             "pseudo_label": build_loss(config.losses.pseudo_label),
         }
         self.monitors: dict[str, float] = {}
@@ -228,9 +227,7 @@ class Objective(nn.Module):
         """
         if probs is None:
             raise ValueError("no teacher: the batch holds no probs and teacher.source none online")
-        if self.transport is None:
-            return probs
-        if self.fits_transport:
+        if self.transport is not None and self.fits_transport:
             self.transport.update(probs, valid)
         return self.assign(probs)
 

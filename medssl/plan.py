@@ -626,8 +626,8 @@ def _estimate_disk(
 
 def describe_steps(steps: int | tuple[int, ...]) -> str:
     """Return the steps of the rounds as text."""
-    if isinstance(steps, int):
-        return f"{steps} steps a round"
+    if isinstance(steps, int) or len(steps) == 1:
+        return f"{at_round(steps, 0)} steps a round"
     return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
 
 

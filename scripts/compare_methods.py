@@ -92,7 +92,9 @@ def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, An
                     "n": len(dice),
                     "dice": f"{sum(dice.values()) / len(dice):.4f}",
                     "to round 0": compare(folder, out / f"draw_{draw}_{BASELINE}"),
-                    "to labels only, total steps": compare(folder, total),
+                    "to labels only, total steps": ""
+                    if folder == total
+                    else compare(folder, total),
                     **about,
                 }
             rows.append(row)

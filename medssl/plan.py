@@ -49,7 +49,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, True): 7,
 }
 AXES = ("left-right", "back-front", "feet-head")
-CPU_STEPS = (3600, 1200)  # of round 0, which sees few scans and is cheap, and of each student
+CPU_STEPS = (2400, 800)  # of round 0, which sees few scans and is cheap, and of each student
 GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32

@@ -20,10 +20,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from medssl import tracking
 from medssl.config import InputError
 from medssl.runs import read_json, write_json
-from medssl.tracking import Mirror, default_uri, serve, sync
+from medssl.tracking import Mirror, default_uri, send, serve, server, store, sync
+from medssl.tracking.folder import read_folder
+from medssl.tracking.scrub import make_scrub
 
 CLASSES = ("anterior", "posterior")
 SECRETS = ("anna", "schmidt", "hospital", "ward7", "swordfish")
@@ -179,8 +180,8 @@ def count_journal(run: Path) -> int:
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs: making one takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("store")
-    os.environ.update(tracking._ENVIRONMENT)
-    tracking._connect(default_uri(folder))
+    os.environ.update(store.ENVIRONMENT)
+    store.connect(default_uri(folder))
     return folder / "mlflow.db"
 
 
@@ -291,7 +292,7 @@ def test_a_run_that_was_deleted_in_mlflow_comes_back_whole(runs: Path) -> None:
     run = write_run(runs / "mine")
     sync(run)
     parent = read_json(run / "tracking.json")["own store"]["parent"]
-    tracking._connect(default_uri(runs)).delete_run(parent)
+    store.connect(default_uri(runs)).delete_run(parent)
     sync(run)
     active = "(select run_uuid from runs where lifecycle_stage = 'active')"
     assert ask(runs, f"select count(*) from params where run_uuid in {active}")[0][0] > 5
@@ -334,7 +335,7 @@ def test_a_model_or_report_that_names_a_case_is_refused(runs: Path) -> None:
 
 
 def test_a_large_model_stays_in_the_run_folder(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_MODEL_LIMIT", 500)
+    monkeypatch.setattr(send, "_MODEL_LIMIT", 500)
     sync(write_run(runs / "mine"))
     names = {path.name for path in (runs / "mlartifacts").rglob("*")}
     assert "model.json" in names
@@ -360,7 +361,7 @@ def test_case_ids_and_paths_are_taken_out_of_texts(
     (tmp_path / "config.yaml").write_text("{}")
     names = {"p07": "case_0", "012": "case_1", "4": "case_2"}
     write_json(tmp_path / "pseudonyms.json", names)
-    assert tracking._make_scrub(tracking._read_folder(tmp_path))(text) == expected
+    assert make_scrub(read_folder(tmp_path))(text) == expected
 
 
 def test_no_connection_is_attempted_with_the_folders_own_store(runs: Path) -> None:
@@ -375,7 +376,7 @@ def test_no_connection_is_attempted_with_the_folders_own_store(runs: Path) -> No
         "from medssl.tracking import sync\n"
         "sync(Path(sys.argv[1]))\nimport time; time.sleep(1)\nassert not seen, seen\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in tracking._ENVIRONMENT}
+    environment = {k: v for k, v in os.environ.items() if k not in store.ENVIRONMENT}
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, env=environment)
     assert count_points(runs) == count_journal(run)
 
@@ -523,7 +524,7 @@ def test_a_server_that_dies_midway_gets_every_point_once_it_is_back(runs: Path) 
         wait_for(lambda: count_points(runs) > 0)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         assert opener.open(f"{uri}/health").status == 200
-    assert tracking._is_free("127.0.0.1", port), "a worker of the server is still there"
+    assert server._is_free("127.0.0.1", port), "a worker of the server is still there"
     set_state(run, "running", 1, 300)
     for _ in range(20):
         mirror.notify()

@@ -1,0 +1,14 @@
+"""The MLflow mirror of a run folder: the folder is the truth, and no server can stop a run.
+
+``sync`` reads files and sends what MLflow lacks. A parent run stands for a training, a child run
+for each round. Case ids, paths and user names stay at home: see ``make_scrub``. MLflow is slow
+to import and has a will of its own, so training never loads it: ``Mirror`` talks to a small
+process that does.
+"""
+
+from medssl.tracking.mirror import Mirror
+from medssl.tracking.send import sync
+from medssl.tracking.server import serve
+from medssl.tracking.store import default_uri
+
+__all__ = ["Mirror", "default_uri", "serve", "sync"]

@@ -1,0 +1,483 @@
+"""Brings MLflow up to what a run folder holds: a run for the training, a child for each round."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from medssl.config import InputError
+from medssl.runs import hash_file, hash_json, read_json, write_json
+from medssl.tracking.folder import RunFolder, is_finite, read_folder, read_points
+from medssl.tracking.note import describe, write_note
+from medssl.tracking.scrub import (
+    Scrub,
+    hide_password,
+    make_scrub,
+    match_ids,
+    match_roots,
+    refuse_names,
+    scrub_tree,
+)
+from medssl.tracking.store import (
+    ENVIRONMENT,
+    choose,
+    connect,
+    default_uri,
+    find_experiment,
+    is_there,
+    lock,
+)
+
+_MODEL_LIMIT = 40 * 2**20  # bytes of a model that MLflow gets a copy of
+_PAGE_LIMIT = 5 * 2**20  # bytes of a report that MLflow gets a copy of
+_OVERLAY_SIDE = 1200  # pixels
+_LINES_AT_ONCE = 500
+_OF_A_ROUND = (
+    "val/",
+    "monitors/coverage/",
+    "monitors/pseudo_coverage/",
+    "monitors/uncertainty",
+    "monitors/gate",
+)
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5FD0", "#8C6D31")
+_RUN_STATUS = {
+    "running": "RUNNING",
+    "delivered": "FINISHED",
+    "stopped_by_gate": "FINISHED",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+}
+
+
+def sync(run_dir: Path, uri: str | None = None, experiment: str | None = None) -> None:
+    """Bring MLflow up to what the run folder holds; twice is the same as once.
+
+    Args:
+        run_dir: The run folder; only its files are read, and RUN/tracking.json is written.
+        uri: The MLflow store; None or "auto": the configured one, else the folder's own.
+        experiment: Its name there; None or "auto": the configured one, else the data set's.
+
+    Raises:
+        InputError: This is no run folder, or MLflow did not take it; nothing is lost then.
+    """
+    folder = read_folder(run_dir.resolve())
+    configured = folder.config.get("tracking", {})
+    uri = choose(uri, configured.get("uri")) or default_uri(folder.path.parent)
+    name = choose(experiment, configured.get("experiment")) or folder.dataset
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with lock(folder.path / ".tracking.lock"):
+            _send_all(folder, uri, name)
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise InputError(
+            f"MLflow at {hide_password(uri)} did not take {folder.path.name}: {reason}; nothing "
+            f"is lost: `medssl sync {run_dir}` uploads it later"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a run folder goes: MLflow, and the record of what it has already got."""
+
+    client: Any
+    folder: RunFolder
+    scrub: Scrub
+    record: dict[str, Any]
+    save: Callable[[], None]
+
+    @property
+    def parent(self) -> str:
+        """Return the id of the run that stands for the training."""
+        return str(self.record["parent"])
+
+    def once(self, name: str, content: object, send: Callable[[], object]) -> None:
+        """Send something unless the same content has been sent under this name."""
+        if self.record["sent"].get(name) != content:
+            send()
+            self.record["sent"][name] = content
+            self.save()
+
+
+def _send_all(folder: RunFolder, uri: str, experiment: str) -> None:
+    """Send what is new, the most telling first; the record says how far it came."""
+    target = _open_target(folder, uri, experiment)
+    _send_params(target)
+    _send_tags(target)
+    _send_points(target)
+    _send_round_metrics(target)
+    _send_test_metrics(target)
+    _send_overlays(target)
+    _send_documents(target)
+    _send_status(target)
+    _send_report(target)
+    _send_model(target)
+
+
+def _open_target(folder: RunFolder, uri: str, experiment: str) -> _Target:
+    """Connect, and find or make the parent run."""
+    path = folder.path / "tracking.json"
+    records = read_json(path) if path.is_file() else {}
+    # a store that moves with the folder is still the same store
+    key = "own store" if uri == default_uri(folder.path.parent) else hide_password(uri)
+    client = connect(uri)
+    if key not in records or not is_there(client, records[key]["parent"]):
+        records[key] = {"children": {}, "offset": 0, "sent": {}}
+        records[key]["parent"] = _make_parent(client, folder, uri, experiment)
+        write_json(path, records)
+    save = lambda: write_json(path, records)  # noqa: E731 one expression, used once
+    return _Target(client, folder, make_scrub(folder), records[key], save)
+
+
+def _make_parent(client: Any, folder: RunFolder, uri: str, experiment: str) -> str:
+    """Make the run that stands for the training."""
+    number = find_experiment(client, uri, experiment)
+    before = client.search_runs([number], "tags.`mlflow.runColor` != ''", max_results=1000)
+    tags = {
+        "mlflow.source.name": "medssl train",
+        "mlflow.source.type": "LOCAL",
+        "mlflow.runColor": _COLORS[len(before) % len(_COLORS)],
+    }
+    revision = folder.provenance.get("revision")
+    if revision:
+        tags["mlflow.source.git.commit"] = str(revision)
+    started = time.time()
+    with contextlib.suppress(KeyError, ValueError):
+        started = datetime.datetime.fromisoformat(folder.provenance["started"]).timestamp()
+    run = client.create_run(
+        number,
+        start_time=int(1000 * started),
+        run_name=folder.path.name,
+        tags=tags,
+    )
+    return str(run.info.run_id)
+
+
+def _find_child(target: _Target, name: str, started_ms: int) -> str:
+    """Return the id of a child run, such as "round 0", which is made if need be."""
+    children = target.record["children"]
+    if name not in children:
+        facts = describe(target.folder)
+        shared = {k: v for k, v in facts.items() if k in ("dataset", "method", "draw", "seed")}
+        run = target.client.create_run(
+            target.client.get_run(target.parent).info.experiment_id,
+            start_time=started_ms,
+            run_name=name,
+            tags={
+                "mlflow.parentRunId": target.parent,
+                "mlflow.source.name": "medssl train",
+                "mlflow.source.type": "LOCAL",
+                "run": target.folder.path.name,
+                **shared,
+            },
+        )
+        children[name] = str(run.info.run_id)
+        target.save()
+    return str(children[name])
+
+
+def _send_params(target: _Target) -> None:
+    """Send the short parameters and the data set, once: MLflow never changes them."""
+    from mlflow.entities import Dataset, DatasetInput, Param
+
+    folder = target.folder
+    if not folder.plan and not folder.is_finished:
+        return  # the plan turns "auto" into values
+    plan = {k: v for k, v in folder.plan.items() if k not in ("reasons", "estimate")}
+    config = {k: v for k, v in _clean_config(target).items() if k != "tracking"}
+    values = dict(_flatten(config))
+    values.update(_flatten(scrub_tree(plan, target.scrub), "plan"))
+    params = [Param(_clean_key(key), value) for key, value in values.items()]
+
+    def send() -> None:
+        for first in range(0, len(params), 100):
+            target.client.log_batch(target.parent, params=params[first : first + 100])
+        parts = {k: v for k, v in folder.splits.items() if k != "dataset"}
+        digest = hash_json(scrub_tree(parts, target.scrub))[:8]
+        data = Dataset(folder.dataset, digest, source_type="local", source=folder.dataset)
+        target.client.log_inputs(target.parent, [DatasetInput(data, [])])
+
+    target.once("params", True, send)
+
+
+def _clean_config(target: _Target) -> dict[str, Any]:
+    """Return the configuration as it may be seen: the data's folder by its name only."""
+    config = dict(target.folder.config)
+    data = dict(config.get("data", {}))
+    if data.get("root"):
+        data["root"] = Path(data["root"]).name or target.folder.dataset
+    cleaned: dict[str, Any] = scrub_tree({**config, "data": data}, target.scrub)
+    return cleaned
+
+
+def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield dotted keys and short texts of the values; what is unset or "auto" says nothing."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list | tuple) and any(isinstance(item, Mapping) for item in tree):
+        for index, value in enumerate(tree):
+            yield from _flatten(value, f"{prefix}.{index}")
+    elif isinstance(tree, list | tuple):
+        is_size = all(isinstance(item, int | float) for item in tree)
+        yield from _flatten((" x " if is_size else ", ").join(map(_shorten, tree)), prefix)
+    elif tree not in (None, "", "auto"):
+        text = _shorten(tree)
+        if len(text) < 250:
+            yield prefix, text
+
+
+def _shorten(value: object) -> str:
+    """Return a value as a person would write it."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clean_key(text: str) -> str:
+    """Return a name that MLflow takes for a metric or parameter."""
+    return re.sub(r"[^\w\-. :/]", "_", text)[:250]
+
+
+def _send_tags(target: _Target) -> None:
+    """Send the tags and the note, where they have changed."""
+    from mlflow.entities import RunTag
+
+    tags = {key: target.scrub(value) for key, value in describe(target.folder).items()}
+    tags["mlflow.note.content"] = write_note(target.folder, target.scrub)[:7900]
+    target.once(
+        "tags",
+        hash_json(tags),
+        lambda: target.client.log_batch(target.parent, tags=[RunTag(*tag) for tag in tags.items()]),
+    )
+
+
+def _send_points(target: _Target) -> None:
+    """Send the journal up to the last checkpoint, each round's points to its child run."""
+    points = read_points(target.folder, target.record["offset"])
+    while lines := list(islice(points, _LINES_AT_ONCE)):
+        by_round: dict[int, list[dict[str, Any]]] = {}
+        for entry, _ in lines:
+            by_round.setdefault(entry["round"], []).append(entry)
+        for round_index, entries in by_round.items():
+            started_ms = int(1000 * entries[0]["time"])
+            child = _find_child(target, f"round {round_index}", started_ms)
+            _log_metrics(target.client, child, entries)
+        target.record["offset"] = lines[-1][1]
+        target.save()
+
+
+def _log_metrics(client: Any, run_id: str, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Send entries with "step", "time" in s and "metrics"; what is not finite is counted.
+
+    The time of a point is the entry's, so that sending it again changes nothing.
+    """
+    from mlflow.entities import Metric
+
+    metrics = []
+    for entry in entries:
+        finite = {k: float(v) for k, v in entry["metrics"].items() if is_finite(v)}
+        lost = len(entry["metrics"]) - len(finite)
+        if lost:
+            finite["monitors/nonfinite"] = finite.get("monitors/nonfinite", 0.0) + lost
+        stamp = int(1000 * entry["time"])
+        metrics += [Metric(_clean_key(k), v, stamp, entry["step"]) for k, v in finite.items()]
+    for first in range(0, len(metrics), 1000):
+        client.log_batch(run_id, metrics=metrics[first : first + 1000])
+
+
+def _send_round_metrics(target: _Target) -> None:
+    """Send to the parent what each completed round came to; its step is the round."""
+    for round_index, done in target.folder.rounds.items():
+        kept = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
+        for key in ("agreement", "kept_cases", "seconds"):
+            if is_finite(done.get(key)):
+                kept[f"monitors/{key}"] = done[key]
+        path = target.folder.path / f"round_{round_index}" / "done.json"
+        _send_summary(target, round_index, path, kept)
+
+
+def _send_test_metrics(target: _Target) -> None:
+    """Send to the parent what `evaluate` measured: rounds as a curve, the verdict as columns."""
+    path = target.folder.path / "evaluation" / "summary.json"
+    evaluation = target.folder.evaluation
+    for name, value in evaluation.get("rounds", {}).items():
+        _send_summary(target, _round_of(name), path, {"test/dice": value})
+    if not evaluation:
+        return
+    rounds, paired = evaluation.get("rounds", {}), evaluation.get("paired") or {}
+    delivered = str(evaluation.get("delivered"))
+    columns = {
+        "test/dice_labels_only": rounds.get("round_0"),
+        "test/dice_delivered": rounds.get(delivered),
+        "test/gain": paired.get("mean"),
+        "test/gain_low": paired.get("low"),
+        "test/gain_high": paired.get("high"),
+    }
+    _send_summary(target, _round_of(delivered), path, columns)
+
+
+def _round_of(name: str) -> int:
+    """Return the number in a round's name, such as round_2; 0 where there is none."""
+    found = re.search(r"\d+$", name)
+    return int(found.group()) if found else 0
+
+
+def _send_summary(target: _Target, step: int, path: Path, metrics: Mapping[str, Any]) -> None:
+    """Send metrics to the parent, dated by the file that they were read from."""
+    finite = {key: round(value, 4) for key, value in metrics.items() if is_finite(value)}
+    entry = {"step": step, "time": path.stat().st_mtime, "metrics": finite}
+    name = f"{path.parent.name}/{step}/{','.join(sorted(finite))}"
+    target.once(
+        name, finite, lambda: _log_metrics(target.client, target.parent, [entry] if finite else [])
+    )
+
+
+def _send_overlays(target: _Target) -> None:
+    """Send the rounds' pictures of a few fixed cases, so that the UI has a slider for each.
+
+    They have a child run of their own: beside a picture the UI prints all parameters of its run.
+    """
+    from PIL import Image
+
+    for path in sorted(target.folder.path.glob("round_[0-9]*/overlays/*.png")):
+        pseudonym = target.folder.pseudonyms.get(path.stem)
+        if pseudonym is None:
+            continue
+
+        def send(path: Path = path, pseudonym: str = pseudonym) -> None:
+            with Image.open(path) as image:
+                picture = image.convert("RGB")
+            picture.thumbnail((_OVERLAY_SIDE, _OVERLAY_SIDE))
+            stamp = int(1000 * path.stat().st_mtime)
+            target.client.log_image(
+                _find_child(target, "overlays", stamp),
+                picture,
+                key=f"overlay/{pseudonym}",
+                step=_round_of(path.parent.parent.name),
+                timestamp=stamp,
+                synchronous=True,
+            )
+
+        target.once(f"overlay/{path.parent.parent.name}/{pseudonym}", hash_file(path), send)
+
+
+def _send_documents(target: _Target) -> None:
+    """Send the resolved configuration, the plan and the summaries, scrubbed."""
+    folder = target.folder
+    documents = {
+        "config.yaml": _clean_config(target),
+        "plan.json": scrub_tree(folder.plan, target.scrub),
+        "summary.json": scrub_tree(folder.summary, target.scrub),
+        "evaluation.json": scrub_tree(folder.evaluation, target.scrub),
+    }
+    for name, content in documents.items():
+        if not content:
+            continue
+        text = json.dumps(content, indent=1)
+        if name.endswith(".yaml"):
+            text = yaml.safe_dump(content, sort_keys=False)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        send = functools.partial(target.client.log_text, target.parent, text, name)
+        target.once(name, digest, send)
+
+
+def _send_status(target: _Target) -> None:
+    """Set what MLflow calls the status, of the parent and of each round."""
+    folder = target.folder
+    status = _RUN_STATUS.get(folder.status, "RUNNING")
+    paths = {target.parent: folder.path / "state.json"}
+    statuses = {target.parent: status}
+    for name, child in target.record["children"].items():
+        done = folder.path / name.replace(" ", "_") / "done.json"
+        statuses[child] = "FINISHED" if done.is_file() else status
+        paths[child] = done if done.is_file() else paths[target.parent]
+    for run_id, value in statuses.items():
+
+        def send(run_id: str = run_id, value: str = value) -> None:
+            if value == "RUNNING":
+                target.client.update_run(run_id, status=value)
+            else:
+                ended = int(1000 * paths[run_id].stat().st_mtime)
+                target.client.set_terminated(run_id, status=value, end_time=ended)
+
+        target.once(f"status/{run_id}", value, send)
+
+
+def _send_report(target: _Target) -> None:
+    """Send the page that was made for going out, if there is one."""
+    path = target.folder.path / "report_share.html"
+    if not path.is_file() or path.stat().st_size > _PAGE_LIMIT:
+        return
+
+    def send() -> None:
+        text = path.read_text(encoding="utf-8")
+        ids = match_ids(name for name in target.folder.pseudonyms if not name.isdigit())
+        visible = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)  # in pictures anything can be read
+        refuse_names(path, ids.findall(visible) + match_roots(target.folder).findall(visible))
+        target.client.log_text(target.parent, text, "report.html")
+
+    target.once("report.html", hash_file(path), send)
+
+
+def _send_model(target: _Target) -> None:
+    """Send the delivered model and register it under the experiment's name, as its champion.
+
+    The champion is the model that was delivered last; a labels-only run takes no other's place.
+    A model above 40 MiB stays in the run folder: MLflow gets its description only.
+    """
+    folder = target.folder.path / "model"
+    path = folder / "model.json"
+    if not target.folder.is_finished or not path.is_file():
+        return
+    texts = [text for pair in _flatten(read_json(path)) for text in pair]
+    refuse_names(path, (text for text in texts if target.scrub(text) != text))
+    if _measure_model(target.folder) > _MODEL_LIMIT:
+        target.once(
+            "model", "model.json", lambda: target.client.log_artifact(target.parent, path, "model")
+        )
+        return
+    target.once(
+        "model", "model", lambda: target.client.log_artifacts(target.parent, folder, "model")
+    )
+    target.once("version", True, lambda: _register(target))
+
+
+def _measure_model(folder: RunFolder) -> int:
+    """Return the bytes of the delivered model."""
+    return sum(path.stat().st_size for path in (folder.path / "model").rglob("*") if path.is_file())
+
+
+def _register(target: _Target) -> None:
+    """Make a version of the registered model from the parent run's copy."""
+    from mlflow.exceptions import MlflowException
+
+    client = target.client
+    experiment = client.get_experiment(client.get_run(target.parent).info.experiment_id)
+    name = re.sub(r"[/:]", "_", experiment.name)
+    with contextlib.suppress(MlflowException):  # it is there already, or the next call says why
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name,
+        source=f"runs:/{target.parent}/model",
+        run_id=target.parent,
+        description=f"Delivered by {target.folder.path.name}; `medssl predict` takes the folder.",
+        tags={"run": target.folder.path.name},
+    )
+    trained = target.folder.config.get("train", {}).get("rounds")
+    if trained != 0 or "champion" not in client.get_registered_model(name).aliases:
+        client.set_registered_model_alias(name, "champion", version.version)

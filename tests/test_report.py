@@ -341,6 +341,20 @@ def test_without_a_filter_no_flat_coverage_is_drawn(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("student", "said"), [("ce", True), ("dice_ce", False), ("auto", False), (None, False)]
+)
+def test_losses_of_different_kinds_are_not_left_to_be_compared(
+    run: Path, student: str | None, said: bool
+) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    section = {"name": "dice_ce"} | ({"student": student} if student else {})
+    config["losses"] = {"supervised": section}
+    (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert ("among students only" in report(run).text) == said
+
+
+@pytest.mark.usefixtures("quick")
 def test_directions_of_the_body_are_named_for_scans_and_not_for_pictures(run: Path) -> None:
     assert "the patient's right" in report(run).text
     plan = json.loads((run / "plan.json").read_text())

@@ -212,6 +212,13 @@ def _show_curves(run: RunFiles) -> Picture:
         "One line per round, its number at its end: grey is round 0 (labels only), darker blue is "
         "later. Thin lines are single records, thick ones their running mean."
     )
+    section = run.config.get("losses", {}).get("supervised", {})
+    first, students = section.get("name"), section.get("student", "auto")
+    if students not in ("auto", first):
+        caption += (
+            f" Round 0 learns labels by {first}, students by {students}: compare their supervised "
+            "and total losses among students only."
+        )
     why = "metrics.jsonl is missing or holds no loss yet."
     return Picture("Training", caption, _embed(png), "" if png else why)
 

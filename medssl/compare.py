@@ -33,12 +33,14 @@ class Arm:
         name: As shown.
         num_tables: How many evaluations were averaged within each case.
         cases: Columns of ``per_case.csv`` by case_id, averaged over the evaluations.
+        patients: The patient of each case.
         num_left_out: Cases that only some of the evaluations have.
     """
 
     name: str
     num_tables: int
     cases: dict[str, dict[str, Cell]]
+    patients: dict[str, str]
     num_left_out: int
 
 
@@ -118,11 +120,12 @@ def _name_apart(texts: Sequence[str], given: Sequence[str]) -> list[str]:
 
 def _read_arm(name: str, paths: Sequence[str]) -> Arm:
     """Read the evaluations of an arm and average them within each case."""
-    tables = [_read_cases(_find_table(Path(path))) for path in paths]
+    read = [_read_cases(_find_table(Path(path))) for path in paths]
+    tables = [table for table, _ in read]
     every = {case_id for table in tables for case_id in table}
     shared = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
     cases = {case_id: _average([table[case_id] for table in tables]) for case_id in shared}
-    return Arm(name, len(paths), cases, len(every) - len(shared))
+    return Arm(name, len(paths), cases, read[0][1], len(every) - len(shared))
 
 
 def _find_table(path: Path) -> Path:
@@ -144,26 +147,35 @@ def _find_table(path: Path) -> Path:
     raise InputError(f"{path}: has not been evaluated; run: medssl evaluate {run}")
 
 
-def _read_cases(path: Path) -> dict[str, dict[str, Cell]]:
-    """Return the numbers of a ``per_case.csv`` by case_id."""
+def _read_cases(path: Path) -> tuple[dict[str, dict[str, Cell]], dict[str, str]]:
+    """Return the numbers of a ``per_case.csv``, and the patients, by case_id."""
     rows: list[Row] = read_table(path)
     cases = {
         str(row["case_id"]): {
             key: None if value is None else float(value)
             for key, value in row.items()
-            if key != "case_id"
+            if not key.endswith("_id")
         }
         for row in rows
     }
     if len(cases) < len(rows):
         raise InputError(f"{path}: a case_id stands twice; run medssl evaluate again")
-    return cases
+    return cases, {str(row["case_id"]): str(row["patient_id"]) for row in rows}
 
 
 def _average(rows: Sequence[Mapping[str, Cell]]) -> dict[str, Cell]:
-    """Return one case averaged over evaluations; n/a ones do not count."""
-    columns = [column for column in rows[0] if all(column in row for row in rows)]
-    return {column: _mean(row[column] for row in rows) for column in columns}
+    """Return one case averaged over evaluations.
+
+    Where some have a false alarm, the n/a of the others is a perfect value: see `medssl.metrics`.
+    """
+    averaged = {}
+    for column in (column for column in rows[0] if all(column in row for row in rows)):
+        values = [row[column] for row in rows]
+        if any(value is not None for value in values):
+            perfect = 0.0 if column.startswith("hd95") else 1.0
+            values = [perfect if value is None else value for value in values]
+        averaged[column] = _mean(values)
+    return averaged
 
 
 def _mean(values: Iterable[Cell]) -> Cell:
@@ -216,8 +228,9 @@ def _compare_arm(
         [_mean(a.cases[case_id][f"dice/{name}"] for name in classes) for case_id in shared]
         for a in (arm, first)
     )
-    difference = None if arm is first else paired_difference(ours, theirs)
-    estimate = bootstrap_mean(ours)
+    patients = [first.patients[case_id] for case_id in shared]
+    difference = None if arm is first else paired_difference(ours, theirs, patients=patients)
+    estimate = bootstrap_mean(ours, patients=patients)
     return {
         "name": arm.name,
         "num_tables": arm.num_tables,
@@ -235,14 +248,16 @@ def _compare_class(arm: Arm, first: Arm, shared: Sequence[str], name: str) -> di
     def get_column(a: Arm, metric: str) -> list[Cell]:
         return [a.cases[case_id].get(f"{metric}/{name}") for case_id in shared]
 
-    dice = get_column(arm, "dice")
+    patients = [first.patients[case_id] for case_id in shared]
+    dice, before = get_column(arm, "dice"), get_column(first, "dice")
+    difference = None if arm is first else paired_difference(dice, before, patients=patients)
     in_mm = all(f"hd95_mm/{name}" in arm.cases[case_id] for case_id in shared)
     hd95 = "hd95_mm" if in_mm else "hd95_px"
     return {
-        "dice": bootstrap_mean(dice),
-        hd95: bootstrap_mean(get_column(arm, hd95)),
+        "dice": bootstrap_mean(dice, patients=patients),
+        hd95: bootstrap_mean(get_column(arm, hd95), patients=patients),
         "num_missed": sum(value or 0.0 for value in get_column(arm, "missed")),
-        "difference": None if arm is first else paired_difference(dice, get_column(first, "dice")),
+        "difference": difference,
     }
 
 
@@ -278,7 +293,7 @@ def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Seque
                 f"  {entry['num_missed']:>6g}"
             )
     if any(row["verdict"] == "not measured" for row in rows):
-        lines += ["", f"not measured: a verdict needs {MIN_CASES_FOR_VERDICT} cases."]
+        lines += ["", f"not measured: a verdict needs {MIN_CASES_FOR_VERDICT} patients."]
     return "\n".join(line.rstrip() for line in lines)
 
 

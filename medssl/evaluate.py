@@ -23,6 +23,7 @@ from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_label, write_ma
 from medssl.metrics import (
     MIN_CASES_FOR_VERDICT,
     ClassMetrics,
+    Estimate,
     Row,
     bootstrap_mean,
     case_metrics,
@@ -185,7 +186,7 @@ def evaluate_run(
     dice = {name: _column(measured[value][0], "dice") for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],
-        **_compare_to_baseline(run_summary, dice),
+        **_compare_to_baseline(run_summary, dice, [case.patient_id for case in labeled]),
     }
     for name in reversed(paths):  # that of the delivered model, with the verdict, comes last
         rows, summary = measured[hashes[name]]
@@ -238,7 +239,7 @@ def _measure(
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
         num_classes = len(info.label_values)
         metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
-        rows.append(tabulate(case.case_id, metrics, names, in_mm=spacing is not None))
+        rows.append(tabulate(case, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
         if masks is not None:
@@ -246,24 +247,18 @@ def _measure(
             write_mask(path, prediction.mask, prediction.affine, info.label_values)
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
     summary = summarize(rows)
-    num_patients = len({case.patient_id for case in cases})
-    if num_patients < len(cases):
-        summary["notes"].append(
-            f"{len(cases)} cases are of {num_patients} patients: not independent, so the true "
-            "intervals are wider"
-        )
     extent = {"low": min(tolerances), "high": max(tolerances)}
     unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
     return rows, {**summary, f"surface_tolerance_{unit}": extent, "flags": flags}
 
 
 def tabulate(
-    case_id: str, metrics: Mapping[int, ClassMetrics], names: Mapping[int, str], in_mm: bool = True
+    case: Case, metrics: Mapping[int, ClassMetrics], names: Mapping[int, str], in_mm: bool = True
 ) -> Row:
     """Return the row of a case in ``per_case.csv``; ``dice``, the mean over classes, is last.
 
     Args:
-        case_id: The case.
+        case: The case.
         metrics: Of ``case_metrics``, by class index.
         names: Name of each foreground class.
         in_mm: Whether a spacing was known; else the columns end in ``_px``.
@@ -276,7 +271,7 @@ def tabulate(
         "reference_ml" if in_mm else "reference_px": "reference_ml",
         "missed": "missed",
     }
-    row: Row = {"case_id": case_id}
+    row: Row = {"case_id": case.case_id, "patient_id": case.patient_id}
     for column, attribute in columns.items():
         for index, name in names.items():
             row[f"{column}/{name}"] = getattr(metrics[index], attribute)
@@ -295,12 +290,13 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     classes = {name: _summarize_class(rows, name, unit) for name in names}
     return {
         "num_cases": len(rows),
-        "dice": bootstrap_mean(_column(rows, "dice")),
+        "num_patients": len(set(_find_patients(rows))),
+        "dice": _estimate(rows, "dice"),
         "num_missed": sum(entry["num_missed"] for entry in classes.values()),
         "classes": classes,
         "notes": [
-            "Intervals: percentile bootstrap over cases (10,000 resamples), which assumes "
-            "independent cases.",
+            "Intervals: percentile bootstrap over patients with all of their cases (10,000 "
+            "resamples), which assumes independent patients.",
             "A missed structure and a false alarm count as dice 0 and hd95 = diagonal of the "
             "image; a class absent in reference and prediction is n/a and in no mean.",
         ],
@@ -314,7 +310,7 @@ def _summarize_class(rows: Sequence[Row], name: str, unit: str) -> dict[str, Any
     predicted = _column(rows, f"{'volume_ml' if unit == 'mm' else 'area_px'}/{name}")
     pairs = list(zip(reference, predicted, strict=True))
     summary: dict[str, Any] = {
-        metric: bootstrap_mean(_column(rows, f"{metric}/{name}"))
+        metric: _estimate(rows, f"{metric}/{name}")
         for metric in ("dice", f"hd95_{unit}", "surface_dice")
     }
     return {
@@ -341,7 +337,10 @@ def render(summary: Mapping[str, Any]) -> str:
     unit = "mm" if all("hd95_mm" in entry for entry in summary["classes"].values()) else "px"
     width = min(26, max([len("mean over classes"), *(len(name) for name in summary["classes"])]))
     head = f"{'':<{width}}  {'dice [95 % interval]':<22}  {f'hd95 ({unit})':>9}"
-    lines = [f"{summary['num_cases']} cases", f"{head}  surface_dice  missed  alarms  absent"]
+    patients = summary["num_patients"]
+    extent = f"{summary['num_cases']} cases"
+    extent += f" of {patients} patients" if patients < summary["num_cases"] else ""
+    lines = [extent, f"{head}  surface_dice  missed  alarms  absent"]
     for name, entry in summary["classes"].items():
         hd95, surface = entry[f"hd95_{unit}"]["mean"], entry["surface_dice"]["mean"]
         lines.append(
@@ -356,6 +355,16 @@ def render(summary: Mapping[str, Any]) -> str:
         lines.append(", ".join(f"{n}: {'n/a' if d is None else f'{d:.3f}'}" for n, d in means))
         lines.append(summary["statement"])
     return "\n".join(lines)
+
+
+def _estimate(rows: Sequence[Row], column: str) -> Estimate:
+    """Return the mean of a column with its interval."""
+    return bootstrap_mean(_column(rows, column), patients=_find_patients(rows))
+
+
+def _find_patients(rows: Sequence[Row]) -> list[str]:
+    """Return the patient of each row."""
+    return [str(row["patient_id"]) for row in rows]
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float | None]:
@@ -502,24 +511,29 @@ def _hash_model(folder: Path) -> str:
 def _compare_to_baseline(
     run_summary: Mapping[str, Any],
     dice: Mapping[str, Sequence[float | None]],
+    patients: Sequence[str],
 ) -> dict[str, Any]:
     """Return means of all rounds, and the paired difference of the delivered model to round 0.
 
     Args:
         run_summary: The run's ``summary.json``.
         dice: Mean dice of each case, by round, and of the delivered model as ``model``.
+        patients: The patient of each case.
     """
     delivered = str(run_summary["delivered"])
     rounds = {name: bootstrap_mean(v)["mean"] for name, v in dice.items() if name != "model"}
     students = [name for name in rounds if name != "round_0"]
-    paired = paired_difference(dice["model"], dice["round_0"]) if students else None
+    paired = None
+    if students:
+        paired = paired_difference(dice["model"], dice["round_0"], patients=patients)
     verdict = judge(paired)
     steps = (run_summary.get("baseline") or {}).get("steps")
     baseline = f"round_0 (labels only{f', {steps} steps' if steps else ''})"
     if paired is None:
         statement = "not measured: the run has no round after round_0"
     else:
-        why = f", a verdict needs {MIN_CASES_FOR_VERDICT}" if verdict == "not measured" else ""
+        why = f" of {paired['num_patients']} patients" * (paired["num_patients"] < paired["n"])
+        why += f", a verdict needs {MIN_CASES_FOR_VERDICT}" * (verdict == "not measured")
         statement = (
             f"{verdict}: dice of the delivered model ({delivered}) minus {baseline}: "
             f"{format_estimate(paired, '+')} on {paired['n']} test cases{why}"

@@ -10,7 +10,9 @@ Policy, where a structure is absent in the reference, in the prediction, or in b
 | absent | absent | n/a | n/a | n/a | 0 |
 
 A false alarm costs what a miss costs, as in the BraTS challenges; n/a is None here and an empty
-cell in a table. Ignored voxels (255 in the reference) count nowhere.
+cell in a table. In a paired difference an n/a on one side is a dice of 1, since the other side has
+a false alarm there; on both sides the case says nothing. Ignored voxels (255 in the reference)
+count nowhere.
 
 An axis of a single voxel counts for nothing but the volume: a slice has an outline, not a surface
 on both of its faces. Axes: I J K are voxel axes.
@@ -33,24 +35,28 @@ from medssl.config import IGNORE, InputError
 
 Mask = NDArray[np.bool_]
 Row = dict[str, str | float | int | None]
-"""A row of ``per_case.csv``: ``case_id`` and numbers, None for n/a."""
+"""A row of ``per_case.csv``: ``case_id``, ``patient_id`` and numbers, None for n/a."""
 
 Values = Iterable[float | None]
 
 NUM_RESAMPLES = 10_000
 MIN_CASES_FOR_VERDICT = 8
-"""Cases that were not trained on, from which on a verdict is given."""
+"""Patients, each with a case that was not trained on, from which on a verdict is given."""
 
 Verdict = Literal["gain", "no gain", "not measured"]
 
 
 class Estimate(TypedDict):
-    """A mean over cases with its 95 % interval; None where there are too few values for it."""
+    """A mean over cases with its 95 % interval; None where there are too few values for it.
+
+    ``n`` cases of ``num_patients`` patients are in it; ``num_dropped`` others had no value.
+    """
 
     mean: float | None
     low: float | None
     high: float | None
     n: int
+    num_patients: int
     num_dropped: int
 
 
@@ -205,30 +211,38 @@ def _find_surface(mask: Mask, ignored: Mask) -> NDArray[np.int64]:
     return np.argwhere(mask & ~binary_erosion(mask | ignored))
 
 
-def bootstrap_mean(values: Values, seed: int = 0) -> Estimate:
+def bootstrap_mean(
+    values: Values, seed: int = 0, patients: Sequence[str] | None = None
+) -> Estimate:
     """Return the mean of one value per case with its 95 % interval.
 
-    Percentile bootstrap over cases, 10,000 resamples. It assumes independent cases, and with few
-    of them it is too narrow (at 8 normally distributed ones it covers 89 %, at 40 94 %).
+    Percentile bootstrap over patients, with all of their cases, 10,000 resamples. It assumes
+    independent patients, and with few of them it is too narrow (at 8 normally distributed cases it
+    covers 89 %, at 40 94 %).
 
     Args:
         values: One value a case; None and NaN are left out and counted.
         seed: Of the resampling.
+        patients: The patient of each case; None: each case is of another one.
 
     Returns:
-        ``mean, low, high`` (None without a value; no interval from a single one), ``n`` values
-        used, ``num_dropped``. Source: Efron & Tibshirani 1993, chapter 13.
+        ``mean, low, high`` (None without a value; no interval from a single patient), ``n`` values
+        used, their ``num_patients``, ``num_dropped``. Source: Efron & Tibshirani 1993, chapter 13.
     """
-    return _estimate(_to_array(values), seed)[0]
+    return _estimate(_to_array(values), seed, patients)[0]
 
 
-def paired_difference(a: Values, b: Values, seed: int = 0) -> Difference:
+def paired_difference(
+    a: Values, b: Values, seed: int = 0, patients: Sequence[str] | None = None
+) -> Difference:
     """Return the mean of a - b over cases, with the 95 % interval of the paired bootstrap.
 
     Args:
-        a: One value a case, averaged over seeds before.
-        b: The same cases in the same order; a pair with None or NaN is left out and counted.
+        a: The dice of each case, averaged over seeds before; None or NaN: n/a.
+        b: The same cases in the same order; see the policy above for n/a. Pairs without a value on
+            both sides are left out and counted.
         seed: Of the resampling.
+        patients: As in ``bootstrap_mean``.
 
     Returns:
         As ``bootstrap_mean``, and ``p``: twice the smaller share of resampled means on one side
@@ -240,7 +254,9 @@ def paired_difference(a: Values, b: Values, seed: int = 0) -> Difference:
     left, right = _to_array(a), _to_array(b)
     if left.shape != right.shape:
         raise ValueError(f"pairs need the same cases, got {len(left)} and {len(right)}")
-    estimate, means = _estimate(left - right, seed)
+    alarm = np.isfinite(left) != np.isfinite(right)
+    left, right = (np.where(alarm & np.isnan(side), 1.0, side) for side in (left, right))
+    estimate, means = _estimate(left - right, seed, patients)
     if len(means) == 0:
         return {**estimate, "p": None}
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
@@ -250,13 +266,14 @@ def paired_difference(a: Values, b: Values, seed: int = 0) -> Difference:
 def judge(difference: Difference | None) -> Verdict:
     """Return the verdict on a paired difference between a model and its baseline.
 
-    "gain" needs at least 8 cases that were not trained on and a 95 % interval above zero.
+    "gain" needs cases of at least 8 patients that were not trained on and a 95 % interval above
+    zero.
 
     Args:
         difference: Of ``paired_difference``, over cases that were not trained on; None where
             there is nothing to compare.
     """
-    if difference is None or difference["n"] < MIN_CASES_FOR_VERDICT:
+    if difference is None or difference["num_patients"] < MIN_CASES_FOR_VERDICT:
         return "not measured"
     low = difference["low"]
     return "gain" if low is not None and low > 0 else "no gain"
@@ -282,7 +299,8 @@ def read_table(path: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return [
-            {"case_id": row.pop("case_id")} | {k: float(v) if v else None for k, v in row.items()}
+            {"case_id": row["case_id"], "patient_id": row.get("patient_id") or row["case_id"]}
+            | {k: float(v) if v else None for k, v in row.items() if not k.endswith("_id")}
             for row in rows
         ]
     except (OSError, KeyError, ValueError, TypeError) as error:
@@ -297,23 +315,43 @@ def _to_array(values: Values) -> NDArray[np.float64]:
     return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
 
 
-def _estimate(values: NDArray[np.float64], seed: int) -> tuple[Estimate, NDArray[np.float64]]:
-    """Return the estimate over finite values and the resampled means (empty below two values)."""
-    kept = values[np.isfinite(values)]
-    mean = float(kept.mean()) if len(kept) else None
-    means = _resample_means(kept, seed) if len(kept) > 1 else np.empty(0)
+def _estimate(
+    values: NDArray[np.float64], seed: int, patients: Sequence[str] | None
+) -> tuple[Estimate, NDArray[np.float64]]:
+    """Return the estimate over finite values and the resampled means (empty below two patients)."""
+    is_known = np.isfinite(values)
+    kept = values[is_known]
+    names = np.arange(len(values)) if patients is None else np.array(patients)
+    _, owner = np.unique(names[is_known], return_inverse=True)
+    sums, sizes = np.bincount(owner, kept), np.bincount(owner)
+    means = _resample_means(sums, sizes, seed) if len(sums) > 1 else np.empty(0)
     low, high = np.percentile(means, [2.5, 97.5]).tolist() if len(means) else (None, None)
-    num_dropped = len(values) - len(kept)
-    return Estimate(mean=mean, low=low, high=high, n=len(kept), num_dropped=num_dropped), means
+    estimate = Estimate(
+        mean=float(kept.mean()) if len(kept) else None,
+        low=low,
+        high=high,
+        n=len(kept),
+        num_patients=len(sums),
+        num_dropped=len(values) - len(kept),
+    )
+    return estimate, means
 
 
-def _resample_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Return the means of NUM_RESAMPLES draws of len(values) cases with replacement."""
+def _resample_means(
+    sums: NDArray[np.float64], sizes: NDArray[np.int_], seed: int
+) -> NDArray[np.float64]:
+    """Return the means over cases of NUM_RESAMPLES draws of as many patients, with replacement.
+
+    Args:
+        sums: (P,), the sum over the cases of each patient.
+        sizes: (P,), how many cases these are.
+        seed: Of the draws.
+    """
     rng = np.random.default_rng(seed)
-    size = len(values)
-    step = max(1, 2_000_000 // size)  # bounds the memory of one block of draws
-    blocks = [
-        values[rng.integers(0, size, (min(step, NUM_RESAMPLES - start), size))].mean(axis=1)
-        for start in range(0, NUM_RESAMPLES, step)
-    ]
+    number = len(sums)
+    step = max(1, 2_000_000 // number)  # bounds the memory of one block of draws
+    blocks = []
+    for start in range(0, NUM_RESAMPLES, step):
+        drawn = rng.integers(0, number, (min(step, NUM_RESAMPLES - start), number))
+        blocks.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     return np.concatenate(blocks)

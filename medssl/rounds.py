@@ -199,7 +199,9 @@ def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
 def _read_sources(case: CachedCase) -> list[object]:
     """Return the hashes of the files that a cached case was made from."""
     sources: list[object] = [read_json(case.folder / "meta.json")["sources"]]
-    return [*sources, read_json(case.folder / "label.json")] if case.has_label else sources
+    if case.label_folder is not None:
+        sources.append(read_json(case.label_folder / "label.json"))
+    return sources
 
 
 def _describe(

@@ -25,13 +25,13 @@ from medssl.predict import Model, ModelInfo, load_model, predict_probs, save_mod
 from medssl.pseudo.gates import Expectation, expect_from
 from medssl.pseudo.label import read_review, weigh_cases
 from medssl.pseudo.store import draw_probs, measure_agreement
-from medssl.pseudo.transport import fit_potentials, shrink_prior
+from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
 from medssl.runs import StopFlag, is_done, seed_from, write_json
 from medssl.train import find_model_folder, train
 
 TRANSPORT_STEPS = 500
 MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
-LEAST_SHARE = 1e-4  # of a class in the prior that pseudo-labels are assigned towards
+LEAST_SHARE = 1e-6  # of a class in the prior that pseudo-labels are assigned towards
 
 
 class StopRequested(Exception):  # noqa: N818  # it is no error
@@ -222,14 +222,16 @@ def _build_objective(
     if not folders or teacher is None:
         return kind(network, run.config, run.class_names, labeled)
     pool = draw_probs(folders)
+    counts = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes)
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)
     if section.prior == "calibrated":
-        found = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes) / len(pool)
+        found = counts / len(pool)
         ratio = torch.ones_like(labeled)
         if teacher == 0:  # a student's volumes in cases that it saw twice say little of the pool
             ratio = labeled / _measure_shares(run, teacher)
         prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
     potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
+    potentials = spare_rare(potentials, counts)
     return kind(network, run.config, run.class_names, prior, potentials)
 
 
@@ -253,11 +255,14 @@ def predict_members(run: Run, members: Sequence[Model], image: torch.Tensor) -> 
 
 
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
-    """Return the mean share of each class in what a teacher says of the labeled cases."""
+    """Return the mean share of each class in what a teacher says of the annotated voxels."""
     shares = []
-    for probs in _ask(run, teacher, run.labeled):
-        counts = torch.bincount(probs[0].argmax(0).flatten(), minlength=run.plan.num_classes)
-        shares.append(counts / counts.sum())
+    for case, probs in zip(run.labeled, _ask(run, teacher, run.labeled), strict=True):
+        annotated = torch.from_numpy(np.asarray(case.label()) != IGNORE)
+        classes = probs[0].argmax(0)[annotated]
+        counts = torch.bincount(classes, minlength=run.plan.num_classes)
+        if len(classes):
+            shares.append(counts / counts.sum())
     return complete_shares(torch.stack(shares).mean(0)[1:])
 
 
@@ -345,7 +350,7 @@ def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
 
 def expect(run: Run) -> Expectation:
     """Return what the labeled cases lead one to expect of a pseudo-label."""
-    labels = [label for case in run.labeled if (label := case.label()) is not None]
+    labels = (label for case in run.labeled if (label := case.label()) is not None)
     return expect_from(labels, run.plan.num_classes)
 
 

@@ -29,9 +29,9 @@ PHANTOMS = {
     "num_labeled": 4,
     "num_unlabeled": 12,
     "num_test": 12,
-    "shape": (40, 48, 32),
+    "shape": (32, 40, 28),
 }
-PHANTOM_SETTINGS = ["steps=320", "plan.flips=[]"]
+PHANTOM_SETTINGS = ["steps=160", "plan.flips=[]", "plan.patch_size=[24,32,24]"]
 
 
 def read_dice(folder: Path) -> dict[str, float]:

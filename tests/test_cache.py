@@ -154,6 +154,24 @@ def test_a_changed_label_is_read_again_and_the_image_is_not(tmp_path, watch):
     assert len(watch["images"]) == 1
 
 
+def find_file(case, name):
+    (path,) = case.folder.rglob(name)
+    return path
+
+
+def test_what_a_run_reads_is_not_changed_by_another(tmp_path):
+    case = write_case(tmp_path / "data")
+    mine = build([case], tmp_path)["a"]
+    image, label, voxels = np.array(mine.image()), np.array(mine.label()), mine.class_voxels()
+    build([case], tmp_path, label_values=(0, 9, 4))  # another label map
+    build([write_case(tmp_path / "other", seed=7)], tmp_path)  # another data set, same case_id
+    np.testing.assert_array_equal(mine.image(), image)
+    np.testing.assert_array_equal(mine.label(), label)
+    assert {k: v.tolist() for k, v in mine.class_voxels().items()} == {
+        k: v.tolist() for k, v in voxels.items()
+    }
+
+
 def test_other_label_values_read_the_label_again(tmp_path):
     case = write_case(tmp_path / "data")
     first = np.array(build([case], tmp_path)["a"].label())
@@ -165,7 +183,7 @@ def test_other_label_values_read_the_label_again(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "other"])
 def test_a_damaged_file_is_silently_made_again(tmp_path, name, damage):
     case = write_case(tmp_path / "data")
-    path = build([case], tmp_path)["a"].folder / name
+    path = find_file(build([case], tmp_path)["a"], name)
     whole = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -180,7 +198,7 @@ def test_a_damaged_file_is_silently_made_again(tmp_path, name, damage):
 @pytest.mark.parametrize("name", ["meta.json", "label.json"])
 def test_an_entry_without_its_last_file_is_not_believed(tmp_path, watch, name):
     case = write_case(tmp_path / "data")
-    path = build([case], tmp_path)["a"].folder / name
+    path = find_file(build([case], tmp_path)["a"], name)
     for damaged in ("", "[1]", "{}"):
         path.write_text(damaged)
         build([case], tmp_path)
@@ -284,7 +302,7 @@ def test_builders_of_the_same_entry_do_no_harm(tmp_path):
         builder.join()
     found = build([case], tmp_path)["a"]
     assert results == {(np.array(found.image()).tobytes(), np.array(found.label()).tobytes())}
-    assert {path.name for path in found.folder.iterdir()} == {
+    assert {path.name for path in found.folder.rglob("*") if path.is_file()} == {
         "image.npy",
         "meta.json",
         "label.npy",

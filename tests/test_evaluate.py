@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from medssl import evaluate
+from medssl.compare import compare
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, read_dataset
 from medssl.data.io import read_label, write_mask
@@ -37,6 +38,7 @@ VALUES = (0, 3, 7)
 NAMES = {0: "background", 1: "organ", 2: "tumor"}
 COLUMNS = [
     "case_id",
+    "patient_id",
     *(
         f"{metric}/{name}"
         for metric in (
@@ -136,13 +138,18 @@ def test_a_perfect_model_scores_1_and_0(data: Path, model: Any, tmp_path: Path) 
     assert "organ" in render(summary)
 
 
+def make_case(index: int) -> Case:
+    """Return a case that is a name only."""
+    return Case(str(index), (), None, str(index))
+
+
 def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
     empty, both, organ = np.zeros((3, 4, 4, 4), np.uint8)
     both[0], both[1] = 1, 2
     organ[0] = 1
     pairs = [(both, both), (organ, both), (both, organ), (organ, organ), (empty, empty)]
     rows = [
-        tabulate(str(index), case_metrics(ours, theirs, (1.0, 1.0, 1.0), 3), {1: "a", 2: "b"})
+        tabulate(make_case(index), case_metrics(ours, theirs, (1.0, 1.0, 1.0), 3), {1: "a", 2: "b"})
         for index, (ours, theirs) in enumerate(pairs)
     ]
     summary = summarize(rows)
@@ -162,7 +169,7 @@ def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
 
 def test_without_spacing_columns_end_in_px() -> None:
     mask = np.ones((3, 3, 3), np.uint8)
-    row = tabulate("x", case_metrics(mask, mask, None, 2), {1: "a"}, in_mm=False)
+    row = tabulate(make_case(0), case_metrics(mask, mask, None, 2), {1: "a"}, in_mm=False)
     expected = ["hd95_px/a", "area_px/a", "reference_px/a"]
     assert [column for column in row if "_px" in column] == expected
     assert not [column for column in row if "_mm" in column or "_ml" in column]
@@ -172,8 +179,8 @@ def test_without_spacing_columns_end_in_px() -> None:
 
 def test_a_table_read_back_is_the_table_written(tmp_path: Path) -> None:
     rows: list[Row] = [
-        {"case_id": "a,b", "dice/x, y": 0.25, "missed/x, y": 0, "dice": None},
-        {"case_id": "c", "dice/x, y": None, "missed/x, y": 1, "dice": 0.5},
+        {"case_id": "a,b", "patient_id": "a", "dice/x, y": 0.25, "missed/x, y": 0, "dice": None},
+        {"case_id": "c", "patient_id": "1", "dice/x, y": None, "missed/x, y": 1, "dice": 0.5},
     ]
     write_tables(tmp_path, rows, {})
     assert read_table(tmp_path / "per_case.csv") == rows
@@ -247,14 +254,17 @@ def test_an_interrupted_evaluation_leaves_no_table(
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_scans_of_one_patient_are_said_not_to_be_independent(
-    data: Path, model: Any, tmp_path: Path
-) -> None:
+def test_intervals_and_verdicts_count_patients(data: Path, model: Any, tmp_path: Path) -> None:
     cases = [
         Case(c.case_id, c.images, c.label, patient_id="p1") for c in read_dataset(data).cases[:3]
     ]
-    notes = evaluate_model(model, cases, tmp_path, report=quiet)["notes"]
-    assert any("3 cases are of 1 patients" in note for note in notes)
+    summary = evaluate_model(model, cases, tmp_path, report=quiet)
+    assert (summary["num_cases"], summary["num_patients"]) == (3, 1)
+    assert summary["dice"]["low"] is None, "one patient has no spread"
+    assert "3 cases of 1 patients" in render(summary)
+    write_tables(tmp_path / "other", read_table(tmp_path / "per_case.csv"), summary)
+    _, rows = compare([tmp_path / "per_case.csv", tmp_path / "other"])
+    assert rows[1]["difference"]["num_patients"] == 1
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +31,15 @@ def classes_of(organ=20, lesion=5):
     return classes.reshape(10, 10, 1)
 
 
-def review(classes=None, confidence=0.99, doubt=0.0, agreement=None, probs=None, **section):
+def review(
+    classes=None,
+    confidence=0.99,
+    doubt=0.0,
+    agreement=None,
+    probs=None,
+    expectation=EXPECTATION,
+    **section,
+):
     classes = classes_of() if classes is None else classes
     probs = one_hot(classes, confidence) if probs is None else probs
     uncertainty = np.full(classes.shape, doubt, np.float32)
@@ -41,7 +50,7 @@ def review(classes=None, confidence=0.99, doubt=0.0, agreement=None, probs=None,
         {} if agreement is None else {"organ": agreement},
         0.5,
         NAMES,
-        EXPECTATION,
+        expectation,
         FilterSection(**section),
     )
 
@@ -55,6 +64,41 @@ def test_labeled_cases_lead_one_to_expect_presence_and_share():
     found = expect_from(labels, 3)
     assert found.presence == {1: 1.0, 2: 0.5}
     assert found.share == pytest.approx({1: 0.3, 2: 0.05})
+
+
+def test_voxels_that_nobody_annotated_count_nowhere():
+    whole = classes_of(20, 10).astype(np.uint8)
+    tenth = whole.copy()
+    tenth.reshape(-1)[np.arange(100) % 10 > 0] = 255  # 2, 1 and 7 voxels are left
+    nothing = np.full_like(whole, 255)
+    found = expect_from([whole, tenth, nothing], 3)
+    assert found.share == pytest.approx({1: 0.2, 2: 0.1})
+    assert found.presence == {1: 1.0, 2: 1.0}
+    assert not found.has_empty
+    assert expect_from([nothing], 3) == Expectation({1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0})
+
+
+def test_labels_are_looked_at_one_after_the_other():
+    alive = []
+
+    def draw():
+        for _ in range(3):
+            label = classes_of().astype(np.uint8)
+            alive.append(weakref.ref(label))
+            assert sum(r() is not None for r in alive) <= 2, "this one, and the loop's last"
+            yield label
+            del label
+
+    assert expect_from(draw(), 3).share == pytest.approx({1: 0.2, 2: 0.05})
+
+
+def test_an_empty_pseudo_label_is_believed_where_labeled_cases_are_empty_too():
+    healthy, ill = classes_of(0, 0).astype(np.uint8), classes_of(20, 5).astype(np.uint8)
+    expectation = expect_from([healthy, ill], 3)
+    assert expectation.has_empty
+    assert review(classes_of(0, 0), expectation=expectation).accepted
+    assert review(np.ones((10, 10, 1), np.int64), expectation=expectation).reason
+    assert not expect_from([ill], 3).has_empty
 
 
 def test_a_good_pseudo_label_is_accepted_with_its_numbers():

@@ -350,14 +350,50 @@ def test_missing_values_are_left_out_and_counted() -> None:
     estimate = bootstrap_mean([0.5, None, 0.7, float("nan")])
     assert estimate["mean"] == pytest.approx(0.6)
     assert (estimate["n"], estimate["num_dropped"]) == (2, 2)
-    difference = paired_difference([0.5, None, 0.7], [0.4, 0.1, None])
-    assert difference["mean"] == pytest.approx(0.1)
-    assert (difference["n"], difference["num_dropped"]) == (1, 2)
+    difference = paired_difference([0.5, None, 0.7], [0.4, None, 0.5])
+    assert difference["mean"] == pytest.approx(0.15)
+    assert (difference["n"], difference["num_dropped"]) == (2, 1)
+
+
+def test_false_alarms_on_healthy_cases_are_in_the_paired_difference() -> None:
+    base: list[float | None] = [0.6] * 10 + [None] * 20
+    better_but_alarmed: list[float | None] = [0.65] * 10 + [0.0] * 20
+    difference = paired_difference(better_but_alarmed, base)
+    assert difference["mean"] == pytest.approx((10 * 0.05 - 20) / 30)
+    assert (difference["n"], difference["num_dropped"]) == (30, 0)
+    assert judge(difference) == "no gain"
+    assert judge(paired_difference(base, better_but_alarmed)) == "gain"
+
+
+def test_patients_are_drawn_with_all_of_their_scans() -> None:
+    rng = np.random.default_rng(0)
+    per_patient = rng.normal(0.7, 0.1, 10)
+    values = np.repeat(per_patient, 8).tolist()
+    patients = [f"p{index // 8}" for index in range(80)]
+    of_scans, of_patients = bootstrap_mean(values), bootstrap_mean(values, patients=patients)
+    assert of_patients["mean"] == pytest.approx(of_scans["mean"])
+    assert (of_patients["n"], of_patients["num_patients"]) == (80, 10)
+    assert of_scans["num_patients"] == 80
+    alone = bootstrap_mean(per_patient.tolist())  # eight copies of a patient say no more than one
+    assert of_patients["low"] == pytest.approx(alone["low"])
+    assert of_patients["high"] == pytest.approx(alone["high"])
+
+
+def test_patients_of_many_scans_weigh_as_much_as_their_scans() -> None:
+    estimate = bootstrap_mean([0.0, 1.0, 1.0, 1.0], patients=["a", "b", "b", "b"])
+    assert (estimate["mean"], estimate["low"], estimate["high"]) == (0.75, 0.0, 1.0)
+
+
+def test_many_scans_of_few_patients_are_no_evidence() -> None:
+    base, better = [0.5] * 20, [0.6] * 20
+    patients = [f"p{index % 2}" for index in range(20)]
+    assert judge(paired_difference(better, base)) == "gain"
+    assert judge(paired_difference(better, base, patients=patients)) == "not measured"
 
 
 def test_too_few_values_give_no_interval() -> None:
     assert bootstrap_mean([]) == {
-        "mean": None, "low": None, "high": None, "n": 0, "num_dropped": 0
+        "mean": None, "low": None, "high": None, "n": 0, "num_patients": 0, "num_dropped": 0
     }  # fmt: skip
     one = paired_difference([0.5], [0.25])
     assert (one["mean"], one["low"], one["high"], one["p"]) == (0.25, None, None, None)
@@ -370,8 +406,8 @@ def test_the_same_values_give_the_same_interval() -> None:
 
 
 def test_the_block_size_of_the_resampling_changes_no_shape() -> None:
-    values = np.linspace(0.0, 1.0, 5000)
-    assert metrics._resample_means(values, 0).shape == (metrics.NUM_RESAMPLES,)
+    values, sizes = np.linspace(0.0, 1.0, 5000), np.ones(5000, int)
+    assert metrics._resample_means(values, sizes, 0).shape == (metrics.NUM_RESAMPLES,)
 
 
 CASES = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=20)
@@ -428,5 +464,5 @@ def test_a_gain_needs_eight_cases_and_an_interval_above_zero() -> None:
     assert judge(paired_difference(mixed, base)) == "no gain"
     assert judge(paired_difference(base, base)) == "no gain"
     assert judge(paired_difference(better[:7], base[:7])) == "not measured"
-    assert judge(paired_difference([None, *better[1:]], base)) == "not measured"
+    assert judge(paired_difference([None, *better[1:]], [None, *base[1:]])) == "not measured"
     assert judge(None) == "not measured"

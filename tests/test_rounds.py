@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     models = [teachers.load_model(p) for p in (folder / "round_0", second)]
     (case_id, *_) = sorted(p.name for p in (folder / "round_0" / "pseudo_labels").iterdir())
     probs, doubt = read_pseudo_label(folder / "round_0" / "pseudo_labels" / case_id)
-    (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/image.npy")
+    (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/*/image.npy")
     tensor = torch.from_numpy(np.load(image).astype(np.float32))[None]
     window = ((16, 16, 16), models[0].info.precision)
     own = [teachers.predict_probs(m.network, tensor, *window)[0].numpy() for m in models]
@@ -266,6 +267,18 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
     assert seen["prior"].sum().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_what_a_teacher_says_where_nobody_annotated_plays_no_part(monkeypatch):
+    label = np.zeros((4, 4, 4), np.uint8)
+    label[0], label[2:] = 1, 255
+    probs = torch.zeros(1, 3, 4, 4, 4)
+    probs[:, 1, :1], probs[:, 0, 1:2], probs[:, 2, 2:] = 1, 1, 1
+    case = SimpleNamespace(label=lambda: label)
+    run = SimpleNamespace(labeled=(case,), plan=SimpleNamespace(num_classes=3))
+    monkeypatch.setattr(students, "_ask", lambda *_: iter([probs]))
+    shares = students._measure_shares(run, 0)
+    assert shares.tolist() == pytest.approx([0.5, 0.5, students.LEAST_SHARE], abs=1e-5)
+
+
 def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, monkeypatch):
     seen = []
     matrix = [[0.7 if i == j else 0.1 for j in range(4)] for i in range(4)]
@@ -281,10 +294,10 @@ def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, 
     start(*common, losses, "target.assignment=transport", name="shifted")
     (target, label), (shifted, _) = seen
     (case_id,) = read_json(folder / "splits.json")["val"]
-    (path,) = (folder.parent / "cache").glob(f"**/{case_id}*/label.npy")
+    (path,) = (folder.parent / "cache").glob(f"**/{case_id}*/*/*/label.npy")
     assert np.array_equal(label[0].numpy(), np.load(path))
     teacher = teachers.load_model(folder / "round_0")
-    image = torch.from_numpy(np.load(path.parent / "image.npy").astype(np.float32))[None]
+    image = torch.from_numpy(np.load(path.parents[1] / "image.npy").astype(np.float32))[None]
     probs = teachers.predict_probs(teacher.network, image, (16, 16, 16), teacher.info.precision)
     assert torch.equal(target.argmax(0), probs[0].argmax(0))
     assert set(target.unique().tolist()) <= {0.0, 1.0}

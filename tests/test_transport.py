@@ -15,6 +15,7 @@ from medssl.pseudo.transport import (
     assign,
     fit_potentials,
     shrink_prior,
+    spare_rare,
 )
 
 PRIOR = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
@@ -28,6 +29,17 @@ def draw_probs(*shape, seed=0, scale=1.5):
 
 def transport(probs, prior=PRIOR, epsilon=0.1, rho=1.0, iterations=50):
     return assign(probs, fit_potentials(probs, prior, epsilon, rho, iterations), epsilon)
+
+
+def test_a_class_of_few_voxels_is_neither_favored_nor_penalized():
+    probs = torch.softmax(torch.tensor([3.0, 1.0, -8.0]) + torch.zeros(2000, 3), 1)
+    probs[:3] = torch.tensor([0.1, 0.1, 0.8])
+    log_v = fit_potentials(probs, torch.tensor([0.5, 0.3, 0.2]), 0.1, 10.0, 500)
+    spared = spare_rare(log_v, torch.bincount(probs.argmax(1), minlength=3))
+    assert assign(probs, log_v, 0.1)[:, 2].mean() > 0.05, "out of three voxels of 2,000"
+    assert assign(probs, spared, 0.1).argmax(1).eq(2).sum() == 3
+    many = torch.tensor([1000, 500, 500])
+    assert torch.equal(spare_rare(log_v, many), log_v)
 
 
 def solve_with_pot(probs, prior, epsilon, rho):

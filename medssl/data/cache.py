@@ -1,9 +1,11 @@
 """Every scan preprocessed once, kept as memory maps that never lie about their source.
 
-Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_id>/`. The image
-is described by `meta.json`, the label by `label.json`; each is written last and names the bytes
-that it was made from, so what exists is whole. Every file is replaced, never overwritten:
-several processes may build one entry, and maps that are open stay valid.
+Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_id>/<hash of the
+scan's bytes>/`, in which each reading of a label has a folder of its own: another scan of the same
+name, another label map or a corrected label never changes what a run is reading. The image is
+described by `meta.json`, the label by `label.json`; each is written last, so what exists is whole.
+Every file is replaced, never overwritten: several processes may build one entry, and maps that are
+open stay valid.
 """
 
 import zipfile
@@ -51,7 +53,7 @@ class CachedCase:
         native_shape: Shape (I, J, K) of the scan.
         native_affine: Affine (4, 4) of the scan.
         percentiles: The 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
-        has_label: Whether this run may open a label; False for every unlabeled case.
+        label_folder: Folder of the label; None for every case whose label this run may not open.
         has_spacing: Whether a spacing is known; False for a picture, on the identity affine.
         mask_suffix: Suffix of the files of its masks: that of its own format.
     """
@@ -63,9 +65,14 @@ class CachedCase:
     native_shape: Shape
     native_affine: Affine
     percentiles: tuple[tuple[float, float, float], ...]
-    has_label: bool
+    label_folder: Path | None
     has_spacing: bool = True
     mask_suffix: str = ".nii.gz"
+
+    @property
+    def has_label(self) -> bool:
+        """Whether this run may open a label."""
+        return self.label_folder is not None
 
     @property
     def spacing(self) -> Spacing:
@@ -78,13 +85,13 @@ class CachedCase:
 
     def label(self) -> NDArray[np.uint8] | None:
         """Map the classes (I, J, K), 255 = ignore; None for an unlabeled case."""
-        return _map(self.folder / "label.npy") if self.has_label else None
+        return None if self.label_folder is None else _map(self.label_folder / "label.npy")
 
     def class_voxels(self) -> dict[int, NDArray[np.int32]]:
         """Return up to 10,000 voxels (n, 3) of each foreground class that the label has."""
-        if not self.has_label:
+        if self.label_folder is None:
             return {}
-        with np.load(self.folder / "class_voxels.npz", allow_pickle=False) as stored:
+        with np.load(self.label_folder / "class_voxels.npz", allow_pickle=False) as stored:
             return {int(index): stored[index] for index in stored.files}
 
 
@@ -122,11 +129,13 @@ def build_cache(
         try:
             if Path(case.case_id).name != case.case_id:
                 raise InputError("a case_id names a folder: rename it without path separators")
-            entry = entries / case.case_id
-            meta = _open_image(entry, case, recipe, num_channels)
+            sources = [_hash_source(path) for path in case.images]
+            entry = entries / case.case_id / hash_json(sources)[:16]
+            meta = _open_image(entry, case, sources, recipe, num_channels)
+            label_folder = None
             if case.label is not None:
-                _open_label(entry, case, case.label, meta, label_values, ignore)
-            cached[case.case_id] = _describe(entry, case, meta)
+                label_folder = _open_label(entry, case, case.label, meta, label_values, ignore)
+            cached[case.case_id] = _describe(entry, label_folder, case, meta)
         except InputError as error:
             problems.append(f"  {case.case_id}: {error}")
         if report is not None:
@@ -139,10 +148,9 @@ def build_cache(
 
 
 def _open_image(
-    entry: Path, case: Case, recipe: Preprocessing, num_channels: int
+    entry: Path, case: Case, sources: list[str], recipe: Preprocessing, num_channels: int
 ) -> dict[str, Any]:
-    """Return the description of a cached image, made anew if it is not whole and current."""
-    sources = [_hash_source(path) for path in case.images]
+    """Return the description of a cached image, made anew if it is not whole."""
     meta = _read(entry / "meta.json")
     if (
         meta is not None
@@ -174,8 +182,8 @@ def _open_label(
     meta: dict[str, Any],
     label_values: tuple[int, ...],
     ignore: int | None,
-) -> None:
-    """Make a cached label and its voxel lists anew if they are not whole and current."""
+) -> Path:
+    """Return the folder of a label and its voxel lists, made anew if they are not whole."""
     shape: Shape = tuple(meta["shape"])
     made_from = {
         "source": _hash_source(path),
@@ -184,21 +192,23 @@ def _open_label(
         "affine": meta["affine"],
         "native_affine": meta["native_affine"],
     }
-    stored = entry / "label.npy"
-    voxels = entry / "class_voxels.npz"
-    is_current = _read(entry / "label.json") == made_from
+    folder = entry / f"label_{hash_json(made_from)[:16]}"
+    stored = folder / "label.npy"
+    voxels = folder / "class_voxels.npz"
+    is_current = _read(folder / "label.json") == made_from
     if is_current and _is_whole(stored, np.uint8, shape) and _is_archive(voxels):
-        return
+        return folder
     classes, affine = read_label(path, label_values, ignore)
     native = np.asarray(meta["native_affine"])
     _compare(path, classes.shape, affine, tuple(meta["native_shape"]), native)
     # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
     label = preprocess_label(classes, native, shape, np.asarray(meta["affine"]))
-    (entry / "label.json").unlink(missing_ok=True)
+    (folder / "label.json").unlink(missing_ok=True)
     _save(stored, label)
     found: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
     write_file(voxels, lambda temporary: np.savez(temporary, **found))
-    write_json(entry / "label.json", made_from)
+    write_json(folder / "label.json", made_from)
+    return folder
 
 
 def _compare(
@@ -218,7 +228,9 @@ def _compare(
         )
 
 
-def _describe(entry: Path, case: Case, meta: dict[str, Any]) -> CachedCase:
+def _describe(
+    entry: Path, label_folder: Path | None, case: Case, meta: dict[str, Any]
+) -> CachedCase:
     """Return the record of a cached case."""
     return CachedCase(
         case_id=case.case_id,
@@ -228,7 +240,7 @@ def _describe(entry: Path, case: Case, meta: dict[str, Any]) -> CachedCase:
         native_shape=tuple(meta["native_shape"]),
         native_affine=np.asarray(meta["native_affine"], dtype=np.float64),
         percentiles=tuple((low, middle, high) for low, middle, high in meta["percentiles"]),
-        has_label=case.label is not None,
+        label_folder=label_folder,
         has_spacing=not any(is_picture(path) for path in case.images),
         mask_suffix=name_mask_suffix(case.images[0]),
     )

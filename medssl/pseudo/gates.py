@@ -6,16 +6,16 @@ that the next student would agree with; nothing later would notice. Axes: I J K 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medssl.config import FilterSection
+from medssl.config import IGNORE, FilterSection
 
-OFTEN = 0.5  # share of labeled cases that makes a class an expected one
+OFTEN = 0.9  # share of labeled cases above which a case without the class is suspect
 LEAST_ACCEPTED = 0.5  # share of cases
 LEAST_PRIOR = 0.2  # share of the class's labeled voxel share
 MOST_PRIOR = 5.0
@@ -28,13 +28,14 @@ class Expectation:
     """What labeled cases lead one to expect of a pseudo-label.
 
     ``presence`` and ``share`` give, per foreground class, the fraction of labeled cases that have
-    it and its mean fraction of a volume's voxels; ``single`` are the classes that are one piece
-    in every labeled case.
+    it and its mean fraction of their annotated voxels; ``single`` are the classes that are one
+    piece in every labeled case; ``has_empty`` says whether some labeled case has no foreground.
     """
 
     presence: Mapping[int, float]
     share: Mapping[int, float]
     single: frozenset[int] = frozenset()
+    has_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,30 @@ class CaseReview:
         return row | {f"{volume}/{name}": value for name, value in self.volume_ml.items()}
 
 
-def expect_from(labels: Sequence[NDArray[np.uint8]], num_classes: int) -> Expectation:
-    """Return what the labeled cases lead one to expect."""
-    shares = {
-        index: [float((label == index).mean()) for label in labels]
-        for index in range(1, num_classes)
-    }
+def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expectation:
+    """Return what the labeled cases lead one to expect, looking at one after the other.
+
+    Args:
+        labels: Classes (I, J, K) of each case; 255 is not annotated, and counts nowhere.
+        num_classes: Number of classes, with background.
+    """
+    classes = range(1, num_classes)
+    shares = []
+    single = set(classes)
+    for label in labels:
+        counts = np.bincount(label[label != IGNORE], minlength=num_classes)
+        if counts.sum():
+            shares.append(counts[1:num_classes] / counts.sum())
+            single = {index for index in single if _is_single(label == index)}
+    if not shares:
+        nothing = dict.fromkeys(classes, 0.0)
+        return Expectation(nothing, nothing)
+    table = np.array(shares)  # (cases, num_classes - 1)
     return Expectation(
-        presence={index: float(np.mean(np.array(s) > 0)) for index, s in shares.items()},
-        share={index: float(np.mean(s)) for index, s in shares.items()},
-        single=frozenset(
-            index
-            for index in range(1, num_classes)
-            if labels and all(_is_single(label == index) for label in labels)
-        ),
+        presence=dict(zip(classes, (table > 0).mean(0).tolist(), strict=True)),
+        share=dict(zip(classes, table.mean(0).tolist(), strict=True)),
+        single=frozenset(single),
+        has_empty=bool((table.sum(1) == 0).any()),
     )
 
 
@@ -199,7 +210,7 @@ def review_case(
     kept = {i: classes == i for i in names if i > 0}
     usual = {i for i, share in expectation.presence.items() if share > OFTEN}
     confidence = measure_confidence(probs, usual)
-    reason = _find_reason(classes, confidence, usual, names, section)
+    reason = _find_reason(classes, confidence, usual, expectation.has_empty, names, section)
     return CaseReview(
         case_id=case_id,
         accepted=not reason,
@@ -225,12 +236,15 @@ def _find_reason(
     classes: NDArray[np.intp],
     confidence: float,
     usual: Collection[int],
+    may_be_empty: bool,
     names: Mapping[int, str],
     section: FilterSection,
 ) -> str:
     """Return why a case is not used, or nothing."""
-    if classes.min() == classes.max():
-        return "empty" if classes.max() == 0 else f"constant: all {names[int(classes.max())]}"
+    if classes.max() == 0 and not may_be_empty:
+        return "empty"
+    if classes.min() == classes.max() > 0:
+        return f"constant: all {names[int(classes.max())]}"
     if confidence < section.case.confidence:
         return f"confidence {confidence:.2f} is below {section.case.confidence:g}"
     lost = [names[i] for i in sorted(usual) if not (classes == i).any()]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 LOWEST_LOG_PROB = math.log(1e-6)  # the resolution of a class that a teacher rules out
+LEAST_VOXELS = 50  # of a class in a pool of which its potential is believed
 MEMORY = 0.9  # of the running column sums, per update
 PRIOR_ERROR = 1e-3  # most by which the shares of a prior may miss the sum of 1
 
@@ -60,6 +61,19 @@ def fit_potentials(
     for _ in range(iterations):
         log_v = _relax(epsilon, rho) * (log_prior - _sum_columns(log_kernel, log_v))
     return log_v
+
+
+def spare_rare(log_v: Tensor, counts: Tensor) -> Tensor:
+    """Return potentials (C,) in which rare classes have that of class 0, the background.
+
+    The share of a class of which the pool holds hardly a voxel is chance, and so is its potential:
+    it is neither made larger nor smaller.
+
+    Args:
+        log_v: (C,), of `fit_potentials`.
+        counts: (C,), voxels of the pool in which each class is the most probable one.
+    """
+    return torch.where(counts.to(log_v.device) < LEAST_VOXELS, log_v[0], log_v)
 
 
 def assign(probs: Tensor, log_v: Tensor, epsilon: float) -> Tensor:

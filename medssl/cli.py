@@ -111,6 +111,8 @@ def show_config(
     """Print the resolved configuration, and where each value came from."""
     given = [*([first] if first else []), *(overrides or [])]
     source = given.pop(0) if given and "=" not in given[0] else None
+    if source is not None and not Path(source).exists():
+        raise InputError(f"{source}: no such file or folder; give DATA, CONFIG or key=value")
     print(render(load_config(source, given)))
 
 
@@ -179,8 +181,9 @@ def _train(
     split_cases(read_dataset(root, data.format, data.labels), data, resolved.config.validation)
     from medssl.rounds import prepare, run_training  # slow to import: after the quick mistakes
 
-    folder = run or Path("runs") / (root.resolve().stem or "run")
-    prepared = prepare(resolved, reload, None if restart else folder)
+    place = root.resolve()
+    folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
+    prepared = prepare(resolved, reload, None if restart or dry_run else folder)
     print(_describe_plan(prepared, folder), flush=True)
     if dry_run:
         print("\n" + render(prepared.resolved))
@@ -255,6 +258,10 @@ def predict(
 def evaluate(
     model: RunOrModel,
     data: Annotated[Path | None, typer.Argument(help="Labeled data; default: own test.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.KEY=VALUE]...", help="How to read DATA: data.ignore=255"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the tables.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Of surface Dice, in mm (pixels).")
@@ -275,7 +282,9 @@ def evaluate(
         return
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
-    print(render_summary(evaluate_data(model, data, out, tolerance=tolerance, device=chosen)))
+    settings = load_config(None, overrides or []).config.data
+    summary = evaluate_data(model, data, out, data=settings, tolerance=tolerance, device=chosen)
+    print(render_summary(summary))
 
 
 @app.command()

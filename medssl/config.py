@@ -9,13 +9,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 IGNORE = 255
 """Class index, inside the program, of voxels without supervision."""
@@ -55,6 +63,18 @@ class DataSection(Section):
     split_seed: int = 0
     draw: int = 0
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _check_labels(cls, labels: object) -> object:
+        """Refuse names in the place of values, the mistake that is made most."""
+        for value, name in labels.items() if isinstance(labels, dict) else ():
+            if not re.fullmatch(r"-?\d+", str(value)) or not isinstance(name, str):
+                raise ValueError(
+                    f'expected values with names, as data.labels.1=liver or "{{1: liver}}", got '
+                    f"{value!r}: {name!r}"
+                )
+        return labels
+
 
 class PlanSection(Section):
     """What the plan decides unless it is given: spacing in mm, patch_size in voxels.
@@ -63,8 +83,8 @@ class PlanSection(Section):
     """
 
     dimension: Auto | Literal[2, 3] = "auto"
-    spacing: Auto | tuple[float, float, float] | tuple[float, float] = "auto"
-    patch_size: Auto | tuple[int, int, int] | tuple[int, int] = "auto"
+    spacing: Auto | tuple[Positive, Positive, Positive] | tuple[Positive, Positive] = "auto"
+    patch_size: Auto | tuple[Count, Count, Count] | tuple[Count, Count] = "auto"
     normalization: Auto | Literal["zscore", "ct"] = "auto"
     flips: Auto | tuple[Literal[0, 1, 2], ...] = "auto"
 
@@ -213,6 +233,13 @@ class Ramp(Section):
     name: Literal["constant", "linear", "sigmoid"] = "sigmoid"
     start: Fraction = 0.0
     end: Fraction = 0.25
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Ramp:
+        """Refuse a ramp that ends before it starts."""
+        if self.start > self.end:
+            raise ValueError(f"start={self.start} lies behind end={self.end}")
+        return self
 
 
 Supervised = Literal["dice_ce", "ce", "dice"]
@@ -414,6 +441,12 @@ def _check_rest(config: Config) -> Iterator[str]:
             "without dropout the passes do not differ; set network.dropout=0.1 or "
             "filter.uncertainty.source=none"
         )
+    if doubt == "mc_dropout" and config.noise.dropout == 0.0:
+        yield (
+            "filter.uncertainty.source=mc_dropout needs noise.dropout above 0 (got 0.0), since "
+            "students teach and are reviewed too; leave it out, or set "
+            "filter.uncertainty.source=none"
+        )
     if doubt == "ensemble" and config.teacher.ensemble < 2:
         yield "filter.uncertainty.source=ensemble needs teacher.ensemble of 2 or more (got 1)"
     if config.train.schedule == "pretrain" and config.train.fine_tune.share == 0.0:
@@ -455,6 +488,21 @@ SHORTCUTS = {
     "device": "train.device",
 }
 """Keys that also work at the top level of the command line and of a YAML."""
+
+_OTHER_WORDS = {
+    "batch_size": "train.batch",
+    "learning_rate": "train.lr",
+    "epochs": "train.steps",
+    "iterations": "train.steps",
+    "max_steps": "train.steps",
+    "num_workers": "train.workers",
+    "gpu": "train.device",
+    "amp": "train.precision",
+    "model": "network.name",
+    "classes": "data.labels",
+    "roi_size": "plan.patch_size",
+}
+"""Keys of other programs, and what they are called here."""
 
 
 @dataclass(frozen=True)
@@ -687,7 +735,9 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             key = next(iter(_flatten({".".join(path): item["input"]})))
-            near = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]
+            last = key.split(".")[-1]
+            near = [name for name in valid if name.split(".")[-1] == last]
+            near = near or [name for name in [_OTHER_WORDS.get(last.lower())] if name]
             near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
             hint = (
                 f"did you mean {' or '.join(near)}?" if near else "`medssl config` lists all keys"

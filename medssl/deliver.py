@@ -12,7 +12,7 @@ import numpy as np
 from medssl.data.io import write_mask
 from medssl.predict import load_model, predict_probs
 from medssl.runs import read_json, write_json, write_state
-from medssl.students import Run, to_tensor
+from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
 
 MOST_REJECTED = 2  # rounds
@@ -36,13 +36,12 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
         _summarize(run, "round_0", message)
         set_status(run.folder, "stopped_by_gate")
         return Outcome("stopped_by_gate", "round_0", message)
-    chosen = passed[-1]
-    if run.val:
-        done = {r: read_json(run.round_folder(r) / "done.json")["final"] for r in passed}
-        chosen = max(passed, key=lambda r: (done[r].get("val/dice") or 0.0, r))
+    done = {r: read_json(run.round_folder(r) / "done.json")["final"] for r in passed}
+    measured = {r: done[r]["val/dice"] for r in passed if done[r].get("val/dice") is not None}
+    chosen = max(measured, key=lambda r: (measured[r], r)) if measured else passed[-1]
     _copy_model(run, chosen)
     by_gate = rejected >= MOST_REJECTED
-    how = "the best on the validation cases" if run.val else "the last that passed its gate"
+    how = "the best on the validation cases" if measured else "the last that passed its gate"
     message = f"delivered round {chosen}, {how}"
     if by_gate:
         message += f"; {rejected} rounds after it were rejected by their gates"
@@ -92,7 +91,7 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
         "delivered": delivered,
         "exit": message,
         "rounds": rounds,
-        "total_steps": sum(entry["steps"] for entry in rounds),
+        "total_steps": sum(e["steps"] * count_members(run, e["round"]) for e in rounds),
         "seconds": round(sum(entry["seconds"] for entry in rounds), 1),
         "baseline": {"round": 0, "steps": run.count_steps(0)},
         "labeled_cases": len(run.labeled),

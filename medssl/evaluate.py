@@ -232,8 +232,8 @@ def _measure(
     for number, case in enumerate(cases, 1):
         try:
             prediction = predict_case(model, case.images)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{case.case_id}: {error}") from error
+        except (FloatingPointError, InputError) as error:
+            raise type(error)(f"{case.case_id}: {error}") from error
         label, affine = _read_label(case, info.label_values, ignore)
         spacing = None if is_picture(case.images[0]) else grid_spacing(affine)
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)

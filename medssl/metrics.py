@@ -323,7 +323,8 @@ def _estimate(
     kept = values[is_known]
     names = np.arange(len(values)) if patients is None else np.array(patients)
     _, owner = np.unique(names[is_known], return_inverse=True)
-    sums, sizes = np.bincount(owner, kept), np.bincount(owner)
+    sums = np.asarray(np.bincount(owner, kept), dtype=np.float64)
+    sizes = np.bincount(owner)
     means = _resample_means(sums, sizes, seed) if len(sums) > 1 else np.empty(0)
     low, high = np.percentile(means, [2.5, 97.5]).tolist() if len(means) else (None, None)
     estimate = Estimate(

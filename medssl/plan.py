@@ -131,7 +131,7 @@ def make_plan(
     axes = [axis for axis in range(3) if axis != slice_axis]
     spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
     shapes = np.array([cache_grid(shape, affine, spacing)[0] for shape, affine in grids])
-    normalization = _choose_normalization(config, dataset, labels, labeled, reasons)
+    normalization = _choose_normalization(config, dataset, labels, labeled, has_spacing, reasons)
     in_plane = [step for step in spacing if step is not None]
     patch_size, network = _choose_network(
         config, shapes[:, axes], in_plane, (max(1, len(dataset.channels)), len(labels)),
@@ -209,8 +209,8 @@ def choose_device(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(
-            f"train.device={name}: not available here ({str(error).splitlines()[0]}); leave it out "
-            "for automatic choice, or run `medssl doctor`"
+            f"device {name}: not available here ({str(error).splitlines()[0]}); leave it out "
+            "(auto), or give cpu, cuda, cuda:1; `medssl doctor` says what there is"
         ) from error
     return name
 
@@ -300,6 +300,7 @@ def _choose_normalization(
     dataset: Dataset,
     labels: Mapping[int, str],
     labeled: Sequence[Case],
+    has_spacing: bool,
     reasons: list[str],
 ) -> tuple[Normalization, ...]:
     """Return how each channel is normalized: HU statistics for CT, z-score for all else."""
@@ -313,7 +314,9 @@ def _choose_normalization(
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     result = []
     for index, (name, kind) in enumerate(zip(channels, kinds, strict=True)):
-        reasons.append(f"channel {index} ({name or 'unknown'}): normalization {kind}")
+        is_guess = not name and has_spacing and config.plan.normalization == "auto"
+        hint = "; for CT in Hounsfield units plan.normalization=ct" if is_guess else ""
+        reasons.append(f"channel {index} ({name or 'unknown'}): normalization {kind}{hint}")
         if kind == "zscore":
             result.append(Normalization(kind="zscore"))
             continue

@@ -204,8 +204,12 @@ def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
 
 
 def needs_stability(run: Run, index: int) -> bool:
-    """Return whether the round after this one is taught by the stable cases only."""
-    return index < run.num_rounds and at_round(run.config.filter.case.stable, index) < 1.0
+    """Return whether this round may teach one that learns from its stable cases only.
+
+    That is the next one, or a later one if those between do not pass their gates.
+    """
+    later = range(index, run.num_rounds)
+    return any(at_round(run.config.filter.case.stable, entry) < 1.0 for entry in later)
 
 
 def _build_objective(

@@ -30,6 +30,7 @@ from medssl.runs import (
 from medssl.students import (
     Run,
     StopRequested,
+    count_members,
     expect,
     load_members,
     needs_stability,
@@ -142,7 +143,7 @@ def _finish_round(
         "round": index,
         "teacher": teacher,
         "steps": run.count_steps(index),
-        "seconds": _measure_seconds(journal, index),
+        "seconds": _measure_seconds(run, index),
         "gate": {"passed": gate.passed, "reasons": list(gate.reasons)},
         "num_labeled": len(run.labeled),
         "num_unlabeled": model_done["num_kept"],
@@ -157,12 +158,19 @@ def _finish_round(
                 shutil.rmtree(run.round_folder(earlier) / "pseudo_labels", ignore_errors=True)
 
 
-def _measure_seconds(journal: Journal, index: int) -> float:
-    """Return the seconds that the steps of a round took, over all sittings."""
-    seconds, before = 0.0, 0
-    for entry in journal.read():
-        rate = entry["metrics"].get("monitors/steps_per_second")
-        if entry["round"] == index and rate:
-            seconds += (entry["step"] - before) / rate
-            before = entry["step"]
+def _measure_seconds(run: Run, index: int) -> float:
+    """Return the seconds that the steps of a round's models took, over all sittings."""
+    journals = [run.folder / "metrics.jsonl"]
+    journals += [
+        find_model_folder(run.folder, index, member) / "metrics.jsonl"
+        for member in range(1, count_members(run, index))
+    ]
+    seconds = 0.0
+    for path in journals:
+        before = 0
+        for entry in Journal(path).read():
+            rate = entry["metrics"].get("monitors/steps_per_second")
+            if entry["round"] == index and rate:
+                seconds += (entry["step"] - before) / rate
+                before = entry["step"]
     return round(seconds, 1)

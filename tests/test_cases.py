@@ -268,6 +268,8 @@ def test_json_list_declares_channels_labels_and_ignore(tmp_path):
         ("case_id,image\nx,a.txt\n", "a.txt does not exist"),
         ("case_id,image\nx,cases.csv\n", "no scan that is read"),
         ("case_id,image,label\nx,a.nii.gz,mm.nii.gz\n", "did you mean"),
+        ('case_id,image,label\nx,a.nii.gz,"john\ny,a.nii.gz,\n', "not closed"),
+        ('case_id,image,label\nx,a.nii.gz,"jo\nhn"\ny,a.nii.gz,\n', "line 3: a value goes over"),
         ("case_id,image\n", "lists no case"),
         ("", "lists no case"),
     ],
@@ -282,6 +284,25 @@ def test_all_faults_of_a_list_are_named_at_once(tmp_path):
     assert "31 problems" in message
     assert all(f"gone{i}.nii.gz does not exist" in message for i in range(30))
     assert "c0 stands 2 times" in message
+
+
+def test_wrong_words_and_missing_files_of_a_list_stand_in_one_message(tmp_path):
+    message = refuse(write_list(tmp_path, "case_id,image,split\nx,gone.nii.gz,trian\n../y,a,\n"))
+    assert "4 problems" in message
+    for part in ("'trian'", "gone.nii.gz does not exist", "may not start with a dot", "a does not"):
+        assert part in message
+
+
+@pytest.mark.parametrize("name", ["labels/p1.seg.nrrd", "images/p9.MHA", "unlabeled/p8.mgz"])
+def test_scans_of_other_formats_are_not_passed_over(tmp_path, name):
+    touch(tmp_path, "images/p1.nii.gz", "labels/p1.nii.gz", "images/notes.txt", name)
+    assert f"{name}: a scan of another kind" in refuse(tmp_path)
+
+
+def test_a_link_to_nothing_is_not_passed_over(tmp_path):
+    touch(tmp_path, "images/p1.nii.gz", "images/p2.nii.gz", "labels/p1.nii.gz")
+    (tmp_path / "labels" / "p2.nii.gz").symlink_to("/archive/p2.nii.gz")
+    assert "labels/p2.nii.gz: a link to /archive/p2.nii.gz" in refuse(tmp_path)
 
 
 def test_a_list_that_is_not_utf8_or_not_json_is_refused(tmp_path):

@@ -308,6 +308,50 @@ def test_no_label_of_an_unlabeled_or_test_case_is_opened(scans, opened):
     assert [str(case.label) in opened for case in scans.cases] == [True, True, False, False]
 
 
+def test_non_finite_voxels_of_a_test_scan_are_found_before_the_training(scans):
+    image = make_image(0)
+    image[3] = np.nan
+    scans.add("labeled")
+    name = scans.add("test", image)
+    assert f"{name}: 35 of 210 voxels" in only(scans.check().problems)
+
+
+@pytest.mark.parametrize(("ignore", "name"), [(1, "liver"), (0, "background")])
+def test_the_value_of_a_class_cannot_mean_not_annotated(scans, ignore, name):
+    scans.add("labeled")
+    problem = only(scans.check(ignore=ignore).problems)
+    assert problem.startswith(f"data.ignore={ignore} is the value of {name}")
+
+
+def test_a_set_without_any_class_is_refused(scans):
+    scans.add("labeled", label=np.zeros(SHAPE, np.uint8))
+    assert "nothing to learn" in only(scans.check(labels=None).problems)
+    assert scans.check().problems == (), "a declared class may be in the other labels"
+
+
+def test_a_value_that_one_label_has_is_not_made_a_class_without_a_word(scans):
+    for _ in range(3):
+        scans.add("labeled")
+    assert scans.check(labels=None).warnings == ()
+    stray = make_label()
+    stray[0, 0, 0] = 205
+    scans.add("labeled", label=stray)
+    assert "205 in 1 of 4 labels" in only(scans.check(labels=None).warnings)
+    assert scans.check(labels={**LABELS, 205: "cyst"}).warnings == ()
+
+
+def test_scans_that_may_be_of_one_patient_are_asked_about(scans):
+    names = ("P01_pre", "P01_post", "P02_pre")
+    for _ in names:
+        scans.add("labeled")
+    scans.cases = [replace(c, case_id=n, patient_id=n) for c, n in zip(scans.cases, names)]
+    assert "P01_pre, P01_post" in only(scans.check().warnings)
+    assert "3 cases of 3 patients" in scans.check().render()
+    scans.cases = [replace(case, patient_id=case.case_id[:3]) for case in scans.cases]
+    assert scans.check().warnings == ()
+    assert "3 cases of 2 patients" in scans.check().render()
+
+
 def test_cases_that_are_in_no_part_are_noted(scans):
     scans.add("labeled")
     scans.add("")

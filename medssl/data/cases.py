@@ -153,8 +153,8 @@ def _check_counts(dataset: Dataset, data: DataSection, test_over: int, labeled_o
     if test_over < 0 or labeled_over < 0:
         raise InputError(
             f"{dataset.root}: data.test={data.test} and data.labeled={data.labeled} together ask "
-            f"for {-min(test_over, labeled_over)} more than the {total} labeled cases; lower "
-            "one of them"
+            f"for {-min(test_over, 0) - min(labeled_over, 0)} more than the {total} labeled cases; "
+            "lower one of them"
         )
 
 

@@ -1,13 +1,15 @@
 """The gate that data pass before anything is trained: one look at every scan, all faults at once.
 
 Images of all cases are opened, labels of labeled and validation cases only. Test images are
-hashed, so that a duplicate among the others is found; nothing else of them is looked at.
+hashed, so that a duplicate among the others is found, and searched for NaN; nothing else of them is
+looked at.
 Legend: C channels, I J K voxel axes.
 """
 
 import contextlib
 import gzip
 import hashlib
+import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +46,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What was seen of one case; of a test case the hash alone.
+    """What was seen of one case; of a test case the hash and its problems alone.
 
     `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
     volumes, None where no label was opened. A picture has no spacing, and areas in pixels in the
@@ -131,10 +133,13 @@ def check_dataset(
                 report(index + 1, len(tasks))
     labels = _name_labels(dataset, facts, ignore)
     problems = [problem for seen in facts for problem in seen.problems]
+    problems += _check_classes(facts, labels, ignore)
     problems += _check_values(dataset, facts, labels, ignore)
     shared, repeated = _find_duplicates(facts)
     problems += shared + _find_split_patients(dataset, splits)
-    warnings = repeated + _warn_of_labels(facts, labels, ignore) + _warn_of_grids(facts)
+    warnings = repeated + _warn_of_patients(dataset)
+    warnings += _warn_of_labels(facts, labels, ignore, dataset.labels is not None)
+    warnings += _warn_of_grids(facts)
     return CheckResult(
         dataset,
         splits,
@@ -172,8 +177,6 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             problems += _look_at_label(case, case.label, None)["problems"]
         return CaseFacts(case.case_id, part, problems=tuple(problems))
     voxel_hash = _hash_voxels(volume.array)
-    if part == "test":
-        return CaseFacts(case.case_id, part, voxel_hash)
     problems = []
     num_bad = [int(np.count_nonzero(~np.isfinite(channel))) for channel in volume.array]
     if any(num_bad):
@@ -181,6 +184,8 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             f"{case.case_id}: {sum(num_bad)} of {volume.array.size} voxels are NaN or infinite in "
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
+    if part == "test":
+        return CaseFacts(case.case_id, part, voxel_hash, problems=tuple(problems))
     seen = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
     return CaseFacts(
         case.case_id,
@@ -289,6 +294,23 @@ def _show_affine(affine: NDArray[np.float64]) -> str:
     return f"[{'; '.join(rows)}]"
 
 
+def _check_classes(
+    facts: Sequence[CaseFacts], labels: Mapping[int, str], ignore: int | None
+) -> list[str]:
+    """Refuse a set without a class, and an ignore value that is a class."""
+    if ignore is not None and ignore in labels:
+        return [
+            f"data.ignore={ignore} is the value of {labels[ignore]}: voxels that nobody annotated "
+            "need a value of their own"
+        ]
+    if len(labels) < 2 and any(seen.num_voxels is not None for seen in facts):
+        return [
+            "no label that may be opened has any foreground, and no class is declared: there is "
+            "nothing to learn; annotate a case that has the structure, or draw others by data.draw"
+        ]
+    return []
+
+
 def _check_values(
     dataset: Dataset, facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None
 ) -> list[str]:
@@ -358,14 +380,42 @@ def _find_split_patients(dataset: Dataset, splits: Splits) -> list[str]:
     ]
 
 
+def _warn_of_patients(dataset: Dataset) -> list[str]:
+    """Warn of names such as P01_pre and P01_post that count as two patients."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for case in dataset.cases:
+        found = re.match(r"(.*\d)[-_. ]+(.+)$", case.case_id)
+        if found and case.patient_id == case.case_id:
+            groups[found[1]].append(case.case_id)
+    alike = [names for names in groups.values() if 1 < len(names) < len(dataset.cases)]
+    if not alike:
+        return []
+    return [
+        f"scans of one patient by their names? {_shorten(alike[0])} and {len(alike) - 1} more such "
+        "groups count as different patients, so that one may be trained on and another test; if "
+        "they are of one patient, make a list with the column patient_id"
+    ]
+
+
 def _warn_of_labels(
-    facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None
+    facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None, declared: bool
 ) -> list[str]:
-    """Warn of labels without foreground and of classes without voxels."""
+    """Warn of labels without foreground, of classes without voxels, and of stray values."""
     opened = [seen for seen in facts if seen.num_voxels is not None]
     empty = [seen.case_id for seen in opened if not set(seen.num_voxels or ()) - {0, ignore}]
     warnings = [f"labels without any foreground: {_shorten(empty)}"] if empty else []
     found = {value for seen in opened for value in seen.num_voxels or ()}
+    counts = Counter(value for seen in opened for value in seen.num_voxels or ())
+    rare = [
+        f"{value} in {counts[value]} of {len(opened)} labels"
+        for value in sorted(found - {0, ignore})
+        if not declared and len(opened) > 2 and counts[value] == 1
+    ]
+    if rare:
+        warnings.append(
+            f"label values that hardly any label has: {', '.join(rare)}; every value found is a "
+            "class: name the classes that are meant, as data.labels.1=liver, if this is a slip"
+        )
     lost = [f"{name} ({value})" for value, name in labels.items() if value and value not in found]
     if lost and opened:
         warnings.append(
@@ -435,9 +485,11 @@ def _render_parts(result: CheckResult) -> list[str]:
         "labeled": "(labels opened)",
         "unlabeled": f"({simulated} of them have a label that stays closed)" if simulated else "",
         "val": "(validation; their labels count as labels)",
-        "test": "(locked: images hashed for duplicates, labels not opened)",
+        "test": "(locked: images searched for duplicates and NaN, labels not opened)",
     }
-    lines = [f"{dataset.name}: {len(dataset.cases)} cases, {dataset.format} layout, {names}", ""]
+    patients = len({case.patient_id for case in dataset.cases})
+    extent = f"{len(dataset.cases)} cases of {patients} patients"
+    lines = [f"{dataset.name}: {extent}, {dataset.format} layout, {names}", ""]
     lines += [f"  {p:<12}{counts[p]:>6}  {remarks[p] if counts[p] else ''}".rstrip() for p in PARTS]
     return [*lines, ""]
 

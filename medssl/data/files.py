@@ -14,6 +14,10 @@ from medssl.config import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_OTHER_SCANS = (
+    *(".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".gipl", ".gipl.gz", ".img", ".hdr"),
+    *(".dcm", ".dicom", ".ima", ".npy", ".npz", ".nii.zip", ".bmp", ".gif", ".webp"),
+)
 KINDS = "NIfTI (.nii, .nii.gz), PNG, JPEG or TIFF"
 
 _MASK_WORD = (
@@ -80,6 +84,22 @@ def list_scans(folder: Path) -> dict[str, Path]:
             raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
         found[stem] = path
     return found
+
+
+def find_unread(folder: Path) -> list[str]:
+    """Name what lies in a folder of scans and is not read: other formats, links to nothing."""
+    problems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.startswith("."):
+            continue
+        if path.is_symlink() and not path.exists():
+            problems.append(f"{folder.name}/{path.name}: a link to {path.readlink()}, not there")
+        elif path.name.lower().endswith(_OTHER_SCANS):
+            problems.append(
+                f"{folder.name}/{path.name}: a scan of another kind than {KINDS}: convert it, or "
+                "move it elsewhere"
+            )
+    return problems
 
 
 def guess_patient(case_id: str) -> str:

@@ -20,6 +20,7 @@ from medssl.data.files import (
     KINDS,
     SUFFIXES,
     describe_unknown,
+    find_unread,
     guess_patient,
     is_mask,
     is_picture,
@@ -306,6 +307,8 @@ def _read_nnunet(path: Path) -> Dataset:
     training = _group_channels(root / "imagesTr", len(channels), problems)
     unlabeled = _group_channels(root / "imagesTs", len(channels), problems)
     masks = list_scans(root / "labelsTr") if (root / "labelsTr").is_dir() else {}
+    for name in ("imagesTr", "imagesTs", "labelsTr"):
+        problems += find_unread(root / name)
     problems += _find_lone_labels(masks, training, "imagesTr")
     raise_all(problems, str(root))
     cases = [_make_case(images, masks.get(name), name) for name, images in training.items()]
@@ -386,7 +389,7 @@ def _read_folders(root: Path) -> Dataset:
         kinds = sorted({path.suffix for path in (root / "images").iterdir() if path.is_file()})
         got = f"files of the kind {', '.join(kinds)}" if kinds else "no file"
         raise InputError(f"{root / 'images'}: expected scans, {KINDS}, got {got}")
-    problems: list[str] = []
+    problems = [text for name in found for text in find_unread(root / name)]
     groups: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in images.items()}
     more: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in unlabeled.items()}
     num_channels = 1
@@ -447,7 +450,7 @@ def _read_list(path: Path) -> Dataset:
             problems.append(f"channels: {len(channels)} are named, but there are {len(columns)}")
     labels = _read_names(content.get("labels"), problems)
     ignore = _read_ignore(content.get("ignore"), problems)
-    raise_all(problems, str(path))
+    raise_all(problems and [*problems, *_find_case_problems(cases)], str(path))
     default = path.parent.resolve().name if path.stem == "cases" else path.stem
     name = str(content.get("name") or default.removesuffix("_cases"))
     return Dataset(name, path.parent, "list", tuple(cases), labels, channels, ignore)
@@ -480,14 +483,22 @@ def _read_csv_rows(path: Path, problems: list[str]) -> list[tuple[str, dict[str,
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}; save it as CSV in UTF-8") from error
     header = text.split("\n", 1)[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
-    names = [name.strip() for name in next(reader, [])]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
+    try:
+        table = [(reader.line_num, values) for values in reader]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: line {reader.line_num} and before: {error}; is a quotation mark not closed?"
+        ) from error
+    names = [name.strip() for name in (table[0][1] if table else [])]
     problems += [f"column {name!r} stands twice" for name, n in Counter(names).items() if n > 1]
     rows = []
-    for values in reader:
-        where = f"line {reader.line_num}"
+    for number, values in table[1:]:
+        where = f"line {number}"
         if not any(value.strip() for value in values):
             continue
+        if any("\n" in value for value in values):
+            problems.append(f"{where}: a value goes over lines; is a quotation mark not closed?")
         if len(values) > len(names):
             problems.append(f"{where}: {len(values)} values for {len(names)} columns")
         row = {name: value.strip() for name, value in zip(names, values, strict=False)}
@@ -551,12 +562,19 @@ def _read_row(
 
 
 def _check_cases(dataset: Dataset, source: Path) -> None:
-    """Refuse missing files, duplicate case_ids and those that cannot name a folder."""
+    """Refuse a set without a case, and cases that cannot be used."""
+    raise_all(_find_case_problems(dataset.cases), str(source))
+    if not dataset.cases:
+        raise InputError(f"{source}: lists no case")
+
+
+def _find_case_problems(cases: Sequence[Case]) -> list[str]:
+    """Name missing files, duplicate case_ids and those that cannot name a folder."""
     problems = []
-    counts = Counter(case.case_id for case in dataset.cases)
+    counts = Counter(case.case_id for case in cases if case.case_id)
     problems += [f"case_id {name} stands {n} times" for name, n in counts.items() if n > 1]
     num_hints = _MAX_HINTS
-    for case in dataset.cases:
+    for case in cases:
         if re.search(r"[/\\:\x00-\x1f]", case.case_id) or case.case_id.startswith("."):
             problems.append(
                 f"case_id {case.case_id!r}: names a folder of the run, so it may not start with a "
@@ -566,10 +584,7 @@ def _check_cases(dataset: Dataset, source: Path) -> None:
             num_hints -= 1
             hint = _suggest_path(path) if num_hints >= 0 and not path.exists() else ""
             problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
-    problems += _find_other_kinds(dataset.cases)
-    raise_all(problems, str(source))
-    if not dataset.cases:
-        raise InputError(f"{source}: lists no case")
+    return problems + _find_other_kinds(cases)
 
 
 def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
@@ -594,6 +609,8 @@ def _is_bad(path: Path) -> bool:
 
 def _explain_file(path: Path) -> str:
     """Say why a file cannot be used."""
+    if path.is_dir():
+        return f"{path} is a folder, no scan"
     if path.is_file():
         return f"{path} is no scan that is read: {KINDS}"
     return f"{path} does not exist"

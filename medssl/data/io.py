@@ -180,7 +180,7 @@ def write_map(path: Path, array: NDArray[np.floating[Any]], affine: Affine) -> N
 
 def _open(path: Path) -> Any:
     """Open a NIfTI file without reading its voxels (nibabel has no types, hence Any)."""
-    if not path.name.endswith(SUFFIXES):
+    if not path.name.lower().endswith(SUFFIXES):
         raise InputError(f"{path}: not a scan that is read, {KINDS}: convert it first")
     return _guard(path, lambda: nib.load(path))
 

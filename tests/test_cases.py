@@ -444,6 +444,12 @@ def make_labeled(number: int) -> Dataset:
     return make_dataset([(f"c{i:03d}", f"c{i:03d}", True, "") for i in range(number)])
 
 
+@pytest.mark.parametrize(("labeled", "test", "missing"), [(4, 40, 34), (12, 0, 2), (6, 6, 2)])
+def test_a_split_that_asks_for_too_much_says_by_how_many(labeled, test, missing):
+    with pytest.raises(InputError, match=f"for {missing} more than the 10 labeled cases"):
+        split_cases(make_labeled(10), DataSection(labeled=labeled, test=test), "auto")
+
+
 def test_labeled_and_test_cases_are_drawn_and_the_rest_is_unlabeled():
     splits = split_cases(make_labeled(200), DataSection(labeled=4, test=40), "auto")
     assert [len(getattr(splits, part)) for part in PARTS] == [4, 156, 0, 40]

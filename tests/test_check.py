@@ -344,7 +344,9 @@ def test_scans_that_may_be_of_one_patient_are_asked_about(scans):
     names = ("P01_pre", "P01_post", "P02_pre")
     for _ in names:
         scans.add("labeled")
-    scans.cases = [replace(c, case_id=n, patient_id=n) for c, n in zip(scans.cases, names)]
+    scans.cases = [
+        replace(c, case_id=n, patient_id=n) for c, n in zip(scans.cases, names, strict=True)
+    ]
     assert "P01_pre, P01_post" in only(scans.check().warnings)
     assert "3 cases of 3 patients" in scans.check().render()
     scans.cases = [replace(case, patient_id=case.case_id[:3]) for case in scans.cases]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,34 @@ def test_evaluation_measures_the_own_test_cases_and_states_that_they_are_few(
     assert summary["num_cases"] == 3
     assert summary["verdict"] == "not measured"
     assert "not measured" in (finished / "report.html").read_text()
+
+
+def test_a_dry_run_plans_anew_whatever_lies_in_the_run_folder(data: Path, finished: Path) -> None:
+    before = (finished / "plan.json").read_bytes()
+    given = ("labeled=3", "test=3", "plan.patch_size=[16,24,16]", "steps=7", "network.depth=3")
+    text = medssl("train", data, *given, "--dry-run", "--run", finished)
+    assert "patch 16x24x16" in text
+    assert "7 steps" in text
+    assert (finished / "plan.json").read_bytes() == before
+    copied = shutil.copytree(data, finished.parent / "cohort v1.2")
+    assert "run folder: runs/cohort v1.2\n" in medssl("train", copied, *given, "--dry-run")
+
+
+def test_data_are_evaluated_as_their_settings_say(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    label = sorted((data / "labels").iterdir())[0]
+    image = nib.load(label)
+    values = np.asarray(image.dataobj).copy()
+    values[:, :, :5] = 9
+    for kind, array in (("labels", values), ("images", nib.load(data / "images" / label.name))):
+        (tmp_path / "new" / kind).mkdir(parents=True)
+        scan = array if kind == "images" else nib.Nifti1Image(array, image.affine)
+        nib.save(scan, tmp_path / "new" / kind / "new_1.nii.gz")
+    given = ("evaluate", finished, tmp_path / "new", "--out", tmp_path / "out")
+    assert "data.ignore=9" in medssl(*given, code=2)
+    medssl(*given, "data.ignore=9")
+    assert (tmp_path / "out" / "per_case.csv").is_file()
 
 
 def test_the_finished_run_is_not_trained_again(data: Path, finished: Path) -> None:

@@ -127,6 +127,12 @@ def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     second = folder / "round_0" / "models" / "1"
     assert (second / "metrics.jsonl").is_file()
     assert not (folder / "round_1" / "models").exists()
+    summary = read_json(folder / "summary.json")
+    assert summary["total_steps"] == 6 + 6 + 6, "two models of round 0, and the student"
+    rates = [
+        e["metrics"]["monitors/steps_per_second"] for e in Journal(second / "metrics.jsonl").read()
+    ]
+    assert summary["rounds"][0]["seconds"] > sum(1 / rate for rate in rates)
     weights = [load_file(p / "model" / "weights.safetensors") for p in (folder / "round_0", second)]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     models = [teachers.load_model(p) for p in (folder / "round_0", second)]
@@ -265,6 +271,18 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
     corrected = (found * torch.tensor([1, 1 / 1.25, 0.5, 1])).clamp(min=students.LEAST_SHARE)
     assert torch.allclose(seen["prior"][1:], corrected[1:])
     assert seen["prior"].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_stability_is_measured_for_every_round_that_may_need_it():
+    def needs(stable, rounds, index):
+        case = SimpleNamespace(stable=stable)
+        run = SimpleNamespace(num_rounds=rounds, config=SimpleNamespace())
+        run.config.filter = SimpleNamespace(case=case)
+        return students.needs_stability(run, index)
+
+    assert [needs((0.5, 1.0), 2, index) for index in range(3)] == [True, False, False]
+    assert [needs((1.0, 0.5), 2, index) for index in range(3)] == [True, True, False]
+    assert not needs(1.0, 2, 0)
 
 
 def test_what_a_teacher_says_where_nobody_annotated_plays_no_part(monkeypatch):

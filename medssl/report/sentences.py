@@ -195,7 +195,7 @@ def write_verdict(run: RunFiles, patients: str) -> VerdictText:
         )
         kind = "no gain"
     if kind == "not measured":
-        sentence += f" A verdict needs {MIN_CASES_FOR_VERDICT} such cases."
+        sentence += f" A verdict needs such cases of {MIN_CASES_FOR_VERDICT} patients."
     if kind == "no gain" and low is not None and high is not None and low <= 0 <= high and low:
         sentence += " The interval includes zero."
     words = {"gain": "Gain", "no gain": "No gain", "loss": "No gain: worse than labels only"}

@@ -380,27 +380,29 @@ def _round_color(index: int, num_rounds: int) -> str:
 
 def _name_lines(axes: Axes, lines: Sequence[tuple[int, Sequence[Point], int]]) -> None:
     """Write the number of its round at the end of each line."""
-    ends = [(_end(points), f" {index}", _round_color(index, n)) for index, points, n in lines]
-    _place_labels(axes, ends)
+    ends = [(*_end(points), f" {index}", _round_color(index, n)) for index, points, n in lines]
+    for step in {end[0] for end in ends}:
+        _place_labels(axes, step, [end[1:] for end in ends if end[0] == step])
 
 
 def _name_classes(axes: Axes, run: RunFiles, curves: Mapping[int, Sequence[Point]]) -> None:
     """Write the name of its class at the end of each line."""
     ends = [
-        (_end(points), f" {_shorten(run.classes[index], 18)}", class_color(index))
+        (*_end(points), f" {_shorten(run.classes[index], 18)}", class_color(index))
         for index, points in curves.items()
     ]
-    _place_labels(axes, ends)
+    if ends:
+        _place_labels(axes, max(end[0] for end in ends), [end[1:] for end in ends])
 
 
-def _end(points: Sequence[Point]) -> float:
-    """Return the mean of the end of a curve: the height of its label."""
-    _, values = _thin(points)
-    return float(values[-max(1, len(values) // 20) :].mean())
+def _end(points: Sequence[Point]) -> tuple[float, float]:
+    """Return the last step of a curve, and the mean of its end: where its label goes."""
+    steps, values = _thin(points)
+    return float(steps[-1]), float(values[-max(1, len(values) // 20) :].mean())
 
 
-def _place_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Write labels right of the plot at the height of their lines, moved apart if too close."""
+def _place_labels(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write labels right of a step at the height of their lines, moved apart if too close."""
     low, high = axes.get_ylim()
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]  # a figure here, never a subfigure
     gap = 0.17 / max(height, 0.5)
@@ -409,7 +411,12 @@ def _place_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     places = _spread(wanted, gap)
     for (_, text, color), y in zip(ordered, places, strict=True):
         axes.annotate(
-            text, (1.0, y), xycoords="axes fraction", va="center", color=color, fontweight="bold"
+            text,
+            (step, y),
+            xycoords=axes.get_xaxis_transform(),
+            va="center",
+            color=color,
+            fontweight="bold",
         )
 
 

@@ -411,6 +411,14 @@ def test_a_mask_without_a_scan_and_an_odd_number_of_images_are_told(tmp_path, he
     assert "Most cases have 2 images, but not: p2 (1)" in message
 
 
+def test_a_column_that_holds_another_contrast_in_some_case_is_told(tmp_path, here):
+    names = [f"P{i}/P{i}_{kind}.nii.gz" for i in (1, 3, 4) for kind in ("flair", "t1")]
+    root = touch(tmp_path / "set", *names, "P2/P2_flair.nii.gz", "P2/P2_t1ce.nii.gz")
+    message = refuse(root)
+    assert "Column image_1 is t1 in most cases, but t1ce in P2" in message
+    assert "Column image is" not in message
+
+
 def test_a_draft_never_overwrites_another_file(tmp_path, here):
     root = touch(tmp_path / "set", "p1.nii.gz", "p1_seg.nii.gz")
     (here / "set_cases.csv").write_text("mine")

@@ -264,7 +264,31 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
         usual = counts.most_common(1)[0][0]
         odd = [f"{c.case_id} ({len(c.images)})" for c in cases if len(c.images) != usual]
         lines.append(f"Most cases have {_count(usual, 'image')}, but not: {_join(odd)}")
+    lines += _describe_channels([case for case in cases if len(case.images) > 1])
     return lines + _describe_draft(root, cases) if cases else lines
+
+
+def _describe_channels(cases: Sequence[Found]) -> list[str]:
+    """Name the cases whose files of a column are called otherwise than in most cases."""
+    lines = []
+    for index in range(max((len(case.images) for case in cases), default=0)):
+        names = {
+            case.case_id: _name_channel(case, index) for case in cases if index < len(case.images)
+        }
+        usual = Counter(names.values()).most_common(1)[0][0]
+        odd = [f"{name} in {case_id}" for case_id, name in names.items() if name != usual]
+        if odd and len(odd) < len(names) / 2:
+            column = f"image_{index}" if index else "image"
+            lines.append(f"Column {column} is {usual} in most cases, but {_join(odd)}")
+    return lines
+
+
+def _name_channel(case: Found, index: int) -> str:
+    """Return what the name of an image says beside its case."""
+    name = strip_suffix(case.images[index].name) or case.images[index].name
+    for known in (case.case_id, case.patient_id):
+        name = name.replace(known, "")
+    return name.strip("-_. ").lower()
 
 
 def _describe_draft(root: Path, cases: Sequence[Found]) -> list[str]:

@@ -395,7 +395,7 @@ def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
     verdict = write_verdict(run, "")
     assert verdict.word == "Not measured"
     assert "on 5 test cases" in verdict.sentence
-    assert "needs 8" in verdict.sentence
+    assert "needs such cases of 8 patients" in verdict.sentence
 
 
 @pytest.mark.usefixtures("quick")

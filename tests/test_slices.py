@@ -447,8 +447,15 @@ def test_pictures_are_measured_in_pixels_of_their_outline(tmp_path):
     assert summary["surface_tolerance_px"] == {"low": 1.0, "high": 1.0}
     with (tmp_path / "out" / "per_case.csv").open() as file:
         (row,) = csv.DictReader(file)
-    names = ["case_id", "dice/organ", "hd95_px/organ", "surface_dice/organ", "area_px/organ"]
-    assert list(row) == [*names, "reference_px/organ", "missed/organ", "dice"]
+    names = ["dice/organ", "hd95_px/organ", "surface_dice/organ", "area_px/organ"]
+    assert list(row) == [
+        "case_id",
+        "patient_id",
+        *names,
+        "reference_px/organ",
+        "missed/organ",
+        "dice",
+    ]
     assert float(row["area_px/organ"]) == float(row["reference_px/organ"]) == box.sum()
     # moved by a pixel: of the outline's it is 22 %, of all that 3D takes for the surface 3 %
     assert float(row["hd95_px/organ"]) == 1.0

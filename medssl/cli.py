@@ -282,6 +282,9 @@ def evaluate(
         return
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
+    for text in overrides or ():
+        if not text.startswith("data."):
+            raise InputError(f"{text}: only data.KEY=VALUE says how to read DATA")
     settings = load_config(None, overrides or []).config.data
     summary = evaluate_data(model, data, out, data=settings, tolerance=tolerance, device=chosen)
     print(render_summary(summary))

@@ -12,6 +12,7 @@ import numpy as np
 
 from medssl.config import InputError
 from medssl.metrics import (
+    ID_COLUMNS,
     MIN_CASES_FOR_VERDICT,
     Row,
     bootstrap_mean,
@@ -154,7 +155,7 @@ def _read_cases(path: Path) -> tuple[dict[str, dict[str, Cell]], dict[str, str]]
         str(row["case_id"]): {
             key: None if value is None else float(value)
             for key, value in row.items()
-            if not key.endswith("_id")
+            if key not in ID_COLUMNS
         }
         for row in rows
     }
@@ -238,17 +239,18 @@ def _compare_arm(
         "dice": estimate,
         "difference": difference,
         "verdict": None if difference is None else judge(difference),
-        "classes": {name: _compare_class(arm, first, shared, name) for name in classes},
+        "classes": {name: _compare_class(arm, first, shared, patients, name) for name in classes},
     }
 
 
-def _compare_class(arm: Arm, first: Arm, shared: Sequence[str], name: str) -> dict[str, Any]:
+def _compare_class(
+    arm: Arm, first: Arm, shared: Sequence[str], patients: Sequence[str], name: str
+) -> dict[str, Any]:
     """Return the entry of a class in the row of an arm."""
 
     def get_column(a: Arm, metric: str) -> list[Cell]:
         return [a.cases[case_id].get(f"{metric}/{name}") for case_id in shared]
 
-    patients = [first.patients[case_id] for case_id in shared]
     dice, before = get_column(arm, "dice"), get_column(first, "dice")
     difference = None if arm is first else paired_difference(dice, before, patients=patients)
     in_mm = all(f"hd95_mm/{name}" in arm.cases[case_id] for case_id in shared)

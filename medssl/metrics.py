@@ -37,6 +37,9 @@ Mask = NDArray[np.bool_]
 Row = dict[str, str | float | int | None]
 """A row of ``per_case.csv``: ``case_id``, ``patient_id`` and numbers, None for n/a."""
 
+ID_COLUMNS = ("case_id", "patient_id")
+"""Columns of ``per_case.csv`` that are texts; all others are numbers."""
+
 Values = Iterable[float | None]
 
 NUM_RESAMPLES = 10_000
@@ -300,7 +303,7 @@ def read_table(path: Path) -> list[Row]:
             rows = list(csv.DictReader(file))
         return [
             {"case_id": row["case_id"], "patient_id": row.get("patient_id") or row["case_id"]}
-            | {k: float(v) if v else None for k, v in row.items() if not k.endswith("_id")}
+            | {k: float(v) if v else None for k, v in row.items() if k not in ID_COLUMNS}
             for row in rows
         ]
     except (OSError, KeyError, ValueError, TypeError) as error:

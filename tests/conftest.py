@@ -168,7 +168,7 @@ def pseudo_labeled(cached_cases, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pseudo_labels")
     result = []
     for case_id, case in cached_cases.items():
-        if case.has_label:
+        if case.label_folder is not None:
             continue
         bright = np.asarray(case.image()[0], dtype=np.float32)
         logits = np.stack([-4 * (bright + 0.4), -4 * np.abs(bright - 0.4), 4 * (bright - 1.2)])
@@ -197,7 +197,7 @@ def make_dataset(cached_cases, pseudo_labeled):
             "flips": (0, 1, 2),
             **changes,
         }
-        labeled = [case for case in cached_cases.values() if case.has_label]
+        labeled = [case for case in cached_cases.values() if case.label_folder is not None]
         unlabeled = pseudo_labeled if round_index else ()
         return PatchDataset(labeled, unlabeled, Sampling(**settings))
 

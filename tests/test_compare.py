@@ -113,6 +113,13 @@ def test_a_false_alarm_of_one_of_two_seeds_is_half_a_false_alarm(tmp_path: Path)
     assert rows[1]["n"] == 10
 
 
+def test_a_class_may_be_called_as_an_id(tmp_path: Path) -> None:
+    names = ("organ", "tumor_id")
+    a = write_table(tmp_path / "a", BASE, classes=names)
+    b = write_table(tmp_path / "b", [v + 0.1 for v in BASE], classes=names)
+    assert list(compare([a, b])[1][1]["classes"]) == list(names)
+
+
 def test_seeds_with_other_cases_are_compared_on_the_common_ones(tmp_path: Path) -> None:
     base = write_table(tmp_path / "base", BASE)
     s0 = write_table(tmp_path / "s0", BASE)

@@ -144,6 +144,7 @@ def test_data_are_evaluated_as_their_settings_say(
         nib.save(scan, tmp_path / "new" / kind / "new_1.nii.gz")
     given = ("evaluate", finished, tmp_path / "new", "--out", tmp_path / "out")
     assert "data.ignore=9" in medssl(*given, code=2)
+    assert "only data.KEY=VALUE" in medssl(*given, "steps=3", code=2)
     medssl(*given, "data.ignore=9")
     assert (tmp_path / "out" / "per_case.csv").is_file()
 

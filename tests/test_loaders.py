@@ -153,15 +153,15 @@ def test_ignored_voxels_and_padding_have_no_weight():
 
 
 def test_a_labeled_case_without_a_label_is_an_error(cached_cases):
-    unlabeled = [case for case in cached_cases.values() if not case.has_label]
+    unlabeled = [case for case in cached_cases.values() if case.label_folder is None]
     sampling = Sampling(0, 0, (8, 8, 8), 1, 0, 0.5, 1.0, ())
     with pytest.raises(ValueError, match="without a label"):
         PatchDataset(unlabeled, (), sampling)[0]
 
 
 def test_without_an_offline_teacher_a_patch_has_views_and_no_targets(cached_cases):
-    labeled = [case for case in cached_cases.values() if case.has_label]
-    online = [UnlabeledCase(c, None) for c in cached_cases.values() if not c.has_label]
+    labeled = [case for case in cached_cases.values() if case.label_folder is not None]
+    online = [UnlabeledCase(c, None) for c in cached_cases.values() if c.label_folder is None]
     sampling = Sampling(0, 1, (8, 8, 8), 1, 2, 0.5, 1.0, ())
     part = PatchDataset(labeled, online, sampling)[0]["unlabeled"]
     assert set(part) == {"weak", "strong", "weight"}

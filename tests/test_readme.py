@@ -91,7 +91,9 @@ def test_files_and_commands_that_the_readme_names_exist() -> None:
 
 def test_the_studies_read_their_arguments_as_the_docs_write_them(tmp_path: Path) -> None:
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
-    lines = re.findall(r"^python (scripts/\S+ FOLDER/.*)$", "\n".join(texts), re.M)
+    lines = re.findall(
+        r"^python (scripts/\S+ FOLDER/.*)$", "\n".join(texts).replace("\\\n", " "), re.M
+    )
     assert {line.split()[0] for line in lines} == {"scripts/study.py", "scripts/compare_methods.py"}
     for line in lines:
         script, *arguments = line.split()

@@ -70,11 +70,6 @@ class CachedCase:
     mask_suffix: str = ".nii.gz"
 
     @property
-    def has_label(self) -> bool:
-        """Whether this run may open a label."""
-        return self.label_folder is not None
-
-    @property
     def spacing(self) -> Spacing:
         """The spacing of the cache grid along I, J, K in mm."""
         return grid_spacing(self.affine)

@@ -404,11 +404,10 @@ def _warn_of_labels(
     opened = [seen for seen in facts if seen.num_voxels is not None]
     empty = [seen.case_id for seen in opened if not set(seen.num_voxels or ()) - {0, ignore}]
     warnings = [f"labels without any foreground: {_shorten(empty)}"] if empty else []
-    found = {value for seen in opened for value in seen.num_voxels or ()}
     counts = Counter(value for seen in opened for value in seen.num_voxels or ())
     rare = [
         f"{value} in {counts[value]} of {len(opened)} labels"
-        for value in sorted(found - {0, ignore})
+        for value in sorted(set(counts) - {0, ignore})
         if not declared and len(opened) > 2 and counts[value] == 1
     ]
     if rare:
@@ -416,7 +415,7 @@ def _warn_of_labels(
             f"label values that hardly any label has: {', '.join(rare)}; every value found is a "
             "class: name the classes that are meant, as data.labels.1=liver, if this is a slip"
         )
-    lost = [f"{name} ({value})" for value, name in labels.items() if value and value not in found]
+    lost = [f"{name} ({value})" for value, name in labels.items() if value and value not in counts]
     if lost and opened:
         warnings.append(
             f"declared, but in none of the {len(opened)} labels opened: {', '.join(lost)}; such a "

@@ -14,9 +14,11 @@ from medssl.config import InputError
 
 SUFFIXES = (".nii.gz", ".nii")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_DICOM = (".dcm", ".dicom", ".ima")
 _OTHER_SCANS = (
     *(".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".gipl", ".gipl.gz", ".img", ".hdr"),
-    *(".dcm", ".dicom", ".ima", ".npy", ".npz", ".nii.zip", ".bmp", ".gif", ".webp"),
+    *(".npy", ".npz", ".nii.zip", ".bmp", ".gif", ".webp"),
+    *_DICOM,
 )
 KINDS = "NIfTI (.nii, .nii.gz), PNG, JPEG or TIFF"
 
@@ -119,7 +121,7 @@ def walk_files(root: Path) -> list[Path]:
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is DICOM: by `.dcm`, or by the magic word at byte 128."""
-    if path.suffix.lower() in {".dcm", ".dicom", ".ima"}:
+    if path.suffix.lower() in _DICOM:
         return True
     try:
         with path.open("rb") as file:

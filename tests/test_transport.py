@@ -37,6 +37,7 @@ def test_a_class_of_few_voxels_is_neither_favored_nor_penalized():
     log_v = fit_potentials(probs, torch.tensor([0.5, 0.3, 0.2]), 0.1, 10.0, 500)
     spared = spare_rare(log_v, torch.bincount(probs.argmax(1), minlength=3))
     assert assign(probs, log_v, 0.1)[:, 2].mean() > 0.05, "out of three voxels of 2,000"
+    assert assign(probs, spared, 0.1)[:, 2].mean() < 0.01
     assert assign(probs, spared, 0.1).argmax(1).eq(2).sum() == 3
     many = torch.tensor([1000, 500, 500])
     assert torch.equal(spare_rare(log_v, many), log_v)

@@ -80,6 +80,20 @@ def test_flex_lowers_the_threshold_of_the_class_that_the_teacher_is_unsure_of():
     assert found[1] == pytest.approx(0.9 * 0.9 / (2 - 0.9))
 
 
+def test_a_background_that_is_sure_everywhere_does_not_switch_the_filter_of_flex_off():
+    # by hand: half of class 1 reaches tau, 2 of 5 of class 2; so b = 1 and 0.8
+    probs = voxels(
+        [(0, 0.99)] * 500 + [(1, 0.95), (1, 0.7)] * 30 + [(2, 0.95)] * 20 + [(2, 0.7)] * 30
+    )
+    found = update(make(start=0.9), probs)
+    assert found == pytest.approx([0.9 * 0.8 / 1.2, 0.9, 0.9 * 0.8 / 1.2])
+
+
+def test_a_few_sure_voxels_are_not_the_best_class_of_flex():
+    probs = voxels([(2, 0.99)] * 3 + [(1, 0.95), (1, 0.7)] * 30)
+    assert update(make(start=0.9), probs)[1] == pytest.approx(0.9)
+
+
 def test_the_background_is_not_stricter_than_any_other_class():
     probs = voxels([(0, 0.99)] * 50 + [(2, 0.95)] * 30 + [(1, 0.95)] * 36 + [(1, 0.85)] * 4)
     found = update(make(start=0.9), probs)

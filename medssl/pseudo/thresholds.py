@@ -105,14 +105,17 @@ def flex(statistics: ClassStatistics, section: ThresholdSection, progress: float
     """Return thresholds (C,) that are lower for the classes that the teacher is unsure of.
 
     T_c = tau b_c / (2 - b_c), where tau is that of the curriculum and b_c the share of the voxels
-    predicted c that reach it, relative to the best class.
+    predicted c that reach it, relative to the best foreground class.
 
     Source: Zhang et al. 2021 (FlexMatch), equations 5-7 and 11. Departures: counts are taken
-        inside each predicted class and under tau, not T_c, which would spiral; T_c is clamped.
+        inside each predicted class and under tau, not T_c, which would spiral; T_c is clamped; the
+        background, which is sure nearly everywhere, is not the best class: next to it all others
+        are at the floor, and nothing is filtered. One foreground class alone has tau.
     """
     tau = interpolate(section, progress)
     share = statistics.reached / statistics.predicted.clamp(min=1.0)
-    share = share / share.max().clamp(min=1e-6)
+    best = torch.where(statistics.enough, share, 0.0)[1:].max()
+    share = (share / best.clamp(min=1e-6)).clamp(max=1.0)
     return statistics.settle((tau * share / (2.0 - share)).clamp(statistics.floor, HIGHEST))
 
 

@@ -31,7 +31,10 @@ PHANTOMS = {
     "num_test": 12,
     "shape": (32, 40, 28),
 }
-PHANTOM_SETTINGS = ["steps=160", "plan.flips=[]", "plan.patch_size=[24,32,24]"]
+PHANTOM_SETTINGS = [
+    *("steps=[300,120]", "rounds=2", "train.start=warm", "network.width=1.0"),
+    *("plan.flips=[]", "plan.patch_size=[24,32,24]"),
+]
 
 
 def read_dice(folder: Path) -> dict[str, float]:
@@ -125,7 +128,7 @@ def main() -> None:
     for draw in options.draws:
         base = options.out / f"draw_{draw}_{BASELINE}"
         common = [*settings, f"draw={draw}"]
-        finish(data, base, [*common, f"method={BASELINE}"])
+        finish(data, base, [*common, f"method={BASELINE}", "rounds=0"])
         totals: set[int] = set()
         for name in names:
             if time.monotonic() - started < options.hours * 3600:
@@ -135,7 +138,7 @@ def main() -> None:
             write_table(options.out, tabulate(options.out, options.draws, names))
         for total in sorted(totals):
             if time.monotonic() - started < options.hours * 3600:
-                given = [*common, f"method={BASELINE}", f"steps={total}"]
+                given = [*common, f"method={BASELINE}", "rounds=0", f"steps={total}"]
                 finish(data, options.out / f"draw_{draw}_{BASELINE}_{total}", given)
             write_table(options.out, tabulate(options.out, options.draws, names))
     print((options.out / "results.md").read_text(encoding="utf-8"))

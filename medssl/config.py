@@ -157,19 +157,27 @@ class ThresholdSection(Section):
     start: Fraction = 0.95
     end: Fraction = 0.7
 
+    @property
+    def lowest(self) -> float:
+        """The lowest threshold of a round, where that is a given number; 0 where it is not."""
+        given = {"fixed": self.start, "curriculum": self.end, "flex": self.end}
+        return given.get(self.name, 0.0)
+
 
 class UncertaintySection(Section):
     """Filter of voxels by the uncertainty of MC dropout, of mirrorings, or of an ensemble.
 
     ``measure`` is predictive entropy or mutual information. A voxel is accepted while it is under
-    ``(start + (1 - start) r(t)) ln C``.
-    Source: Yu et al. 2019 (UA-MT), section 2.3, with ln C in place of ln 2.
+    ``u + (ln C - u) r(t)`` with ``u = start ln 2``: ln 2 is the doubt between two classes, which a
+    boundary has however many classes there are. ``start: null`` refuses no voxel: the uncertainty
+    is measured for the review.
+    Source: Yu et al. 2019 (UA-MT), section 2.3, which has two classes.
     """
 
     source: Literal["none", "mc_dropout", "flips", "ensemble"] = "mc_dropout"
     measure: Literal["entropy", "mutual_information"] = "entropy"
     passes: Annotated[int, Field(ge=2, le=64)] = 8
-    start: Fraction = 0.75
+    start: Fraction | None = 0.75
 
 
 Stable = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -388,7 +396,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
         """Refuse settings that contradict each other."""
-        found = [*_check_teacher(self), *_check_rest(self)]
+        found = [*_check_teacher(self), *_check_idle(self), *_check_rest(self)]
         if found:
             raise ValueError("\n  - ".join(found))
         return self
@@ -471,6 +479,29 @@ def _check_rest(config: Config) -> Iterator[str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         yield f"data.labels: two label values are named {', '.join(twice)}"
+
+
+def _check_idle(config: Config) -> Iterator[str]:
+    """Yield settings that would have no effect."""
+    threshold, draw = config.filter.threshold, config.filter.case.draw
+    doubt, target = config.filter.uncertainty, config.target
+    unlimited = doubt.source == "none" or doubt.start is None
+    if draw == "coverage" and unlimited and threshold.lowest == 0.0:
+        yield (
+            "filter.case.draw=coverage draws by the share of accepted voxels, but with "
+            f"filter.threshold.name={threshold.name} and no limit of uncertainty all cases have "
+            "the same; set filter.threshold={name: fixed, start: 0.8}, or filter.case.draw=uniform"
+        )
+    if target.assignment == "transport" and target.kind == "soft" and target.temperature != 1.0:
+        yield (
+            f"target.temperature={target.temperature:g} has no effect on soft targets of "
+            "target.assignment=transport, which target.transport.epsilon sharpens; leave it at 1"
+        )
+    if config.noise.mixing == "copy_paste" and config.losses.pseudo_label.weight == 0.0:
+        yield (
+            "noise.mixing=copy_paste pastes pseudo-labels into labeled patches, but "
+            "losses.pseudo_label.weight=0 asks for none; set noise.mixing=none or cutmix"
+        )
 
 
 def at_round(value: Value | tuple[Value, ...], index: int) -> Value:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
@@ -30,10 +29,10 @@ from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
 from medssl.networks.build import SegmentationNetwork, arrange
-from medssl.networks.noise import drop_features, sample_dropout
+from medssl.networks.noise import drop_features, freeze_encoder, sample_dropout
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
-from medssl.pseudo.uncertainty import combine
+from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
 Loss = Callable[..., Tensor]
@@ -104,6 +103,7 @@ class Objective(nn.Module):
             "pseudo_label": build_loss(config.losses.pseudo_label),
         }
         self.monitors: dict[str, float] = {}
+        self.tuning = False
 
     @property
     def predictor(self) -> SegmentationNetwork:
@@ -113,6 +113,17 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Move the EMA teacher towards the student, after an optimizer step."""
         self.teacher.update_parameters(self.student)
+
+    def fine_tune(self, first: bool) -> None:
+        """Get ready for a step of the fine-tune: no mixing, the first levels of the encoder frozen.
+
+        Before the ``first`` one the average starts anew: else a short fine-tune hardly reached the
+        model that is delivered.
+        """
+        self.tuning = True
+        freeze_encoder(self.student, self.config.train.fine_tune.frozen_levels)
+        if first:
+            self.teacher.n_averaged.zero_()
 
     def forward(
         self,
@@ -138,7 +149,7 @@ class Objective(nn.Module):
         if unlabeled is None:
             if known is None:
                 raise ValueError("neither labeled nor unlabeled patches to learn from")
-            x = self._mix_labeled(known, generator)
+            x = known if self.tuning else self._mix_labeled(known, generator)
             return {"supervised": self._compare("supervised", x, self._predict(x.image))}
 
         valid = unlabeled["weight"] > 0
@@ -283,9 +294,8 @@ class Objective(nn.Module):
         self.thresholds.update(q, valid, progress)
         sure = valid
         if doubt is not None:
-            section = self.config.filter.uncertainty
             risen = ramp_value("sigmoid", progress, 0.0, 1.0)
-            limit = (section.start + (1.0 - section.start) * risen) * math.log(self.num_classes)
+            limit = find_limit(self.config.filter.uncertainty, self.num_classes, risen)
             sure = valid & (doubt < limit)
         accepted = self.thresholds.accept(q) & sure
         classes = q.argmax(1, keepdim=True)

@@ -96,6 +96,13 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
             "filter.uncertainty.source=flips: this plan mirrors along no axis (plan.flips=[]), so "
             "there is one prediction only; take mc_dropout, ensemble or none"
         )
+    later = range(1, config.train.rounds + 1)
+    fewest = min(count_unlabeled(config, plan.batch, index) for index in later)
+    if config.noise.mixing == "cutmix" and fewest < 2:
+        raise InputError(
+            "noise.mixing=cutmix mixes unlabeled patches, and a step has one; set train.batch=2 or "
+            "train.unlabeled_ratio=2"
+        )
     tuning, section = config.train.fine_tune, config.losses.pseudo_label
     if tuning.share:
         freeze_encoder(build_network(plan.network), tuning.frozen_levels)

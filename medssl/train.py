@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from medssl.config import Config, InputError, at_round, hash_config
 from medssl.data.loaders import PatchDataset, is_fine_tune, iterate_batches
-from medssl.networks.noise import freeze_encoder
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
 
@@ -97,9 +96,14 @@ def train(
         unlabeled = _move(batch["unlabeled"], device)
         generator = _seed_step(dataset.sampling.seed, round_index, step)
         optimizer.param_groups[0]["lr"] = find_lr(config, step, num_steps, fine_tune_from)
-        _freeze(objective, config, is_fine_tune(fine_tune_from, step))
+        if is_fine_tune(fine_tune_from, step):
+            objective.fine_tune(first=step == fine_tune_from)  # type: ignore[operator]  # contract
 
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        # No cache: before torch 2.13 or so it hands the student the weights that the teacher's pass
+        # without gradients has cast, and they learn nothing where the teacher is the student.
+        with torch.autocast(
+            device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
+        ):
             terms = objective(labeled, unlabeled, step / num_steps, generator)
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad(set_to_none=True)
@@ -161,13 +165,6 @@ def find_lr(config: Config, step: int, steps: int, fine_tune_from: int | None = 
     warmup = max(1, round(config.train.warmup * steps))
     rising = min(1.0, (step + 1) / warmup)
     return float(config.train.lr * rising * (1.0 - step / steps) ** 0.9)
-
-
-def _freeze(objective: nn.Module, config: Config, tuning: bool) -> None:
-    """Freeze the first levels of the student's encoder while it is fine-tuned."""
-    if tuning:
-        student: nn.Module = objective.student  # type: ignore[assignment]  # part of its contract
-        freeze_encoder(student, config.train.fine_tune.frozen_levels)
 
 
 def _seed_step(seed: int, round_index: int, step: int) -> torch.Generator:

@@ -127,6 +127,8 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("data.labels.liver=1", "data.labels.1=liver"),
         ("data.labels={255:liver}", "{1: liver}"),
         ("batch_size=4", "did you mean train.batch?"),
+        ("target.temperature=0.5", "target.transport.epsilon sharpens"),
+        ("losses.pseudo_label.weight=0", "set noise.mixing=none or cutmix"),
         ("teacher.source=[]", "teacher.source is empty"),
         ("teacher.source=[previous_round]", "losses.consistency.weight=0"),
         ("teacher.source=[ema]", "set target.transport.prior=labeled"),
@@ -136,6 +138,15 @@ def test_a_mistake_names_the_key_the_value_and_the_repair(override, words):
     message = refuse(overrides=["method=full", override])
     assert words in message
     assert override.split("=")[0].split(".")[-1] in message
+
+
+@pytest.mark.parametrize("name", ["none", "free", "soft", "quantile"])
+def test_cases_are_not_drawn_by_a_coverage_that_all_have(name):
+    settings = ["method=noisy_student", f"filter.threshold.name={name}"]
+    assert "filter.case.draw=uniform" in refuse(overrides=settings)
+    unlimited = "filter.uncertainty={source: mc_dropout, start: null}"
+    assert "filter.case.draw=uniform" in refuse(overrides=[*settings, unlimited])
+    load_config(overrides=[*settings, "filter.uncertainty={source: mc_dropout, start: 0.5}"])
 
 
 @pytest.mark.parametrize(

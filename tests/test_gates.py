@@ -172,8 +172,9 @@ def test_confidence_without_foreground_is_that_of_the_background():
 
 
 def test_uncertain_voxels_are_not_covered_unless_that_filter_is_off():
-    doubt = 0.9 * np.log(3)
+    doubt = 0.8 * np.log(2)
     assert review(doubt=doubt).coverage == 0.0
+    assert review(doubt=doubt, uncertainty={"start": None}).coverage == 1.0
     assert review(doubt=doubt, uncertainty={"source": "none"}).coverage == 1.0
 
 

@@ -200,6 +200,29 @@ def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, spe
         assert torch.allclose(new, decay * old + (1 - decay) * (own + 1.0), atol=1e-5)
 
 
+def test_a_fine_tune_does_not_mix_and_starts_the_average_anew(tiny_spec):
+    config = configure("full", "noise.labeled_mixing_probability=1.0", "teacher.ema_decay=0.99")
+    labeled, unlabeled = make_batch(config)
+    objective = make_objective(config, tiny_spec)
+    take_steps(objective, (labeled, unlabeled), 2)
+    seen, predict = [], objective.student.forward_heads
+    objective.student.forward_heads = lambda image: [seen.append(image), *predict(image)][1:]
+    compute(objective, labeled, None)
+    objective.fine_tune(first=True)
+    compute(objective, labeled, None)
+    mixed, plain = seen
+    assert not torch.equal(mixed, labeled["image"])
+    assert torch.equal(plain, labeled["image"])
+    with torch.no_grad():
+        for parameter in objective.student.parameters():
+            parameter.add_(1.0)
+    objective.after_step()
+    pairs = zip(objective.student.parameters(), objective.predictor.parameters(), strict=True)
+    assert all(torch.equal(own, mean) for own, mean in pairs)
+    objective.fine_tune(first=False)
+    assert objective.teacher.n_averaged == 1
+
+
 def test_the_decay_of_the_teacher_rises_to_what_is_set(tiny_spec):
     objective = make_objective(configure("full", "teacher.ema_decay=0.75"), tiny_spec)
     (parameter, *_) = objective.student.parameters()
@@ -372,7 +395,10 @@ def test_a_step_lowers_the_loss_on_its_own_batch(method, spec):
     ],
 )
 def test_a_term_without_weight_is_left_out(tiny_spec, weight, term):
-    full, less = configure(), configure("full", weight)
+    full, less = (
+        configure("full", "noise.mixing=none"),
+        configure("full", "noise.mixing=none", weight),
+    )
     batch = make_batch(full)
     everything = compute(make_objective(full, tiny_spec), *batch)
     rest = compute(make_objective(less, tiny_spec), *batch)
@@ -384,7 +410,11 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
         f"losses.{name}.ramp={{name: linear, start: 0.2, end: 0.6}}"
         for name in ("pseudo_label", "entropy", "consistency")
     ]
-    overrides += ["noise.mixing=none", "filter.threshold.name=none", "filter.uncertainty.start=1.0"]
+    overrides += [
+        "noise.mixing=none",
+        "filter.threshold.name=none",
+        "filter.uncertainty.start=null",
+    ]
     config = configure("full", *overrides)
     double = configure("full", *overrides, "losses.pseudo_label.weight=2.0")
     batch = make_batch(config)

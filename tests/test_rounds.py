@@ -86,6 +86,7 @@ def read_rows(folder):
         (["objective=medssl.cross_pseudo:CrossPseud"], "CrossPseud"),
         (["filter.uncertainty.source=flips"], r"plan\.flips=\[\]"),
         (["train.fine_tune={share: 0.5, frozen_levels: 4}"], "the encoder has 3 levels"),
+        (["noise.mixing=cutmix", "train.batch=1"], r"cutmix .* train\.unlabeled_ratio=2"),
         (
             ["losses.pseudo_label={name: forward_ce, transition: [[0.9, 0.1], [0.1, 0.9]]}"],
             r"losses\.pseudo_label: .*4 classes",
@@ -191,6 +192,18 @@ def test_a_fine_tune_sees_labels_only_and_leaves_the_first_levels_as_they_are(st
     assert all(torch.equal(before[key], after[key]) for key in first)
     assert first
     assert not all(torch.equal(before[key], after[key]) for key in last)
+
+
+def test_every_weight_learns_in_bfloat16_where_the_student_teaches_itself(start):
+    settings = ("method=fixmatch", "train.start=warm", "train.precision=bfloat16")
+    folder = start(*settings, "train.weight_decay=0.0")
+    path = folder / "round_{}" / "checkpoint.pt"
+    before, after = (
+        torch.load(str(path).format(index), weights_only=True)["objective"] for index in (0, 1)
+    )
+    weights = [key for key in after if key.startswith("student.") and key.endswith(".weight")]
+    assert weights
+    assert not [key for key in weights if torch.equal(before[key], after[key])]
 
 
 def test_pretraining_leaves_the_labels_to_the_fine_tune(start):

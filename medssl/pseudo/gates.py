@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medssl.config import IGNORE, FilterSection
+from medssl.pseudo.uncertainty import find_limit
 
 OFTEN = 0.9  # share of labeled cases above which a case without the class is suspect
 LEAST_ACCEPTED = 0.5  # share of cases
@@ -149,11 +150,9 @@ def trust_voxels(
         uncertainty: (I, J, K), nats.
         section: The filter's settings.
     """
-    threshold = section.threshold
-    lowest = {"fixed": threshold.start, "curriculum": threshold.end, "flex": threshold.end}
-    trusted: NDArray[np.bool_] = probs.max(0) >= lowest.get(threshold.name, 0.0)
+    trusted: NDArray[np.bool_] = probs.max(0) >= section.threshold.lowest
     if section.uncertainty.source != "none":
-        trusted &= uncertainty < section.uncertainty.start * np.log(len(probs))
+        trusted &= uncertainty < find_limit(section.uncertainty, len(probs), 0.0)
     return trusted
 
 

@@ -5,15 +5,32 @@ Axes: B batch, C classes, I J K voxel axes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from medssl.config import InputError
+from medssl.config import InputError, UncertaintySection
 from medssl.losses.entropy import renyi_entropy
 
 LEAST_PROB = 1e-12
+
+
+def find_limit(section: UncertaintySection, num_classes: int, risen: float) -> float:
+    """Return the uncertainty, in nats, from which on a voxel is refused.
+
+    Args:
+        section: Its ``start``, None for no limit.
+        num_classes: C, with background.
+        risen: Value of the ramp in [0, 1].
+
+    Source: Yu et al. 2019 (UA-MT), section 2.3: from 3/4 ln 2 to ln 2. Departure: to ln C.
+    """
+    if section.start is None:
+        return math.inf
+    lowest = section.start * math.log(2)
+    return lowest + (math.log(num_classes) - lowest) * risen
 
 
 def combine(draws: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -445,6 +445,7 @@ def test_voxels_that_the_filter_refuses_do_not_teach():
         "noise.mixing=none",
         "target.assignment=argmax",
         "filter.threshold={name: fixed, start: 0.9}",
+        "filter.uncertainty.start=0.75",
         "losses.consistency.weight=0",
         "losses.pseudo_label.name=ce",
     )

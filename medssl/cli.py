@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import sys
@@ -53,6 +54,9 @@ RunOrModel = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC}
+
+
 def main() -> None:
     """Run the command line; a user's mistake is a message and exit code 2, not a traceback."""
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -61,6 +65,11 @@ def main() -> None:
         app(standalone_mode=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; name another folder", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -274,6 +283,8 @@ def evaluate(
     from medssl.plan import choose_device
 
     chosen = choose_device(device)
+    if data is None and out is not None:
+        raise InputError("--out is for other scans: a run keeps its evaluation in RUN/evaluation")
     if data is None:
         summary = evaluate_run(model, tolerance=tolerance, device=chosen)
         print(render_summary(summary))
@@ -282,6 +293,8 @@ def evaluate(
         return
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
+    if any((folder / "run.json").is_file() for folder in (out, out.absolute().parent)):
+        raise InputError(f"--out {out}: the tables would replace those of a run; name a new folder")
     for text in overrides or ():
         if not text.startswith("data."):
             raise InputError(f"{text}: only data.KEY=VALUE says how to read DATA")

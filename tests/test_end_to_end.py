@@ -149,6 +149,23 @@ def test_data_are_evaluated_as_their_settings_say(
     assert (tmp_path / "out" / "per_case.csv").is_file()
 
 
+def test_tables_of_other_scans_do_not_replace_those_of_a_run(data: Path, finished: Path) -> None:
+    before = (finished / "summary.json").read_bytes()
+    for out in (finished, finished / "evaluation"):
+        assert "name a new folder" in medssl("evaluate", finished, data, "--out", out, code=2)
+    assert "RUN/evaluation" in medssl("evaluate", finished, "--out", data, code=2)
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_an_output_folder_that_is_a_file_is_an_error_and_no_traceback(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    out = medssl("evaluate", finished, data, "--out", tmp_path / "file", code=2)
+    assert "name another folder" in out
+    assert "Traceback" not in out
+
+
 def test_the_finished_run_is_not_trained_again(data: Path, finished: Path) -> None:
     before = hash_models(finished)
     times = {p: p.stat().st_mtime_ns for p in finished.glob("round_*/checkpoint.pt")}

@@ -53,7 +53,6 @@ RunOrModel = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
-
 _UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC}
 
 
@@ -69,7 +68,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        print(f"error: {error.filename}: {error.strerror}; name another folder", file=sys.stderr)
+        place = error.filename or "the output folder"
+        print(f"error: {place}: {error.strerror}; name another folder", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
@@ -283,9 +283,11 @@ def evaluate(
     from medssl.plan import choose_device
 
     chosen = choose_device(device)
-    if data is None and out is not None:
-        raise InputError("--out is for other scans: a run keeps its evaluation in RUN/evaluation")
     if data is None:
+        if out is not None:
+            raise InputError(
+                "--out is for other scans: a run keeps its evaluation in RUN/evaluation"
+            )
         summary = evaluate_run(model, tolerance=tolerance, device=chosen)
         print(render_summary(summary))
         print(f"report: {_write_report(model)}")
@@ -293,8 +295,6 @@ def evaluate(
         return
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
-    if any((folder / "run.json").is_file() for folder in (out, out.absolute().parent)):
-        raise InputError(f"--out {out}: the tables would replace those of a run; name a new folder")
     for text in overrides or ():
         if not text.startswith("data."):
             raise InputError(f"{text}: only data.KEY=VALUE says how to read DATA")

@@ -482,7 +482,7 @@ def _check_rest(config: Config) -> Iterator[str]:
 
 
 def _check_idle(config: Config) -> Iterator[str]:
-    """Yield settings that would have no effect."""
+    """Yield settings without effect, or with one that another setting has switched off."""
     threshold, draw = config.filter.threshold, config.filter.case.draw
     doubt, target = config.filter.uncertainty, config.target
     unlimited = doubt.source == "none" or doubt.start is None

@@ -109,8 +109,11 @@ def evaluate_data(
         report: Takes a line of progress.
 
     Raises:
-        InputError: The label map of the data is not the model's, or there is no case to evaluate.
+        InputError: The label map of the data is not the model's, there is no case to evaluate, or
+            ``out`` is where a run has tables of its own.
     """
+    if any((folder / "run.json").is_file() for folder in (out, out.resolve().parent)):
+        raise InputError(f"--out {out}: the tables would replace those of a run; name a new folder")
     data = data or DataSection()
     model = load_model(path, device)
     dataset = read_dataset(root, data.format, data.labels)

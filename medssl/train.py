@@ -99,8 +99,8 @@ def train(
         if is_fine_tune(fine_tune_from, step):
             objective.fine_tune(first=step == fine_tune_from)  # type: ignore[operator]  # contract
 
-        # No cache: before torch 2.13 or so it hands the student the weights that the teacher's pass
-        # without gradients has cast, and they learn nothing where the teacher is the student.
+        # No cache: that of older torch (seen in 2.6) hands the student the weights cast in the
+        # teacher's pass without gradients; where the teacher is the student they learn nothing.
         with torch.autocast(
             device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
         ):

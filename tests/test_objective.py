@@ -395,10 +395,8 @@ def test_a_step_lowers_the_loss_on_its_own_batch(method, spec):
     ],
 )
 def test_a_term_without_weight_is_left_out(tiny_spec, weight, term):
-    full, less = (
-        configure("full", "noise.mixing=none"),
-        configure("full", "noise.mixing=none", weight),
-    )
+    unmixed = ("full", "noise.mixing=none")
+    full, less = configure(*unmixed), configure(*unmixed, weight)
     batch = make_batch(full)
     everything = compute(make_objective(full, tiny_spec), *batch)
     rest = compute(make_objective(less, tiny_spec), *batch)
@@ -410,11 +408,8 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
         f"losses.{name}.ramp={{name: linear, start: 0.2, end: 0.6}}"
         for name in ("pseudo_label", "entropy", "consistency")
     ]
-    overrides += [
-        "noise.mixing=none",
-        "filter.threshold.name=none",
-        "filter.uncertainty.start=null",
-    ]
+    overrides += ["noise.mixing=none", "filter.threshold.name=none"]
+    overrides += ["filter.uncertainty.start=null"]
     config = configure("full", *overrides)
     double = configure("full", *overrides, "losses.pseudo_label.weight=2.0")
     batch = make_batch(config)

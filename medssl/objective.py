@@ -6,7 +6,11 @@ L(t) = L_sup(f(x~_l), y~_l)
                          + a_con(t) mean[m_con D(stopgrad g(w) || f(v))]
 
 f is the noised student, g the teacher, w the weak view. ``mean`` is over all voxels that are not
-ignored. Axes: B batch, C channels, I J K voxel axes (K is absent in 2D).
+ignored. Where patches are mixed each voxel keeps the loss and the weight of the case that it comes
+from: L_sup with 1 or L_pl with a_pl(t), in whichever patch it lies (Bai et al. 2023). A Dice loss
+is taken for labels and pseudo-labels of labeled patches and of each view apart.
+
+Axes: B batch, C channels, I J K voxel axes (K is absent in 2D).
 """
 
 from __future__ import annotations
@@ -37,7 +41,6 @@ from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
 Loss = Callable[..., Tensor]
 
-PASTED_WEIGHT = 0.5  # of pseudo-labeled voxels pasted into a labeled patch; Bai et al. 2023
 FEATURE_DROPOUT = 0.5  # of the skips' channels in the view feature_noise; Yang et al. 2023
 LEAST_PROB = 1e-6
 LOSS_PARAMETERS = ["logits", "target", "weight", "valid"]
@@ -49,9 +52,9 @@ class Patches:
     """What a network sees of a batch, and what that is compared with; mixed together.
 
     ``target`` (B, num_classes, I, J, K) probs; ``weight`` (B, 1, I, J, K) scales the voxels of a
-    loss on the target, ``valid`` (bool) says which ones count at all. ``online`` are the probs of
-    the online teacher on the weak view, ``own`` (bool) the voxels that they speak of, and
-    ``accepted`` how much the filter trusts each of these.
+    loss on the target, ``valid`` (bool) says which ones count at all. ``unlabeled`` (bool) are the
+    voxels of unlabeled cases: ``online``, the probs of the online teacher on the weak view, speaks
+    of them, and ``accepted`` is how much the filter trusts each.
     """
 
     image: Tensor
@@ -59,7 +62,7 @@ class Patches:
     weight: Tensor
     valid: Tensor
     online: Tensor
-    own: Tensor
+    unlabeled: Tensor
     accepted: Tensor
 
 
@@ -150,7 +153,8 @@ class Objective(nn.Module):
             if known is None:
                 raise ValueError("neither labeled nor unlabeled patches to learn from")
             x = known if self.tuning else self._mix_labeled(known, generator)
-            return {"supervised": self._compare("supervised", x, self._predict(x.image))}
+            f = self._predict(x.image)
+            return {"supervised": self._compare("supervised", x, f, ~x.unlabeled)}
 
         valid = unlabeled["weight"] > 0
         wants_online = "probs" not in unlabeled or self.config.losses.consistency.weight > 0
@@ -163,12 +167,17 @@ class Objective(nn.Module):
 
         losses = self.config.losses
         terms: dict[str, Tensor] = {}
-        if x_l is not None:
-            terms["supervised"] = self._compare("student", x_l, f_l)
-        for x, f in zip(x_v, f_v, strict=True):
+        mixed = self._mixes_both_ways(known)
+        with_labels = [] if x_l is None else [(x_l, f_l)]
+        with_views = list(zip(x_v, f_v, strict=True))
+        for x, f in with_labels + (with_views if mixed else []):
+            add(terms, "supervised", self._compare("student", x, f, ~x.unlabeled))
+        for x, f in with_views + (with_labels if mixed else []):
             if losses.pseudo_label.weight > 0:
                 a_pl = losses.pseudo_label.weight * ramp(losses.pseudo_label.ramp, t)
-                add(terms, "pseudo_label", a_pl * self._compare("pseudo_label", x, f))
+                l_pl = self._compare("pseudo_label", x, f, x.unlabeled)
+                add(terms, "pseudo_label", a_pl * l_pl)
+        for x, f in with_views:
             if losses.entropy.weight > 0:
                 a_ent = losses.entropy.weight * ramp(losses.entropy.ramp, t)
                 m_ent = choose_voxels(losses.entropy.voxels, x)
@@ -322,10 +331,10 @@ class Objective(nn.Module):
         The view feature_noise stays as it is (Yang et al. 2023).
         """
         kind, probability = self.config.noise.mixing, self.config.noise.mixing_probability
-        both_ways = kind == "copy_paste" and known is not None
+        both_ways = self._mixes_both_ways(known)
         x_l = known
         if known is not None and both_ways:
-            pasted = fit(views[0], len(known.image), PASTED_WEIGHT)
+            pasted = fit(views[0], len(known.image))
             x_l = mix(known, pasted, draw(kind, probability, known, generator))
         elif known is not None:
             x_l = self._mix_labeled(known, generator)
@@ -339,8 +348,15 @@ class Objective(nn.Module):
             x_v.append(mix(x, fit(partner, len(x.image), shift=int(partner is x)), boxes))
         return x_l, x_v
 
-    def _compare(self, name: str, patches: Patches, logits: Sequence[Tensor]) -> Tensor:
-        """Return the segmentation loss over the heads, weighted 1, 1/2, 1/4, ... (sum 1)."""
+    def _mixes_both_ways(self, known: Patches | None) -> bool:
+        """Return whether labels are pasted into views, and pseudo-labels into labeled patches."""
+        return self.config.noise.mixing == "copy_paste" and known is not None
+
+    def _compare(
+        self, name: str, patches: Patches, logits: Sequence[Tensor], voxels: Tensor
+    ) -> Tensor:
+        """Return the loss of some voxels over the heads, weighted 1, 1/2, 1/4, ... (sum 1)."""
+        patches = replace(patches, weight=patches.weight * voxels)
         loss = self.losses[name]
         temperature = self.config.target.student_temperature if name == "pseudo_label" else 1.0
         shares = [0.5**level for level in range(len(logits))]
@@ -437,7 +453,7 @@ def add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
 
 def choose_voxels(voxels: str, patches: Patches) -> Tensor:
     """Return m_* (B, 1, I, J, K): how much each voxel of the unlabeled case itself counts."""
-    return patches.accepted if voxels == "accepted" else patches.own.float()
+    return patches.accepted if voxels == "accepted" else patches.unlabeled.float()
 
 
 def ramp(section: Ramp, progress: float) -> float:
@@ -460,19 +476,18 @@ def mix(into: Patches, source: Patches, boxes: Tensor) -> Patches:
     return Patches(**{name: paste(*pair, boxes) for name, pair in pairs.items()})
 
 
-def fit(patches: Patches, count: int, scale: float = 1.0, shift: int = 0) -> Patches:
-    """Return ``count`` patches, repeated or cut as needed, shifted along the batch.
-
-    The weights of the target are scaled.
-    """
+def fit(patches: Patches, count: int, shift: int = 0) -> Patches:
+    """Return ``count`` patches, repeated or cut as needed, shifted along the batch."""
     index = (torch.arange(count) + shift) % len(patches.image)
     index = index.to(patches.image.device)
-    chosen = Patches(**{f.name: getattr(patches, f.name)[index] for f in fields(patches)})
-    return replace(chosen, weight=chosen.weight * scale)
+    return Patches(**{f.name: getattr(patches, f.name)[index] for f in fields(patches)})
 
 
 def shrink(patches: Patches, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return target, weight and valid at a lower resolution, averaged over the valid voxels."""
+    """Return target, weight and valid at a lower resolution, averaged over the valid voxels.
+
+    On the border of a pasted box a target is the mean of what lies on both sides.
+    """
     if tuple(size) == tuple(patches.target.shape[2:]):
         return patches.target, patches.weight, patches.valid
     kernel = [full // low for full, low in zip(patches.target.shape[2:], size, strict=True)]

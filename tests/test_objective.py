@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from medssl import objective as objective_module
 from medssl.config import IGNORE, list_methods, load_config
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
@@ -508,12 +509,37 @@ def test_mixing_moves_image_target_weight_and_valid_alike():
     assert mixed.valid[0, :, 1:].all()
 
 
+@pytest.mark.parametrize("progress", [0.1, 0.4, 1.0])  # a_pl(t) = 0, 0.35 and 0.7
+def test_a_pasted_voxel_keeps_the_loss_and_the_weight_of_its_case(monkeypatch, progress):
+    def paste_half(kind, probability, patches, generator):
+        boxes = torch.zeros_like(patches.valid)
+        boxes[:, :, :3] = kind != "none"
+        return boxes
+
+    monkeypatch.setattr(objective_module, "draw", paste_half)
+    settings = (
+        "full", "views=[strong]", "filter.threshold.name=none", "losses.supervised.student=ce",
+        "losses.pseudo_label={name: mae, weight: 0.7, ramp: {name: linear, start: 0.2, end: 0.6}}",
+        "noise.labeled_mixing=none",
+    )  # fmt: skip
+    student = VoxelNetwork()  # looks at each voxel alone: what lies beside it does not count
+    terms = []
+    for mixing in ("none", "copy_paste"):
+        config = configure(*settings, f"noise.mixing={mixing}")
+        batch = make_batch(config, num_labeled=2, num_unlabeled=2)
+        terms.append(compute(make_objective(config, None, student=student), *batch, progress))
+    apart, mixed = terms
+    assert (apart["pseudo_label"] > 0) == (progress > 0.2)
+    for name in ("supervised", "pseudo_label"):
+        assert mixed[name].item() == pytest.approx(apart[name].item(), rel=1e-5)
+
+
 def test_partners_for_mixing_are_the_next_in_the_batch_and_repeat_as_needed():
     patches = make_patches(torch.tensor([1.0, 2.0, 3.0])[:, None, None, None, None], count=3)
     assert fit(patches, 3, shift=1).image[:, 0, 0, 0, 0].tolist() == [2, 3, 1]
-    fitted = fit(patches, 5, scale=0.5)
+    fitted = fit(patches, 5)
     assert fitted.image[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
-    assert fitted.weight[:, 0, 0, 0, 0].tolist() == [0.5, 1, 1.5, 0.5, 1]
+    assert fitted.weight[:, 0, 0, 0, 0].tolist() == [1, 2, 3, 1, 2]
     assert len(fit(patches, 2).valid) == 2
 
 

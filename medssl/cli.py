@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import shutil
 import sys
 import warnings
@@ -74,9 +75,17 @@ def main() -> None:
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+
+
+def _parse_amount(text: str) -> float:
+    """Return a number that is not negative; `nan` and `inf` are none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{text!r} is no number from 0 on")
+    return value
 
 
 def _print_version(wanted: bool) -> None:
@@ -144,7 +153,9 @@ def train(
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<data>.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete the run, start over.")] = False,
-    max_hours: Annotated[float | None, typer.Option(help="Stop after so many hours.")] = None,
+    max_hours: Annotated[
+        float | None, typer.Option(parser=_parse_amount, help="Stop after so many hours.")
+    ] = None,
     round_0: Annotated[
         Path | None, typer.Option("--round-0", help="A run whose round 0 is taken over.")
     ] = None,
@@ -181,7 +192,7 @@ def _train(
 ) -> Outcome | None:
     """Prepare, print the plan, run all rounds, and print what to do next."""
     from medssl.data.cases import read_dataset, split_cases
-    from medssl.runs import StopFlag
+    from medssl.runs import StopFlag, lock_run
 
     data = resolved.config.data
     root = data.root
@@ -198,7 +209,7 @@ def _train(
         print("\n" + render(prepared.resolved))
         return None
     stop = StopFlag(folder, max_hours)
-    with stop.catch_signals():
+    with lock_run(folder), stop.catch_signals():
         outcome = run_training(prepared, folder, stop, restart, predict_unlabeled, round_0)
     report_path = _write_report(folder)
     print(f"\n{outcome.message}")
@@ -273,7 +284,8 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the tables.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Of surface Dice, in mm (pixels).")
+        float | None,
+        typer.Option(parser=_parse_amount, help="Of surface Dice, in mm (pixels)."),
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -281,6 +293,7 @@ def evaluate(
     from medssl.evaluate import evaluate_data, evaluate_run
     from medssl.evaluate import render as render_summary
     from medssl.plan import choose_device
+    from medssl.runs import lock_run
 
     chosen = choose_device(device)
     if data is None:
@@ -288,7 +301,8 @@ def evaluate(
             raise InputError(
                 "--out is for other scans: a run keeps its evaluation in RUN/evaluation"
             )
-        summary = evaluate_run(model, tolerance=tolerance, device=chosen)
+        with lock_run(model):
+            summary = evaluate_run(model, tolerance=tolerance, device=chosen)
         print(render_summary(summary))
         print(f"report: {_write_report(model)}")
         _sync_quietly(model)

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -48,7 +49,25 @@ class InputError(ValueError):
 class Section(BaseModel):
     """One section of the configuration: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_words(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse yes and no, which YAML reads as true and false, in the place of 1 and 0."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        is_section = isinstance(wanted, type) and issubclass(wanted, Section)
+        if wanted is not bool and not is_section and _holds_bool(value):
+            raise ValueError("expected a number or a name (in quotes), not yes or no, on or off")
+        return value
+
+
+def _holds_bool(value: object) -> bool:
+    """Tell whether a value, or one inside of it, is true or false."""
+    inside = value.values() if isinstance(value, dict) else value
+    if isinstance(inside, str) or not isinstance(inside, Iterable):
+        return isinstance(value, bool)
+    return any(_holds_bool(item) for item in inside)
 
 
 class DataSection(Section):
@@ -133,7 +152,7 @@ class TransportSection(Section):
 
     prior: Literal["labeled", "calibrated"] = "calibrated"
     epsilon: Positive = 0.1
-    rho: Positive = 10.0
+    rho: Annotated[float, Field(gt=0.0, allow_inf_nan=True)] = 10.0
     shrink: Fraction = 0.5
 
 
@@ -293,7 +312,7 @@ class PseudoLabelSection(Section):
 class EntropySection(Section):
     """Entropy of order ``order`` (1 is Shannon) of the student, normalized by ln C."""
 
-    order: NonNegative = 1.0
+    order: Annotated[float, Field(ge=0.0, allow_inf_nan=True)] = 1.0
     weight: NonNegative = 0.01
     ramp: Ramp = Ramp()
     voxels: Voxels = "accepted"
@@ -521,19 +540,21 @@ SHORTCUTS = {
 """Keys that also work at the top level of the command line and of a YAML."""
 
 _OTHER_WORDS = {
-    "batch_size": "train.batch",
-    "learning_rate": "train.lr",
+    "batchsize": "train.batch",
+    "learningrate": "train.lr",
     "epochs": "train.steps",
     "iterations": "train.steps",
-    "max_steps": "train.steps",
-    "num_workers": "train.workers",
+    "maxsteps": "train.steps",
+    "numworkers": "train.workers",
     "gpu": "train.device",
     "amp": "train.precision",
     "model": "network.name",
     "classes": "data.labels",
-    "roi_size": "plan.patch_size",
+    "roisize": "plan.patch_size",
 }
-"""Keys of other programs, and what they are called here."""
+"""Keys of other programs, without their hyphens, and what they are called here."""
+
+_NAMED_INSIDE = ("data.labels", "losses.pseudo_label.options")  # settings with keys of their own
 
 
 @dataclass(frozen=True)
@@ -766,9 +787,12 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             key = next(iter(_flatten({".".join(path): item["input"]})))
+            first, _, rest = key.partition(".")
             last = key.split(".")[-1]
             near = [name for name in valid if name.split(".")[-1] == last]
-            near = near or [name for name in [_OTHER_WORDS.get(last.lower())] if name]
+            if rest and not near:
+                near = [f"{name}.{rest}" for name in _NAMED_INSIDE if name.endswith(f".{first}")]
+            near = near or [name for name in [_OTHER_WORDS.get(_squeeze(last))] if name]
             near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
             hint = (
                 f"did you mean {' or '.join(near)}?" if near else "`medssl config` lists all keys"
@@ -780,12 +804,20 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             message = "a value is missing"
+        if item["type"] == "tuple_type":
+            message = "Input should be a list, such as [1, 2]"
         value = f" (got {item['input']!r})" if path else ""
         wrong.setdefault((".".join(path), value), []).append(message)
     told = [
-        f"{key}: {'; or: '.join(m)}{value}" if key else m[0] for (key, value), m in wrong.items()
+        f"{key}: {'; or: '.join(dict.fromkeys(m))}{value}" if key else m[0]
+        for (key, value), m in wrong.items()
     ]
     return unknown + told
+
+
+def _squeeze(word: str) -> str:
+    """Return a word in lower case and without what parts it."""
+    return re.sub(r"[-_ ]", "", word.lower())
 
 
 def _list_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -806,11 +838,23 @@ def hash_config(config: Config, ignore: Sequence[str] = ()) -> str:
         config: The resolved configuration.
         ignore: Keys to leave out as well; one that ends in a dot stands for all below it.
     """
+    kept = _list_deciding(config, ignore)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def list_changes(old: Config, new: Config) -> list[str]:
+    """Say which settings decide another result than before, with both values."""
+    before, now = _list_deciding(old), _list_deciding(new)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key} is {before.get(key)} there and {now.get(key)} here" for key in keys]
+
+
+def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings that decide the result, by dotted key."""
     values = _flatten(dump(config))
     skipped: tuple[str, ...] = (
         "tracking.", "train.device", "train.workers", "train.log_every", "train.checkpoint_every",
         "data.root",
     )  # fmt: skip
     skipped = (*skipped, *(key for key in ignore if key.endswith(".")))
-    kept = {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}

@@ -11,7 +11,7 @@ import numpy as np
 
 from medssl.data.io import write_mask
 from medssl.predict import load_model, predict_probs
-from medssl.runs import read_json, write_json, write_state
+from medssl.runs import hash_file, read_json, write_json, write_state
 from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
 
@@ -67,11 +67,25 @@ def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:
 def _copy_model(run: Run, index: int) -> None:
     """Copy the model of a round to model/; model.json comes last."""
     source, target = run.round_folder(index) / "model", run.folder / "model"
+    _drop_old_evaluation(run, source / "weights.safetensors", target / "weights.safetensors")
     target.mkdir(parents=True, exist_ok=True)
     (target / "model.json").unlink(missing_ok=True)
     for name in ("weights.safetensors", "model.json"):
         shutil.copyfile(source / name, target / f".{name}")
         (target / f".{name}").replace(target / name)
+
+
+def _drop_old_evaluation(run: Run, weights: Path, delivered: Path) -> None:
+    """Remove what `evaluate` measured before the run went on: it is not the result of this one."""
+    evaluation = run.folder / "evaluation"
+    measured = {path.parent.name for path in evaluation.glob("round_*/summary.json")}
+    done = {path.parent.name for path in run.folder.glob("round_*/done.json")}
+    same = delivered.is_file() and hash_file(weights) == hash_file(delivered)
+    if evaluation.is_dir() and not (same and measured == done):
+        print(
+            f"{evaluation}: removed, since the run went on after it; medssl evaluate {run.folder}"
+        )
+        shutil.rmtree(evaluation)
 
 
 def _summarize(run: Run, delivered: str, message: str) -> None:

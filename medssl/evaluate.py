@@ -112,7 +112,8 @@ def evaluate_data(
         InputError: The label map of the data is not the model's, there is no case to evaluate, or
             ``out`` is where a run has tables of its own.
     """
-    if any((folder / "run.json").is_file() for folder in (out, out.resolve().parent)):
+    home = out.resolve()
+    if any((folder / "run.json").is_file() for folder in (home, *home.parents)):
         raise InputError(f"--out {out}: the tables would replace those of a run; name a new folder")
     data = data or DataSection()
     model = load_model(path, device)
@@ -172,6 +173,8 @@ def evaluate_run(
     ignore = dataset.ignore if data.ignore is None else data.ignore
     labeled, unlabeled = _split_by_label(take_test_with_labels(dataset, splits), report)
     run_summary = read_json(run_dir / "summary.json")
+    if read_json(run_dir / "state.json")["status"] not in ("delivered", "stopped_by_gate"):
+        report(f"{run_dir}: the run is not finished; this measures the model that it has so far")
     paths = {"model": run_dir, **{name: run_dir / name for name in _find_rounds(run_dir)}}
     hashes = {name: _hash_model(path) for name, path in paths.items()}
     out = run_dir / "evaluation"
@@ -462,7 +465,10 @@ def _find_trained_on(path: Path, dataset: Dataset) -> tuple[list[str], list[str]
     resolved = path.resolve()
     runs = [p for p in (resolved, *resolved.parents[:3]) if (p / "splits.json").is_file()]
     if not runs:
-        return [], []
+        return [], [
+            f"{path} lies in no run that says which cases it was trained on: if some of these are "
+            "among them, this is no test"
+        ]
     splits, data = _read_splits(runs[0])
     trained = {*splits.labeled, *splits.unlabeled, *splits.val}
     try:
@@ -481,10 +487,19 @@ def _find_trained_on(path: Path, dataset: Dataset) -> tuple[list[str], list[str]
 
 def _read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
     """Return the splits of a run, and how and where its data is read."""
-    content = read_json(run_dir / "splits.json")
+    path = run_dir / "splits.json"
+    if not path.is_file():
+        raise InputError(
+            f"{run_dir}: is no run, and only a run has test cases of its own; give the run, or "
+            f"labeled scans: medssl evaluate {run_dir} DATA --out DIR"
+        )
+    content = read_json(path)
     data = load_config(run_dir / "config.yaml").config.data
-    root = Path(content["dataset"]["root"])
-    return Splits.from_json(content), data.model_copy(update={"root": root})
+    try:
+        splits, root = Splits.from_json(content), Path(content["dataset"]["root"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, or of another version ({error!r})") from error
+    return splits, data.model_copy(update={"root": root})
 
 
 def _read_run_dataset(data: DataSection) -> Dataset:
@@ -533,7 +548,7 @@ def _compare_to_baseline(
     steps = (run_summary.get("baseline") or {}).get("steps")
     baseline = f"round_0 (labels only{f', {steps} steps' if steps else ''})"
     if paired is None:
-        statement = "not measured: the run has no round after round_0"
+        statement = "not measured: no round after round_0 is done"
     else:
         why = f" of {paired['num_patients']} patients" * (paired["num_patients"] < paired["n"])
         why += f", a verdict needs {MIN_CASES_FOR_VERDICT}" * (verdict == "not measured")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +30,7 @@ from medssl.networks.build import (
     NetworkSpec,
     arrange,
     build_network,
+    explain_out_of_memory,
 )
 from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
 from medssl.transforms.preprocess import Normalization, Preprocessing
@@ -54,7 +56,10 @@ GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
-STEP_COST = 2.4  # of a student's step with as many unlabeled as labeled patches, in labeled steps
+LEAST_BYTES = 250  # of a training step for each voxel of its patches: no network gets by with less
+STEP_COST = 2.0  # of a student's step with as many unlabeled as labeled patches, in labeled steps
+LOOP_COST = 1.5  # of a labeled step on the cores of the network: 0.36 s where that takes 0.24
+
 SIDES = re.compile(
     r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex|links|rechts|gauche|droite)($|[^a-z])"
     r"|(^|[^a-z])(left|right)|(left|right)($|[^a-z])"
@@ -517,6 +522,11 @@ def _choose_patch(
             f"plan.patch_size={list(given)}: with {len(strides)} levels each side must be a "
             f"multiple of {factor.tolist()}; the nearest is {size.tolist()}"
         )
+    if (size == factor).all():
+        raise InputError(
+            f"plan.patch_size={size.tolist()}: after {len(strides)} levels one voxel of a patch is "
+            "left; give larger ones"
+        )
     median = np.median(shapes, axis=0)
     _explain_patch(size, median, budget, "pixels" if is_flat else "voxels", reasons)
     return tuple(size.tolist()), strides
@@ -634,22 +644,42 @@ def describe_steps(steps: int | tuple[int, ...]) -> str:
     return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
 
 
+def _read_memory_limit() -> float:
+    """Return the memory that this process may take at most, its cgroup's limit included, in GB."""
+    total = float(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, float(text))
+    return total / 1e9
+
+
 def measure_step(plan: Plan) -> float:
-    """Return the seconds of one labeled training step on this device, measured on noise."""
+    """Return the seconds that a labeled step spends in the network, measured on noise.
+
+    Raises:
+        InputError: The step needs more memory than there is.
+    """
+    most = _read_memory_limit() if plan.device == "cpu" else math.inf  # a GPU refuses by itself
+    size = f"{plan.batch} patches of {'x'.join(map(str, plan.patch_size))}"
+    refusal = f"train.batch, plan.patch_size: {size} do not fit the memory; lower one of them"
+    if plan.batch * math.prod(plan.patch_size) * LEAST_BYTES / 1e9 > most:
+        raise InputError(f"{refusal} ({most:.1f} GB)")
     device = torch.device(plan.device)
-    network = build_network(plan.network).to(device).train()
-    image = torch.randn(plan.batch, plan.network.in_channels, *plan.patch_size, device=device)
-    image = arrange(image)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = network.forward_heads(image)
-        sum(level.float().square().mean() for level in logits).backward()  # type: ignore[union-attr]  # sum() may be 0 for mypy
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    with explain_out_of_memory(refusal):
+        network = build_network(plan.network).to(device).train()
+        shape = (plan.batch, plan.network.in_channels, *plan.patch_size)
+        image = arrange(torch.randn(*shape, device=device))
+        for _ in range(3):
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = network.forward_heads(image)
+            loss = torch.stack([level.float().square().mean() for level in logits]).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
     return min(times)
 
 
@@ -657,7 +687,8 @@ def estimate_hours(plan: Plan, rounds: int, step_seconds: float) -> dict[str, fl
     """Return the plan's estimate with the time that all rounds take."""
     student = 1.0 + (STEP_COST - 1.0) * plan.num_unlabeled / plan.batch
     students = sum(at_round(plan.steps, index) for index in range(1, rounds + 1))
-    hours = step_seconds * (at_round(plan.steps, 0) + student * students) / 3600
+    loop = LOOP_COST if plan.workers == 0 else 1.0
+    hours = step_seconds * loop * (at_round(plan.steps, 0) + student * students) / 3600
     return {**plan.estimate, "step_seconds": round(step_seconds, 4), "hours": round(hours, 3)}
 
 

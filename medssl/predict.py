@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,11 +25,17 @@ from medssl.config import InputError
 from medssl.data.files import KINDS, is_picture, keep_scans, name_mask_suffix, strip_suffix
 from medssl.data.io import read_image, write_map, write_mask
 from medssl.data.pictures import count_channels
-from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
+from medssl.networks.build import (
+    NetworkSpec,
+    SegmentationNetwork,
+    arrange,
+    build_network,
+    explain_out_of_memory,
+)
 from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
-from medssl.runs import read_json, seed_from, write_file, write_json
+from medssl.runs import read_record, seed_from, write_file, write_json
 from medssl.transforms.geometry import Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 
@@ -169,13 +175,7 @@ def load_model(path: Path, device: str = "cpu") -> Model:
         InputError: There is no model, or it is damaged or of another format.
     """
     folder = resolve_model(path)
-    try:
-        info = ModelInfo.model_validate(read_json(folder / "model.json"))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
-        raise InputError(
-            f"{folder / 'model.json'}: not a model of this program: {problems}"
-        ) from error
+    info = read_record(folder / "model.json", ModelInfo)
     if info.precision == "bfloat16" and not has_bfloat16(device):
         info = info.model_copy(update={"precision": "float32"})
     try:
@@ -291,6 +291,7 @@ def measure_uncertainty(
     return entropy, information
 
 
+@explain_out_of_memory("the scan does not fit the memory; cut it, or use a machine with more")
 def predict_case(
     model: Model,
     images: tuple[Path, ...],
@@ -306,7 +307,8 @@ def predict_case(
         test_time_flips: Average over the mirrorings that training used.
 
     Raises:
-        InputError: A file cannot be read or has other channels than the model.
+        InputError: A file cannot be read, has other channels than the model, or needs more memory
+            than there is.
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
     volume = read_image(images, len(model.info.channels))

@@ -15,12 +15,21 @@ import numpy as np
 import torch
 import yaml
 
-from medssl.config import InputError, Resolved, at_round, dump, hash_config
+from medssl.config import (
+    InputError,
+    Resolved,
+    at_round,
+    dump,
+    hash_config,
+    list_changes,
+    load_config,
+)
 from medssl.data.cache import CachedCase, build_cache
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset
 from medssl.data.formats import read_dataset
 from medssl.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
+from medssl.networks.build import explain_out_of_memory
 from medssl.plan import Plan, choose_device, estimate_hours, make_plan, measure_step, resolve
 from medssl.predict import ModelInfo, describe_model
 from medssl.runs import (
@@ -30,6 +39,7 @@ from medssl.runs import (
     hash_json,
     make_pseudonyms,
     read_json,
+    read_record,
     write_json,
     write_state,
     write_text,
@@ -78,7 +88,7 @@ def prepare(
     dataset = read_dataset(config.data.root, config.data.format, config.data.labels)
     splits = split_cases(dataset, config.data, config.validation)
     if run_dir is not None and (run_dir / "plan.json").is_file():
-        plan = Plan.model_validate(read_json(run_dir / "plan.json"))
+        plan = read_record(run_dir / "plan.json", Plan)
         device = choose_device(config.train.device)
         now = {"device": device, "threads": torch.get_num_threads()}
         if config.train.workers != "auto":
@@ -119,7 +129,7 @@ def run_training(
     """
     config, plan, splits = prepared.resolved.config, prepared.plan, prepared.splits
     if restart:
-        _delete_run(run_dir)
+        _check_restart(run_dir, round_0)
     cases = {part: take(prepared.dataset, splits, part) for part in ("labeled", "unlabeled", "val")}
     cached = build_cache(
         [case for part in cases.values() for case in part],
@@ -135,9 +145,14 @@ def run_training(
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
     first = {**plan.model_dump(mode="json", include=about), "steps": at_round(plan.steps, 0)}
     first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
+    taken = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
+    if round_0 is not None and not taken:
+        _check_round_0(round_0, first_hash)
+    if restart and run_dir.exists():
+        shutil.rmtree(run_dir)
     _open_folder(prepared, run_dir, run_hash)
-    if round_0 is not None:
-        _take_over_round_0(round_0, run_dir, first_hash)
+    if round_0 is not None and not taken:
+        _take_over_round_0(round_0, run_dir)
     mirror = None
     if config.tracking.uri != "none":
         uri = default_uri(run_dir.parent) if config.tracking.uri == "auto" else config.tracking.uri
@@ -160,7 +175,10 @@ def run_training(
         notify=mirror.notify if mirror else lambda: None,
     )
     try:
-        outcome = _run_rounds(run, predict_unlabeled)
+        with explain_out_of_memory(
+            "out of memory; lower train.batch or plan.patch_size, or make plan.spacing coarser"
+        ):
+            outcome = _run_rounds(run, predict_unlabeled)
     except KeyboardInterrupt:
         set_status(run_dir, "interrupted")
         raise
@@ -224,12 +242,9 @@ def _describe(
     )
 
 
-def _take_over_round_0(source: Path, run_dir: Path, first_hash: str) -> None:
-    """Copy the models of round 0 of another run, with its lines of the journal."""
-    there, here = source / "round_0", run_dir / "round_0"
-    if (here / "model" / "done.json").is_file():
-        return
-    path = there / "model" / "done.json"
+def _check_round_0(source: Path, first_hash: str) -> None:
+    """Refuse a run whose round 0 is not what this one's would be."""
+    path = source / "round_0" / "model" / "done.json"
     if not path.is_file():
         raise InputError(f"--round-0 {source}: there is no finished round 0 in it")
     if read_json(path)["hash"] != first_hash:
@@ -237,6 +252,11 @@ def _take_over_round_0(source: Path, run_dir: Path, first_hash: str) -> None:
             f"--round-0 {source}: its round 0 had other data, network, plan or training settings; "
             "leave the option out, or give both runs the same"
         )
+
+
+def _take_over_round_0(source: Path, run_dir: Path) -> None:
+    """Copy the models of round 0 of another run, with its lines of the journal."""
+    there, here = source / "round_0", run_dir / "round_0"
     for folder in (there, *sorted((there / "models").glob("*"))):
         target = here / folder.relative_to(there) / "model"
         shutil.copytree(folder / "model", target, dirs_exist_ok=True)
@@ -252,9 +272,9 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
     """Write what describes a run, or refuse a folder that holds another one."""
     path = run_dir / "run.json"
     if path.is_file():
-        if read_json(path)["hash"] != run_hash:
+        if read_json(path) != {"hash": run_hash}:
             raise InputError(
-                f"{run_dir} holds a run with another configuration or other data; give another "
+                f"{run_dir} holds another run: {_find_difference(prepared, run_dir)}; give another "
                 "--run, or --restart to delete it and start over"
             )
     else:
@@ -279,13 +299,28 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
         set_status(run_dir, "running")
 
 
-def _delete_run(run_dir: Path) -> None:
-    """Delete an earlier run, and nothing that is not one."""
-    if not run_dir.exists():
-        return
-    if not (run_dir / "run.json").is_file():
+def _find_difference(prepared: Prepared, run_dir: Path) -> str:
+    """Say what of a command is not as in the run that a folder holds."""
+    try:
+        then = load_config(run_dir / "config.yaml").config
+    except InputError:
+        return "its config.yaml is of another version of medssl"
+    changed = list_changes(then, prepared.resolved.config)
+    if changed:
+        return ", ".join(changed)
+    old, new = read_json(run_dir / "splits.json"), prepared.splits.to_json()
+    parts = [part for part, cases in new.items() if old.get(part) != cases]
+    if parts:
+        return f"its {', '.join(parts)} cases are not those of the data now"
+    return "scans or labels of its cases, or the version of medssl, have changed since"
+
+
+def _check_restart(run_dir: Path, round_0: Path | None) -> None:
+    """Refuse to delete what is no run, or what is still needed."""
+    if run_dir.exists() and not (run_dir / "run.json").is_file():
         raise InputError(f"{run_dir} holds no run that could be started over; nothing was deleted")
-    shutil.rmtree(run_dir)
+    if round_0 is not None and round_0.resolve() == run_dir.resolve():
+        raise InputError(f"--round-0 {round_0}: --restart would delete it; name another run")
 
 
 def _report_cache(done: int, total: int) -> None:

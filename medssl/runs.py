@@ -19,9 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from medssl.config import InputError
+
+Record = TypeVar("Record", bound=BaseModel)
 
 
 def write_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:
@@ -98,6 +102,56 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: no such file; is this a medssl run or model folder?") from error
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read: {error}; restore or delete it") from error
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a JSON file that holds a pydantic model.
+
+    Raises:
+        InputError: It is missing or damaged, or another version of this program wrote it.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
+        raise InputError(
+            f"{path}: not as this version of medssl writes it: {problems}; use the version that it "
+            "was made with, or train anew with another --run"
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock that ends with the process, whatever ends it.
+
+    Args:
+        path: A file for it, made if there is none.
+        busy: What to say if another process holds it; None waits for that one.
+
+    Raises:
+        InputError: ``busy``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            import fcntl  # not on every system; nothing else of this module needs it
+
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError as error:
+            raise InputError(str(busy)) from error
+        except (ImportError, OSError):  # a system, or a network disk, without locks
+            pass
+        yield
+
+
+def lock_run(run_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a run folder, which lies beside it, or refuse.
+
+    A loader process of a killed training may keep it for some seconds.
+    """
+    home = run_dir.resolve()
+    busy = f"{run_dir}: another process works on this run; wait for it, or touch {run_dir}/STOP"
+    return lock(home.parent / f".{home.name}.lock", busy)
 
 
 def hash_file(path: Path) -> str:
@@ -200,6 +254,7 @@ class StopFlag:
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.reason is not None:
+                print("\nstopped; the same command goes on from the last checkpoint")
                 raise KeyboardInterrupt
             self.reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             print(f"\nstopping after this step ({self.reason}); once more stops at once")

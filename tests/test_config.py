@@ -127,6 +127,15 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("data.labels.liver=1", "data.labels.1=liver"),
         ("data.labels={255:liver}", "{1: liver}"),
         ("batch_size=4", "did you mean train.batch?"),
+        ("num-workers=4", "did you mean train.workers?"),
+        ("labels.1=liver", "did you mean data.labels.1?"),
+        ("plan.patch_size=16", "should be a list, such as [1, 2] (got 16)"),
+        ("train.lr=.inf", "finite number"),
+        ("losses.entropy.order=.nan", "greater than or equal to 0"),
+        ("data.labeled=true", "not yes or no"),
+        ("losses.pseudo_label.options={q: true}", "not yes or no"),
+        ("name.x=3", "`medssl config` lists all keys"),
+        ("train.steps=[yes, 10]", "not yes or no"),
         ("target.temperature=0.5", "target.transport.epsilon sharpens"),
         ("losses.pseudo_label.weight=0", "set noise.mixing=none or cutmix"),
         ("teacher.source=[]", "teacher.source is empty"),
@@ -231,3 +240,12 @@ def test_no_argument_ends_in_a_traceback(overrides):
 def test_the_configuration_needs_neither_torch_nor_monai():
     code = "import sys, medssl.config; assert not {'torch', 'monai', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("key", ["losses.entropy.order", "target.transport.rho"])
+def test_limits_of_a_formula_may_be_infinite(key):
+    section, _, name = key.rpartition(".")
+    config = load_config(overrides=["method=full", f"{key}=.inf"]).config
+    for part in section.split("."):
+        config = getattr(config, part)
+    assert getattr(config, name) == float("inf")

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from medssl.data.phantoms import write_phantoms
-from medssl.runs import hash_file
+from medssl.runs import hash_file, lock
 
 pytestmark = pytest.mark.slow
 
@@ -151,7 +151,7 @@ def test_data_are_evaluated_as_their_settings_say(
 
 def test_tables_of_other_scans_do_not_replace_those_of_a_run(data: Path, finished: Path) -> None:
     before = (finished / "summary.json").read_bytes()
-    for out in (finished, finished / "evaluation"):
+    for out in (finished, finished / "evaluation", finished / "evaluation" / "other"):
         assert "name a new folder" in medssl("evaluate", finished, data, "--out", out, code=2)
     assert "RUN/evaluation" in medssl("evaluate", finished, "--out", data, code=2)
     assert (finished / "summary.json").read_bytes() == before
@@ -166,12 +166,27 @@ def test_an_output_folder_that_is_a_file_is_an_error_and_no_traceback(
     assert "Traceback" not in out
 
 
+def test_one_process_at_a_time_trains_a_run(data: Path, finished: Path) -> None:
+    with lock(finished.parent / f".{finished.name}.lock"):
+        for command in (["train", data, *SETTINGS, "--run", finished], ["evaluate", finished]):
+            assert "another process works on this run" in medssl(*command, code=2)
+    assert json.loads((finished / "state.json").read_text())["status"] == "delivered"
+
+
+@pytest.mark.parametrize("amount", ["-1", "nan", "inf", "many"])
+def test_amounts_are_numbers_from_0_on(data: Path, finished: Path, amount: str) -> None:
+    for command in (("evaluate", finished, "--tolerance"), ("train", data, "--max-hours")):
+        assert "no number from 0 on" in medssl(*command, amount, code=2)
+
+
 def test_the_finished_run_is_not_trained_again(data: Path, finished: Path) -> None:
+    medssl("evaluate", finished)
     before = hash_models(finished)
     times = {p: p.stat().st_mtime_ns for p in finished.glob("round_*/checkpoint.pt")}
     medssl("train", data, *SETTINGS, "--run", finished)
     assert hash_models(finished) == before
     assert times == {p: p.stat().st_mtime_ns for p in finished.glob("round_*/checkpoint.pt")}
+    assert (finished / "evaluation" / "summary.json").is_file()
 
 
 def test_another_configuration_in_the_same_folder_is_refused(data: Path, finished: Path) -> None:
@@ -209,7 +224,10 @@ def test_ctrl_c_leaves_a_usable_model_and_the_same_command_goes_on(
     assert json.loads((run / "state.json").read_text())["status"] == "interrupted"
     scan = sorted((data / "images").glob("*.nii.gz"))[0]
     medssl("predict", run, scan, "--out", tmp_path / "masks")
+    assert "the run is not finished" in medssl("evaluate", run)
+    assert (run / "evaluation" / "summary.json").is_file()
     medssl("train", data, *SETTINGS, "--run", run)
+    assert not (run / "evaluation").exists()  # it was of a model that is no longer delivered
     assert hash_models(run) == hash_models(finished)
 
 

@@ -322,6 +322,7 @@ def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
         (run / "config.yaml").write_text("data:\n  labels: {3: organ, 7: tumor}\n")
         summary = {"delivered": f"round_{len(shifts) - 1}", "baseline": {"round": 0, "steps": 60}}
         (run / "summary.json").write_text(json.dumps(summary))
+        (run / "state.json").write_text('{"status": "delivered"}')
         return run
 
     def load(path: Path, device: str) -> SimpleNamespace:
@@ -407,6 +408,22 @@ def test_a_run_without_test_cases_or_model_is_refused(model: Any, make_run: RunM
     (run / "splits.json").write_text(json.dumps({**splits, "test": []}))
     with pytest.raises(InputError, match="no test cases"):
         evaluate_run(run, report=quiet)
+    with pytest.raises(InputError, match="is no run, and only a run has test cases of its own"):
+        evaluate_run(run / "round_0", report=quiet)
+    (run / "splits.json").write_text(json.dumps({"labeled": []}))
+    with pytest.raises(InputError, match=r"splits\.json: damaged, or of another version"):
+        evaluate_run(run, report=quiet)
+
+
+def test_a_run_that_is_not_finished_is_measured_with_a_remark(
+    model: Any, make_run: RunMaker
+) -> None:
+    run = make_run([0])
+    (run / "state.json").write_text('{"status": "interrupted"}')
+    lines: list[str] = []
+    summary = evaluate_run(run, report=lines.append)
+    assert any("the run is not finished" in line for line in lines)
+    assert summary["statement"] == "not measured: no round after round_0 is done"
 
 
 def test_cases_that_a_run_was_trained_on_are_left_out_and_their_labels_unopened(
@@ -475,6 +492,7 @@ def test_a_real_model_folder_is_evaluated_end_to_end(data: Path, tmp_path: Path)
     out = tmp_path / "out"
     summary = evaluate_data(tmp_path / "model", data, out, report=quiet)
     assert summary["num_cases"] == 12
+    assert "lies in no run" in summary["remarks"][0]
     values = {int(v) for v in np.unique(nib.load(out / "predictions/case00.nii.gz").dataobj)}
     assert values <= set(VALUES)
     model = load_model(tmp_path / "model")

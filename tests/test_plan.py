@@ -104,13 +104,18 @@ def test_a_patch_that_the_network_cannot_halve_is_refused_with_the_nearest(scans
         scans.add().plan("plan.patch_size=[18, 16, 16]")
 
 
+def test_a_patch_of_which_one_voxel_is_left_is_refused(scans):
+    with pytest.raises(InputError, match=r"plan\.patch_size=.* one voxel of a patch is left"):
+        scans.add().plan("plan.patch_size=[1, 1, 1]")
+
+
 def test_a_depth_for_which_the_patch_has_no_room_is_refused(scans):
     assert len(scans.add().plan("network.depth=3").network.strides) == 3
     with pytest.raises(InputError, match=r"network\.depth=6: .* has room for 3 levels"):
         scans.plan("network.depth=6")
 
 
-shapes = st.tuples(*[st.integers(1, 400)] * 3)
+shapes = st.tuples(*[st.integers(1, 400)] * 3).filter(lambda shape: max(shape) > 1)
 spacings = st.tuples(*[st.floats(0.3, 8.0)] * 3)
 
 
@@ -206,15 +211,23 @@ def test_the_estimate_of_the_disk_grows_with_unlabeled_scans(scans):
 
 
 def test_hours_count_every_step_of_every_round(tiny_plan):
-    plan = tiny_plan.model_copy(update={"steps": 3600})
+    plan = tiny_plan.model_copy(update={"steps": 3600, "workers": 1})
     assert estimate_hours(plan, 0, 1.0)["hours"] == 1.0
-    assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2.4)
+    assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2.0)
     plan = plan.model_copy(update={"steps": (3600, 1800)})
-    assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2.4 / 2)
+    assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2.0 / 2)
+    alone = plan.model_copy(update={"workers": 0})  # augmentation takes the network's cores
+    assert estimate_hours(alone, 0, 1.0)["hours"] == 1.5
 
 
 def test_a_step_is_measured_in_seconds(tiny_plan):
     assert 0 < measure_step(tiny_plan) < 10
+
+
+@pytest.mark.parametrize("large", [{"batch": 10**7}, {"patch_size": (4096, 4096, 4096)}])
+def test_a_step_that_does_not_fit_the_memory_is_refused_before_it_is_tried(tiny_plan, large):
+    with pytest.raises(InputError, match="do not fit the memory"):
+        measure_step(tiny_plan.model_copy(update=large))
 
 
 def test_what_the_plan_decided_resolves_every_auto_of_the_configuration(scans):

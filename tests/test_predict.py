@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import pickle
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from medssl import predict
 from medssl.config import InputError
 from medssl.networks.build import build_network
 from medssl.predict import (
@@ -187,7 +189,7 @@ def test_a_description_of_another_kind_is_refused(saved, change):
     content = read_json(path)
     content["network"] |= change.pop("network", {})
     write_json(path, content | change)
-    with pytest.raises(InputError, match=r"model\.json: not a model of this program"):
+    with pytest.raises(InputError, match=r"model\.json: not as version"):
         load_model(saved)
 
 
@@ -270,12 +272,34 @@ def test_all_scans_that_fail_are_named_after_the_others_were_written(oracle, tmp
     (tmp_path / "scans" / "bad.nii").write_bytes(b"no scan")
     holes = np.full((6, 6, 6), np.nan, np.float32)
     nib.save(nib.Nifti1Image(holes, np.eye(4)), tmp_path / "scans" / "holes.nii")
-    with pytest.raises(InputError, match="2 of 3 scans") as caught:
+    header = nib.Nifti1Header()
+    header.set_data_shape((30_000, 30_000, 30_000))
+    with gzip.open(tmp_path / "scans" / "huge.nii.gz", "wb") as file:
+        file.write(header.binaryblock + bytes(400))
+    with pytest.raises(InputError, match="3 of 4 scans") as caught:
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
     assert "bad.nii" in str(caught.value)
     assert "holes.nii" in str(caught.value)
+    assert "huge.nii.gz: too large for the memory" in str(caught.value)
     assert (tmp_path / "out" / "good.nii.gz").exists()
     assert not (tmp_path / "out" / "holes.nii.gz").exists()
+
+
+def test_a_scan_that_the_network_has_no_memory_for_is_named_and_the_others_are_segmented(
+    oracle, tmp_path, monkeypatch
+):
+    for name, side in (("large", 40), ("small", 12)):
+        write_scan(tmp_path / "scans" / f"{name}.nii", shape=(side, 14, 12))
+
+    def refuse_large(network, image, *rest):
+        if image.shape[2] > 20:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return predict_probs(network, image, *rest)
+
+    monkeypatch.setattr(predict, "predict_probs", refuse_large)
+    with pytest.raises(InputError, match=r"1 of 2 scans .*\n.*large\.nii: .*does not fit"):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
+    assert (tmp_path / "out" / "small.nii.gz").exists()
 
 
 def test_a_scan_is_never_overwritten_by_its_mask(oracle, tmp_path):

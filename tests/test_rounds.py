@@ -15,7 +15,7 @@ from medssl.data.phantoms import write_phantoms
 from medssl.pseudo.gates import Gate
 from medssl.pseudo.label import weigh_cases
 from medssl.pseudo.store import read_pseudo_label
-from medssl.runs import Journal, hash_file, read_json
+from medssl.runs import Journal, hash_file, read_json, write_json
 
 SMALL = [
     "plan.patch_size=[16,16,16]",
@@ -53,13 +53,13 @@ def start(data, tmp_path, monkeypatch, stop_at):
         students, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]
     )
 
-    def run(*overrides, name="run", stop=None, round_0=None, settings=SETTINGS):
+    def run(*overrides, name="run", stop=None, settings=SETTINGS, taken=None, **options):
         given = [*settings, *overrides]
         prepared = rounds.prepare(
-            load_config(data, given), lambda plan: load_config(data, given, plan), None
+            load_config(data, given), lambda plan: load_config(data, given, plan), taken
         )
         folder = tmp_path / "runs" / name
-        rounds.run_training(prepared, folder, stop_at(stop), round_0=round_0)
+        rounds.run_training(prepared, folder, stop_at(stop), **options)
         return folder
 
     return run
@@ -261,6 +261,50 @@ def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start
         start("steps=5", round_0=base, name="shorter")
     with pytest.raises(InputError, match="no finished round 0"):
         start(round_0=base.parent / "nothing", name="missing")
+
+
+def test_a_restart_that_is_refused_deletes_nothing(start):
+    base, other = start("rounds=0", name="base"), start("rounds=0", "steps=5", name="other")
+    before = hash_file(base / "round_0" / "model" / "weights.safetensors")
+    for round_0, words in ((other, "other data, network"), (base, "would delete it")):
+        with pytest.raises(InputError, match=words):
+            start("rounds=0", name="base", round_0=round_0, restart=True)
+    mine = base.parent / "mine"
+    mine.mkdir()
+    with pytest.raises(InputError, match="nothing was deleted"):
+        start("rounds=0", name="mine", restart=True)
+    assert mine.is_dir()
+    assert hash_file(base / "round_0" / "model" / "weights.safetensors") == before
+    stamp = (base / "run.json").stat().st_mtime_ns
+    start("rounds=0", name="base", restart=True)
+    assert (base / "run.json").stat().st_mtime_ns > stamp
+
+
+def test_a_folder_of_another_run_is_refused_with_what_differs(start):
+    base = start("rounds=0", name="base")
+    with pytest.raises(InputError, match=r"another run: train\.seed is 0 there and 5 here; give"):
+        start("rounds=0", "seed=5", name="base")
+    splits = read_json(base / "splits.json")
+    write_json(base / "splits.json", {**splits, "unlabeled": []})
+    write_json(base / "run.json", {"hash": "of other data"})
+    with pytest.raises(InputError, match="another run: its unlabeled cases are not those"):
+        start("rounds=0", name="base")
+    write_json(base / "splits.json", splits)
+    with pytest.raises(InputError, match="another run: scans or labels of its cases have changed"):
+        start("rounds=0", name="base")
+    plan = read_json(base / "plan.json")
+    write_json(base / "plan.json", {**plan, "of_a_later_version": 1})
+    with pytest.raises(InputError, match=r"plan\.json: not as version .* of_a_later_version"):
+        start("rounds=0", name="base", taken=base)
+
+
+def test_memory_that_does_not_suffice_is_said_with_the_way_out(start, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+
+    monkeypatch.setattr(rounds, "train_round", refuse)
+    with pytest.raises(InputError, match=r"out of memory; lower train\.batch"):
+        start("rounds=0")
 
 
 def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start, monkeypatch):

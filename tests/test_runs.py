@@ -199,7 +199,9 @@ def test_the_first_signal_sets_the_flag_and_the_second_interrupts(tmp_path, numb
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
-    assert "stopping after this step" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "stopping after this step" in told
+    assert "goes on from the last checkpoint" in told
 
 
 def test_the_state_names_the_last_checkpoint(tmp_path):

@@ -39,7 +39,7 @@ _NUM_SHOWN = 12
 _CHUNK = 2**22  # bytes
 _NUM_THREADS = 2  # each holds one scan in memory
 _UNREADABLE = (
-    *(OSError, EOFError, ValueError, ArithmeticError, MemoryError),
+    *(OSError, EOFError, ValueError, ArithmeticError),
     *(zlib.error, ImageFileError, HeaderDataError),
 )
 
@@ -213,6 +213,9 @@ def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except MemoryError as error:
+        names = ", ".join(str(path) for path in paths)
+        raise InputError(f"{names}: too large for the memory ({error}); cut it") from error
     except _UNREADABLE as error:
         names = ", ".join(str(path) for path in paths)
         raise InputError(f"{names}: damaged or incomplete ({error}); copy it again") from error

@@ -31,7 +31,6 @@ _UNREADABLE = (
     EOFError,
     ValueError,
     ArithmeticError,
-    MemoryError,
     zlib.error,
     ImageFileError,
     HeaderDataError,
@@ -191,6 +190,8 @@ def _guard(path: Path, read: Callable[[], Any]) -> Any:
         return read()
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
+    except MemoryError as error:
+        raise InputError(f"{path}: too large for the memory ({error}); cut it") from error
     except _UNREADABLE as error:
         raise InputError(
             f"{path}: cannot be read ({error}): the file is damaged or incomplete, "

@@ -81,7 +81,7 @@ class RunFiles:
     @property
     def delivered(self) -> str:
         """Name of the delivered round, or nothing."""
-        return str(self.evaluation.get("delivered") or self.summary.get("delivered") or "")
+        return str(self.summary.get("delivered") or "")
 
     @property
     def reviewed(self) -> RoundFiles | None:

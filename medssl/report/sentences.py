@@ -206,7 +206,7 @@ def _say_why_not_measured(run: RunFiles) -> str:
     """Return why there is no paired difference."""
     num_test = len(run.list_part("test"))
     if run.evaluation:
-        return "The run has no round after round 0: there is nothing to compare with labels only."
+        return "No round after round 0 is done: there is nothing to compare with labels only."
     if not run.splits:
         return "splits.json is missing, so nobody can say which cases the model has not seen."
     if num_test == 0:
@@ -247,12 +247,6 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
         details.append(
             f"Validation labels count as labels: there is no validation case, so the run has "
             f"{count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."
-        )
-    measured, now = run.evaluation.get("delivered"), run.summary.get("delivered")
-    if measured and now and measured != now:
-        details.append(
-            f"The evaluation is older than the run: it measured {_spell(str(measured))}, delivered "
-            f"is {_spell(str(now))}; `medssl evaluate` on the run folder measures it again."
         )
     if patients:
         details.append(patients)

@@ -6,9 +6,10 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from medssl.runs import lock
 
 VIEW = "medssl"
 ENVIRONMENT = {
@@ -32,16 +33,6 @@ def default_uri(runs_folder: Path) -> str:
 def choose(*values: str | None) -> str | None:
     """Return the first value that says something."""
     return next((value for value in values if value not in (None, "", "auto", "none")), None)
-
-
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, whatever ends it."""
-    import fcntl  # not on every system; nothing else of this module needs it
-
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def connect(uri: str) -> Any:

@@ -189,7 +189,7 @@ def test_a_description_of_another_kind_is_refused(saved, change):
     content = read_json(path)
     content["network"] |= change.pop("network", {})
     write_json(path, content | change)
-    with pytest.raises(InputError, match=r"model\.json: not as version"):
+    with pytest.raises(InputError, match=r"model\.json: not as this version"):
         load_model(saved)
 
 

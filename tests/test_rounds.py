@@ -290,11 +290,11 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(start):
     with pytest.raises(InputError, match="another run: its unlabeled cases are not those"):
         start("rounds=0", name="base")
     write_json(base / "splits.json", splits)
-    with pytest.raises(InputError, match="another run: scans or labels of its cases have changed"):
+    with pytest.raises(InputError, match="scans or labels of its cases, or the version"):
         start("rounds=0", name="base")
     plan = read_json(base / "plan.json")
     write_json(base / "plan.json", {**plan, "of_a_later_version": 1})
-    with pytest.raises(InputError, match=r"plan\.json: not as version .* of_a_later_version"):
+    with pytest.raises(InputError, match=r"plan\.json: not as this version .* of_a_later_version"):
         start("rounds=0", name="base", taken=base)
 
 

@@ -64,15 +64,20 @@ def _ask_driver() -> str:
     return "; ".join(result.stdout.strip().splitlines()) if result.returncode == 0 else ""
 
 
-def _read_memory_gb() -> float:
-    """Return the memory that is available to this process, its cgroup's limit included."""
+def _read_memory_gb(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the memory that is available to this process, its cgroup's limit included.
+
+    Files that the kernel keeps in memory, and gives back, do not count as used.
+    """
     import psutil
 
     available = float(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = group / "memory.max"
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        available = min(available, float(text) - float(used))
+        used = float((group / "memory.current").read_text())
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= sum(float(parts.get(kind, 0)) for kind in ("active_file", "inactive_file"))
+        available = min(available, float(text) - used)
     return available / 1e9
 
 

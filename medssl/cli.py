@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -301,7 +302,8 @@ def evaluate(
             raise InputError(
                 "--out is for other scans: a run keeps its evaluation in RUN/evaluation"
             )
-        with lock_run(model):
+        is_run = (model / "run.json").is_file()
+        with lock_run(model) if is_run else contextlib.nullcontext():
             summary = evaluate_run(model, tolerance=tolerance, device=chosen)
         print(render_summary(summary))
         print(f"report: {_write_report(model)}")

@@ -173,6 +173,12 @@ def test_one_process_at_a_time_trains_a_run(data: Path, finished: Path) -> None:
     assert json.loads((finished / "state.json").read_text())["status"] == "delivered"
 
 
+def test_a_path_that_is_no_run_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    for command in ("evaluate", "report", "sync"):
+        medssl(command, tmp_path / "typo" / "run", code=2)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("amount", ["-1", "nan", "inf", "many"])
 def test_amounts_are_numbers_from_0_on(data: Path, finished: Path, amount: str) -> None:
     for command in (("evaluate", finished, "--tolerance"), ("train", data, "--max-hours")):

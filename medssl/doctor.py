@@ -71,13 +71,14 @@ def _read_memory_gb(group: Path = Path("/sys/fs/cgroup")) -> float:
     """
     import psutil
 
+    from medssl.plan import read_memory_limit
+
     available = float(psutil.virtual_memory().available)
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+    if (group / "memory.current").is_file():
         used = float((group / "memory.current").read_text())
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         used -= sum(float(parts.get(kind, 0)) for kind in ("active_file", "inactive_file"))
-        available = min(available, float(text) - used)
+        available = min(available, read_memory_limit(group) - used)
     return available / 1e9
 
 

@@ -644,13 +644,13 @@ def describe_steps(steps: int | tuple[int, ...]) -> str:
     return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
 
 
-def _read_memory_limit() -> float:
-    """Return the memory that this process may take at most, its cgroup's limit included, in GB."""
+def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes that this process may take at most: the machine's, or its cgroup's."""
     total = float(psutil.virtual_memory().total)
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = group / "memory.max"
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, float(text))
-    return total / 1e9
+    return total
 
 
 def measure_step(plan: Plan) -> float:
@@ -659,7 +659,7 @@ def measure_step(plan: Plan) -> float:
     Raises:
         InputError: The step needs more memory than there is.
     """
-    most = _read_memory_limit() if plan.device == "cpu" else math.inf  # a GPU refuses by itself
+    most = read_memory_limit() / 1e9 if plan.device == "cpu" else math.inf  # GPUs refuse themselves
     size = f"{plan.batch} patches of {'x'.join(map(str, plan.patch_size))}"
     refusal = f"train.batch, plan.patch_size: {size} do not fit the memory; lower one of them"
     if plan.batch * math.prod(plan.patch_size) * LEAST_BYTES / 1e9 > most:

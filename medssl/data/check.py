@@ -203,6 +203,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
 @contextlib.contextmanager
 def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
     """Turn whatever a damaged file makes of a read into an InputError that names it."""
+    names = ", ".join(str(path) for path in paths)
     try:
         for path in paths:
             if is_picture(path):
@@ -214,10 +215,8 @@ def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
     except InputError:
         raise
     except MemoryError as error:
-        names = ", ".join(str(path) for path in paths)
         raise InputError(f"{names}: too large for the memory ({error}); cut it") from error
     except _UNREADABLE as error:
-        names = ", ".join(str(path) for path in paths)
         raise InputError(f"{names}: damaged or incomplete ({error}); copy it again") from error
 
 

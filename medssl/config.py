@@ -169,18 +169,20 @@ class TargetSection(Section):
 class ThresholdSection(Section):
     """Class-wise confidence threshold of a voxel, moving from ``start`` to ``end`` in a round.
 
-    For ``quantile`` they are the kept share of each predicted class.
+    For ``quantile`` they are the kept share of each predicted class, 0.8 to 0.95 unless given.
     """
 
     name: Literal["none", "fixed", "curriculum", "flex", "free", "soft", "quantile"] = "flex"
     start: Fraction = 0.95
     end: Fraction = 0.7
 
-    @property
-    def lowest(self) -> float:
-        """The lowest threshold of a round, where that is a given number; 0 where it is not."""
-        given = {"fixed": self.start, "curriculum": self.end, "flex": self.end}
-        return given.get(self.name, 0.0)
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_more_and_more(cls, given: object) -> object:
+        """Give a share, which shall grow, a range of its own: thresholds fall."""
+        if isinstance(given, dict) and given.get("name") == "quantile":
+            return {"start": 0.8, "end": 0.95, **given}
+        return given
 
 
 class UncertaintySection(Section):
@@ -505,7 +507,8 @@ def _check_idle(config: Config) -> Iterator[str]:
     threshold, draw = config.filter.threshold, config.filter.case.draw
     doubt, target = config.filter.uncertainty, config.target
     unlimited = doubt.source == "none" or doubt.start is None
-    if draw == "coverage" and unlimited and threshold.lowest == 0.0:
+    unbounded = threshold.name in ("none", "free", "soft", "quantile")
+    if draw == "coverage" and unlimited and unbounded:
         yield (
             "filter.case.draw=coverage draws by the share of accepted voxels, but with "
             f"filter.threshold.name={threshold.name} and no limit of uncertainty all cases have "

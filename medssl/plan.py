@@ -51,7 +51,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, True): 7,
 }
 AXES = ("left-right", "back-front", "feet-head")
-CPU_STEPS = (2400, 800)  # of round 0, which sees few scans and is cheap, and of each student
+CPU_STEPS = (2400, 800)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32
@@ -145,7 +145,8 @@ def make_plan(
     batch = _choose_batch(config, patch_size, on_gpu, reasons)
     steps = config.train.steps
     if steps == "auto":
-        steps = GPU_STEPS if on_gpu else CPU_STEPS
+        goes_on = config.train.start == "warm"
+        steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
         reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = torch.get_num_threads()

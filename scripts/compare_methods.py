@@ -49,13 +49,14 @@ def describe(folder: Path) -> dict[str, Any]:
     entries = [e for e in Journal(folder / "metrics.jsonl").read() if e["round"] == last["round"]]
     coverages = [m for e in entries if (m := e["metrics"].get("monitors/coverage")) is not None]
     losses = [m for e in entries if (m := e["metrics"].get("losses/total")) is not None]
+    lost = sum(e["metrics"].get("monitors/nonfinite", 0.0) for e in entries)
     agreement = last.get("agreement")
     return {
         "rounds": last["round"],
         "steps": summary["total_steps"],
         "minutes": round(summary["seconds"] / 60, 1),
         "delivered": summary["delivered"],
-        "finite": all(math.isfinite(value) for value in losses),
+        "finite": bool(losses) and lost == 0.0,
         "coverage": round(sum(coverages) / len(coverages), 4) if coverages else "",
         "agreement": round(agreement, 4) if agreement is not None else "",
     }

@@ -158,6 +158,15 @@ def test_cases_are_not_drawn_by_a_coverage_that_all_have(name):
     load_config(overrides=[*settings, "filter.uncertainty={source: mc_dropout, start: 0.5}"])
 
 
+def test_the_share_that_quantile_keeps_grows_unless_it_is_given():
+    def read(*settings):
+        section = load_config(overrides=["filter.threshold.name=quantile", *settings]).config
+        return section.filter.threshold.start, section.filter.threshold.end
+
+    assert read() == (0.8, 0.95)
+    assert read("filter.threshold.start=0.5") == (0.5, 0.95)
+
+
 @pytest.mark.parametrize(
     "text", ["- 1\n- 2", "a: b: c", "a: {{ b }}", "\x00", "a: 1\na: 2", "just words"]
 )

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from medssl.config import IGNORE
+from medssl.config import IGNORE, RandAugmentSection
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase, iterate_batches
 
 
@@ -165,3 +167,56 @@ def test_without_an_offline_teacher_a_patch_has_views_and_no_targets(cached_case
     sampling = Sampling(0, 1, (8, 8, 8), 1, 2, 0.5, 1.0, ())
     part = PatchDataset(labeled, online, sampling)[0]["unlabeled"]
     assert set(part) == {"weak", "strong", "weight"}
+
+
+def test_cases_are_drawn_as_often_as_they_weigh(make_dataset):
+    dataset = make_dataset()
+    heavy = [
+        replace(case, weight=8.0 * (place == 1)) for place, case in enumerate(dataset.unlabeled)
+    ]
+    weighed = PatchDataset(dataset.labeled, heavy, dataset.sampling)
+    assert {weighed._choose(3, "unlabeled", step, 0) for step in range(20)} == {1}
+    some = [replace(case, weight=2.0 + 4.0 * (place == 1)) for place, case in enumerate(heavy)]
+    weighed = PatchDataset(dataset.labeled, some, dataset.sampling)
+    drawn = [weighed._choose(3, "unlabeled", step, 0) for step in range(300)]
+    assert np.bincount(drawn) / 300 == pytest.approx([0.2, 0.6, 0.2], abs=0.1)
+
+
+def test_randaugment_acts_on_strong_views_alone(make_dataset):
+    section = RandAugmentSection(num_operations=2, magnitude=27)
+    plain, noised = (
+        [dataset[step] for step in range(8)]
+        for dataset in (make_dataset(strong=0.0), make_dataset(strong=0.0, randaugment=section))
+    )
+    assert all(torch.equal(b["unlabeled"]["strong"], b["unlabeled"]["weak"]) for b in plain)
+    assert not all(torch.equal(b["unlabeled"]["strong"], b["unlabeled"]["weak"]) for b in noised)
+    for one, other in zip(plain, noised, strict=True):
+        assert torch.equal(one["labeled"]["image"], other["labeled"]["image"])
+
+
+def test_two_strong_views_of_a_patch_differ_and_lie_on_each_other(make_dataset):
+    part = make_dataset(views=("strong", "strong_2"))[0]["unlabeled"]
+    assert not torch.equal(part["strong"], part["strong_2"])
+    for view in ("strong", "strong_2"):
+        pair = torch.stack([part[view].flatten(), part["weak"].flatten()])
+        assert torch.corrcoef(pair)[0, 1] > 0.5
+        assert not part[view][part["weight"] == 0].any()
+
+
+def test_patches_of_the_fine_tune_are_parts_of_the_scan_as_it_is(make_dataset):
+    dataset = make_dataset(fine_tune_from=2)
+    batch = dataset[2]
+    assert batch["unlabeled"] is None
+    scans = [np.asarray(case.image()[0], np.float32) for case in dataset.labeled]
+    windows = [np.lib.stride_tricks.sliding_window_view(s, (8, 8, 8)) for s in scans]
+
+    def is_part(patch):
+        corner = patch[0, 0, 0, 0].item()
+        for view in windows:
+            for place in np.argwhere(np.isclose(view[..., 0, 0, 0], corner, atol=1e-3)):
+                if np.allclose(view[tuple(place)], patch[0], atol=1e-3):
+                    return True
+        return False
+
+    assert all(is_part(patch) for patch in batch["labeled"]["image"])
+    assert not any(is_part(patch) for patch in dataset[1]["labeled"]["image"])

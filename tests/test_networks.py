@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from medssl.config import InputError
-from medssl.networks.build import build_network
+from medssl.networks.build import NetworkSpec, build_network
 from medssl.networks.noise import (
     DropBranch,
     add_stochastic_depth,
@@ -179,6 +179,38 @@ def test_feature_noise_drops_channels_of_every_skip_and_of_the_bottleneck(networ
     for level in (0, 1):  # the encoder is clean, the decoder's own features have no channel gone
         assert torch.equal(noisy["down", level], clean["down", level])
     assert not (noisy["below", 0] == 0).flatten(2).all(2).any()
+
+
+def test_feature_noise_in_2d_drops_channels_of_all_that_the_encoder_gives():
+    torch.manual_seed(0)
+    spec = NetworkSpec(name="unet", encoder="resnet18", in_channels=1, num_classes=3)
+    network = build_network(spec).eval()
+    seen = []
+    decoder = network.smp.decoder
+    handle = decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.randn(2, 1, 64, 64)
+    clean = network(image)
+    with drop_features(network, 0.5, torch.Generator().manual_seed(0)):
+        noisy = network(image)
+    handle.remove()
+    assert not torch.equal(clean, noisy)
+    before, after = seen
+    assert torch.equal(before[0], after[0])  # the image
+    for one, other in zip(before[1:], after[1:], strict=True):
+        gone = is_dropped(one, other, 2.0)
+        assert 0.2 < gone.float().mean() < 0.8
+        assert not torch.equal(gone[0], gone[1])
+
+
+def test_freezing_in_2d_is_of_the_first_weights_of_the_encoder():
+    spec = NetworkSpec(name="unet", encoder="resnet18", in_channels=1, num_classes=3)
+    network = build_network(spec)
+    number = freeze_encoder(network, 2)
+    frozen = [not weight.requires_grad for weight in network.smp.encoder.parameters()]
+    assert 0 < number < sum(weight.numel() for weight in network.smp.encoder.parameters())
+    assert frozen == sorted(frozen, reverse=True)
+    assert sum(frozen) == pytest.approx(len(frozen) / 3, abs=1)
+    assert all(weight.requires_grad for weight in network.smp.decoder.parameters())
 
 
 def test_every_skip_has_a_draw_of_its_own(tiny_spec):

@@ -8,7 +8,7 @@ from medssl import objective as objective_module
 from medssl.config import IGNORE, list_methods, load_config
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
-from medssl.objective import Patches, fit, load_objective, mix, shrink
+from medssl.objective import Patches, average, fit, load_objective, mix, shrink
 
 NAMES = ("background", "organ", "lesion")
 SIDES = ("kernels", "strides")
@@ -222,6 +222,40 @@ def test_a_fine_tune_does_not_mix_and_starts_the_average_anew(tiny_spec):
     assert all(torch.equal(own, mean) for own, mean in pairs)
     objective.fine_tune(first=False)
     assert objective.teacher.n_averaged == 1
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_buffers_of_the_teacher_are_averaged_too(decay):
+    student = nn.Sequential(nn.BatchNorm3d(1))
+    teacher = average(student, decay)
+    teacher.update_parameters(student)  # the first time it copies
+    teacher.module[0].running_mean.fill_(4.0)
+    student[0].running_mean.fill_(8.0)
+    student[0].num_batches_tracked.fill_(7)
+    teacher.update_parameters(student)
+    assert teacher.module[0].running_mean.item() == pytest.approx(8.0 - 4.0 * decay)
+    assert teacher.module[0].num_batches_tracked.item() == 7
+
+
+def test_each_of_two_students_learns_what_the_other_one_says(tiny_spec):
+    config = configure("cross_pseudo")
+    objective = make_objective(config, tiny_spec)
+    labeled, unlabeled = make_batch(config)
+    asked = []
+
+    def keep(module, *arguments):
+        asked.append((objective.student, arguments[1]["probs"]))
+        return {"supervised": torch.zeros(())}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective_module.Objective, "forward", keep)
+        first, second = objective.student, objective.second
+        compute(objective, labeled, unlabeled)
+    says = {id(n): objective_module.predict_still(n, unlabeled["weak"]) for n in (first, second)}
+    taught = {id(learner): probs for learner, probs in asked}
+    assert torch.equal(taught[id(first)], says[id(second)])
+    assert torch.equal(taught[id(second)], says[id(first)])
+    assert not torch.equal(says[id(first)], says[id(second)])
 
 
 def test_the_decay_of_the_teacher_rises_to_what_is_set(tiny_spec):
@@ -455,6 +489,76 @@ def test_voxels_that_the_filter_refuses_do_not_teach():
     moved = unlabeled["strong"].grad != 0
     assert not (moved & ~sure).any()
     assert (moved & sure).sum() > 0.9 * sure.sum()
+
+
+@pytest.mark.parametrize("term", ["entropy", "consistency"])
+@pytest.mark.parametrize("voxels", ["accepted", "all"])
+def test_entropy_and_consistency_act_where_they_are_asked_to(term, voxels):
+    others = {"pseudo_label", "entropy", "consistency"} - {term}
+    config = configure(
+        "full",
+        "noise.mixing=none",
+        "target.assignment=argmax",
+        "filter.threshold={name: fixed, start: 0.9}",
+        "filter.uncertainty.source=none",
+        f"losses.{term}={{weight: 1.0, voxels: {voxels}}}",
+        *(f"losses.{other}.weight=0" for other in others),
+    )
+    objective = make_objective(config, None, student=VoxelNetwork())
+    labeled, unlabeled = make_batch(config)
+    unlabeled["strong"].requires_grad_()
+    compute(objective, labeled, unlabeled)[term].backward()
+    sure = unlabeled["probs"].amax(1, keepdim=True) >= 0.9
+    moved = unlabeled["strong"].grad != 0
+    assert moved[sure].float().mean() > 0.9
+    assert moved[~sure].any() == (voxels == "all")
+
+
+def test_cutmix_pastes_the_next_patch_with_what_is_said_of_it(monkeypatch):
+    def paste_half(kind, probability, patches, generator):
+        boxes = torch.zeros_like(patches.valid)
+        boxes[:, :, :3] = kind == "cutmix"
+        return boxes
+
+    monkeypatch.setattr(objective_module, "draw", paste_half)
+    config = configure("cutmix", "noise.labeled_mixing=none")
+    objective = make_objective(config, None, student=VoxelNetwork())
+    view, known = make_patches(torch.tensor([1.0, 2.0])[:, None, None, None, None]), make_patches(5)
+    x_l, (mixed,) = objective._mix(known, [view], torch.Generator())
+    assert torch.equal(x_l.image, known.image)
+    for part in (mixed.image, mixed.target, mixed.weight, mixed.accepted):
+        assert (part[0, :, :3] == 2).all()
+        assert (part[0, :, 3:] == 1).all()
+        assert (part[1, :, :3] == 1).all()
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(1.0, 1.0), (0.5, 1.0), (1.0, 2.0)])
+def test_both_temperatures_divide_logits(teacher, student):
+    config = configure(
+        "noisy_student",
+        f"target={{temperature: {teacher}, student_temperature: {student}}}",
+    )
+    labeled, unlabeled = make_batch(config)
+    network = VoxelNetwork()
+    found = compute(make_objective(config, None, student=network), labeled, unlabeled)
+    target = torch.softmax(unlabeled["probs"].log() / teacher, dim=1)
+    logits = network.forward_heads(unlabeled["strong"])[0] / student
+    expected = cross_entropy(logits, target)
+    assert found["pseudo_label"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_doubt_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_limit(tiny_spec):
+    config = configure("uamt", "noise.mixing=none", "filter.uncertainty.start=0.0")
+    objective = make_objective(config, tiny_spec)
+    _, unlabeled = make_batch(config)
+    doubt = objective._measure_doubt(unlabeled)
+    assert doubt.shape == unlabeled["weight"].shape
+    assert 0 < doubt.min() < doubt.max() <= math.log(3) + 1e-6
+    q = objective._teach(unlabeled["weak"])
+    valid = torch.ones_like(doubt, dtype=torch.bool)
+    for progress in (0.0, 0.5, 1.0):
+        limit = math.log(3) * math.exp(-5 * (1 - progress) ** 2)
+        assert torch.equal(objective._filter(q, doubt, valid, progress) > 0, doubt < limit)
 
 
 def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():

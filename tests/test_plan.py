@@ -11,6 +11,8 @@ from medssl.networks.build import build_network
 from medssl.plan import (
     Plan,
     choose_device,
+    count_unlabeled,
+    describe_student,
     estimate_hours,
     make_plan,
     measure_step,
@@ -218,6 +220,23 @@ def test_hours_count_every_step_of_every_round(tiny_plan):
     assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2.0 / 2)
     alone = plan.model_copy(update={"workers": 0})  # augmentation takes the network's cores
     assert estimate_hours(alone, 0, 1.0)["hours"] == 1.5
+
+
+def test_a_student_from_scratch_has_the_steps_of_round_0(scans):
+    scans.add().add(labeled=False)
+    assert scans.plan("train.start=warm").steps == (2400, 800)
+    assert scans.plan("train.start=scratch").steps == 2400
+    assert scans.plan("train.start=scratch", "steps=[50, 20]").steps == (50, 20)
+
+
+def test_a_student_has_the_noise_and_the_patches_of_its_round(scans):
+    scans.add().add(labeled=False)
+    settings = ["noise.dropout=0.5", "train.unlabeled_ratio=[7, 14]", "train.batch=2"]
+    config = load_config(overrides=settings).config
+    plan = scans.plan(*settings)
+    assert [count_unlabeled(config, plan.batch, index) for index in (1, 2, 3)] == [14, 28, 28]
+    assert plan.network.dropout == 0.1
+    assert describe_student(plan, config, 1).dropout == 0.5
 
 
 def test_a_step_is_measured_in_seconds(tiny_plan):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medssl import predict
-from medssl.config import InputError
+from medssl.config import InputError, UncertaintySection
 from medssl.networks.build import build_network
 from medssl.predict import (
     Model,
@@ -24,6 +24,7 @@ from medssl.predict import (
     resolve_model,
     save_model,
 )
+from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
 
 ISOTROPIC = np.diag([1.0, 1, 1, 1])
@@ -356,6 +357,29 @@ def test_mutual_information_is_between_zero_and_the_entropy(network):
     assert (information >= 0).all()
     assert (information <= entropy + 1e-6).all()
     assert information.max() > 0
+
+
+def test_entropy_and_mutual_information_worked_by_hand():
+    draws = [torch.tensor(p).reshape(1, 2, 1, 1, 1) for p in ([0.5, 0.5], [0.9, 0.1])]
+    mean, entropy, information = combine(draws, "two models")
+    assert mean.flatten().tolist() == pytest.approx([0.7, 0.3])
+    of_mean = -0.7 * np.log(0.7) - 0.3 * np.log(0.3)
+    of_draws = (np.log(2) - 0.9 * np.log(0.9) - 0.1 * np.log(0.1)) / 2
+    assert entropy.item() == pytest.approx(of_mean, abs=1e-6)
+    assert information.item() == pytest.approx(of_mean - of_draws, abs=1e-6)
+
+
+def test_predictions_that_do_not_differ_are_an_error():
+    with pytest.raises(InputError, match="3 predictions of mirrorings are the same"):
+        combine([torch.full((1, 2, 1, 1, 1), 0.5)] * 3, "mirrorings")
+
+
+@pytest.mark.parametrize(("num_classes", "last"), [(2, 1.0), (3, np.log(3) / np.log(2))])
+def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last):
+    section = UncertaintySection(start=0.75)
+    found = [find_limit(section, num_classes, risen) / np.log(2) for risen in (0.0, 0.5, 1.0)]
+    assert found == pytest.approx([0.75, (0.75 + last) / 2, last])
+    assert find_limit(UncertaintySection(start=None), num_classes, 0.0) == np.inf
 
 
 def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):

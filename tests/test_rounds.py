@@ -160,18 +160,45 @@ def test_a_stop_inside_an_ensemble_resumes_to_the_same_bits(start):
         assert hash_file(path) == hash_file(stopped / path.relative_to(whole)), path
 
 
-def test_the_stable_half_comes_first_and_then_all(start):
+def test_the_stable_half_comes_first_and_then_all(start, monkeypatch):
     base = start("method=labels_only", "rounds=0", "steps=9", name="base")
+    chosen, choose = [], students._choose_cases
+
+    def keep(run, index, teacher):
+        chosen.append(choose(run, index, teacher))
+        return chosen[-1]
+
+    monkeypatch.setattr(students, "_choose_cases", keep)
     folder = start("filter.case.stable=[0.5, 1.0]", "rounds=2", "steps=9", round_0=base)
     rows = read_rows(folder / "round_0")
     values = {row["case_id"]: float(row["stability"]) for row in rows}
-    assert all(0 <= value <= 1 for value in values.values())
+    first, second = ({case.cached.case_id for case in cases} for cases in chosen)
+    assert first == set(sorted(values, key=values.__getitem__)[2:])
+    assert second == set(values)
     assert read_json(folder / "round_1" / "model" / "done.json")["num_kept"] == 2
     assert read_json(folder / "round_2" / "model" / "done.json")["num_kept"] == 4
     assert all(row["stability"] == "" for row in read_rows(folder / "round_1"))
     snapshots = [folder / "round_0" / "snapshots" / part for part in "12"]
     paths = [*snapshots, folder / "round_0" / "model"]
     assert len({hash_file(path / "weights.safetensors") for path in paths}) == 3
+
+
+def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeypatch):
+    def say(*classes):
+        return torch.eye(3)[list(classes)].T.reshape(1, 3, 5, 1, 1)
+
+    earlier = {"first": say(0, 0, 0, 2, 2), "second": say(1, 1, 0, 0, 2)}
+    monkeypatch.setattr(students, "predict_probs", lambda *_: say(1, 1, 2, 2, 0))
+    monkeypatch.setattr(teachers, "predict_probs", lambda network, *_: earlier[network])
+    shape = {"patch_size": (5, 1, 1), "precision": "float32", "slice_axis": None, "flips": ()}
+    plan = SimpleNamespace(**shape, num_classes=3, device="cpu")
+    config = load_config(overrides=["filter.uncertainty.source=none"]).config
+    case = SimpleNamespace(case_id="a", image=lambda: np.zeros((1, 5, 1, 1), np.float32))
+    models = [SimpleNamespace(network=name) for name in ("last", *earlier)]
+    run = SimpleNamespace(plan=plan, config=config)
+    found = teachers._label_case(run, models[:1], models[1:], case)
+    # class 1: 0 and 2 x 2 / (2 + 2); class 2: 2 x 1 / (2 + 2) and 0
+    assert found.stability == pytest.approx(((0 + 0.5) / 2 + (1 + 0) / 2) / 2)
 
 
 def test_a_fine_tune_sees_labels_only_and_leaves_the_first_levels_as_they_are(start):

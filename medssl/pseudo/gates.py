@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medssl.config import IGNORE, FilterSection
+from medssl.pseudo.thresholds import find_lowest
 from medssl.pseudo.uncertainty import find_limit
 
 OFTEN = 0.9  # share of labeled cases above which a case without the class is suspect
@@ -141,16 +142,15 @@ def trust_voxels(
 ) -> NDArray[np.bool_]:
     """Return (I, J, K): the voxels that people are shown as trusted, and that coverage counts.
 
-    The confidence reaches the lowest threshold of the round, where that is a given number, and the
-    uncertainty is under the strictest limit. The student's own filter moves in between, class by
-    class.
+    The confidence reaches the lowest threshold that a student may meet, and the uncertainty is
+    under the strictest limit. The student's own filter moves in between, class by class.
 
     Args:
         probs: (num_classes, I, J, K).
         uncertainty: (I, J, K), nats.
         section: The filter's settings.
     """
-    trusted: NDArray[np.bool_] = probs.max(0) >= section.threshold.lowest
+    trusted: NDArray[np.bool_] = probs.max(0) >= find_lowest(section.threshold, len(probs))
     if section.uncertainty.source != "none":
         trusted &= uncertainty < find_limit(section.uncertainty, len(probs), 0.0)
     return trusted

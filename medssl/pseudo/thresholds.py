@@ -162,6 +162,21 @@ def quantile(statistics: ClassStatistics, section: ThresholdSection, progress: f
     return statistics.settle(statistics.edges[lowest])
 
 
+def find_floor(num_classes: int) -> float:
+    """Return the lowest threshold of the rules that clamp; ``num_classes`` is with background."""
+    return 0.6 if num_classes == 2 else min(HIGHEST, 1 / num_classes + 0.2)
+
+
+def find_lowest(section: ThresholdSection, num_classes: int) -> float:
+    """Return the lowest threshold that a round may have; 0 where confidences alone decide it."""
+    given = {
+        "fixed": section.start,
+        "curriculum": min(section.start, section.end),
+        "flex": find_floor(num_classes),
+    }
+    return given.get(section.name, 0.0)
+
+
 def find_rule(name: str) -> Rule:
     """Return the rule of that name.
 
@@ -208,7 +223,7 @@ class ClassThresholds(nn.Module):
         super().__init__()
         self.section = section
         self.rule = find_rule(section.name)
-        self.floor = 0.6 if num_classes == 2 else min(HIGHEST, 1 / num_classes + 0.2)
+        self.floor = find_floor(num_classes)
         self.register_buffer("predicted", torch.zeros(num_classes))
         self.register_buffer("reached", torch.zeros(num_classes))
         self.register_buffer("mean", torch.zeros(num_classes))

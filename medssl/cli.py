@@ -110,13 +110,14 @@ def check(first: First, overrides: Overrides = None) -> None:
     """Show a data set as a table, and everything that is wrong with it."""
     from medssl.data.cases import read_dataset, split_cases
     from medssl.data.check import check_dataset
+    from medssl.runs import CaseCounter
 
     config = load_config(first, overrides or []).config
     if config.data.root is None:
         raise InputError(f"{first}: names no data; add data.root to it or give data.root=FOLDER")
     dataset = read_dataset(config.data.root, config.data.format, config.data.labels)
     splits = split_cases(dataset, config.data, config.validation)
-    result = check_dataset(dataset, splits, config.data.ignore)
+    result = check_dataset(dataset, splits, config.data.ignore, CaseCounter("check"))
     print(result.render())
     if result.problems:
         raise SystemExit(BAD_INPUT)
@@ -212,6 +213,9 @@ def _train(
     stop = StopFlag(folder, max_hours)
     with lock_run(folder), stop.catch_signals():
         outcome = run_training(prepared, folder, stop, restart, predict_unlabeled, round_0)
+    if outcome.delivered is None:
+        print(f"\n{outcome.message}")
+        return outcome
     report_path = _write_report(folder)
     print(f"\n{outcome.message}")
     print(f"report:    {report_path}")
@@ -239,11 +243,13 @@ def _describe_plan(prepared: Any, folder: Path) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
+    full = f"\nwarning: the disk has only {free:.0f} GB left"
+    full = full if estimate["disk_mb"] / 1000 > free else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
         f"about {estimate.get('hours', 0) * 60:.0f} minutes, {estimate['disk_mb'] / 1000:.2f} GB "
-        f"of disk ({free:.0f} GB free)\nrun folder: {folder}"
+        f"of disk ({free:.0f} GB free)\nrun folder: {folder}{full}"
     )
 
 

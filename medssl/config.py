@@ -92,6 +92,11 @@ class DataSection(Section):
                     f'expected values with names, as data.labels.1=liver or "{{1: liver}}", got '
                     f"{value!r}: {name!r}"
                 )
+            if int(value) < 0:
+                raise ValueError(
+                    f"a class has a value of 0 (background) or above, got {value}: {name}; correct "
+                    f"the files, or say data.ignore={value} if it means not annotated"
+                )
         return labels
 
 

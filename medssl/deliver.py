@@ -11,7 +11,7 @@ import numpy as np
 
 from medssl.data.io import write_mask
 from medssl.predict import load_model, predict_probs
-from medssl.runs import hash_file, read_json, write_json, write_state
+from medssl.runs import CaseCounter, hash_file, read_json, write_json, write_state
 from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
 
@@ -40,15 +40,18 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
     measured = {r: done[r]["val/dice"] for r in passed if done[r].get("val/dice") is not None}
     chosen = max(measured, key=lambda r: (measured[r], r)) if measured else passed[-1]
     _copy_model(run, chosen)
-    by_gate = rejected >= MOST_REJECTED
+    by_gate = 0 < min(MOST_REJECTED, run.num_rounds) <= rejected
     how = "the best on the validation cases" if measured else "the last that passed its gate"
     message = f"delivered round {chosen}, {how}"
-    if by_gate:
-        message += f"; {rejected} rounds after it were rejected by their gates"
+    if rejected:
+        rest = "a round after it was" if rejected == 1 else f"{rejected} rounds after it were"
+        message += f"; {rest} rejected by the gates"
     _summarize(run, f"round_{chosen}", message)
     status = "stopped_by_gate" if by_gate else "delivered"
-    if predict_unlabeled:
-        _predict_unlabeled(run)
+    if predict_unlabeled and not _predict_unlabeled(run):
+        status = "interrupted"
+        message += f"; stopped by {run.stop.reason} before all unlabeled scans were segmented, and "
+        message += "the same command goes on"
     set_status(run.folder, status)
     return Outcome(status, f"round_{chosen}", message)
 
@@ -115,10 +118,18 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
     write_json(run.folder / "summary.json", content)
 
 
-def _predict_unlabeled(run: Run) -> None:
-    """Write the delivered model's masks of all unlabeled cases, in full, on their own grids."""
+def _predict_unlabeled(run: Run) -> bool:
+    """Write the delivered model's masks of all unlabeled cases, in full, on their own grids.
+
+    Returns:
+        Whether all are there: it stops between two cases if it is told to.
+    """
     model = load_model(run.folder, run.plan.device)
-    for case in run.unlabeled:
+    count = CaseCounter("masks of unlabeled scans")
+    for number, case in enumerate(run.unlabeled):
+        count(number, len(run.unlabeled))
+        if run.stop.is_set():
+            return False
         path = run.folder / "unlabeled_masks" / f"{case.case_id}{case.mask_suffix}"
         if path.is_file():
             continue
@@ -128,6 +139,7 @@ def _predict_unlabeled(run: Run) -> None:
         native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
         classes = native.argmax(0).astype(np.uint8)
         write_mask(path, classes, case.native_affine, run.plan.label_values)
+    return True
 
 
 def set_status(run_dir: Path, status: str) -> None:

@@ -282,14 +282,14 @@ def judge(difference: Difference | None) -> Verdict:
     return "gain" if low is not None and low > 0 else "no gain"
 
 
-def format_estimate(estimate: Estimate | Difference, sign: str = "") -> str:
+def format_estimate(estimate: Estimate | Difference, sign: str = "", digits: int = 3) -> str:
     """Return ``0.806 [0.780, 0.831]``; a sign of "+" is for differences."""
     if estimate["mean"] is None:
         return "n/a"
-    text = f"{estimate['mean']:{sign}.3f}"
+    text = f"{estimate['mean']:{sign}.{digits}f}"
     if estimate["low"] is None or estimate["high"] is None:
         return text
-    return f"{text} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
+    return f"{text} [{estimate['low']:{sign}.{digits}f}, {estimate['high']:{sign}.{digits}f}]"
 
 
 def read_table(path: Path) -> list[Row]:

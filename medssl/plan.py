@@ -28,6 +28,7 @@ from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
     NetworkSpec,
+    SegmentationNetwork,
     arrange,
     build_network,
     explain_out_of_memory,
@@ -56,13 +57,15 @@ GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
+OVERLAP = 0.5  # of neighboring windows at prediction, fraction
 LEAST_BYTES = 250  # of a training step for each voxel of its patches: no network gets by with less
 STEP_COST = 2.0  # of a student's step with as many unlabeled as labeled patches, in labeled steps
+WINDOW_COST = 1 / 3  # of a patch without its way back
 LOOP_COST = 1.5  # of a labeled step on the cores of the network: 0.36 s where that takes 0.24
 
 SIDES = re.compile(
-    r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex|links|rechts|gauche|droite)($|[^a-z])"
-    r"|(^|[^a-z])(left|right)|(left|right)($|[^a-z])"
+    r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex)($|[^a-z])|(left|right)($|[^a-z])"
+    r"|(^|[^a-z])(left|right|link|recht|gauche|droit|izquierd|derech|sinistr|destr|dextr|dexter)"
 )
 
 
@@ -89,7 +92,7 @@ class Plan(BaseModel):
     threads: int
     workers: int
     reasons: tuple[str, ...]
-    estimate: dict[str, float]  # step_seconds, hours, disk_mb
+    estimate: dict[str, float]  # step_seconds, hours, disk_mb, windows (of one labeling)
 
     @property
     def num_classes(self) -> int:
@@ -152,6 +155,7 @@ def make_plan(
     threads = torch.get_num_threads()
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)
+    flips = _choose_flips(config, labels, slice_axis, has_spacing, reasons)
     return Plan(
         labels={index: labels[value] for index, value in enumerate(sorted(labels))},
         label_values=tuple(sorted(labels)),
@@ -161,7 +165,7 @@ def make_plan(
         patch_size=patch_size,
         slice_axis=slice_axis,
         has_spacing=has_spacing,
-        flips=_choose_flips(config, labels, slice_axis, has_spacing, reasons),
+        flips=flips,
         network=network,
         batch=batch,
         num_unlabeled=num_unlabeled,
@@ -171,7 +175,11 @@ def make_plan(
         threads=threads,
         workers=workers,
         reasons=tuple(reasons),
-        estimate=_estimate_disk(shapes, len(unlabeled), network),
+        estimate={
+            **_estimate_disk(shapes, len(unlabeled), network),
+            "windows": _count_windows(shapes[len(labeled) :], patch_size, axes)
+            * _count_passes(config, flips),
+        },
     )
 
 
@@ -638,6 +646,24 @@ def _estimate_disk(
     return {"disk_mb": round((cache + pseudo) / 1e6 + 30, 1)}
 
 
+def _count_windows(
+    shapes: NDArray[np.int_], patch_size: Sequence[int], axes: Sequence[int]
+) -> float:
+    """Return how many windows cover all scans once."""
+    size = np.array(patch_size)
+    along = 1 + np.ceil(np.maximum(shapes[:, axes] - size, 0) / (size * (1 - OVERLAP)))
+    slices = np.delete(shapes, axes, axis=1)  # none in 3D
+    return float((along.prod(1) * slices.prod(1)).sum())
+
+
+def _count_passes(config: Config, flips: Sequence[int]) -> int:
+    """Return how often each scan is predicted to pseudo-label it."""
+    mirrored: int = 2 ** len(flips)
+    section = config.filter.uncertainty
+    doubt = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
+    return config.teacher.ensemble * mirrored + doubt
+
+
 def describe_steps(steps: int | tuple[int, ...]) -> str:
     """Return the steps of the rounds as text."""
     if isinstance(steps, int) or len(steps) == 1:
@@ -654,8 +680,11 @@ def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
     return total
 
 
-def measure_step(plan: Plan) -> float:
+def measure_step(plan: Plan, config: Config | None = None) -> float:
     """Return the seconds that a labeled step spends in the network, measured on noise.
+
+    With the configuration of a run that has students it tries first whether a step of theirs, the
+    network at its widest with labeled patches and all views, fits the memory.
 
     Raises:
         InputError: The step needs more memory than there is.
@@ -667,40 +696,62 @@ def measure_step(plan: Plan) -> float:
         raise InputError(f"{refusal} ({most:.1f} GB)")
     device = torch.device(plan.device)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
-    times = []
+
+    def take_step(network: SegmentationNetwork, count: int) -> float:
+        shape = (count, plan.network.in_channels, *plan.patch_size)
+        image = arrange(torch.randn(*shape, device=device))
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = network.forward_heads(image)
+        loss = torch.stack([level.float().square().mean() for level in logits]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     with explain_out_of_memory(refusal):
         network = build_network(plan.network).to(device).train()
-        shape = (plan.batch, plan.network.in_channels, *plan.patch_size)
-        image = arrange(torch.randn(*shape, device=device))
-        for _ in range(3):
-            started = time.perf_counter()
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = network.forward_heads(image)
-            loss = torch.stack([level.float().square().mean() for level in logits]).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-    return min(times)
+        seconds = min(take_step(network, plan.batch) for _ in range(3))
+    if config is not None:
+        count, spec = _find_largest_step(plan, config)
+        with explain_out_of_memory(
+            f"train.unlabeled_ratio, train.batch, plan.patch_size: the {count} patches of "
+            f"{'x'.join(map(str, plan.patch_size))} of a student's step do not fit the memory; "
+            "lower one of them"
+        ):
+            take_step(build_network(spec).to(device).train(), count)
+    return seconds
+
+
+def _find_largest_step(plan: Plan, config: Config) -> tuple[int, NetworkSpec]:
+    """Return the most patches that a student sees at once, and its network at the widest."""
+    rounds = range(1, config.train.rounds + 1)
+    views = max(1, sum(view != "feature_noise" for view in config.views))
+    count = plan.batch + views * max(count_unlabeled(config, plan.batch, r) for r in rounds)
+    specs = [describe_student(plan, config, r) for r in rounds]
+    return count, max(specs, key=lambda spec: sum(spec.filters))
 
 
 def estimate_hours(plan: Plan, rounds: int, step_seconds: float) -> dict[str, float]:
-    """Return the plan's estimate with the time that all rounds take."""
+    """Return the plan's estimate with the time that all rounds take, pseudo-labels with them."""
     student = 1.0 + (STEP_COST - 1.0) * plan.num_unlabeled / plan.batch
     students = sum(at_round(plan.steps, index) for index in range(1, rounds + 1))
     loop = LOOP_COST if plan.workers == 0 else 1.0
-    hours = step_seconds * loop * (at_round(plan.steps, 0) + student * students) / 3600
+    steps = loop * (at_round(plan.steps, 0) + student * students)
+    labeling = WINDOW_COST / plan.batch * plan.estimate.get("windows", 0.0) * (rounds + 1)
+    hours = step_seconds * (steps + labeling) / 3600
     return {**plan.estimate, "step_seconds": round(step_seconds, 4), "hours": round(hours, 3)}
 
 
 def resolve(plan: Plan) -> dict[str, Any]:
     """Return the dotted keys of the configuration that the plan decided."""
     spacing = plan.preprocessing.spacing
+    kinds = {how.kind for how in plan.preprocessing.normalization}
     return {
         "plan.dimension": plan.dimension,
         "plan.spacing": [s for axis, s in enumerate(spacing) if axis != plan.slice_axis],
         "plan.patch_size": list(plan.patch_size),
-        "plan.normalization": plan.preprocessing.normalization[0].kind,
+        "plan.normalization": kinds.pop() if len(kinds) == 1 else "auto",  # by the channels' names
         "plan.flips": list(plan.flips),
         "network.name": plan.network.name,
         "network.depth": len(plan.network.strides) or ENCODER_FACTOR.bit_length(),

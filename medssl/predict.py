@@ -33,13 +33,12 @@ from medssl.networks.build import (
     explain_out_of_memory,
 )
 from medssl.networks.noise import sample_dropout
-from medssl.plan import Plan, has_bfloat16
+from medssl.plan import OVERLAP, Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
 from medssl.runs import read_record, seed_from, write_file, write_json
 from medssl.transforms.geometry import Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 
-OVERLAP = 0.5  # of neighboring windows, fraction
 MC_PASSES = 8
 SLICES = 8  # windows of slices that go through a network in 2D at once
 

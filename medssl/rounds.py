@@ -6,6 +6,7 @@ Every stage reads files and writes files, its done mark last; the same command g
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from medssl.networks.build import explain_out_of_memory
 from medssl.plan import Plan, choose_device, estimate_hours, make_plan, measure_step, resolve
 from medssl.predict import ModelInfo, describe_model
 from medssl.runs import (
+    CaseCounter,
     Journal,
     StopFlag,
     describe_provenance,
@@ -95,12 +97,14 @@ def prepare(
             now["workers"] = config.train.workers
         plan = plan.model_copy(update=now)
     else:
-        checked = check_dataset(dataset, splits, config.data.ignore)
+        checked = check_dataset(dataset, splits, config.data.ignore, CaseCounter("check"))
         checked.raise_problems()
+        for warning in checked.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
         labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
         rounds = config.train.rounds if unlabeled else 0
-        estimate = estimate_hours(plan, rounds, measure_step(plan))
+        estimate = estimate_hours(plan, rounds, measure_step(plan, config if rounds else None))
         plan = plan.model_copy(update={"estimate": estimate})
     check_settings(config, plan, len(splits.val))
     return Prepared(dataset, splits, plan, reload(resolve(plan)))
@@ -119,7 +123,7 @@ def run_training(
     Args:
         prepared: Data and plan.
         run_dir: The run folder.
-        stop: The stop flag.
+        stop: The stop flag; if it is set while the scans are cached, nothing is delivered.
         restart: Delete what the run folder holds of an earlier run.
         predict_unlabeled: Write the delivered model's masks of the unlabeled cases.
         round_0: A run whose labels-only model is taken over in place of training it again.
@@ -131,15 +135,19 @@ def run_training(
     if restart:
         _check_restart(run_dir, round_0)
     cases = {part: take(prepared.dataset, splits, part) for part in ("labeled", "unlabeled", "val")}
-    cached = build_cache(
-        [case for part in cases.values() for case in part],
-        plan.preprocessing,
-        run_dir.parent / "cache",
-        plan.label_values,
-        plan.ignore,
-        len(plan.channels),
-        _report_cache,
-    )
+    try:
+        cached = build_cache(
+            [case for part in cases.values() for case in part],
+            plan.preprocessing,
+            run_dir.parent / "cache",
+            plan.label_values,
+            plan.ignore,
+            len(plan.channels),
+            _count_or_stop(stop),
+        )
+    except StopRequested:
+        message = f"stopped by {stop.reason} while scans were cached; the same command goes on"
+        return Outcome("interrupted", None, message)
     sources = {case_id: _read_sources(entry) for case_id, entry in cached.items()}
     run_hash = hash_json([hash_config(config), splits.to_json(), sources])
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
@@ -176,7 +184,8 @@ def run_training(
     )
     try:
         with explain_out_of_memory(
-            "out of memory; lower train.batch or plan.patch_size, or make plan.spacing coarser"
+            "out of memory; lower train.batch, train.unlabeled_ratio or plan.patch_size, or make "
+            "plan.spacing coarser"
         ):
             outcome = _run_rounds(run, predict_unlabeled)
     except KeyboardInterrupt:
@@ -257,15 +266,18 @@ def _check_round_0(source: Path, first_hash: str) -> None:
 def _take_over_round_0(source: Path, run_dir: Path) -> None:
     """Copy the models of round 0 of another run, with its lines of the journal."""
     there, here = source / "round_0", run_dir / "round_0"
-    for folder in (there, *sorted((there / "models").glob("*"))):
-        target = here / folder.relative_to(there) / "model"
-        shutil.copytree(folder / "model", target, dirs_exist_ok=True)
-    shutil.copytree(there / "snapshots", here / "snapshots", dirs_exist_ok=True)
     journal = Journal(run_dir / "metrics.jsonl")
     journal.cut(0, 0)
     for entry in Journal(source / "metrics.jsonl").read():
         if entry["round"] == 0 and "monitors/gate" not in entry["metrics"]:
             journal.append(0, entry["step"], entry["metrics"])
+    shutil.copytree(there / "snapshots", here / "snapshots", dirs_exist_ok=True)
+    folders = [folder.relative_to(there) / "model" for folder in (there / "models").glob("*")]
+    all_but_marks = shutil.ignore_patterns("done.json")
+    for folder in (*folders, Path("model")):
+        shutil.copytree(there / folder, here / folder, ignore=all_but_marks, dirs_exist_ok=True)
+    for folder in (*folders, Path("model")):  # the mark of round 0 last: a kill leaves it undone
+        write_json(here / folder / "done.json", read_json(there / folder / "done.json"))
 
 
 def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
@@ -323,7 +335,13 @@ def _check_restart(run_dir: Path, round_0: Path | None) -> None:
         raise InputError(f"--round-0 {round_0}: --restart would delete it; name another run")
 
 
-def _report_cache(done: int, total: int) -> None:
-    """Say how far the cache is, now and then."""
-    if total > 50 and (done % 50 == 0 or done == total):
-        print(f"cache: {done} of {total} cases", flush=True)
+def _count_or_stop(stop: StopFlag) -> Callable[[int, int], None]:
+    """Return what says how far the cache is, and stops there if it is told to."""
+    count = CaseCounter("cache")
+
+    def report(done: int, total: int) -> None:
+        count(done, total)
+        if done < total and stop.is_set():
+            raise StopRequested
+
+    return report

@@ -225,6 +225,23 @@ class Journal:
             write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+REPORT_SECONDS = 10.0
+
+
+class CaseCounter:
+    """Says how far a long look at all cases is, every ten seconds; call it after each case."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._next = time.monotonic() + REPORT_SECONDS
+
+    def __call__(self, done: int, total: int) -> None:
+        """Print the number of cases done, and of all cases, if it is time to."""
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + REPORT_SECONDS
+            print(f"{self.what}: {done} of {total} cases", file=sys.stderr, flush=True)
+
+
 class StopFlag:
     """One flag for Ctrl-C, SIGTERM, a file named STOP in the run folder, and a time limit.
 

@@ -249,7 +249,8 @@ def _build_objective(
 def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
     """Return the shares of all classes, given those of the foreground; none is zero."""
     shares = torch.as_tensor(foreground, dtype=torch.float32).clamp(min=LEAST_SHARE)
-    return torch.cat([(1 - shares.sum()).clamp(min=LEAST_SHARE)[None], shares])
+    whole = torch.cat([(1 - shares.sum()).clamp(min=LEAST_SHARE)[None], shares])
+    return whole / whole.sum()
 
 
 def load_members(run: Run, index: int) -> list[Model]:

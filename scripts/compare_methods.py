@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from study import finish, make_parser, write_table
+from study import average, finish, make_parser, read_dice, subtract, write_table
 
 from medssl.config import InputError, list_methods, load_config
 from medssl.data.phantoms import write_phantoms
-from medssl.metrics import paired_difference, read_table
+from medssl.metrics import format_estimate
 from medssl.runs import Journal, read_json
 
 BASELINE = "labels_only"
@@ -35,11 +35,6 @@ PHANTOM_SETTINGS = [
     *("steps=[300,120]", "rounds=2", "train.start=warm", "network.width=1.0"),
     *("plan.flips=[]", "plan.patch_size=[24,32,24]"),
 ]
-
-
-def read_dice(folder: Path) -> dict[str, float]:
-    """Return the mean Dice of each test case."""
-    return {row["case_id"]: row["dice"] for row in read_table(folder / "per_case.csv")}
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -66,10 +61,7 @@ def compare(folder: Path, other: Path) -> str:
     """Return the paired difference of the last rounds of two runs with its interval, as text."""
     if not (other / "evaluation" / "per_case.csv").is_file():
         return ""
-    ours, theirs = read_dice(last_round(folder)), read_dice(last_round(other))
-    cases = sorted(ours)
-    found = paired_difference([ours[c] for c in cases], [theirs[c] for c in cases])
-    return f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    return format_estimate(subtract(last_round(folder), last_round(other)), "+", 4)
 
 
 def last_round(folder: Path) -> Path:
@@ -94,7 +86,7 @@ def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, An
                 total = out / f"draw_{draw}_{BASELINE}_{about['steps']}"
                 row |= {
                     "n": len(dice),
-                    "dice": f"{sum(dice.values()) / len(dice):.4f}",
+                    "dice": f"{average(dice):.4f}",
                     "to round 0": compare(folder, out / f"draw_{draw}_{BASELINE}"),
                     "to labels only, total steps": ""
                     if folder == total

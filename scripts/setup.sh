@@ -13,7 +13,8 @@ if [ ! -x .venv/bin/python ]; then
   "$(find_python)" -m venv .venv
 fi
 wanted="$(cat pyproject.toml) ${1:-}"
-if [ "$(cat .venv/.medssl_installed 2>/dev/null)" != "$wanted" ]; then
+installed="$(cat .venv/.medssl_installed 2>/dev/null || true)"
+if [ "$installed" != "$wanted" ] && [ "$installed" != "$wanted[dev]" ]; then
   echo "installing into .venv (about 3 GB to download the first time, mostly torch)"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${1:-}"
   echo "$wanted" > .venv/.medssl_installed

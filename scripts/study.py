@@ -15,10 +15,11 @@ import csv
 import io
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medssl.metrics import paired_difference, read_table
+from medssl.metrics import Difference, format_estimate, paired_difference, read_table
 from medssl.runs import read_json, write_text
 
 Arm = tuple[int, str, Path, str]  # draw, arm, evaluation folder, minutes
@@ -44,6 +45,26 @@ def finish(
     return summary
 
 
+def read_dice(folder: Path) -> dict[str, float | None]:
+    """Return the mean Dice of each test case, None where neither side has a class."""
+    return {row["case_id"]: row["dice"] for row in read_table(folder / "per_case.csv")}
+
+
+def average(dice: Mapping[str, float | None]) -> float:
+    """Return the mean over the cases that have a value."""
+    found = [value for value in dice.values() if value is not None]
+    return sum(found) / len(found)
+
+
+def subtract(folder: Path, other: Path) -> Difference:
+    """Return the paired difference of two evaluations of the same cases."""
+    ours, theirs = read_dice(folder), read_dice(other)
+    rows = read_table(folder / "per_case.csv")
+    pairs = [(ours[row["case_id"]], theirs[row["case_id"]]) for row in rows]
+    patients = [row["patient_id"] for row in rows]
+    return paired_difference([a for a, _ in pairs], [b for _, b in pairs], patients=patients)
+
+
 def list_arms(draw: int, students: Path, alone: Path) -> list[Arm]:
     """Return the arms of a draw that have been measured."""
     arms: list[Arm] = []
@@ -64,44 +85,35 @@ def list_arms(draw: int, students: Path, alone: Path) -> list[Arm]:
 def tabulate(arms: list[Arm]) -> list[dict[str, Any]]:
     """Return one row per arm with its difference to round 0 of the same draw."""
     rows = []
-    baseline: dict[int, dict[str, float]] = {}
+    baseline: dict[int, Path] = {}
     for draw, title, folder, minutes in arms:
-        table = {row["case_id"]: row["dice"] for row in read_table(folder / "per_case.csv")}
-        first = baseline.setdefault(draw, table)
-        cases = sorted(table)
-        difference = paired_difference([table[c] for c in cases], [first[c] for c in cases])
+        dice = read_dice(folder)
+        difference = subtract(folder, baseline.setdefault(draw, folder))
+        ends = [difference["mean"], difference["low"], difference["high"]]
+        mean, low, high = ("" if value is None else round(value, 4) for value in ends)
         rows.append(
             {
                 "draw": draw,
                 "arm": title,
-                "n": len(cases),
-                "dice": round(sum(table.values()) / len(table), 4),
-                "difference": round(difference["mean"], 4),
-                "low": round(difference["low"], 4),
-                "high": round(difference["high"], 4),
-                "training_minutes": minutes,
+                "n": len(dice),
+                "dice": f"{average(dice):.4f}",
+                "difference": mean,
+                "low": low,
+                "high": high,
+                "paired difference to round 0": format_estimate(difference, "+", 4),
+                "minutes": minutes,
             }
         )
     return rows
 
 
 def write_results(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write results.csv and, with the interval in one cell, the table made from it."""
-    write_csv(out / "results.csv", rows)
-    shown = [
-        {
-            "draw": row["draw"],
-            "arm": row["arm"],
-            "n": row["n"],
-            "Dice": f"{row['dice']:.4f}",
-            "paired difference to round 0": (
-                f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
-            ),
-            "minutes": row["training_minutes"],
-        }
-        for row in rows
-    ]
-    write_text(out / "results.md", to_markdown(shown))
+    """Write results.csv with numbers and, with the interval in one cell, the table made from it."""
+    shown = "paired difference to round 0"
+    write_csv(out / "results.csv", [{k: v for k, v in r.items() if k != shown} for r in rows])
+    apart = ("difference", "low", "high")
+    table = [{k: v for k, v in row.items() if k not in apart} for row in rows]
+    write_text(out / "results.md", to_markdown(table))
 
 
 def write_table(out: Path, rows: list[dict[str, Any]]) -> None:

@@ -104,6 +104,8 @@ def test_decathlon_channel_files_are_found(tmp_path):
     ("changes", "expected"),
     [
         ({"labels": {"one": "spleen"}}, "labels: expected"),
+        ({"labels": {"1": "spleen", "-1": "x"}}, "labels: the value -1 of x is below 0"),
+        ({"labels": {"1": "spleen", "2": "spleen"}}, "labels: several values are named spleen"),
         ({"modality": {"1": "CT"}}, "channels: expected the keys"),
         ({"modality": "CT"}, "channels: expected names"),
         ({"training": [{"label": "x.nii.gz"}, 3]}, "training[1]: expected an image, got 3"),

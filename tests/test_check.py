@@ -139,6 +139,22 @@ def test_undeclared_values_are_named_by_value_and_case(scans):
 
 
 @pytest.mark.parametrize("labels", [LABELS, None])
+def test_a_value_below_0_is_no_class(scans, labels):
+    scans.add("labeled", label=make_label(-1, np.int16))
+    problem = only([text for text in scans.check(labels).problems if "-1" in text])
+    assert "data.ignore=-1" in problem
+    assert "data.labels" not in problem
+
+
+def test_test_labels_may_have_values_that_no_opened_label_has(scans):
+    scans.add("labeled")
+    assert not [text for text in scans.check(None).warnings if "data.labels" in text]
+    scans.add("test")
+    assert [text for text in scans.check(None).warnings if "name all by data.labels" in text]
+    assert not [text for text in scans.check().warnings if "name all by data.labels" in text]
+
+
+@pytest.mark.parametrize("labels", [LABELS, None])
 def test_masks_of_0_and_255_get_the_offer(scans, labels):
     scans.add("labeled", label=make_label(255))
     assert "data.labels.255=name" in only(scans.check(labels).problems)

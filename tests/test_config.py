@@ -139,6 +139,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("target.temperature=0.5", "target.transport.epsilon sharpens"),
         ("losses.pseudo_label.weight=0", "set noise.mixing=none or cutmix"),
         ("teacher.source=[]", "teacher.source is empty"),
+        ("data.labels={-1: lesion, 1: organ}", "data.ignore=-1"),
         ("teacher.source=[previous_round]", "losses.consistency.weight=0"),
         ("teacher.source=[ema]", "set target.transport.prior=labeled"),
     ],

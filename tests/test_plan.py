@@ -177,7 +177,9 @@ def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):
     [
         ("kidney_left", True), ("Right Kidney", True), ("LeftKidney", True), ("kidneyRight", True),
         ("leftkidney", True), ("Lung-R", True), ("niere links", True), ("liver", False),
-        ("lateral ventricle", False), ("anterior", False), ("LV", False), ("tumor", False),
+        ("linke Niere", True), ("rechte_niere", True), ("riñón izquierdo", True),
+        ("rene destro", True), ("rein droit", True), ("lateral ventricle", False),
+        ("anterior", False), ("LV", False), ("tumor", False),
     ],
 )  # fmt: skip
 def test_only_left_right_is_mirrored_and_not_where_a_label_has_a_side(scans, name, sided):
@@ -247,6 +249,50 @@ def test_a_step_is_measured_in_seconds(tiny_plan):
 def test_a_step_that_does_not_fit_the_memory_is_refused_before_it_is_tried(tiny_plan, large):
     with pytest.raises(InputError, match="do not fit the memory"):
         measure_step(tiny_plan.model_copy(update=large))
+
+
+def test_the_hours_count_pseudo_labels(tiny_plan):
+    windows = {"disk_mb": 1.0, "windows": 3 * 3600 * tiny_plan.batch}  # a third of a patch's step
+    plan = tiny_plan.model_copy(update={"steps": 3600, "workers": 1, "estimate": windows})
+    assert estimate_hours(plan, 0, 1.0)["hours"] == pytest.approx(1 + 1)
+    assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2 + 3)
+
+
+def test_windows_of_pseudo_labels_are_those_of_all_passes(scans):
+    scans.add((40, 40, 40)).add((40, 40, 40), labeled=False).add((60, 40, 40), labeled=False)
+    given = ["plan.patch_size=[40,40,40]", "network.depth=3"]
+    once = [*given, "plan.flips=[]", "filter.uncertainty.source=none"]
+    assert scans.plan(*once).estimate["windows"] == 1 + 2  # of 60 voxels: at 0 and at 20
+    mirrored = [*given, "plan.flips=[0]", "filter.uncertainty={source: mc_dropout, passes: 5}"]
+    assert scans.plan(*mirrored).estimate["windows"] == 3 * (2 + 5)
+    ensemble = [*once, "teacher.ensemble=3"]
+    assert scans.plan(*ensemble).estimate["windows"] == 3 * 3
+
+
+def test_a_student_s_step_that_does_not_fit_the_memory_is_refused(tiny_plan, monkeypatch):
+    kind = type(build_network(tiny_plan.network))
+    real = kind.forward_heads
+
+    def forward(network, image):
+        if len(image) > tiny_plan.batch:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return real(network, image)
+
+    monkeypatch.setattr(kind, "forward_heads", forward)
+    settings = ["views=[strong, strong_2]", "train.unlabeled_ratio=[1, 2]", "rounds=2"]
+    config = load_config(overrides=settings).config
+    assert measure_step(tiny_plan) > 0
+    with pytest.raises(InputError, match=r"train\.unlabeled_ratio.* the 10 patches"):
+        measure_step(tiny_plan, config)
+
+
+def test_channels_of_several_kinds_stay_to_be_decided_by_their_names(scans):
+    ct, other = scans.add().plan(channels=("CT",)), scans.plan()
+    assert resolve(ct)["plan.normalization"] == "ct"
+    both = tuple(plan.preprocessing.normalization[0] for plan in (ct, other))
+    recipe = ct.preprocessing.model_copy(update={"normalization": both})
+    plan = ct.model_copy(update={"preprocessing": recipe})
+    assert resolve(plan)["plan.normalization"] == "auto"
 
 
 def test_what_the_plan_decided_resolves_every_auto_of_the_configuration(scans):

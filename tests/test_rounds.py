@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -53,13 +54,15 @@ def start(data, tmp_path, monkeypatch, stop_at):
         students, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]
     )
 
-    def run(*overrides, name="run", stop=None, settings=SETTINGS, taken=None, **options):
+    def run(
+        *overrides, name="run", stop=None, settings=SETTINGS, taken=None, stop_flag=None, **options
+    ):
         given = [*settings, *overrides]
         prepared = rounds.prepare(
             load_config(data, given), lambda plan: load_config(data, given, plan), taken
         )
         folder = tmp_path / "runs" / name
-        rounds.run_training(prepared, folder, stop_at(stop), **options)
+        rounds.run_training(prepared, folder, stop_flag or stop_at(stop), **options)
         return folder
 
     return run
@@ -288,6 +291,80 @@ def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start
         start("steps=5", round_0=base, name="shorter")
     with pytest.raises(InputError, match="no finished round 0"):
         start(round_0=base.parent / "nothing", name="missing")
+
+
+@pytest.mark.parametrize(
+    ("owner", "function", "place"),
+    [(rounds.shutil, "copytree", "model"), (rounds, "write_json", "done.json")],
+)
+def test_a_kill_while_round_0_is_taken_over_leaves_it_undone(
+    start, monkeypatch, owner, function, place
+):
+    base = start("method=labels_only", "rounds=0", name="base")
+    real = getattr(owner, function)
+
+    def die(source, *rest, **options):
+        paths = [path for path in (source, *rest[:1]) if isinstance(path, Path)]
+        if any(path.name == place and "round_0" in path.parts for path in paths):
+            raise KeyboardInterrupt
+        return real(source, *rest, **options)
+
+    monkeypatch.setattr(owner, function, die)
+    with pytest.raises(KeyboardInterrupt):
+        start(round_0=base)
+    monkeypatch.setattr(owner, function, real)
+    folder = base.parent / "run"
+    assert (folder / "run.json").is_file()
+    assert not (folder / "round_0" / "model" / "done.json").exists()
+    start(round_0=base)
+    name = "round_0/model/weights.safetensors"
+    assert hash_file(base / name) == hash_file(folder / name)
+    assert len(read_losses(folder, 0)) == 6
+
+
+@pytest.mark.parametrize(("num_rounds", "status"), [(1, "stopped_by_gate"), (2, "delivered")])
+def test_a_run_whose_only_student_is_refused_was_stopped_by_its_gates(
+    start, monkeypatch, num_rounds, status
+):
+    passing = iter([True, num_rounds > 1, False])
+    monkeypatch.setattr(teachers, "judge_model", lambda *_: Gate(next(passing), ("because",)))
+    folder = start(f"rounds={num_rounds}", "steps=2")
+    assert read_json(folder / "state.json")["status"] == status
+    summary = read_json(folder / "summary.json")
+    assert summary["delivered"] == f"round_{num_rounds - 1}"
+    assert "a round after it was rejected by the gates" in summary["exit"]
+
+
+def test_a_stop_while_scans_are_cached_delivers_nothing_and_the_command_goes_on(start):
+    folder = start("rounds=0", stop=2)
+    assert not folder.exists()
+    assert (folder.parent / "cache").is_dir()
+    start("rounds=0")
+    assert read_json(folder / "state.json")["status"] == "delivered"
+
+
+def test_a_stop_while_unlabeled_scans_are_segmented_leaves_the_rest_for_later(start, tmp_path):
+    class StopAtMasks:
+        reason = None
+
+        def is_set(self):
+            if list(tmp_path.glob("runs/run/unlabeled_masks/*.nii.gz")):
+                self.reason = "a test"
+            return self.reason is not None
+
+    folder = start("rounds=0", stop_flag=StopAtMasks(), predict_unlabeled=True)
+    assert read_json(folder / "state.json")["status"] == "interrupted"
+    assert read_json(folder / "summary.json")["delivered"] == "round_0"
+    assert len(list(folder.glob("unlabeled_masks/*.nii.gz"))) == 1
+    start("rounds=0", predict_unlabeled=True)
+    assert read_json(folder / "state.json")["status"] == "delivered"
+    assert len(list(folder.glob("unlabeled_masks/*.nii.gz"))) == 4
+
+
+def test_shares_of_a_set_without_background_are_a_distribution():
+    shares = students.complete_shares([0.5115, 0.2916, 0.2])
+    assert shares.sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert (shares > 0).all()
 
 
 def test_a_restart_that_is_refused_deletes_nothing(start):

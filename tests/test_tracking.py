@@ -334,6 +334,16 @@ def test_a_model_or_report_that_names_a_case_is_refused(runs: Path) -> None:
         sync(run)
 
 
+def test_numbers_of_a_model_are_no_case_ids(runs: Path) -> None:
+    run = write_run(runs / "mine")
+    names = json.loads((run / "pseudonyms.json").read_text())
+    write_json(run / "pseudonyms.json", {**names, "1": "case_a", "128": "case_b"})
+    model = {"labels": {"1": "anterior"}, "network": {"filters": [16, 32, 128]}, "cases": 128}
+    write_json(run / "model" / "model.json", model)
+    sync(run)
+    assert ask(runs, "select count(*) from model_versions") == [(1,)]
+
+
 def test_a_large_model_stays_in_the_run_folder(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(send, "_MODEL_LIMIT", 500)
     sync(write_run(runs / "mine"))

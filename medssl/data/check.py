@@ -138,6 +138,11 @@ def check_dataset(
     shared, repeated = _find_duplicates(facts)
     problems += shared + _find_split_patients(dataset, splits)
     warnings = repeated + _warn_of_patients(dataset)
+    if dataset.labels is None and splits.test:
+        warnings.append(
+            f"classes are those of the opened labels ({', '.join(map(str, labels))}); a label of "
+            "the test cases with another value cannot be measured: name all by data.labels"
+        )
     warnings += _warn_of_labels(facts, labels, ignore, dataset.labels is not None)
     warnings += _warn_of_grids(facts)
     return CheckResult(
@@ -341,6 +346,8 @@ def _offer(value: int, found: set[int], known: set[int | None]) -> str:
     """Say how to declare a value."""
     if found == {0, IGNORE}:
         return "if it is the structure to segment, add data.labels.255=name"
+    if value < 0:
+        return f"no class is below 0: correct the files, or say data.ignore={value} (not annotated)"
     declared = ", ".join(str(number) for number in sorted(number or 0 for number in known))
     return (
         f"declared are {declared}: correct the files, or name it (data.labels.{value}=name, with "

@@ -281,10 +281,16 @@ def _read_names(declared: Any, problems: list[str]) -> dict[int, str] | None:
     if declared is None:
         return None
     try:
-        return _with_background({int(value): str(name) for value, name in declared.items()})
+        names = _with_background({int(value): str(name) for value, name in declared.items()})
     except (AttributeError, ValueError):
         problems.append(f'labels: expected names like {{"1": "liver"}}, got {declared!r}')
         return None
+    problems += [
+        f"labels: the value {value} of {names[value]} is below 0" for value in names if value < 0
+    ]
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    problems += [f"labels: several values are named {name}" for name in twice]
+    return names
 
 
 def _with_background(labels: Mapping[int, str]) -> dict[int, str]:
@@ -314,7 +320,13 @@ def _read_nnunet(path: Path) -> Dataset:
     cases = [_make_case(images, masks.get(name), name) for name, images in training.items()]
     cases += [_make_case(images, None, name) for name, images in unlabeled.items()]
     name = str(content.get("name") or root.resolve().name)
-    return Dataset(name, root, "nnunet", tuple(cases), labels, channels, ignore)
+    notes: tuple[str, ...] = ()
+    if (root / "labelsTs").is_dir() and unlabeled:
+        notes = (
+            "imagesTs are unlabeled cases, which are trained on; labelsTs is not read. Keep a test "
+            "set out of them: medssl evaluate MODEL on a folder of its own",
+        )
+    return Dataset(name, root, "nnunet", tuple(cases), labels, channels, ignore, notes)
 
 
 def _read_nnunet_labels(

@@ -31,13 +31,15 @@ class Expectation:
 
     ``presence`` and ``share`` give, per foreground class, the fraction of labeled cases that have
     it and its mean fraction of their annotated voxels; ``single`` are the classes that are one
-    piece in every labeled case; ``has_empty`` says whether some labeled case has no foreground.
+    piece in every labeled case; ``has_empty`` says whether some labeled case has no foreground,
+    ``is_partial`` whether parts of some are not annotated, such as the slices without the organ.
     """
 
     presence: Mapping[int, float]
     share: Mapping[int, float]
     single: frozenset[int] = frozenset()
     has_empty: bool = False
+    is_partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expect
     classes = range(1, num_classes)
     shares = []
     single = set(classes)
+    is_partial = False
     for label in labels:
+        is_partial |= bool((label == IGNORE).any())
         counts = np.bincount(label[label != IGNORE], minlength=num_classes)
         if counts.sum():
             shares.append(counts[1:num_classes] / counts.sum())
@@ -98,6 +102,7 @@ def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expect
         share=dict(zip(classes, table.mean(0).tolist(), strict=True)),
         single=frozenset(single),
         has_empty=bool((table.sum(1) == 0).any()),
+        is_partial=is_partial,
     )
 
 
@@ -263,8 +268,9 @@ def judge_model(
 ) -> Gate:
     """Judge a model by its pseudo-labels.
 
-    It fails if most of its pseudo-labels were refused, if a class covers under a fifth or over
-    five times of its labeled share, or if it contradicts the round before.
+    It fails if most of its pseudo-labels were refused, if a class covers under a fifth (where the
+    labels are of whole scans) or over five times of its labeled share, or if it contradicts the
+    round before.
     """
     if not reviews:
         return Gate(True, ("no unlabeled case to judge it by",))
@@ -274,11 +280,12 @@ def judge_model(
         first = next(review.reason for review in reviews if not review.accepted)
         reasons.append(
             f"{len(reviews) - len(accepted)} of {len(reviews)} pseudo-labels were refused "
-            f"(first reason: {first})"
+            f"(first reason: {first}){_advise(first)}"
         )
     for index, prior in expectation.share.items():
         share = float(np.mean([review.share[index] for review in reviews]))
-        if prior > 0 and not LEAST_PRIOR * prior <= share <= MOST_PRIOR * prior:
+        least = 0.0 if expectation.is_partial else LEAST_PRIOR * prior
+        if prior > 0 and not least <= share <= MOST_PRIOR * prior:
             reasons.append(
                 f"{names[index]} covers {share:.3%} of the volumes, {prior:.3%} in labeled cases"
             )
@@ -288,3 +295,10 @@ def judge_model(
             f"mean Dice {np.mean(agreements):.2f} with the pseudo-labels of the round before"
         )
     return Gate(not reasons, tuple(reasons))
+
+
+def _advise(reason: str) -> str:
+    """Return what to do if a reason is none, since such scans are as they should be."""
+    if not reason.startswith(("empty", "lost")):
+        return ""
+    return "; if scans without it are to be expected, let one of the labeled cases be such a scan"

@@ -26,6 +26,7 @@ NUM_BINS = 200  # of confidence; a bin is under 6 % of 1 - confidence wide
 LEAST_DOUBT = 1e-5  # 1 - confidence of the highest bin; about the resolution of a softmax
 DEVIATIONS = 2.0  # n of soft: its Gaussian has 1/n of the standard deviation of the confidence
 NARROWEST = 1e-4  # width of a Gaussian of soft, in confidence
+UNCOUNTED = ("none", "fixed", "curriculum")  # rules that ask for no statistics
 HALF = math.sqrt(2 * math.log(2))  # widths under the mean at which a Gaussian is 1/2
 FARTHEST = 13.0  # widths under the mean beyond which float32 has no Gaussian above 0
 
@@ -248,8 +249,9 @@ class ClassThresholds(nn.Module):
             valid: (B, 1, I, J, K) bool, voxels that count.
             progress: In [0, 1].
         """
-        confidence, classes = probs.float().max(dim=1, keepdim=True)
-        self._count(confidence[valid], classes[valid], interpolate(self.section, progress))
+        if self.section.name not in UNCOUNTED:
+            confidence, classes = probs.float().max(dim=1, keepdim=True)
+            self._count(confidence[valid], classes[valid], interpolate(self.section, progress))
         statistics = ClassStatistics(
             predicted=self.predicted,
             reached=self.reached,

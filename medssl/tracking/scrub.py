@@ -14,14 +14,14 @@ from medssl.tracking.folder import RunFolder
 Scrub = Callable[[str], str]
 
 
-def make_scrub(folder: RunFolder) -> Scrub:
+def make_scrub(folder: RunFolder, numbers: bool = True) -> Scrub:
     """Return a function that takes case ids, folders and passwords out of a text.
 
     A case id becomes its pseudonym wherever it stands between characters that are no letters or
-    digits. (In running text a number of one or two digits is left alone.) Of a path its last part
-    stays, of a URL everything but the password.
+    digits. (In running text a number of one or two digits is left alone; without ``numbers`` all
+    case ids of digits are.) Of a path its last part stays, of a URL everything but the password.
     """
-    names = folder.pseudonyms
+    names = {k: v for k, v in folder.pseudonyms.items() if numbers or not k.isdigit()}
     ids = match_ids(name for name in names if not (name.isdigit() and len(name) < 3))
     roots = match_roots(folder)
 

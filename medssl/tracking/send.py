@@ -444,7 +444,8 @@ def _send_model(target: _Target) -> None:
     if not target.folder.is_finished or not path.is_file():
         return
     texts = [text for pair in _flatten(read_json(path)) for text in pair]
-    refuse_names(path, (text for text in texts if target.scrub(text) != text))
+    scrub = make_scrub(target.folder, numbers=False)  # it is full of them
+    refuse_names(path, (text for text in texts if scrub(text) != text))
     if _measure_model(target.folder) > _MODEL_LIMIT:
         target.once(
             "model", "model.json", lambda: target.client.log_artifact(target.parent, path, "model")

@@ -237,27 +237,49 @@ def test_ctrl_c_leaves_a_usable_model_and_the_same_command_goes_on(
     assert hash_models(run) == hash_models(finished)
 
 
-def test_scans_of_another_kind_fall_out_by_their_confidence(data: Path, tmp_path: Path) -> None:
-    mixed = tmp_path / "mixed"
-    subprocess.run(["cp", "-r", str(data), str(mixed)], check=True)
+@pytest.fixture(scope="module")
+def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """Return what a model of labels alone says of six scans of its kind and four of other kinds."""
+    folder = tmp_path_factory.mktemp("mixed")
+    scans = folder / "scans"
+    subprocess.run(["cp", "-r", str(data), str(scans)], check=True)
+    others = folder / "others"
+    write_phantoms(others, 0, 2, 0, shape=(28, 28, 28), family="vessels")
     rng = np.random.default_rng(0)
-    with (mixed / "cases.csv").open("a", newline="") as file:
-        for index, path in enumerate(sorted((mixed / "images").iterdir())[:2]):
+    with (scans / "cases.csv").open("a", newline="") as file:
+        for index, path in enumerate(sorted((scans / "images").iterdir())[:2]):
             scan = nib.load(path)
             values = rng.permutation(np.asarray(scan.dataobj).ravel()).reshape(scan.shape)
-            name = f"images/foreign_{index}.nii.gz"
-            nib.save(nib.Nifti1Image(values, scan.affine), mixed / name)
-            csv.writer(file).writerow([f"foreign_{index}", name, ""])
-    run = tmp_path / "runs" / "mixed"
+            nib.save(nib.Nifti1Image(values, scan.affine), scans / f"images/noise_{index}.nii.gz")
+        for index, path in enumerate(sorted((others / "images").iterdir())):
+            shutil.copy(path, scans / f"images/anatomy_{index}.nii.gz")
+        for name in ("noise_0", "noise_1", "anatomy_0", "anatomy_1"):
+            csv.writer(file).writerow([name, f"images/{name}.nii.gz", ""])
+    run = folder / "runs" / "mixed"
     settings = [*SETTINGS, "rounds=0", "filter.case.confidence=0.57"]  # after 120 steps
-    medssl("train", mixed, *settings, "--run", run)
+    medssl("train", scans, *settings, "--run", run)
     with (run / "round_0" / "review.csv").open(newline="") as file:
-        rows = {row["case_id"]: row for row in csv.DictReader(file)}
-    foreign = {name for name in rows if name.startswith("foreign")}
-    assert len(foreign) / len(rows) == 0.25
-    for name, row in rows.items():
-        assert row["accepted"] == ("0" if name in foreign else "1")
-        assert row["reason"].startswith("confidence" if name in foreign else "")
+        return {row["case_id"]: row for row in csv.DictReader(file)}
+
+
+def list_confidences(rows: dict[str, dict[str, str]], kind: str) -> list[float]:
+    return [float(row["confidence"]) for name, row in rows.items() if name.startswith(kind)]
+
+
+def test_scans_without_anatomy_fall_out_by_their_confidence(mixed) -> None:
+    for name, row in mixed.items():
+        if name.startswith("noise"):
+            assert row["accepted"] == "0"
+            assert row["reason"].startswith("confidence")
+        elif not name.startswith("anatomy"):
+            assert row["accepted"] == "1"
+            assert row["reason"] == ""
+
+
+@pytest.mark.xfail(strict=True, reason="a teacher is as sure of another anatomy of like texture")
+def test_scans_of_another_anatomy_fall_out_at_a_confidence_of_0_3(mixed) -> None:
+    assert len(list_confidences(mixed, "anatomy")) == 2
+    assert max(list_confidences(mixed, "anatomy")) < 0.3
 
 
 AUDITED = """

@@ -121,7 +121,8 @@ class NetworkSection(Section):
 
     A list of widths has one entry per round, round 0 first: students larger than their teachers.
     ``auto`` is dynunet in 3D and unet in 2D. All but dynunet are of segmentation-models-pytorch:
-    in 2D, with an ``encoder``, which ``pretrained`` starts from weights of ImageNet (a download).
+    in 2D, with an ``encoder``, which ``pretrained`` starts from weights of ImageNet (a download),
+    of six levels and without ``deep_supervision``.
     """
 
     name: Auto | Literal["dynunet"] | PlaneNetwork = "auto"

@@ -10,7 +10,6 @@ import contextlib
 import gzip
 import hashlib
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
 from medssl.data.files import is_picture
-from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label_values
+from medssl.data.io import MAX_DISPLACEMENT, UNREADABLE, read_image, read_label_values
 from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -38,10 +35,6 @@ _PLAUSIBLE_MM = (0.02, 20.0)  # spacing outside of this is a header without unit
 _NUM_SHOWN = 12
 _CHUNK = 2**22  # bytes
 _NUM_THREADS = 2  # each holds one scan in memory
-_UNREADABLE = (
-    *(OSError, EOFError, ValueError, ArithmeticError),
-    *(zlib.error, ImageFileError, HeaderDataError),
-)
 
 
 @dataclass(frozen=True)
@@ -221,7 +214,7 @@ def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
         raise
     except MemoryError as error:
         raise InputError(f"{names}: too large for the memory ({error}); cut it") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise InputError(f"{names}: damaged or incomplete ({error}); copy it again") from error
 
 

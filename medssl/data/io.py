@@ -17,16 +17,15 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.data.files import KINDS, is_picture
+from medssl.data.files import KINDS, SUFFIXES, is_picture
 from medssl.data.pictures import read_channels, read_shape, read_values, write_picture
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Shape, Volume, affines_differ, check_affine
 
-SUFFIXES = (".nii", ".nii.gz")
 MAX_DISPLACEMENT = 0.1  # voxels by which the grids of one case may differ
 
 _ROUNDING = 1e-3  # label values this close to an integer are that integer
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     EOFError,
     ValueError,
@@ -192,7 +191,7 @@ def _guard(path: Path, read: Callable[[], Any]) -> Any:
         raise InputError(f"{path}: there is no such file") from error
     except MemoryError as error:
         raise InputError(f"{path}: too large for the memory ({error}); cut it") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise InputError(
             f"{path}: cannot be read ({error}): the file is damaged or incomplete, "
             "copy or convert it again"

@@ -177,10 +177,6 @@ class RunningTransport(nn.Module):
         moved = torch.logaddexp(running + torch.log1p(-rate), found + rate.log())
         self.log_v.copy_(power * (log_prior - moved))
 
-    def assign(self, probs: Tensor) -> Tensor:
-        """Return q (B, C, I, J, K), on the simplex at each voxel."""
-        return assign(probs, self.log_v, self.epsilon)
-
 
 def _log_kernel(probs: Tensor, epsilon: float) -> Tensor:
     """Return ln p^(1/epsilon), bounded, in float32 or better."""

@@ -525,6 +525,16 @@ def _check_idle(config: Config) -> Iterator[str]:
             f"target.temperature={target.temperature:g} has no effect on soft targets of "
             "target.assignment=transport, which target.transport.epsilon sharpens; leave it at 1"
         )
+    if target.kind == "hard" and target.temperature != 1.0:
+        yield (
+            f"target.temperature={target.temperature:g} has no effect on target.kind=hard; leave "
+            "it at 1, or set target.kind=soft"
+        )
+    if config.losses.entropy.weight > 0 and config.losses.entropy.order == 0.0:
+        yield (
+            "losses.entropy.order=0 is ln C whatever the student says, and teaches nothing; set an "
+            "order above 0, or losses.entropy.weight=0"
+        )
     if config.noise.mixing == "copy_paste" and config.losses.pseudo_label.weight == 0.0:
         yield (
             "noise.mixing=copy_paste pastes pseudo-labels into labeled patches, but "

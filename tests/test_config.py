@@ -139,6 +139,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("target.temperature=0.5", "target.transport.epsilon sharpens"),
         ("losses.pseudo_label.weight=0", "set noise.mixing=none or cutmix"),
         ("teacher.source=[]", "teacher.source is empty"),
+        ("losses.entropy.order=0", "teaches nothing"),
         ("data.labels={-1: lesion, 1: organ}", "data.ignore=-1"),
         ("teacher.source=[previous_round]", "losses.consistency.weight=0"),
         ("teacher.source=[ema]", "set target.transport.prior=labeled"),
@@ -157,6 +158,10 @@ def test_cases_are_not_drawn_by_a_coverage_that_all_have(name):
     unlimited = "filter.uncertainty={source: mc_dropout, start: null}"
     assert "filter.case.draw=uniform" in refuse(overrides=[*settings, unlimited])
     load_config(overrides=[*settings, "filter.uncertainty={source: mc_dropout, start: 0.5}"])
+
+
+def test_a_temperature_of_hard_targets_is_refused():
+    assert "target.kind=soft" in refuse(overrides=["method=fixmatch", "target.temperature=0.5"])
 
 
 def test_the_share_that_quantile_keeps_grows_unless_it_is_given():

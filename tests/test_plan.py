@@ -187,6 +187,18 @@ def test_only_left_right_is_mirrored_and_not_where_a_label_has_a_side(scans, nam
     assert plan.flips == (() if sided else (0,))
 
 
+def test_labels_without_names_may_have_sides(scans):
+    scans.add()
+    hint = "unnamed labels are left and right: plan.flips=[]"
+    for names, is_said in (
+        (("class_3", "class_7"), True),
+        (("class_3",), False),
+        (("a", "b"), False),
+    ):
+        labels = {0: "background", **dict(zip((3, 7), names, strict=False))}
+        assert (hint in "\n".join(scans.plan(labels=labels).reasons)) is is_said
+
+
 def test_an_unknown_device_is_refused_and_names_the_doctor():
     with pytest.raises(InputError, match="medssl doctor"):
         choose_device("abacus")
@@ -252,7 +264,7 @@ def test_a_step_that_does_not_fit_the_memory_is_refused_before_it_is_tried(tiny_
 
 
 def test_the_hours_count_pseudo_labels(tiny_plan):
-    windows = {"disk_mb": 1.0, "windows": 3 * 3600 * tiny_plan.batch}  # a third of a patch's step
+    windows = {"disk_mb": 1.0, "windows": 5 * 3600 * tiny_plan.batch}
     plan = tiny_plan.model_copy(update={"steps": 3600, "workers": 1, "estimate": windows})
     assert estimate_hours(plan, 0, 1.0)["hours"] == pytest.approx(1 + 1)
     assert estimate_hours(plan, 2, 1.0)["hours"] == pytest.approx(1 + 2 * 2 + 3)

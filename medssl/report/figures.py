@@ -256,6 +256,7 @@ def draw_reviews(run: RunFiles) -> bytes:
             for axes, panel in zip(line, panels, strict=False):
                 _draw_strips(axes, rounds, panel)
                 axes.set_ylim(low, 1.03)
+                axes.set_yticks([at for at in axes.get_yticks() if low <= at < 1.001])
             unit = "fraction" if kind == "coverage" else "mean Dice"
             line[0].set_ylabel(f"{kind} ({unit})")
         return _save(figure)

@@ -244,7 +244,8 @@ def _describe_plan(prepared: Any, folder: Path) -> str:
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
     full = f"\nwarning: the disk has only {free:.0f} GB left"
-    full = full if estimate["disk_mb"] / 1000 > free else ""
+    is_new = not (folder / "plan.json").exists()  # later much of it is there
+    full = full if is_new and estimate["disk_mb"] / 1000 > free else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "

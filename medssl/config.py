@@ -175,7 +175,8 @@ class TargetSection(Section):
 class ThresholdSection(Section):
     """Class-wise confidence threshold of a voxel, moving from ``start`` to ``end`` in a round.
 
-    For ``quantile`` they are the kept share of each predicted class, 0.8 to 0.95 unless given.
+    For ``quantile`` they are the kept share of each predicted class, 0.8 to 0.95 unless
+    the preset or the user has others.
     """
 
     name: Literal["none", "fixed", "curriculum", "flex", "free", "soft", "quantile"] = "flex"
@@ -524,6 +525,12 @@ def _check_idle(config: Config) -> Iterator[str]:
         yield (
             f"target.temperature={target.temperature:g} has no effect on soft targets of "
             "target.assignment=transport, which target.transport.epsilon sharpens; leave it at 1"
+        )
+    if threshold.name == "quantile" and threshold.start > threshold.end:
+        yield (
+            f"filter.threshold.start={threshold.start:g}, end={threshold.end:g}: of quantile they "
+            "are the kept share, which shall grow; set filter.threshold={name: quantile, start: "
+            "0.8, end: 0.95}"
         )
     if target.kind == "hard" and target.temperature != 1.0:
         yield (

@@ -48,11 +48,11 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
         message += f"; {rest} rejected by the gates"
     _summarize(run, f"round_{chosen}", message)
     status = "stopped_by_gate" if by_gate else "delivered"
-    if predict_unlabeled and not _predict_unlabeled(run):
-        status = "interrupted"
-        message += f"; stopped by {run.stop.reason} before all unlabeled scans were segmented, and "
-        message += "the same command goes on"
     set_status(run.folder, status)
+    if predict_unlabeled and not _predict_unlabeled(run):
+        message += f"; stopped by {run.stop.reason} before all unlabeled scans were segmented: the "
+        message += "same command goes on"
+        return Outcome("interrupted", f"round_{chosen}", message)
     return Outcome(status, f"round_{chosen}", message)
 
 
@@ -128,11 +128,11 @@ def _predict_unlabeled(run: Run) -> bool:
     count = CaseCounter("masks of unlabeled scans")
     for number, case in enumerate(run.unlabeled):
         count(number, len(run.unlabeled))
-        if run.stop.is_set():
-            return False
         path = run.folder / "unlabeled_masks" / f"{case.case_id}{case.mask_suffix}"
         if path.is_file():
             continue
+        if run.stop.is_set():
+            return False
         image = to_tensor(case, run.plan.device)
         size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
         probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]

@@ -685,8 +685,8 @@ def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
 def measure_step(plan: Plan, config: Config | None = None) -> float:
     """Return the seconds that a labeled step spends in the network, measured on noise.
 
-    With the configuration of a run that has students it tries first whether a step of theirs, the
-    network at its widest with labeled patches and all views, fits the memory.
+    With the configuration of a run that has students it tries whether the largest step of theirs,
+    labeled patches and all views in one pass, fits the memory.
 
     Raises:
         InputError: The step needs more memory than there is.
@@ -694,7 +694,8 @@ def measure_step(plan: Plan, config: Config | None = None) -> float:
     most = read_memory_limit() / 1e9 if plan.device == "cpu" else math.inf  # GPUs refuse themselves
     size = f"{plan.batch} patches of {'x'.join(map(str, plan.patch_size))}"
     refusal = f"train.batch, plan.patch_size: {size} do not fit the memory; lower one of them"
-    if plan.batch * math.prod(plan.patch_size) * LEAST_BYTES / 1e9 > most:
+    voxels = math.prod(plan.patch_size)
+    if plan.batch * voxels * LEAST_BYTES / 1e9 > most:
         raise InputError(f"{refusal} ({most:.1f} GB)")
     device = torch.device(plan.device)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
@@ -716,22 +717,29 @@ def measure_step(plan: Plan, config: Config | None = None) -> float:
         seconds = min(take_step(network, plan.batch) for _ in range(3))
     if config is not None:
         count, spec = _find_largest_step(plan, config)
-        with explain_out_of_memory(
+        refusal = (
             f"train.unlabeled_ratio, train.batch, plan.patch_size: the {count} patches of "
             f"{'x'.join(map(str, plan.patch_size))} of a student's step do not fit the memory; "
             "lower one of them"
-        ):
+        )
+        if count * voxels * LEAST_BYTES / 1e9 > most:
+            raise InputError(f"{refusal} ({most:.1f} GB)")
+        with explain_out_of_memory(refusal):
             take_step(build_network(spec).to(device).train(), count)
     return seconds
 
 
 def _find_largest_step(plan: Plan, config: Config) -> tuple[int, NetworkSpec]:
-    """Return the most patches that a student sees at once, and its network at the widest."""
-    rounds = range(1, config.train.rounds + 1)
-    views = max(1, sum(view != "feature_noise" for view in config.views))
-    count = plan.batch + views * max(count_unlabeled(config, plan.batch, r) for r in rounds)
-    specs = [describe_student(plan, config, r) for r in rounds]
-    return count, max(specs, key=lambda spec: sum(spec.filters))
+    """Return the most patches that a student's step has, all views counted, and its network."""
+    joint = plan.batch if config.train.schedule == "joint" else 0
+    steps = [
+        (
+            joint + len(config.views) * count_unlabeled(config, plan.batch, index),
+            describe_student(plan, config, index),
+        )
+        for index in range(1, config.train.rounds + 1)
+    ]
+    return max(steps, key=lambda step: step[0] * max(1, sum(step[1].filters)))
 
 
 def estimate_hours(plan: Plan, rounds: int, step_seconds: float) -> dict[str, float]:

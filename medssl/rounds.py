@@ -134,6 +134,7 @@ def run_training(
     config, plan, splits = prepared.resolved.config, prepared.plan, prepared.splits
     if restart:
         _check_restart(run_dir, round_0)
+        (run_dir / "STOP").unlink(missing_ok=True)
     cases = {part: take(prepared.dataset, splits, part) for part in ("labeled", "unlabeled", "val")}
     try:
         cached = build_cache(
@@ -272,7 +273,8 @@ def _take_over_round_0(source: Path, run_dir: Path) -> None:
         if entry["round"] == 0 and "monitors/gate" not in entry["metrics"]:
             journal.append(0, entry["step"], entry["metrics"])
     shutil.copytree(there / "snapshots", here / "snapshots", dirs_exist_ok=True)
-    folders = [folder.relative_to(there) / "model" for folder in (there / "models").glob("*")]
+    marks = (there / "models").glob("*/model/done.json")  # of the members that are finished
+    folders = [mark.parent.relative_to(there) for mark in marks]
     all_but_marks = shutil.ignore_patterns("done.json")
     for folder in (*folders, Path("model")):
         shutil.copytree(there / folder, here / folder, ignore=all_but_marks, dirs_exist_ok=True)

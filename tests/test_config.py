@@ -170,6 +170,8 @@ def test_the_share_that_quantile_keeps_grows_unless_it_is_given():
         return section.filter.threshold.start, section.filter.threshold.end
 
     assert read() == (0.8, 0.95)
+    falling = refuse(overrides=["method=curriculum", "filter.threshold.name=quantile"])
+    assert "{name: quantile, start: 0.8, end: 0.95}" in falling
     assert read("filter.threshold.start=0.5") == (0.5, 0.95)
 
 

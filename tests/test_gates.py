@@ -216,7 +216,9 @@ def test_labels_of_parts_of_scans_say_nothing_of_the_least_share():
 
 def test_empty_masks_that_stop_a_run_come_with_the_way_out():
     gate = judge(review(classes_of(0, 0)))
-    assert "empty); if scans without it are to be expected, let one" in gate.reasons[0]
+    assert "empty); if scans without any structure are to be expected" in gate.reasons[0]
+    lost = judge(review(classes_of(0, 5)))
+    assert "lost organ); if scans without it are to be expected" in lost.reasons[0]
     assert "to be expected" not in judge(review(confidence=0.1)).reasons[0]
 
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medssl import runs
 from medssl.config import InputError
 from medssl.runs import (
+    CaseCounter,
     Journal,
     StopFlag,
     describe_provenance,
@@ -231,3 +233,14 @@ def test_provenance_names_versions_and_machine():
     assert found["versions"]["torch"] != "unknown"
     assert found["device"] == "cpu"
     assert found["revision"] is None or Path(__file__).exists()
+
+
+def test_a_long_look_at_cases_says_now_and_then_how_far_it_is(capsys, monkeypatch):
+    clock = iter([0.0, 9.9, 10.0, 10.0, 11.0, 20.0, 20.0])
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+    count = CaseCounter("check")
+    for done in (1, 2, 3, 4):
+        count(done, 200)
+    assert capsys.readouterr().err.splitlines() == [
+        f"check: {done} of 200 cases" for done in (2, 4)
+    ]

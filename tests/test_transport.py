@@ -289,7 +289,6 @@ def test_potentials_and_their_age_are_in_the_state():
     for running in (first, second):
         running.update(batch, valid)
     assert torch.equal(first.log_v, second.log_v)
-    assert torch.equal(first.log_v, second.log_v)
 
 
 def test_a_slice_is_a_volume_of_one_slice():
@@ -297,7 +296,6 @@ def test_a_slice_is_a_volume_of_one_slice():
     planar, solid = RunningTransport(3, PRIOR), RunningTransport(3, PRIOR)
     planar.update(probs, valid)
     solid.update(probs[..., None], valid[..., None])
-    assert torch.equal(planar.log_v, solid.log_v)
     assert torch.equal(planar.log_v, solid.log_v)
     found = assign(probs[..., None], solid.log_v, solid.epsilon)
     assert torch.equal(assign(probs, planar.log_v, planar.epsilon), found[..., 0])

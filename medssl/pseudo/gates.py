@@ -251,7 +251,8 @@ def _find_reason(
         return f"constant: all {names[int(classes.max())]}"
     if confidence < section.case.confidence:
         return f"confidence {confidence:.2f} is below {section.case.confidence:g}"
-    lost = [names[i] for i in sorted(usual) if not (classes == i).any()]
+    is_empty = classes.max() == 0  # as some labeled case is
+    lost = [] if is_empty else [names[i] for i in sorted(usual) if not (classes == i).any()]
     return f"lost {', '.join(lost)}" if lost else ""
 
 
@@ -299,6 +300,8 @@ def judge_model(
 
 def _advise(reason: str) -> str:
     """Return what to do if a reason is none, since such scans are as they should be."""
-    if not reason.startswith(("empty", "lost")):
-        return ""
-    return "; if scans without it are to be expected, let one of the labeled cases be such a scan"
+    if reason == "empty":
+        return "; if scans without any structure are to be expected, label one of them"
+    if reason.startswith("lost"):
+        return "; if scans without it are to be expected, label some: more than a tenth of all"
+    return ""

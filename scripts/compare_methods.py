@@ -6,7 +6,8 @@
 For every draw of the labeled cases: one round 0, the students of each preset on top of it, and
 labels alone at the total steps of each preset. All are measured on the same test cases. What is
 done is skipped; OUT/results.csv and OUT/results.md are written anew after every arm, and all runs
-stand in one MLflow experiment. A preset that did not run is listed as such. With ``--names`` only
+stand in one MLflow experiment. An arm with several draws has one row more, draw 0+1, in which they
+are averaged within each case. A preset that did not run is listed as such. With ``--names`` only
 these presets run; with ``--hours`` none is begun later.
 """
 
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from study import average, finish, make_parser, read_dice, subtract, write_table
+from study import finish, make_parser, measure, write_table
 
 from medssl.config import InputError, list_methods, load_config
 from medssl.data.phantoms import write_phantoms
@@ -57,13 +58,6 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def compare(folder: Path, other: Path) -> str:
-    """Return the paired difference of the last rounds of two runs with its interval, as text."""
-    if not (other / "evaluation" / "per_case.csv").is_file():
-        return ""
-    return format_estimate(subtract(last_round(folder), last_round(other)), "+", 4)
-
-
 def last_round(folder: Path) -> Path:
     """Return the evaluation of a run's last round, whatever round its gates delivered."""
     last = read_json(folder / "summary.json")["rounds"][-1]["round"]
@@ -71,29 +65,48 @@ def last_round(folder: Path) -> Path:
     return path if path.is_dir() else folder / "evaluation"
 
 
+def is_measured(folder: Path) -> bool:
+    """Return whether a run has been evaluated."""
+    return (folder / "evaluation" / "per_case.csv").is_file()
+
+
+def describe_arm(out: Path, name: str, draws: list[int]) -> dict[str, Any]:
+    """Return the row of an arm, averaged over draws within each case; all must be measured."""
+    folders = [out / f"draw_{draw}_{name}" for draw in draws]
+    abouts = [describe(folder) for folder in folders]
+    about = abouts[0]
+    for key in ("minutes", "coverage", "agreement"):
+        values = [other[key] for other in abouts if other[key] != ""]
+        about[key] = round(sum(values) / len(values), 4) if values else ""
+    about["minutes"] = round(about["minutes"], 1)
+    about["finite"] = all(other["finite"] for other in abouts)
+    total = f"{BASELINE}_{about['steps']}"
+    paired = {}
+    for title, other in (("to round 0", BASELINE), ("to labels only, total steps", total)):
+        theirs = [out / f"draw_{draw}_{other}" for draw in draws]
+        paired[title] = ""
+        if not name == other == total and all(map(is_measured, theirs)):
+            row = measure(list(map(last_round, folders)), list(map(last_round, theirs)))
+            paired[title] = format_estimate(row["difference"], "+", 4)
+    row = measure(list(map(last_round, folders)), list(map(last_round, folders)))
+    dice = {"n": row["n"], "dice": f"{row['dice']['mean']:.4f}"}
+    return {"draw": "+".join(map(str, draws)), "arm": name, **dice, **paired, **about}
+
+
 def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, Any]]:
-    """Return one row per draw and arm."""
-    rows = []
+    """Return one row per draw and arm, and one of all draws for the arms that have several."""
+    rows: list[dict[str, Any]] = []
+    measured: dict[str, list[int]] = {}
     for draw in draws:
         longer = sorted(out.glob(f"draw_{draw}_{BASELINE}_*"), key=lambda path: len(path.name))
         arms = [BASELINE, *(path.name.removeprefix(f"draw_{draw}_") for path in longer), *names]
         for name in arms:
-            folder = out / f"draw_{draw}_{name}"
-            row: dict[str, Any] = {"draw": draw, "arm": name, "n": "", "dice": "not run"}
-            if (folder / "evaluation" / "per_case.csv").is_file():
-                about = describe(folder)
-                dice = read_dice(last_round(folder))
-                total = out / f"draw_{draw}_{BASELINE}_{about['steps']}"
-                row |= {
-                    "n": len(dice),
-                    "dice": f"{average(dice):.4f}",
-                    "to round 0": compare(folder, out / f"draw_{draw}_{BASELINE}"),
-                    "to labels only, total steps": ""
-                    if folder == total
-                    else compare(folder, total),
-                    **about,
-                }
-            rows.append(row)
+            if is_measured(out / f"draw_{draw}_{name}"):
+                rows.append(describe_arm(out, name, [draw]))
+                measured.setdefault(name, []).append(draw)
+            else:
+                rows.append({"draw": draw, "arm": name, "n": "", "dice": "not run"})
+    rows += [describe_arm(out, name, found) for name, found in measured.items() if found[1:]]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in keys} for row in rows]
 

@@ -15,11 +15,12 @@ import csv
 import io
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medssl.metrics import Difference, format_estimate, paired_difference, read_table
+from medssl.compare import compare
+from medssl.metrics import format_estimate
 from medssl.runs import read_json, write_text
 
 Arm = tuple[int, str, Path, str]  # draw, arm, evaluation folder, minutes
@@ -45,24 +46,16 @@ def finish(
     return summary
 
 
-def read_dice(folder: Path) -> dict[str, float | None]:
-    """Return the mean Dice of each test case, None where neither side has a class."""
-    return {row["case_id"]: row["dice"] for row in read_table(folder / "per_case.csv")}
+def measure(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
+    """Return the Dice of an arm and its difference to another one, as `medssl compare` does.
 
-
-def average(dice: Mapping[str, float | None]) -> float:
-    """Return the mean over the cases that have a value."""
-    found = [value for value in dice.values() if value is not None]
-    return sum(found) / len(found)
-
-
-def subtract(folder: Path, other: Path) -> Difference:
-    """Return the paired difference of two evaluations of the same cases."""
-    ours, theirs = read_dice(folder), read_dice(other)
-    rows = read_table(folder / "per_case.csv")
-    pairs = [(ours[row["case_id"]], theirs[row["case_id"]]) for row in rows]
-    patients = [row["patient_id"] for row in rows]
-    return paired_difference([a for a, _ in pairs], [b for _, b in pairs], patients=patients)
+    Args:
+        ours: Evaluation folders of the arm, one per draw; they are averaged within each case.
+        theirs: Those of the arm that it is compared with.
+    """
+    arms = [f"{name}={','.join(map(str, paths))}" for name, paths in (("a", theirs), ("b", ours))]
+    row: dict[str, Any] = compare(arms)[1][1]
+    return row
 
 
 def list_arms(draw: int, students: Path, alone: Path) -> list[Arm]:
@@ -87,16 +80,16 @@ def tabulate(arms: list[Arm]) -> list[dict[str, Any]]:
     rows = []
     baseline: dict[int, Path] = {}
     for draw, title, folder, minutes in arms:
-        dice = read_dice(folder)
-        difference = subtract(folder, baseline.setdefault(draw, folder))
+        found = measure([folder], [baseline.setdefault(draw, folder)])
+        difference = found["difference"]
         ends = [difference["mean"], difference["low"], difference["high"]]
         mean, low, high = ("" if value is None else round(value, 4) for value in ends)
         rows.append(
             {
                 "draw": draw,
                 "arm": title,
-                "n": len(dice),
-                "dice": f"{average(dice):.4f}",
+                "n": found["n"],
+                "dice": f"{found['dice']['mean']:.4f}",
                 "difference": mean,
                 "low": low,
                 "high": high,

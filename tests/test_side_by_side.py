@@ -13,7 +13,16 @@ from medssl.runs import Journal, write_json
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 TABLE = DOCS / "methods_phantoms.csv"
-SHOWN = ("arm", "dice", "to round 0", "to labels only, total steps", "steps", "minutes", "coverage")
+SHOWN = (
+    "arm",
+    "draw",
+    "dice",
+    "to round 0",
+    "to labels only, total steps",
+    "steps",
+    "minutes",
+    "coverage",
+)
 UNFILTERED = "no filter of voxels: every voxel counts"
 OUTSIDE = {
     (name, "is_filtered"): UNFILTERED
@@ -26,8 +35,13 @@ OUTSIDE = {
 
 
 def read_rows(path=TABLE):
+    """Return one row per arm: that of all draws, or of the last one that was run."""
+    rows = {}
     with path.open(encoding="utf-8", newline="") as file:
-        return {row["arm"]: row for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            if row["dice"] != "not run" or row["arm"] not in rows:
+                rows[row["arm"]] = row
+    return rows
 
 
 def is_finite(row):
@@ -78,7 +92,7 @@ def test_the_docs_show_every_row_of_a_table(path):
 
 def write_evaluation(folder, rows):
     folder.mkdir(parents=True)
-    lines = ["case_id,patient_id,dice", *rows]
+    lines = ["case_id,patient_id,dice/organ", *rows]
     (folder / "per_case.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -89,13 +103,14 @@ def test_cases_without_a_class_and_single_patients_have_a_difference(tmp_path, m
 
     ours = write_evaluation(tmp_path / "a", ["1,p,0.8", "2,p,", "3,p,0.7"])
     theirs = write_evaluation(tmp_path / "b", ["3,p,0.6", "2,p,", "1,p,0.6"])
-    found = study.subtract(ours, theirs)
+    row = study.measure([ours], [theirs])
+    found = row["difference"]
     assert found["mean"] == pytest.approx(0.15)
     assert found["low"] is None
-    assert study.average(study.read_dice(ours)) == pytest.approx(0.75)
+    assert row["dice"]["mean"] == pytest.approx(0.75)
     rows = study.tabulate([(0, "first", theirs, "1"), (0, "second", ours, "2")])
     study.write_results(tmp_path / "out", rows)
-    assert "| second | 3 | 0.7500 | +0.1500 | 2 |" in (tmp_path / "out/results.md").read_text()
+    assert "| second | 2 | 0.7500 | +0.1500 | 2 |" in (tmp_path / "out/results.md").read_text()
 
 
 def test_an_interval_is_over_patients(tmp_path, monkeypatch):
@@ -111,7 +126,7 @@ def test_an_interval_is_over_patients(tmp_path, monkeypatch):
         folders = (
             write_evaluation(tmp_path / name / k, v) for k, v in (("a", ours), ("b", theirs))
         )
-        found = study.subtract(*folders)
+        found = study.measure(*([folder] for folder in folders))["difference"]
         widths.append(found["high"] - found["low"])
     assert widths[1] > 1.2 * widths[0]
 

@@ -243,14 +243,14 @@ def _describe_plan(prepared: Any, folder: Path) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
-    full = f"\nwarning: the disk has only {free:.0f} GB left"
     is_new = not (folder / "plan.json").exists()  # later much of it is there
-    full = full if is_new and estimate["disk_mb"] / 1000 > free else ""
+    is_full = is_new and estimate["disk_mb"] / 1000 > free
+    warning = f"\nwarning: the disk has only {free:.0f} GB left" if is_full else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
         f"about {estimate.get('hours', 0) * 60:.0f} minutes, {estimate['disk_mb'] / 1000:.2f} GB "
-        f"of disk ({free:.0f} GB free)\nrun folder: {folder}{full}"
+        f"of disk ({free:.0f} GB free)\nrun folder: {folder}{warning}"
     )
 
 

@@ -471,6 +471,7 @@ def _choose_prior(config: Config) -> str:
 def _check_rest(config: Config) -> Iterator[str]:
     """Yield all other contradictions."""
     doubt, loss = config.filter.uncertainty.source, config.losses.pseudo_label
+    threshold = config.filter.threshold
     if doubt == "mc_dropout" and config.network.dropout == 0.0:
         yield (
             "filter.uncertainty.source=mc_dropout needs network.dropout above 0 (got 0.0): "
@@ -503,6 +504,12 @@ def _check_rest(config: Config) -> Iterator[str]:
         )
     if loss.name != "forward_ce" and loss.transition is not None:
         yield f"losses.pseudo_label.transition is for forward_ce, but the loss is {loss.name}"
+    if threshold.name == "quantile" and threshold.start > threshold.end:
+        yield (
+            f"filter.threshold.start={threshold.start:g}, end={threshold.end:g}: of quantile they "
+            "are the kept share, which shall grow; set filter.threshold={name: quantile, start: "
+            "0.8, end: 0.95}"
+        )
     names = list((config.data.labels or {}).values())
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -525,12 +532,6 @@ def _check_idle(config: Config) -> Iterator[str]:
         yield (
             f"target.temperature={target.temperature:g} has no effect on soft targets of "
             "target.assignment=transport, which target.transport.epsilon sharpens; leave it at 1"
-        )
-    if threshold.name == "quantile" and threshold.start > threshold.end:
-        yield (
-            f"filter.threshold.start={threshold.start:g}, end={threshold.end:g}: of quantile they "
-            "are the kept share, which shall grow; set filter.threshold={name: quantile, start: "
-            "0.8, end: 0.95}"
         )
     if target.kind == "hard" and target.temperature != 1.0:
         yield (

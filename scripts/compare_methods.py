@@ -80,17 +80,23 @@ def describe_arm(out: Path, name: str, draws: list[int]) -> dict[str, Any]:
         about[key] = round(sum(values) / len(values), 4) if values else ""
     about["minutes"] = round(about["minutes"], 1)
     about["finite"] = all(other["finite"] for other in abouts)
-    total = f"{BASELINE}_{about['steps']}"
-    paired = {}
-    for title, other in (("to round 0", BASELINE), ("to labels only, total steps", total)):
-        theirs = [out / f"draw_{draw}_{other}" for draw in draws]
-        paired[title] = ""
-        if not name == other == total and all(map(is_measured, theirs)):
-            row = measure(list(map(last_round, folders)), list(map(last_round, theirs)))
-            paired[title] = format_estimate(row["difference"], "+", 4)
-    row = measure(list(map(last_round, folders)), list(map(last_round, folders)))
-    dice = {"n": row["n"], "dice": f"{row['dice']['mean']:.4f}"}
-    return {"draw": "+".join(map(str, draws)), "arm": name, **dice, **paired, **about}
+    about["delivered"] = "+".join(dict.fromkeys(other["delivered"] for other in abouts))
+    ours = [last_round(folder) for folder in folders]
+    found = measure(ours, [last_round(out / f"draw_{draw}_{BASELINE}") for draw in draws])
+    alone = [out / f"draw_{draw}_{BASELINE}_{about['steps']}" for draw in draws]
+    to_alone = ""
+    if alone != folders and all(map(is_measured, alone)):
+        row = measure(ours, [last_round(folder) for folder in alone])
+        to_alone = format_estimate(row["difference"], "+", 4)
+    return {
+        "draw": "+".join(map(str, draws)),
+        "arm": name,
+        "n": found["n"],
+        "dice": f"{found['dice']['mean']:.4f}",
+        "to round 0": format_estimate(found["difference"], "+", 4),
+        "to labels only, total steps": to_alone,
+        **about,
+    }
 
 
 def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, Any]]:

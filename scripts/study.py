@@ -94,7 +94,7 @@ def tabulate(arms: list[Arm]) -> list[dict[str, Any]]:
                 "low": low,
                 "high": high,
                 "paired difference to round 0": format_estimate(difference, "+", 4),
-                "minutes": minutes,
+                "training_minutes": minutes,
             }
         )
     return rows

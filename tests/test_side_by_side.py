@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,7 @@ def write_evaluation(folder, rows):
 
 
 def test_cases_without_a_class_and_single_patients_have_a_difference(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     import study
 
     ours = write_evaluation(tmp_path / "a", ["1,p,0.8", "2,p,", "3,p,0.7"])
@@ -114,7 +113,7 @@ def test_cases_without_a_class_and_single_patients_have_a_difference(tmp_path, m
 
 
 def test_an_interval_is_over_patients(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     import study
 
     gains = [0.1, 0.11, -0.02, -0.03, 0.2, 0.21, 0.0, 0.01]
@@ -132,7 +131,7 @@ def test_an_interval_is_over_patients(tmp_path, monkeypatch):
 
 
 def test_a_run_with_a_lost_step_or_without_losses_is_not_finite(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     import compare_methods
 
     about = {"rounds": [{"round": 1}], "total_steps": 2, "seconds": 60, "delivered": "round_1"}

@@ -139,11 +139,15 @@ class TeacherSection(Section):
 
     ``previous_round`` and ``ema`` together: offline pseudo-targets, online consistency. With
     ``ensemble: k`` every round that has a successor trains k models of other seeds, and the mean
-    of their probs labels.
+    of their probs labels. ``probs: clean`` are those of the network without its noise, averaged
+    over mirrorings where they are saved; ``sampled`` the mean of the passes of
+    ``filter.uncertainty``, each with dropout and under a mirroring of its own, and where they are
+    saved under a small rotation and scale too.
     """
 
     source: tuple[Literal["previous_round", "ema", "self"], ...] = ("previous_round", "ema")
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    probs: Literal["clean", "sampled"] = "clean"
     ensemble: Annotated[int, Field(ge=1, le=16)] = 1
 
 
@@ -198,13 +202,15 @@ class UncertaintySection(Section):
     ``measure`` is predictive entropy or mutual information. A voxel is accepted while it is under
     ``u + (ln C - u) r(t)`` with ``u = start ln 2``: ln 2 is the doubt between two classes, which a
     boundary has however many classes there are. ``start: null`` refuses no voxel: the uncertainty
-    is measured for the review.
+    is measured for the review. ``online_passes`` are those of an online teacher in each step, as
+    many as ``passes`` where it is not given.
     Source: Yu et al. 2019 (UA-MT), section 2.3, which has two classes.
     """
 
     source: Literal["none", "mc_dropout", "flips", "ensemble"] = "mc_dropout"
     measure: Literal["entropy", "mutual_information"] = "entropy"
     passes: Annotated[int, Field(ge=2, le=64)] = 8
+    online_passes: Auto | Annotated[int, Field(ge=2, le=64)] = "auto"
     start: Fraction | None = 0.75
 
 
@@ -293,8 +299,9 @@ class SupervisedSection(Section):
         return self.name if self.student == "auto" else self.student
 
 
-Voxels = Literal["all", "accepted"]
-"""Where a term counts; the accepted voxels have the weights of the filter, which may be soft."""
+Voxels = Literal["all", "accepted", "refused"]
+"""Where a term counts: accepted voxels have the weights of the filter, which may be soft, and
+refused ones what is left of 1."""
 
 
 class PseudoLabelSection(Section):
@@ -364,8 +371,8 @@ class TrainSection(Section):
 
     ``steps`` may have one entry per round, round 0 first.
     ``unlabeled_ratio``, unlabeled to labeled patches, may have one entry per student round.
-    ``start: warm`` begins a student with its teacher's weights. ``schedule: pretrain`` leaves the
-    labels out until the fine-tune.
+    ``start: warm`` begins a student with its teacher's weights; ``student_lr`` is its learning rate
+    where that shall differ. ``schedule: pretrain`` leaves the labels out until the fine-tune.
     """
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 2
@@ -376,6 +383,7 @@ class TrainSection(Section):
     schedule: Literal["joint", "pretrain"] = "joint"
     fine_tune: FineTuneSection = FineTuneSection()
     lr: Positive = 3e-3
+    student_lr: Auto | Positive = "auto"
     weight_decay: NonNegative = 1e-2
     warmup: Fraction = 0.03
     grad_clip: Annotated[float, Field(gt=0.0)] = 12.0
@@ -403,7 +411,9 @@ class Config(Section):
     """The whole configuration of a run.
 
     ``objective`` names the class of the losses as ``package.module:Class``; the built-in one is the
-    equation of ``objective.py``.
+    equation of ``objective.py``. ``validation`` says how many of the labeled cases validate:
+    ``auto`` takes a fifth where 16 scans of 6 patients or more are labeled and none below, where
+    each of them is worth more in training; ``fifth`` takes one from five labeled scans on.
     """
 
     data: DataSection = DataSection()
@@ -418,7 +428,7 @@ class Config(Section):
     noise: NoiseSection = NoiseSection()
     losses: LossesSection = LossesSection()
     train: TrainSection = TrainSection()
-    validation: Auto | Annotated[int, Field(ge=0)] = "auto"
+    validation: Auto | Literal["fifth"] | Annotated[int, Field(ge=0)] = "auto"
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
@@ -433,6 +443,12 @@ class Config(Section):
 def _check_teacher(config: Config) -> Iterator[str]:
     """Yield what does not fit the teacher that was chosen."""
     source, case = list(config.teacher.source), config.filter.case
+    doubt = config.filter.uncertainty.source
+    if config.teacher.probs == "sampled" and doubt != "mc_dropout":
+        yield (
+            "teacher.probs=sampled is the mean of the passes of MC dropout, but "
+            f"filter.uncertainty.source={doubt}; set it to mc_dropout, or teacher.probs=clean"
+        )
     if not source:
         yield "teacher.source is empty: name previous_round, ema or self"
         return
@@ -448,7 +464,7 @@ def _check_teacher(config: Config) -> Iterator[str]:
     held_out = config.losses.pseudo_label.transition == "held_out"
     for key, value, neutral in (
         ("losses.pseudo_label.transition", "held_out" if held_out else "null", ("null",)),
-        ("filter.uncertainty.source", config.filter.uncertainty.source, ("none", "mc_dropout")),
+        ("filter.uncertainty.source", doubt, ("none", "mc_dropout")),
         ("filter.case.stable", case.stable, (1.0,)),
         ("filter.case.draw", case.draw, ("uniform",)),
         ("filter.case.balance", case.balance, (False,)),
@@ -543,6 +559,15 @@ def _check_idle(config: Config) -> Iterator[str]:
             "losses.entropy.order=0 is ln C whatever the student says, and teaches nothing; set an "
             "order above 0, or losses.entropy.weight=0"
         )
+    for key, term in (
+        ("consistency", config.losses.consistency),
+        ("entropy", config.losses.entropy),
+    ):
+        if term.weight > 0 and term.voxels == "refused" and unlimited and threshold.name == "none":
+            yield (
+                f"losses.{key}.voxels=refused, but no voxel is refused: filter.threshold.name=none "
+                f"and no limit of uncertainty; set losses.{key}.voxels=all"
+            )
     if config.noise.mixing == "copy_paste" and config.losses.pseudo_label.weight == 0.0:
         yield (
             "noise.mixing=copy_paste pastes pseudo-labels into labeled patches, but "
@@ -876,6 +901,17 @@ def list_changes(old: Config, new: Config) -> list[str]:
     return [f"{key} is {before.get(key)} there and {now.get(key)} here" for key in keys]
 
 
+_ADDED = {
+    "teacher.probs": "clean",
+    "filter.uncertainty.online_passes": "auto",
+    "train.student_lr": "auto",
+}
+"""Settings that 0.1.0 did not have, with the values that mean what it did: its runs go on."""
+
+_RENAMED = {("method", "classic"): "default", ("validation", "fifth"): "auto"}
+"""What stands for a value of 0.1.0 now, and that value."""
+
+
 def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings that decide the result, by dotted key."""
     values = _flatten(dump(config))
@@ -884,4 +920,6 @@ def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]
         "data.root",
     )  # fmt: skip
     skipped = (*skipped, *(key for key in ignore if key.endswith(".")))
-    return {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
+    kept = {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
+    kept = {k: v for k, v in kept.items() if k not in _ADDED or v != _ADDED[k]}
+    return {k: _RENAMED.get((k, str(v)), v) for k, v in kept.items()}

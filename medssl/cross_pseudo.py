@@ -35,8 +35,9 @@ class CrossPseudo(Objective):
         class_names: Sequence[str],
         prior: Tensor | None = None,
         log_potentials: Tensor | None = None,
+        flips: Sequence[int] = (),
     ) -> None:
-        super().__init__(student, config, class_names, prior, log_potentials)
+        super().__init__(student, config, class_names, prior, log_potentials, flips)
         self.second = copy.deepcopy(student)
         self.second.apply(draw_weights)
 

@@ -28,6 +28,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 
@@ -264,6 +265,86 @@ def paired_difference(
         return {**estimate, "p": None}
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return {**estimate, "p": min(1.0, 2.0 * (1 + smaller) / (1 + NUM_RESAMPLES))}
+
+
+class DrawDifference(TypedDict):
+    """A mean difference over draws of the labeled cases, the draw as the unit.
+
+    ``low`` and ``high`` are the 95 % interval of the two-way bootstrap, over draws and patients;
+    ``t_low``, ``t_high`` and ``p`` those of Student's t over the means of the draws, None with one.
+    """
+
+    mean: float
+    low: float
+    high: float
+    per_draw: list[float]
+    t_low: float | None
+    t_high: float | None
+    p: float | None
+
+
+def draw_difference(
+    differences: Sequence[Values], patients: Sequence[str], seed: int = 0
+) -> DrawDifference:
+    """Return the mean difference of two arms over draws of the labeled cases.
+
+    Which cases are labeled is the largest source of chance, so an interval over the test cases of
+    one draw says nothing of the next draw.
+
+    Args:
+        differences: For each draw the paired differences of the same test cases; None or NaN: n/a.
+        patients: The patient of each test case.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: There is no draw, or a draw has other numbers of cases than patients.
+
+    Source: Owen 2007, The pigeonhole bootstrap (both factors resampled, each on its own).
+    """
+    table = np.array([_to_array(draw) for draw in differences])
+    if not len(table) or table.shape[1] != len(patients):
+        raise ValueError(f"differences of shape {table.shape} for {len(patients)} cases")
+    names, place = np.unique(np.array(patients), return_inverse=True)
+    known = np.isfinite(table)
+    member = np.eye(len(names))[place]  # (cases, patients)
+    sums, counts = np.where(known, table, 0.0) @ member, known.astype(float) @ member
+    per_draw = (sums.sum(1) / counts.sum(1)).tolist()
+    rng = np.random.default_rng(seed)
+    means = np.empty(NUM_RESAMPLES)
+    for number in range(NUM_RESAMPLES):
+        draws = rng.integers(len(table), size=len(table))
+        drawn = rng.integers(len(names), size=len(names))
+        count = counts[draws][:, drawn].sum(1)
+        means[number] = (sums[draws][:, drawn].sum(1) / count).mean()
+    low, high = np.percentile(means, (2.5, 97.5))
+    result: DrawDifference = {
+        "mean": float(np.mean(per_draw)),
+        "low": float(low),
+        "high": float(high),
+        "per_draw": per_draw,
+        "t_low": None,
+        "t_high": None,
+        "p": None,
+    }
+    if len(per_draw) > 1:
+        test = stats.ttest_1samp(per_draw, 0.0)
+        interval = test.confidence_interval(0.95)
+        result["t_low"], result["t_high"] = float(interval.low), float(interval.high)
+        result["p"] = float(test.pvalue)
+    return result
+
+
+def adjust_holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number, in the given order.
+
+    Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+    """
+    order = np.argsort(p_values)
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order.tolist()):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
 
 
 def judge(difference: Difference | None) -> Verdict:

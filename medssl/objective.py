@@ -76,6 +76,7 @@ class Objective(nn.Module):
         prior: Share of each class in whole volumes, for ``target.assignment: transport``.
         log_potentials: Transport potentials (num_classes,) fitted on a pool of offline
             pseudo-labels; None where they are fitted online.
+        flips: Axes of a patch, 0 for I, along which a sampled teacher may see it mirrored.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class Objective(nn.Module):
         class_names: Sequence[str],
         prior: Tensor | None = None,
         log_potentials: Tensor | None = None,
+        flips: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.config = config
+        self.flips = tuple(flips)
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.student = student
@@ -116,6 +119,14 @@ class Objective(nn.Module):
     def after_step(self) -> None:
         """Move the EMA teacher towards the student, after an optimizer step."""
         self.teacher.update_parameters(self.student)
+
+    def keep_average(self) -> None:
+        """Let the average go on from the weights that the student starts with.
+
+        Else it copies the student after its first step and is its plain mean for the first
+        hundred, at the highest learning rate: it would forget the teacher that it came from.
+        """
+        self.teacher.n_averaged.fill_(round(1.0 / (1.0 - self.config.teacher.ema_decay)))
 
     def fine_tune(self, first: bool) -> None:
         """Get ready for a step of the fine-tune: no mixing, the first levels of the encoder frozen.
@@ -149,18 +160,19 @@ class Objective(nn.Module):
         self.monitors = {}
         t = progress
         known = None if labeled is None else self._read_labeled(labeled)
-        if unlabeled is None:
+        if unlabeled is None or not self._has_unlabeled_terms():
             if known is None:
                 raise ValueError("neither labeled nor unlabeled patches to learn from")
             x = known if self.tuning else self._mix_labeled(known, generator)
             f = self._predict(x.image)
-            return {"supervised": self._compare("supervised", x, f, ~x.unlabeled)}
+            loss = "supervised" if unlabeled is None else "student"
+            return {"supervised": self._compare(loss, x, f, ~x.unlabeled)}
 
         valid = unlabeled["weight"] > 0
         wants_online = "probs" not in unlabeled or self.config.losses.consistency.weight > 0
-        g_w = self._teach(unlabeled["weak"]) if wants_online else None
+        g_w, u_w = self._teach(unlabeled["weak"], generator) if wants_online else (None, None)
         q = self._assign(unlabeled.get("probs", g_w), valid)
-        m = self._filter(q, self._measure_doubt(unlabeled), valid, t)
+        m = self._filter(q, self._measure_doubt(unlabeled, u_w), valid, t)
         views = [self._read_view(v, unlabeled, q, m, g_w, valid) for v in self.config.views]
         x_l, x_v = self._mix(known, views, generator)
         f_l, f_v = self._predict_views(x_l, x_v)
@@ -189,6 +201,13 @@ class Objective(nn.Module):
                 d = consistency_loss(f[0], x.online, losses.consistency.name, m_con, x.valid)
                 add(terms, "consistency", a_con * d)
         return terms
+
+    def _has_unlabeled_terms(self) -> bool:
+        """Return whether a term on unlabeled voxels has a weight; without one they cost nothing."""
+        losses = self.config.losses
+        return any(
+            term.weight > 0 for term in (losses.pseudo_label, losses.entropy, losses.consistency)
+        )
 
     def _predict(self, image: Tensor) -> list[Tensor]:
         """Return the student's logits, full resolution first."""
@@ -222,16 +241,40 @@ class Objective(nn.Module):
                 f_v.append(parts.pop(0))
         return f_l, f_v
 
-    def _teach(self, weak: Tensor) -> Tensor | None:
-        """Return the probs of the un-noised online teacher on the weak view, if there is one."""
+    def _teach(
+        self, weak: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the probs of the online teacher on the weak view, and their uncertainty in nats.
+
+        The probs are those of the un-noised teacher, or the mean of its sampled passes, which tell
+        the uncertainty too; None where there is no online teacher, or no passes.
+        """
         source = self.config.teacher.source
-        if "ema" in source:
-            network: nn.Module = self.teacher
-        elif "self" in source:
-            network = self.student
-        else:
-            return None
-        return predict_still(network, weak)
+        if not {"ema", "self"} & set(source):
+            return None, None
+        network: nn.Module = self.teacher if "ema" in source else self.student
+        if self.config.teacher.probs == "clean":
+            return predict_still(network, weak), None
+        return self._sample(network, weak, generator)
+
+    @torch.no_grad()
+    def _sample(
+        self, network: nn.Module, weak: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return mean probs and uncertainty of MC-dropout passes.
+
+        With a generator each pass after the first sees the view under a drawn mirroring, which is
+        taken back; all passes are one batch.
+        """
+        section = self.config.filter.uncertainty
+        count = section.passes if section.online_passes == "auto" else section.online_passes
+        turns = draw_mirrorings(count, self.flips, generator)
+        views = torch.cat([weak.flip(turn) for turn in turns])
+        with sample_dropout(network):
+            probs = torch.softmax(network(arrange(views)).float(), dim=1).chunk(count)
+        draws = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
+        mean, entropy, information = combine(draws, f"MC dropout ({count} passes)")
+        return mean, information if section.measure == "mutual_information" else entropy
 
     def assign(self, probs: Tensor) -> Tensor:
         """Return probs with the transport potentials as they are; probs themselves without any."""
@@ -251,18 +294,18 @@ class Objective(nn.Module):
             self.transport.update(probs, valid)
         return self.assign(probs)
 
-    @torch.no_grad()
-    def _measure_doubt(self, unlabeled: Mapping[str, Tensor]) -> Tensor | None:
+    def _measure_doubt(
+        self, unlabeled: Mapping[str, Tensor], online: Tensor | None
+    ) -> Tensor | None:
         """Return the uncertainty (B, 1, I, J, K) in nats, measured offline or here; or None."""
-        section = self.config.filter.uncertainty
-        if section.source == "none" or "uncertainty" in unlabeled:
-            return unlabeled.get("uncertainty") if section.source != "none" else None
-        weak = arrange(unlabeled["weak"])
+        if self.config.filter.uncertainty.source == "none":
+            return None
+        if "uncertainty" in unlabeled:
+            return unlabeled["uncertainty"]
+        if online is not None:
+            return online
         network = self.teacher if "ema" in self.config.teacher.source else self.student
-        with sample_dropout(network):
-            draws = (torch.softmax(network(weak).float(), 1) for _ in range(section.passes))
-            _, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
-        return information if section.measure == "mutual_information" else entropy
+        return self._sample(network, unlabeled["weak"], None)[1]
 
     def _read_labeled(self, labeled: Mapping[str, Tensor]) -> Patches:
         """Return labeled patches with one-hot targets."""
@@ -285,7 +328,8 @@ class Objective(nn.Module):
         """Return a view with its pseudo-target."""
         target = self.read_target(q)
         image = unlabeled["weak" if view == "feature_noise" else view]
-        weight = m if self.config.losses.pseudo_label.voxels == "accepted" else valid.float()
+        voxels = self.config.losses.pseudo_label.voxels
+        weight = {"all": valid.float(), "accepted": m, "refused": valid.float() - m}[voxels]
         return Patches(image, target, weight, valid, q if online is None else online, valid, m)
 
     def read_target(self, q: Tensor) -> Tensor:
@@ -453,7 +497,29 @@ def add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
 
 def choose_voxels(voxels: str, patches: Patches) -> Tensor:
     """Return m_* (B, 1, I, J, K): how much each voxel of the unlabeled case itself counts."""
-    return patches.accepted if voxels == "accepted" else patches.unlabeled.float()
+    unlabeled = patches.unlabeled.float()
+    return {
+        "all": unlabeled,
+        "accepted": patches.accepted,
+        "refused": unlabeled - patches.accepted,
+    }[voxels]
+
+
+def draw_mirrorings(
+    count: int, flips: Sequence[int], generator: torch.Generator | None
+) -> list[list[int]]:
+    """Return the axes of a batch (B, C, I, J, K) along which each of several passes is mirrored.
+
+    The first pass sees it as it is, the others under mirrorings that differ from the one before.
+    """
+    turns: list[list[int]] = [[]]
+    while len(turns) < count:
+        code = 0
+        if flips and generator is not None:
+            code = int(torch.randint(1, 2 ** len(flips), (), generator=generator))
+        drawn = {axis for place, axis in enumerate(flips) if code >> place & 1}
+        turns.append([axis + 2 for axis in flips if (axis in drawn) != (axis + 2 in turns[-1])])
+    return turns
 
 
 def ramp(section: Ramp, progress: float) -> float:

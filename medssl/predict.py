@@ -38,6 +38,7 @@ from medssl.pseudo.uncertainty import combine
 from medssl.runs import read_record, seed_from, write_file, write_json
 from medssl.transforms.geometry import Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
+from medssl.transforms.spatial import draw_turn, turn_volume
 
 MC_PASSES = 8
 SLICES = 8  # windows of slices that go through a network in 2D at once
@@ -264,6 +265,55 @@ def predict_mirrored(
             axes = [axis + 2 for axis in subset]
             logits = predict_logits(network, image.flip(axes), patch_size, precision, slice_axis)
             yield torch.softmax(logits, dim=1).flip(axes)
+
+
+def sample_probs(
+    networks: Sequence[SegmentationNetwork],
+    image: Tensor,
+    patch_size: Sequence[int],
+    precision: str,
+    passes: int,
+    rng: np.random.Generator,
+    spacing: Sequence[float],
+    flips: Sequence[int] = (),
+    slice_axis: int | None = None,
+) -> Iterator[Tensor]:
+    """Yield the probs (1, num_classes, I, J, K) of passes with dropout, each seen from elsewhere.
+
+    The first pass sees the image as it is, each other one under a mirroring, rotation and scale of
+    its own, which are taken back; what they turned out of the image is as in the first pass.
+    Several networks take turns.
+
+    Args:
+        networks: Of an ensemble, or one.
+        image: (1, C, I, J, K).
+        patch_size: Of a window, in voxels.
+        precision: float32 or bfloat16.
+        passes: How many.
+        rng: Source of the turns; dropout draws from torch's global state.
+        spacing: Voxel size in mm of the three axes.
+        flips: Axes of the volume that may be mirrored.
+        slice_axis: Along which a network in 2D sees slices.
+
+    Source: Wang et al. 2019, Aleatoric uncertainty estimation with test-time augmentation; Gal and
+        Ghahramani 2016 (dropout).
+    """
+    first: Tensor | None = None
+    for number in range(passes):
+        network = networks[number % len(networks)]
+        matrix = draw_turn(rng, flips, slice_axis, spacing) if number else np.eye(3)
+        seen = turn_volume(image, matrix, "border") if number else image
+        with sample_dropout(network):
+            logits = predict_logits(network, seen, patch_size, precision, slice_axis)
+        probs = torch.softmax(logits, dim=1)
+        if first is None:
+            first = probs
+        else:
+            back = np.linalg.inv(matrix).astype(np.float64)
+            inside = turn_volume(torch.ones_like(image[:, :1]), matrix, "zeros")
+            inside = turn_volume(inside, back, "zeros").clamp(max=1.0)
+            probs = inside * turn_volume(probs, back, "border") + (1 - inside) * first
+        yield probs
 
 
 def measure_uncertainty(

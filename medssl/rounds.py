@@ -51,12 +51,13 @@ from medssl.teachers import label_and_judge
 from medssl.tracking import Mirror, default_uri
 
 STUDENT_KEYS = (
-    "method", "objective", "teacher.source", "teacher.ensemble", "views", "target.", "filter.",
+    "method", "objective", "teacher.source", "teacher.probs", "teacher.ensemble", "views",
+    "target.", "filter.",
     "noise.mixing", "noise.mixing_probability", "noise.strong", "noise.randaugment.",
     "noise.dropout", "noise.stochastic_depth", "losses.supervised.student",
     "losses.pseudo_label.", "losses.entropy.", "losses.consistency.", "network.width",
     "train.rounds", "train.steps", "train.unlabeled_ratio", "train.start", "train.schedule",
-    "train.fine_tune.",
+    "train.fine_tune.", "train.student_lr",
 )  # fmt: skip
 """What round 0 does not depend on; its network and its steps stand in the plan."""
 

@@ -31,6 +31,7 @@ from medssl.train import find_model_folder, train
 
 TRANSPORT_STEPS = 500
 MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
+COMPARED = 8  # unlabeled scans on which a student is compared with its average
 LEAST_SHARE = 1e-6  # of a class in the prior that pseudo-labels are assigned towards
 
 
@@ -164,6 +165,8 @@ def _train_model(
     if kept and config.train.start == "warm" and teacher is not None:
         _start_warm(network, load_model(run.round_folder(teacher)))
     objective = _build_objective(run, network, kept, teacher)
+    if kept and config.train.start == "warm" and config.teacher.source != ("previous_round",):
+        objective.keep_average()
     if teacher is not None and kept and section.transition == "held_out":
         objective.losses["pseudo_label"] = build_loss(
             section, _measure_transition(run, teacher, objective)
@@ -195,7 +198,29 @@ def _train_model(
     if steps < planned:
         raise StopRequested
     done = {"hash": run.round_hash(index), "round": index, "steps": steps, "num_kept": len(kept)}
+    if kept:
+        done["agreement_with_average"] = _compare_with_average(run, objective, kept)
     write_json(folder / "model" / "done.json", done)
+
+
+@torch.no_grad()
+def _compare_with_average(run: Run, objective: Objective, kept: Sequence[UnlabeledCase]) -> float:
+    """Return the mean Dice of the class maps of student and average on a few unlabeled scans.
+
+    A student that ran away from its average was still changing when its round ended.
+    """
+    objective.eval()
+    chosen = [kept[place].cached for place in np.linspace(0, len(kept) - 1, COMPARED).astype(int)]
+    agreements = []
+    for case in {case.case_id: case for case in chosen}.values():
+        image = to_tensor(case, run.plan.device)
+        window = (run.plan.patch_size, run.plan.precision, (), run.plan.slice_axis)
+        maps = [
+            predict_probs(network, image, *window)[0].argmax(0).cpu().numpy()
+            for network in (objective.student, objective.predictor)
+        ]
+        agreements.append(measure_agreement(maps[0], maps[1], range(1, run.plan.num_classes)))
+    return float(np.mean(agreements))
 
 
 def _start_warm(network: SegmentationNetwork, teacher: Model) -> None:
@@ -224,14 +249,15 @@ def _build_objective(
 ) -> Objective:
     """Return the objective of a round: round 0 has the built-in one, whatever is named."""
     kind = load_objective(run.config.objective) if kept else Objective
+    flips = find_patch_flips(run.plan)
     if run.config.target.assignment != "transport" or not kept:
-        return kind(network, run.config, run.class_names)
+        return kind(network, run.config, run.class_names, flips=flips)
     section = run.config.target.transport
     shares = expect(run).share
     labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
     folders = [case.folder for case in kept if case.folder is not None]
     if not folders or teacher is None:
-        return kind(network, run.config, run.class_names, labeled)
+        return kind(network, run.config, run.class_names, labeled, flips=flips)
     pool = draw_probs(folders)
     counts = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes)
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)
@@ -243,7 +269,13 @@ def _build_objective(
         prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
     potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
     potentials = spare_rare(potentials, counts)
-    return kind(network, run.config, run.class_names, prior, potentials)
+    return kind(network, run.config, run.class_names, prior, potentials, flips)
+
+
+def find_patch_flips(plan: Plan) -> tuple[int, ...]:
+    """Return the axes of a patch that may be mirrored: those of the volume, less the slices'."""
+    axes = [axis for axis in range(3) if axis != plan.slice_axis]
+    return tuple(place for place, axis in enumerate(axes) if axis in plan.flips)
 
 
 def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:

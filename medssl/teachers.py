@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from medssl.data.cache import CachedCase
-from medssl.predict import Model, load_model, measure_uncertainty, predict_mirrored, predict_probs
+from medssl.predict import (
+    Model,
+    load_model,
+    measure_uncertainty,
+    predict_mirrored,
+    predict_probs,
+    sample_probs,
+)
 from medssl.pseudo.gates import CaseReview, Gate, judge_model
 from medssl.pseudo.label import RawPseudoLabel, label_cases
 from medssl.pseudo.store import measure_agreement
@@ -47,6 +54,10 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     if is_done(folder, run.hash):
         gate = read_json(folder / "done.json")["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
+    if not run.num_rounds:  # nobody reads what a model without students says of all scans
+        gate = Gate(True, ("not judged: no student learns from it",))
+        _finish_round(run, index, teacher, [], gate)
+        return gate
     expectation = expect(run)
     members = load_members(run, index)
     weights = [
@@ -61,10 +72,10 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     before = run.round_folder(teacher) / "pseudo_labels" if teacher is not None else None
     reviews = label_cases(
         run.unlabeled,
-        lambda case: _label_case(run, members, earlier, case),
+        lambda case: _label_case(run, index, members, earlier, case),
         folder,
         before,
-        hash_json([hash_file(path) for path in weights]),
+        hash_json([*(hash_file(path) for path in weights), *_name_way(run, index)]),
         expectation,
         run.plan.labels,
         run.plan.label_values,
@@ -73,21 +84,82 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     )
     if reviews is None:
         raise StopRequested
-    gate = judge_model(reviews, expectation, run.plan.labels)
+    with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
+    gate = judge_model(reviews, expectation, run.plan.labels, with_student)
     _finish_round(run, index, teacher, reviews, gate)
     return gate
 
 
-def _label_case(
-    run: Run, members: Sequence[Model], earlier: Sequence[Model], case: CachedCase
-) -> RawPseudoLabel:
-    """Return what the un-noised teacher says of a case: one model, or the mean of an ensemble.
+def _name_way(run: Run, index: int) -> list[str]:
+    """Return what tells apart pseudo-labels that are made in other ways than in 0.1.0."""
+    return [run.config.teacher.probs] * (run.config.teacher.probs != "clean") + [
+        "one pass"
+    ] * is_glance(run, index)
 
-    The probs are averaged over mirrorings. The uncertainty is that of MC dropout, mirrorings or
-    the ensemble, or the entropy of the probs. The stability is the mean Dice of the class maps of
-    earlier checkpoints with that of the last one (Yang et al. 2022, ST++, equation 4).
+
+def is_glance(run: Run, index: int) -> bool:
+    """Return whether only the gate reads the pseudo-labels of a round: one pass is enough.
+
+    So it is before the last round of methods whose targets are made online.
+    """
+    return "previous_round" not in run.config.teacher.source and index < run.num_rounds
+
+
+def _label_case(
+    run: Run, index: int, members: Sequence[Model], earlier: Sequence[Model], case: CachedCase
+) -> RawPseudoLabel:
+    """Return what the teacher says of a case: one model, or an ensemble.
+
+    The uncertainty is that of MC dropout, mirrorings or the ensemble, or the entropy of the probs.
+    The stability is the mean Dice of the class maps of earlier checkpoints with that of the last
+    one (Yang et al. 2022, ST++, equation 4).
     """
     image = to_tensor(case, run.plan.device)
+    window = (run.plan.patch_size, run.plan.precision)
+    axis = run.plan.slice_axis
+    if is_glance(run, index):
+        probs = predict_probs(members[0].network, image, *window, (), axis)
+        doubt = entropy_of(probs)
+    elif run.config.teacher.probs == "sampled":
+        probs, doubt = _sample_label(run, members, case, image)
+    else:
+        probs, doubt = _predict_label(run, members, case, image)
+    stability = None
+    if earlier:
+        classes = probs[0].argmax(0).cpu().numpy()
+        named = range(1, run.plan.num_classes)
+        then = [predict_probs(m.network, image, *window, (), axis) for m in earlier]
+        agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
+        stability = float(np.mean(agreements))
+    return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
+
+
+def _sample_label(
+    run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean of MC-dropout passes, each seen from elsewhere, and its uncertainty."""
+    section, plan = run.config.filter.uncertainty, run.plan
+    seed = seed_from(run.config.train.seed, case.case_id, "mc_dropout")
+    torch.manual_seed(seed)
+    draws = sample_probs(
+        [model.network for model in members],
+        image,
+        plan.patch_size,
+        plan.precision,
+        section.passes,
+        np.random.default_rng(seed),
+        case.spacing,
+        plan.flips,
+        plan.slice_axis,
+    )
+    probs, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
+    return probs, information if section.measure == "mutual_information" else entropy
+
+
+def _predict_label(
+    run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probs of the un-noised teacher, averaged over mirrorings, and an uncertainty."""
     window = (run.plan.patch_size, run.plan.precision)
     axis, flips = run.plan.slice_axis, run.plan.flips
     section = run.config.filter.uncertainty
@@ -103,15 +175,7 @@ def _label_case(
     elif section.source == "flips":
         turned = predict_mirrored(members[0].network, image, *window, flips, axis)
         _, entropy, information = combine(turned, "mirrorings")
-    doubt = information if section.measure == "mutual_information" else entropy
-    stability = None
-    if earlier:
-        classes = probs[0].argmax(0).cpu().numpy()
-        named = range(1, run.plan.num_classes)
-        then = [predict_probs(m.network, image, *window, (), axis) for m in earlier]
-        agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
-        stability = float(np.mean(agreements))
-    return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
+    return probs, information if section.measure == "mutual_information" else entropy
 
 
 def _finish_round(
@@ -130,6 +194,9 @@ def _finish_round(
     agreements = [r.agreement for r in reviews if r.agreement is not None]
     if agreements:
         metrics["monitors/agreement"] = float(np.mean(agreements))
+    with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
+    if with_student is not None:
+        metrics["monitors/agreement_with_average"] = with_student
     own = [e for e in journal.read() if e["round"] == index]
     last = [e for e in own if "losses/total" in e["metrics"]]
     if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark

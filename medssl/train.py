@@ -95,7 +95,9 @@ def train(
         labeled = _move(batch["labeled"], device)
         unlabeled = _move(batch["unlabeled"], device)
         generator = _seed_step(dataset.sampling.seed, round_index, step)
-        optimizer.param_groups[0]["lr"] = find_lr(config, step, num_steps, fine_tune_from)
+        optimizer.param_groups[0]["lr"] = find_lr(
+            config, step, num_steps, fine_tune_from, is_student=round_index > 0
+        )
         if is_fine_tune(fine_tune_from, step):
             objective.fine_tune(first=step == fine_tune_from)  # type: ignore[operator]  # contract
 
@@ -153,7 +155,13 @@ def find_model_folder(run_dir: Path, round_index: int, member: int) -> Path:
     return folder / "models" / str(member) if member else folder
 
 
-def find_lr(config: Config, step: int, steps: int, fine_tune_from: int | None = None) -> float:
+def find_lr(
+    config: Config,
+    step: int,
+    steps: int,
+    fine_tune_from: int | None = None,
+    is_student: bool = False,
+) -> float:
     """Return the learning rate of a step.
 
     Linear warm-up, then polynomial decay to zero; the fine-tune has a constant one of its own.
@@ -164,7 +172,9 @@ def find_lr(config: Config, step: int, steps: int, fine_tune_from: int | None = 
     steps = fine_tune_from or steps
     warmup = max(1, round(config.train.warmup * steps))
     rising = min(1.0, (step + 1) / warmup)
-    return float(config.train.lr * rising * (1.0 - step / steps) ** 0.9)
+    section = config.train
+    peak = section.lr if section.student_lr == "auto" or not is_student else section.student_lr
+    return float(peak * rising * (1.0 - step / steps) ** 0.9)
 
 
 def _seed_step(seed: int, round_index: int, step: int) -> torch.Generator:

@@ -1,29 +1,87 @@
-"""What students gain over labels alone, over draws of the labeled cases; resumable.
+"""What the recipe gains over labels alone, and what each part of it is worth, over draws.
 
-    python scripts/study.py DATA --out runs/study --draws 0,1,2 labeled=4 test=40
+    python scripts/study.py run DATA --csv docs/acdc_3.csv --draws 0,1,2 labeled=6 test=60
+    python scripts/study.py table --csv docs/acdc_3.csv
 
-For every draw: the run with its rounds, and the arm that keeps it honest, labels only at the
-total steps of the whole run. Both are measured on the same test cases. Each command that this
-starts is printed and can be repeated by hand; what is done is skipped. Results go to
-OUT/results.csv and OUT/results.md after every arm.
+For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
+that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
+of a draw share one round 0, which is trained anew where its run folder is gone. Several processes
+may work on one CSV, each on its own draws or arms. All arms train on the same labels:
+
+    round_0    labels alone, the steps of round 0
+    labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
+    shadow     the recipe's rounds, restarts and labeled batches, unlabeled terms off (B)
+    recipe     method=default (C); its first student is written down as first_round
+    no_PART    the recipe without a part (D); without MC dropout or the second round students are
+               longer by the passes that this saves
+    all        labels alone, all labels but those of the test cases, longer: the plateau (E)
+
+A pass is a patch that goes forward and backward; forward alone is a third. What is compared are
+final weights: the delivered model, or for round_0 that round's. The table has differences with the
+draw as the unit: two-way bootstrap over draws and patients, Student's t over draws, and p-values
+adjusted for the number of parts (Holm).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
+import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medssl.compare import compare
-from medssl.metrics import format_estimate
-from medssl.runs import read_json, write_text
+from medssl.config import Config, at_round, load_config
+from medssl.metrics import DrawDifference, adjust_holm, draw_difference, read_table
+from medssl.plan import Plan, count_unlabeled
+from medssl.runs import read_json, read_record, write_text
 
-Arm = tuple[int, str, Path, str]  # draw, arm, evaluation folder, minutes
+OFF = [
+    "losses.pseudo_label.weight=0",
+    "losses.consistency.weight=0",
+    "losses.entropy.weight=0",
+    "noise.mixing=none",
+    "filter.threshold.name=none",
+    "filter.uncertainty.source=none",
+    "teacher.probs=clean",
+]
+PARTS = {
+    "no_threshold": ["filter.threshold.name=none"],
+    "no_mc_dropout": ["teacher.probs=clean", "filter.uncertainty.source=none"],
+    "no_entropy": ["losses.entropy.weight=0"],
+    "no_consistency": ["losses.consistency.weight=0"],
+    "no_cutmix": ["noise.mixing=none"],
+    "no_strong_noise": ["noise.strong=0", "noise.stochastic_depth=1.0"],
+    "no_ema": ["teacher.source=[self]"],
+    "no_warm_start": ["train.start=scratch"],
+    "no_second_round": ["rounds=1"],  # the steps of both in one
+}
+"""The recipe without one part each (D)."""
+
+ARMS = ("round_0", "labels", "shadow", "recipe", "first_round", *PARTS, "all")
+FORWARD = 1 / 3  # of a pass
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all arms of a study share.
+
+    ``settings`` are the key=value of all runs, ``work`` the folder of their run folders, ``steps``
+    those of the arm ``all``.
+    """
+
+    data: str
+    settings: tuple[str, ...]
+    csv: Path
+    work: Path
+    plateau: int
 
 
 def run(*arguments: str) -> None:
@@ -36,11 +94,11 @@ def run(*arguments: str) -> None:
 
 
 def finish(
-    data: str, folder: Path, settings: list[str], options: list[str] | None = None
+    data: str, folder: Path, settings: Sequence[str], options: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Train and evaluate one run, unless that is done; return its summary."""
     if not (folder / "evaluation" / "summary.json").is_file():
-        run("train", data, *settings, *(options or []), "--run", str(folder))
+        run("train", data, *settings, *options, "--run", str(folder))
         run("evaluate", str(folder))
     summary: dict[str, Any] = read_json(folder / "summary.json")
     return summary
@@ -58,64 +116,119 @@ def measure(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
     return row
 
 
-def list_arms(draw: int, students: Path, alone: Path) -> list[Arm]:
-    """Return the arms of a draw that have been measured."""
-    arms: list[Arm] = []
-    for folder, name in ((students, "delivered"), (alone, "labels only, total steps")):
-        if not (folder / "evaluation" / "per_case.csv").is_file():
-            continue
-        summary = read_json(folder / "summary.json")
-        if folder == students:
-            for entry in summary["rounds"]:
-                path = folder / "evaluation" / f"round_{entry['round']}"
-                title = f"round {entry['round']}, {entry['steps']} steps"
-                arms.append((draw, title, path, f"{entry['seconds'] / 60:.1f}"))
-        title = f"{name} ({summary['delivered'] if folder == students else summary['total_steps']})"
-        arms.append((draw, title, folder / "evaluation", f"{summary['seconds'] / 60:.1f}"))
-    return arms
-
-
-def tabulate(arms: list[Arm]) -> list[dict[str, Any]]:
-    """Return one row per arm with its difference to round 0 of the same draw."""
-    rows = []
-    baseline: dict[int, Path] = {}
-    for draw, title, folder, minutes in arms:
-        found = measure([folder], [baseline.setdefault(draw, folder)])
-        difference = found["difference"]
-        ends = [difference["mean"], difference["low"], difference["high"]]
-        mean, low, high = ("" if value is None else round(value, 4) for value in ends)
-        rows.append(
-            {
-                "draw": draw,
-                "arm": title,
-                "n": found["n"],
-                "dice": f"{found['dice']['mean']:.4f}",
-                "difference": mean,
-                "low": low,
-                "high": high,
-                "paired difference to round 0": format_estimate(difference, "+", 4),
-                "training_minutes": minutes,
-            }
+def run_arm(study: Study, draw: int, arm: str) -> None:
+    """Run an arm of a draw, unless it stands in the CSV, and add its rows."""
+    if (str(draw), arm) in {(row["draw"], row["arm"]) for row in read_rows(study.csv)}:
+        return
+    folder = study.work / f"draw_{draw}_{arm}"
+    settings = [*study.settings, f"draw={draw}"]
+    if arm == "all":
+        settings = [s for s in settings if not s.startswith(("labeled=", "draw="))]
+        settings += ["validation=0", "rounds=0", f"steps={study.plateau}"]
+        summary = finish(study.data, folder, settings)
+        add_rows(study.csv, draw, arm, folder / "evaluation", folder, summary)
+        return
+    first = study.work / f"draw_{draw}_round_0"
+    finish(study.data, first, [*settings, "rounds=0"])
+    if arm == "round_0":
+        add_rows(
+            study.csv, draw, arm, first / "evaluation", first, read_json(first / "summary.json")
         )
-    return rows
+        return
+    whole = count_passes(study, [*settings])
+    if arm == "labels":
+        steps = round(sum(whole) / read_record(first / "plan.json", Plan).batch)
+        summary = finish(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
+    else:
+        changes = OFF if arm == "shadow" else PARTS.get(arm, [])
+        if arm in ("no_mc_dropout", "no_second_round"):
+            changes = [*changes, stretch(study, settings, changes)]
+        summary = finish(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
+    add_rows(study.csv, draw, arm, folder / "evaluation", folder, summary)
+    if arm == "recipe":
+        add_rows(study.csv, draw, "first_round", folder / "evaluation/round_1", folder, summary)
 
 
-def write_results(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write results.csv with numbers and, with the interval in one cell, the table made from it."""
-    shown = "paired difference to round 0"
-    write_csv(out / "results.csv", [{k: v for k, v in r.items() if k != shown} for r in rows])
-    apart = ("difference", "low", "high")
-    table = [{k: v for k, v in row.items() if k not in apart} for row in rows]
-    write_text(out / "results.md", to_markdown(table))
+def read_plan(study: Study, settings: Sequence[str]) -> tuple[Config, Plan]:
+    """Return the configuration of settings, and the plan of this study's runs."""
+    config = load_config(study.data, list(settings)).config
+    folder = next(study.work.glob("draw_*_round_0"))
+    return config, read_record(folder / "plan.json", Plan)
 
 
-def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write results.csv and the same as a table."""
-    write_csv(out / "results.csv", rows)
-    write_text(out / "results.md", to_markdown(rows))
+def count_passes(study: Study, settings: Sequence[str]) -> list[float]:
+    """Return the patch passes of each round: students', and the online teacher's at a third."""
+    config, plan = read_plan(study, settings)
+    steps = plan_steps(config)
+    passes = [float(plan.batch * at_round(steps, 0))]
+    section = config.filter.uncertainty
+    online = section.passes if section.online_passes == "auto" else section.online_passes
+    if config.teacher.probs == "clean":
+        online = 1
+    for index in range(1, config.train.rounds + 1):
+        unlabeled = count_unlabeled(config, plan.batch, index)
+        per_step = plan.batch + unlabeled * (len(config.views) + online * FORWARD)
+        passes.append(per_step * at_round(steps, index))
+    return passes
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def plan_steps(config: Config) -> int | tuple[int, ...]:
+    """Return the steps of the rounds, those of the plan where none are given."""
+    from medssl.plan import CPU_STEPS
+
+    steps = config.train.steps
+    return CPU_STEPS if steps == "auto" else steps
+
+
+def stretch(study: Study, settings: Sequence[str], changes: Sequence[str]) -> str:
+    """Return the setting of steps with which a change has as many passes as the recipe."""
+    whole, less = (count_passes(study, [*settings, *extra]) for extra in ([], changes))
+    steps = plan_steps(load_config(study.data, [*settings, *changes]).config)
+    factor = sum(whole[1:]) / sum(less[1:])
+    longer = [round(at_round(steps, index) * factor) for index in range(1, len(less))]
+    return f"steps={[at_round(steps, 0), *longer]}"
+
+
+def add_rows(
+    path: Path, draw: int, arm: str, evaluation: Path, folder: Path, summary: Mapping[str, Any]
+) -> None:
+    """Add the test cases of an arm to the CSV."""
+    about = {
+        "draw": draw,
+        "arm": arm,
+        "steps": summary["total_steps"],
+        "minutes": round(summary["seconds"] / 60, 1),
+        "revision": str(read_json(folder / "provenance.json")["revision"])[:10],
+        "precision": read_record(folder / "plan.json", Plan).precision,
+    }
+    rows = []
+    for case in read_table(evaluation / "per_case.csv"):
+        dice = {k: v for k, v in case.items() if k == "dice" or k.startswith("dice/")}
+        ids = {k: case[k] for k in ("case_id", "patient_id")}
+        shown = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
+        rows.append({**about, **ids, **shown})
+    with locked(path):
+        write_csv(path, [*read_rows(path), *rows])
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a study's CSV; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of the same keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -124,12 +237,99 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def to_markdown(rows: list[dict[str, Any]]) -> str:
+def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write results.csv and the same as a table."""
+    write_csv(out / "results.csv", rows)
+    write_text(out / "results.md", to_markdown(rows))
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of the same keys as a table."""
     head = list(rows[0])
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [f"| {' | '.join(str(row[key]) for key in head)} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+Arm = dict[int, dict[str, float]]
+"""Draw -> case_id -> Dice."""
+
+
+def read_arms(path: Path) -> tuple[dict[str, Arm], dict[str, str]]:
+    """Return the Dice of all arms in a CSV, and the patient of each case."""
+    arms: dict[str, Arm] = {}
+    patients: dict[str, str] = {}
+    for row in read_rows(path):
+        value = float(row["dice"]) if row["dice"] else math.nan
+        arms.setdefault(row["arm"], {}).setdefault(int(row["draw"]), {})[row["case_id"]] = value
+        patients[row["case_id"]] = row["patient_id"]
+    return arms, patients
+
+
+def compare_arms(
+    ours: Arm, theirs: Arm, patients: Mapping[str, str]
+) -> tuple[DrawDifference, int] | None:
+    """Return the difference of two arms over the draws that both have, and their number."""
+    draws = [draw for draw in ours if draw in theirs]
+    if not draws:
+        return None
+    cases = sorted(ours[draws[0]])
+    table = [[ours[draw][case] - theirs[draw][case] for case in cases] for draw in draws]
+    return draw_difference(table, [patients[case] for case in cases]), len(draws)
+
+
+def pick_better(arms: Mapping[str, Arm]) -> tuple[str, Arm] | None:
+    """Return the better of labels alone and shadow run, by their mean over the recipe's draws."""
+    found = {name: arms[name] for name in ("labels", "shadow") if name in arms}
+    shared = set.intersection(*(set(arm) for arm in found.values())) if found else set()
+    means = {
+        name: sum(mean_of(arm[draw]) for draw in shared) / len(shared)
+        for name, arm in found.items()
+        if shared
+    }
+    best = max(means, key=lambda name: means[name], default=None)
+    return None if best is None else (best, found[best])
+
+
+def mean_of(cases: Mapping[str, float]) -> float:
+    """Return the mean of the values that are not n/a."""
+    known = [value for value in cases.values() if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def tabulate(path: Path) -> list[dict[str, Any]]:
+    """Return one row per arm: Dice, and differences to labels alone, the shadow and the recipe."""
+    arms, patients = read_arms(path)
+    rows = []
+    parts = []
+    for name in (arm for arm in ARMS if arm in arms):
+        arm = arms[name]
+        means = {draw: mean_of(cases) for draw, cases in sorted(arm.items())}
+        row: dict[str, Any] = {
+            "arm": name,
+            "draws": ", ".join(map(str, means)),
+            "dice": f"{sum(means.values()) / len(means):.4f}",
+            "per draw": ", ".join(f"{value:.3f}" for value in means.values()),
+        }
+        for other in ("labels", "shadow", "recipe"):
+            found = compare_arms(arm, arms.get(other, {}), patients) if name != other else None
+            row[f"minus {other}"] = "" if found is None else show(found[0])
+            if found and other == "recipe" and name in PARTS and found[0]["p"] is not None:
+                parts.append((len(rows), found[0]["p"]))
+        row["p (Holm)"] = ""
+        rows.append(row)
+    adjusted = adjust_holm([p for _, p in parts])
+    for (place, _), p in zip(parts, adjusted, strict=True):
+        rows[place]["p (Holm)"] = f"{p:.2g}"
+    return rows
+
+
+def show(found: DrawDifference) -> str:
+    """Return a difference with its bootstrap interval and, with several draws, that of t."""
+    text = f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    if found["t_low"] is not None:
+        text += f"; t [{found['t_low']:+.3f}, {found['t_high']:+.3f}]"
+    return text
 
 
 def make_parser(about: str, out: str, draws: str) -> argparse.ArgumentParser:
@@ -147,22 +347,33 @@ def split_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def split_arms(text: str) -> list[str]:
+    """Return the arms of a list such as labels,recipe."""
+    arms = text.split(",")
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no arm; there are {', '.join(ARMS)}")
+    return arms
+
+
 def main() -> None:
-    """Run all arms of all draws, in order."""
+    """Run the arms of all draws, or print the table of a CSV."""
+    if sys.argv[1:2] == ["table"]:
+        parser = argparse.ArgumentParser(description="The table of a study's CSV.")
+        parser.add_argument("--csv", type=Path, required=True)
+        print(to_markdown(tabulate(parser.parse_args(sys.argv[2:]).csv)))
+        return
     parser = make_parser(__doc__ or "", "runs/study", "0,1,2")
-    options = parser.parse_intermixed_args()
-    arms: list[Arm] = []
+    parser.add_argument("--csv", type=Path, required=True, help="rows of the finished arms")
+    parser.add_argument("--arms", type=split_arms, default=list(ARMS[:4]))
+    parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
+    given = sys.argv[2:] if sys.argv[1:2] == ["run"] else sys.argv[1:]
+    options = parser.parse_intermixed_args(given)
+    study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
     for draw in options.draws:
-        students = options.out / f"draw_{draw}"
-        alone = options.out / f"draw_{draw}_labels_only"
-        settings = [*options.settings, f"draw={draw}"]
-        summary = finish(options.data, students, settings)
-        arms_now = list_arms(draw, students, alone)
-        write_results(options.out, tabulate([*arms, *arms_now]))
-        finish(options.data, alone, [*settings, "rounds=0", f"steps={summary['total_steps']}"])
-        arms += list_arms(draw, students, alone)
-        write_results(options.out, tabulate(arms))
-    print((options.out / "results.md").read_text(encoding="utf-8"))
+        for arm in options.arms:
+            run_arm(study, draw, arm)
+    print(to_markdown(tabulate(study.csv)))
 
 
 if __name__ == "__main__":

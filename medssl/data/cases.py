@@ -25,6 +25,10 @@ __all__ = [
     "take_test_with_labels",
 ]
 
+Validation = Literal["auto", "fifth"] | int
+FEWEST_SCANS = 16  # labeled, below which all of them train
+FEWEST_PATIENTS = 6
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -45,15 +49,17 @@ class Splits:
         return cls(**{part: tuple(content[part]) for part in PARTS})
 
 
-def split_cases(dataset: Dataset, data: DataSection, validation: Literal["auto"] | int) -> Splits:
+def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> Splits:
     """Say which cases are labeled, unlabeled, validation and test cases.
 
     What a list says in its split column stands. Of the other cases, those without a label are
     unlabeled; `data.test` labeled cases become test cases and some validation cases, both drawn
     by `data.split_seed`; of the rest `data.labeled` minus those for validation are drawn by
     `data.split_seed` and `data.draw`, and all others become unlabeled (simulated: `take` strips
-    their labels). `auto` validation takes none where fewer than 5 are labeled or a list names
-    the labeled ones, else a fifth, at least 2: validation labels count as labels.
+    their labels). `auto` validation takes none where a list names the labeled ones, or under 16
+    labeled scans or 6 patients: with few labels each is worth more in training (on three patients
+    of ACDC one held back cost 0.14 Dice). Else it takes a fifth, at least 2: validation labels
+    count as labels. `fifth` does so from 5 labeled scans on.
 
     A draw takes whole patients, as many as fit; other scans of a test or validation patient are
     left out of all parts. It orders patients by a hash of seed and patient, so it is a pure
@@ -62,7 +68,7 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Literal["auto"]
     Args:
         dataset: The cases.
         data: The data section of the configuration.
-        validation: Number of validation cases, or `auto`.
+        validation: Number of validation cases, `auto` or `fifth`.
 
     Raises:
         InputError: There are fewer labeled cases than asked for, or list and settings disagree.
@@ -81,7 +87,8 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Literal["auto"]
     num_labeled = len(pool) if data.labeled == "all" else data.labeled
     _check_counts(dataset, data, len(candidates) - num_test, len(pool) - num_labeled)
 
-    num_val = _count_val(given, num_labeled, validation)
+    few = _draw(pool, num_labeled, ("labeled", data.split_seed, data.draw))
+    num_val = _count_val(given, num_labeled, len(_patients(few)), validation)
     drawn_val = _draw(pool, num_val, ("val", data.split_seed))
     rest = _drop(rest, _patients(drawn_val))
     pool = _drop(pool, _patients(drawn_val))
@@ -126,7 +133,7 @@ def _draw(cases: Sequence[Case], number: int, seed: tuple[object, ...]) -> list[
 
 
 def _check_given(
-    given: Mapping[Part, Sequence[Case]], num_test: int, validation: Literal["auto"] | int
+    given: Mapping[Part, Sequence[Case]], num_test: int, validation: Validation
 ) -> None:
     """Refuse a list that names test or validation cases while the settings ask for others."""
     problems = []
@@ -134,7 +141,7 @@ def _check_given(
     parts: tuple[Part, ...] = ("test", "val")
     for part in parts:
         key, number = asked[part]
-        if given[part] and number not in ("auto", 0, len(given[part])):
+        if given[part] and number not in ("auto", "fifth", 0, len(given[part])):
             problems.append(
                 f"the list names {len(given[part])} {part} cases, but {key}={number} asks for "
                 "others: leave one of the two out"
@@ -159,19 +166,23 @@ def _check_counts(dataset: Dataset, data: DataSection, test_over: int, labeled_o
 
 
 def _count_val(
-    given: Mapping[Part, Sequence[Case]], num_labeled: int, validation: Literal["auto"] | int
+    given: Mapping[Part, Sequence[Case]],
+    num_labeled: int,
+    num_patients: int,
+    validation: Validation,
 ) -> int:
     """Return how many of the labeled cases validate."""
     if given["val"]:
         return 0
-    if validation != "auto":
+    if isinstance(validation, int):
         if validation >= num_labeled:
             raise InputError(
                 f"validation={validation}: leaves no case for training, since validation cases "
                 f"are taken out of the {num_labeled} labeled ones"
             )
         return validation
-    if given["labeled"] or num_labeled < 5:
+    few = num_labeled < FEWEST_SCANS or num_patients < FEWEST_PATIENTS
+    if given["labeled"] or num_labeled < 5 or (few and validation == "auto"):
         return 0
     return max(2, round(0.2 * num_labeled))
 

@@ -22,7 +22,7 @@ LEAST_ACCEPTED = 0.5  # share of cases
 LEAST_PRIOR = 0.2  # share of the class's labeled voxel share
 MOST_PRIOR = 5.0
 ONE_PIECE = 0.98  # share of a class's voxels in its largest component
-LEAST_AGREEMENT = 0.4  # mean Dice with the pseudo-labels of the round before
+LEAST_AGREEMENT = 0.4  # mean Dice with the pseudo-labels of the round before, or the student
 
 
 @dataclass(frozen=True)
@@ -265,13 +265,22 @@ class Gate:
 
 
 def judge_model(
-    reviews: Sequence[CaseReview], expectation: Expectation, names: Mapping[int, str]
+    reviews: Sequence[CaseReview],
+    expectation: Expectation,
+    names: Mapping[int, str],
+    with_student: float | None = None,
 ) -> Gate:
     """Judge a model by its pseudo-labels.
 
     It fails if most of its pseudo-labels were refused, if a class covers under a fifth (where the
-    labels are of whole scans) or over five times of its labeled share, or if it contradicts the
-    round before.
+    labels are of whole scans) or over five times of its labeled share, if it contradicts the
+    round before, or if the student that it is the average of contradicts it.
+
+    Args:
+        reviews: Of its pseudo-labels.
+        expectation: What labeled cases lead one to expect.
+        names: Class names by index.
+        with_student: Mean Dice with the student whose average the model is, None if unknown.
     """
     if not reviews:
         return Gate(True, ("no unlabeled case to judge it by",))
@@ -295,6 +304,8 @@ def judge_model(
         reasons.append(
             f"mean Dice {np.mean(agreements):.2f} with the pseudo-labels of the round before"
         )
+    if with_student is not None and with_student < LEAST_AGREEMENT:
+        reasons.append(f"mean Dice {with_student:.2f} of student and average: it did not settle")
     return Gate(not reasons, tuple(reasons))
 
 

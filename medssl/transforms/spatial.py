@@ -18,6 +18,9 @@ from torch import Tensor
 
 ROTATION_DEGREES = 30.0
 SCALES = (0.7, 1.4)
+PLANES = ((1, 2), (0, 2), (0, 1))  # of rotations
+TURN_DEGREES = 10.0  # of a teacher's view
+TURN_SCALE = 1.1
 ELASTIC_NODES = 5
 ELASTIC_SHARE = 0.03  # standard deviation of a node's displacement, fraction of the patch
 
@@ -117,6 +120,54 @@ def draw_spatial(
     return SpatialDraw(offsets + centre + torch.as_tensor(place, dtype=torch.float32))
 
 
+def draw_turn(
+    rng: np.random.Generator, flips: Sequence[int], slice_axis: int | None, spacing: Sequence[float]
+) -> NDArray[np.float64]:
+    """Draw a mirroring, a small rotation and a scale under which a teacher sees a scan once more.
+
+    Args:
+        rng: Source of the draw.
+        flips: Axes that may be mirrored.
+        slice_axis: Axis of the slices of a network in 2D, along which nothing is moved; None in 3D.
+        spacing: Voxel size in mm of the three axes, so that the rotation is rigid.
+
+    Returns:
+        A matrix (3, 3) from offsets of the turned scan to those of the scan, in voxels.
+    """
+    angles = np.deg2rad(rng.uniform(-1, 1, 3) * TURN_DEGREES)
+    scale = float(np.exp(rng.uniform(-1, 1) * np.log(TURN_SCALE)))
+    matrix = np.eye(3)
+    for fixed, ((first, second), angle) in enumerate(zip(PLANES, angles, strict=True)):
+        if slice_axis in (None, fixed):
+            turn = np.eye(3)
+            turn[first, first] = turn[second, second] = np.cos(angle)
+            turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+            matrix = matrix @ turn
+    scales = np.where(np.arange(3) == slice_axis, 1.0, scale)
+    sides = np.array(spacing, dtype=float)
+    matrix = np.diag(1 / sides) @ (matrix * scales) @ np.diag(sides)
+    for axis in flips:
+        if rng.random() < 0.5:
+            matrix[:, axis] *= -1
+    return matrix
+
+
+def turn_volume(volume: Tensor, matrix: NDArray[np.float64], outside: str) -> Tensor:
+    """Return a volume (1, C, I, J, K) turned about its center, on the same grid, linearly.
+
+    Args:
+        volume: The volume.
+        matrix: (3, 3) from offsets of the result to those of the volume, in voxels.
+        outside: ``border`` goes on with the voxels of the border, ``zeros`` with 0.
+    """
+    size = np.array(volume.shape[2:], dtype=float)
+    relative = (matrix * size[None, :] / size[:, None])[::-1, ::-1]  # grid_sample wants K, J, I
+    theta = torch.zeros(1, 3, 4, device=volume.device)
+    theta[0, :, :3] = torch.as_tensor(relative.copy(), dtype=torch.float32)
+    grid = F.affine_grid(theta, list(volume.shape), align_corners=False)
+    return F.grid_sample(volume, grid, padding_mode=outside, align_corners=False)
+
+
 def _draw_start(
     rng: np.random.Generator,
     shape: NDArray[np.int_],
@@ -141,7 +192,7 @@ def _draw_matrix(
     """Draw rotation and scale as a matrix from patch to volume offsets, in voxels."""
     dimension = len(spacing)
     matrix = np.eye(dimension)
-    planes = ((1, 2), (0, 2), (0, 1)) if dimension == 3 else ((0, 1),)
+    planes = PLANES if dimension == 3 else PLANES[2:]
     angles = np.deg2rad(rng.uniform(-1, 1, 3) * ROTATION_DEGREES * strength)
     exponents = rng.uniform(np.log(SCALES[0]), np.log(SCALES[1]), 3)
     rotated, scaled, anisotropic = rng.random(3)

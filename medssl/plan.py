@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +27,7 @@ from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
     NetworkSpec,
-    SegmentationNetwork,
-    arrange,
     build_network,
-    explain_out_of_memory,
 )
 from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
 from medssl.transforms.preprocess import Normalization, Preprocessing
@@ -52,16 +48,12 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, True): 7,
 }
 AXES = ("left-right", "back-front", "feet-head")
-CPU_STEPS = (2400, 800)  # of round 0, where it levels off, and of a student that goes on from it
+CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
 CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
 OVERLAP = 0.5  # of neighboring windows at prediction, fraction
-LEAST_BYTES = 250  # of a training step for each voxel of its patches: no network gets by with less
-STEP_COST = 2.0  # of a student's step with as many unlabeled as labeled patches, in labeled steps
-WINDOW_COST = 0.2  # of a window at prediction, in patches of a labeled step (0.15 to 0.21 measured)
-LOOP_COST = 1.5  # of a labeled step on the cores of the network: 0.36 s where that takes 0.24
 
 SIDES = re.compile(
     r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex)($|[^a-z])|(left|right)($|[^a-z])"
@@ -92,7 +84,7 @@ class Plan(BaseModel):
     threads: int
     workers: int
     reasons: tuple[str, ...]
-    estimate: dict[str, float]  # step_seconds, hours, disk_mb, windows (of one labeling)
+    estimate: dict[str, float]  # step_seconds, hours, disk_mb, windows (of all scans, once)
 
     @property
     def num_classes(self) -> int:
@@ -177,8 +169,7 @@ def make_plan(
         reasons=tuple(reasons),
         estimate={
             **_estimate_disk(shapes, len(unlabeled), network),
-            "windows": _count_windows(shapes[len(labeled) :], patch_size, axes)
-            * _count_passes(config, flips),
+            "windows": _count_windows(shapes[len(labeled) :], patch_size, axes),
         },
     )
 
@@ -658,14 +649,6 @@ def _count_windows(
     return float((along.prod(1) * slices.prod(1)).sum())
 
 
-def _count_passes(config: Config, flips: Sequence[int]) -> int:
-    """Return how often each scan is predicted to pseudo-label it."""
-    mirrored: int = 2 ** len(flips)
-    section = config.filter.uncertainty
-    doubt = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
-    return config.teacher.ensemble * mirrored + doubt
-
-
 def describe_steps(steps: int | tuple[int, ...]) -> str:
     """Return the steps of the rounds as text."""
     if isinstance(steps, int) or len(steps) == 1:
@@ -680,77 +663,6 @@ def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
         total = min(total, float(text))
     return total
-
-
-def measure_step(plan: Plan, config: Config | None = None) -> float:
-    """Return the seconds that a labeled step spends in the network, measured on noise.
-
-    With the configuration of a run that has students it tries whether the largest step of theirs,
-    labeled patches and all views in one pass, fits the memory.
-
-    Raises:
-        InputError: The step needs more memory than there is.
-    """
-    most = read_memory_limit() / 1e9 if plan.device == "cpu" else math.inf  # GPUs refuse themselves
-    size = f"{plan.batch} patches of {'x'.join(map(str, plan.patch_size))}"
-    refusal = f"train.batch, plan.patch_size: {size} do not fit the memory; lower one of them"
-    voxels = math.prod(plan.patch_size)
-    if plan.batch * voxels * LEAST_BYTES / 1e9 > most:
-        raise InputError(f"{refusal} ({most:.1f} GB)")
-    device = torch.device(plan.device)
-    dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
-
-    def take_step(network: SegmentationNetwork, count: int) -> float:
-        shape = (count, plan.network.in_channels, *plan.patch_size)
-        image = arrange(torch.randn(*shape, device=device))
-        started = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = network.forward_heads(image)
-        loss = torch.stack([level.float().square().mean() for level in logits]).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    with explain_out_of_memory(refusal):
-        network = build_network(plan.network).to(device).train()
-        seconds = min(take_step(network, plan.batch) for _ in range(3))
-    if config is not None:
-        count, spec = _find_largest_step(plan, config)
-        refusal = (
-            f"train.unlabeled_ratio, train.batch, plan.patch_size: the {count} patches of "
-            f"{'x'.join(map(str, plan.patch_size))} of a student's step do not fit the memory; "
-            "lower one of them"
-        )
-        if count * voxels * LEAST_BYTES / 1e9 > most:
-            raise InputError(f"{refusal} ({most:.1f} GB)")
-        with explain_out_of_memory(refusal):
-            take_step(build_network(spec).to(device).train(), count)
-    return seconds
-
-
-def _find_largest_step(plan: Plan, config: Config) -> tuple[int, NetworkSpec]:
-    """Return the most patches that a student's step has, all views counted, and its network."""
-    joint = plan.batch if config.train.schedule == "joint" else 0
-    steps = [
-        (
-            joint + len(config.views) * count_unlabeled(config, plan.batch, index),
-            describe_student(plan, config, index),
-        )
-        for index in range(1, config.train.rounds + 1)
-    ]
-    return max(steps, key=lambda step: step[0] * max(1, sum(step[1].filters)))
-
-
-def estimate_hours(plan: Plan, rounds: int, step_seconds: float) -> dict[str, float]:
-    """Return the plan's estimate with the time that all rounds take, pseudo-labels with them."""
-    student = 1.0 + (STEP_COST - 1.0) * plan.num_unlabeled / plan.batch
-    students = sum(at_round(plan.steps, index) for index in range(1, rounds + 1))
-    loop = LOOP_COST if plan.workers == 0 else 1.0
-    steps = loop * (at_round(plan.steps, 0) + student * students)
-    labeling = WINDOW_COST / plan.batch * plan.estimate.get("windows", 0.0) * (rounds + 1)
-    hours = step_seconds * (steps + labeling) / 3600
-    return {**plan.estimate, "step_seconds": round(step_seconds, 4), "hours": round(hours, 3)}
 
 
 def resolve(plan: Plan) -> dict[str, Any]:

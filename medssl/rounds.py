@@ -30,8 +30,9 @@ from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset
 from medssl.data.formats import read_dataset
 from medssl.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
+from medssl.estimate import estimate_run
 from medssl.networks.build import explain_out_of_memory
-from medssl.plan import Plan, choose_device, estimate_hours, make_plan, measure_step, resolve
+from medssl.plan import Plan, choose_device, make_plan, resolve
 from medssl.predict import ModelInfo, describe_model
 from medssl.runs import (
     CaseCounter,
@@ -105,9 +106,8 @@ def prepare(
         labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
         rounds = config.train.rounds if unlabeled else 0
-        estimate = estimate_hours(plan, rounds, measure_step(plan, config if rounds else None))
-        plan = plan.model_copy(update={"estimate": estimate})
-    check_settings(config, plan, len(splits.val))
+        check_settings(config, plan, len(splits.val))
+        plan = plan.model_copy(update={"estimate": estimate_run(plan, config, rounds)})
     return Prepared(dataset, splits, plan, reload(resolve(plan)))
 
 

@@ -181,7 +181,7 @@ def _train_model(
     }
     steps = train(
         objective,
-        PatchDataset(run.labeled, kept, _choose_sampling(run, index, seed)),
+        PatchDataset(run.labeled, kept, choose_sampling(config, run.plan, index, seed)),
         config,
         run.plan,
         run.folder,
@@ -233,6 +233,26 @@ def _start_warm(network: SegmentationNetwork, teacher: Model) -> None:
 def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
     """Write the predictor as it is in the middle of a training."""
     save_model(folder, objective.predictor, info)
+
+
+def is_glance(config: Config, index: int, rounds: int) -> bool:
+    """Return whether only the gate reads the pseudo-labels of a round: one pass is enough.
+
+    So it is before the last round of methods whose targets are made online.
+    """
+    return "previous_round" not in config.teacher.source and index < rounds
+
+
+def count_label_passes(config: Config, plan: Plan, index: int, rounds: int) -> int:
+    """Return how often each scan is predicted to pseudo-label it after a round."""
+    section = config.filter.uncertainty
+    if is_glance(config, index, rounds):
+        return 1
+    if config.teacher.probs == "sampled":
+        return section.passes
+    mirrored: int = 2 ** len(plan.flips)
+    doubt = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
+    return config.teacher.ensemble * mirrored + doubt
 
 
 def needs_stability(run: Run, index: int) -> bool:
@@ -349,24 +369,25 @@ def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
     ]
 
 
-def _choose_sampling(run: Run, index: int, seed: int) -> Sampling:
+def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampling:
     """Return what decides the patches of a round."""
-    train_section, noise = run.config.train, run.config.noise
+    train_section, noise = config.train, config.noise
     tuned = train_section.fine_tune.share if index else 0.0
+    steps = at_round(plan.steps, index)
     return Sampling(
         seed=seed,
         round_index=index,
-        patch_size=run.plan.patch_size,
-        batch=run.plan.batch,
-        num_unlabeled=count_unlabeled(run.config, run.plan.batch, max(1, index)),
+        patch_size=plan.patch_size,
+        batch=plan.batch,
+        num_unlabeled=count_unlabeled(config, plan.batch, max(1, index)),
         foreground=train_section.foreground,
         strong=noise.strong,
-        flips=run.plan.flips,
-        views=run.config.views,
+        flips=plan.flips,
+        views=config.views,
         randaugment=noise.randaugment,
-        fine_tune_from=round(run.count_steps(index) * (1 - tuned)) if tuned else None,
+        fine_tune_from=round(steps * (1 - tuned)) if tuned else None,
         pretrain=train_section.schedule == "pretrain",
-        slice_axis=run.plan.slice_axis,
+        slice_axis=plan.slice_axis,
     )
 
 

@@ -39,6 +39,7 @@ from medssl.students import (
     StopRequested,
     count_members,
     expect,
+    is_glance,
     load_members,
     needs_stability,
     predict_members,
@@ -94,15 +95,7 @@ def _name_way(run: Run, index: int) -> list[str]:
     """Return what tells apart pseudo-labels that are made in other ways than in 0.1.0."""
     return [run.config.teacher.probs] * (run.config.teacher.probs != "clean") + [
         "one pass"
-    ] * is_glance(run, index)
-
-
-def is_glance(run: Run, index: int) -> bool:
-    """Return whether only the gate reads the pseudo-labels of a round: one pass is enough.
-
-    So it is before the last round of methods whose targets are made online.
-    """
-    return "previous_round" not in run.config.teacher.source and index < run.num_rounds
+    ] * is_glance(run.config, index, run.num_rounds)
 
 
 def _label_case(
@@ -117,7 +110,7 @@ def _label_case(
     image = to_tensor(case, run.plan.device)
     window = (run.plan.patch_size, run.plan.precision)
     axis = run.plan.slice_axis
-    if is_glance(run, index):
+    if is_glance(run.config, index, run.num_rounds):
         probs = predict_probs(members[0].network, image, *window, (), axis)
         doubt = entropy_of(probs)
     elif run.config.teacher.probs == "sampled":

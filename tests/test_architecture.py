@@ -30,6 +30,7 @@ LAYERS = (
     "train",
     "evaluate",
     "students",
+    "estimate",
     "teachers",
     "deliver",
     "rounds",

@@ -478,12 +478,23 @@ def test_the_draw_moves_the_labeled_cases_only_and_split_seed_all():
 
 @pytest.mark.parametrize(
     ("labeled", "validation", "expected"),
-    [(4, "auto", 0), (5, "auto", 2), (20, "auto", 4), ("all", "auto", 6), (4, 1, 1), (20, 0, 0)],
+    [
+        *[(4, "auto", 0), (15, "auto", 0), (16, "auto", 3), (20, "auto", 4), ("all", "auto", 6)],
+        *[(4, 1, 1), (20, 0, 0), (4, "fifth", 0), (5, "fifth", 2), (20, "fifth", 4)],
+    ],
 )
 def test_validation_cases_are_taken_out_of_the_labeled_ones(labeled, validation, expected):
     splits = split_cases(make_labeled(30), DataSection(labeled=labeled), validation)
     assert len(splits.val) == expected
     assert len(splits.labeled) + expected == (30 if labeled == "all" else labeled)
+
+
+@pytest.mark.parametrize(("num_patients", "expected"), [(5, 0), (6, 4), (10, 4)])
+def test_all_scans_of_few_patients_train(num_patients, expected):
+    rows = [(f"c{i:03}", f"p{i % num_patients}", True, "") for i in range(20)]
+    splits = split_cases(make_dataset(rows), DataSection(), "auto")
+    assert len(splits.val) in (expected, expected - 1)  # whole patients
+    assert len(splits.labeled) + len(splits.val) == 20
 
 
 def test_what_a_list_says_stands():

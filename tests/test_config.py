@@ -2,6 +2,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -20,6 +21,8 @@ from medssl.config import (
     load_config,
     render,
 )
+
+FULL = Path(__file__).with_name("full.yaml")
 
 
 def write(folder, text, name="some.yaml"):
@@ -146,7 +149,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
     ],
 )
 def test_a_mistake_names_the_key_the_value_and_the_repair(override, words):
-    message = refuse(overrides=["method=full", override])
+    message = refuse(overrides=[f"method={FULL}", override])
     assert words in message
     assert override.split("=")[0].split(".")[-1] in message
 
@@ -262,7 +265,27 @@ def test_the_configuration_needs_neither_torch_nor_monai():
 @pytest.mark.parametrize("key", ["losses.entropy.order", "target.transport.rho"])
 def test_limits_of_a_formula_may_be_infinite(key):
     section, _, name = key.rpartition(".")
-    config = load_config(overrides=["method=full", f"{key}=.inf"]).config
+    config = load_config(overrides=[f"method={FULL}", f"{key}=.inf"]).config
     for part in section.split("."):
         config = getattr(config, part)
     assert getattr(config, name) == float("inf")
+
+
+def test_runs_of_the_first_version_go_on_as_classic():
+    first = "e6cc0c81e778308a4b5c8e05aed0f95bc81cc79358b7c76b2f8315510a5c8d3b"  # its default
+    assert hash_config(load_config(overrides=["method=classic"]).config) == first
+    assert hash_config(load_config().config) != first
+    changed = load_config(overrides=["method=classic", "train.student_lr=1e-3"]).config
+    assert hash_config(changed) != first
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["filter.uncertainty.source=none"], "teacher.probs=clean"),
+        (["teacher.probs=clean", "filter.threshold.name=none", "filter.uncertainty.start=null"],
+         "no voxel is refused"),
+    ],
+)  # fmt: skip
+def test_parts_of_the_recipe_that_need_each_other_are_named(settings, words):
+    assert words in refuse(overrides=settings)

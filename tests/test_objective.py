@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from medssl.config import IGNORE, list_methods, load_config
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.objective import Patches, average, fit, load_objective, mix, shrink
+
+FULL = Path(__file__).with_name("full.yaml")
 
 NAMES = ("background", "organ", "lesion")
 SIDES = ("kernels", "strides")
@@ -40,7 +43,7 @@ def make_spec(kind, tiny_spec):
     return tiny_spec.model_copy(update=flat)
 
 
-def configure(method="full", *overrides):
+def configure(method=FULL, *overrides):
     return load_config(overrides=[f"method={method}", *overrides]).config
 
 
@@ -202,7 +205,7 @@ def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, spe
 
 
 def test_a_fine_tune_does_not_mix_and_starts_the_average_anew(tiny_spec):
-    config = configure("full", "noise.labeled_mixing_probability=1.0", "teacher.ema_decay=0.99")
+    config = configure(FULL, "noise.labeled_mixing_probability=1.0", "teacher.ema_decay=0.99")
     labeled, unlabeled = make_batch(config)
     objective = make_objective(config, tiny_spec)
     take_steps(objective, (labeled, unlabeled), 2)
@@ -259,7 +262,7 @@ def test_each_of_two_students_learns_what_the_other_one_says(tiny_spec):
 
 
 def test_the_decay_of_the_teacher_rises_to_what_is_set(tiny_spec):
-    objective = make_objective(configure("full", "teacher.ema_decay=0.75"), tiny_spec)
+    objective = make_objective(configure(FULL, "teacher.ema_decay=0.75"), tiny_spec)
     (parameter, *_) = objective.student.parameters()
     (average, *_) = objective.predictor.parameters()
     value = 0.0
@@ -430,7 +433,7 @@ def test_a_step_lowers_the_loss_on_its_own_batch(method, spec):
     ],
 )
 def test_a_term_without_weight_is_left_out(tiny_spec, weight, term):
-    unmixed = ("full", "noise.mixing=none")
+    unmixed = (FULL, "noise.mixing=none")
     full, less = configure(*unmixed), configure(*unmixed, weight)
     batch = make_batch(full)
     everything = compute(make_objective(full, tiny_spec), *batch)
@@ -445,8 +448,8 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
     ]
     overrides += ["noise.mixing=none", "filter.threshold.name=none"]
     overrides += ["filter.uncertainty.start=null"]
-    config = configure("full", *overrides)
-    double = configure("full", *overrides, "losses.pseudo_label.weight=2.0")
+    config = configure(FULL, *overrides)
+    double = configure(FULL, *overrides, "losses.pseudo_label.weight=2.0")
     batch = make_batch(config)
     terms = {t: compute(make_objective(config, tiny_spec), *batch, t) for t in (0.1, 0.4, 0.9)}
     for name in ("pseudo_label", "entropy", "consistency"):
@@ -457,7 +460,7 @@ def test_unlabeled_terms_rise_with_their_ramp_and_are_scaled_by_their_weight(tin
 
 
 def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny_spec):
-    config = configure("full", "noise.labeled_mixing=none", "losses.supervised.name=ce")
+    config = configure(FULL, "noise.labeled_mixing=none", "losses.supervised.name=ce")
     labeled, _ = make_batch(config)
     objective = make_objective(config, None, student=VoxelNetwork(num_heads=2))
     fine, coarse = objective.student.forward_heads(labeled["image"])
@@ -471,7 +474,7 @@ def test_the_supervised_term_is_the_loss_of_the_heads_weighted_1_and_a_half(tiny
 
 def test_voxels_that_the_filter_refuses_do_not_teach():
     config = configure(
-        "default",
+        "classic",
         "noise.mixing=none",
         "target.assignment=argmax",
         "filter.threshold={name: fixed, start: 0.9}",
@@ -492,11 +495,11 @@ def test_voxels_that_the_filter_refuses_do_not_teach():
 
 
 @pytest.mark.parametrize("term", ["entropy", "consistency"])
-@pytest.mark.parametrize("voxels", ["accepted", "all"])
+@pytest.mark.parametrize("voxels", ["accepted", "all", "refused"])
 def test_entropy_and_consistency_act_where_they_are_asked_to(term, voxels):
     others = {"pseudo_label", "entropy", "consistency"} - {term}
     config = configure(
-        "full",
+        FULL,
         "noise.mixing=none",
         "target.assignment=argmax",
         "filter.threshold={name: fixed, start: 0.9}",
@@ -510,8 +513,9 @@ def test_entropy_and_consistency_act_where_they_are_asked_to(term, voxels):
     compute(objective, labeled, unlabeled)[term].backward()
     sure = unlabeled["probs"].amax(1, keepdim=True) >= 0.9
     moved = unlabeled["strong"].grad != 0
-    assert moved[sure].float().mean() > 0.9
-    assert moved[~sure].any() == (voxels == "all")
+    assert (moved[sure].float().mean() > 0.9) == (voxels != "refused")
+    assert moved[sure].any() == (voxels != "refused")
+    assert moved[~sure].any() == (voxels != "accepted")
 
 
 def test_cutmix_pastes_the_next_patch_with_what_is_said_of_it(monkeypatch):
@@ -563,7 +567,7 @@ def test_doubt_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_limit(t
 
 def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():
     settings = ["noise.mixing=none", "losses.pseudo_label.name=ce", "filter.threshold.name=none"]
-    config = configure("full", *settings)
+    config = configure(FULL, *settings)
     labeled, unlabeled = make_batch(config)
     student = VoxelNetwork()
     whole = compute(make_objective(config, None, student=student), labeled, unlabeled)
@@ -578,7 +582,7 @@ def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():
 
 
 def test_a_method_without_any_teacher_is_an_error(tiny_spec):
-    config = configure("full", "teacher.source=[previous_round]", "losses.consistency.weight=0")
+    config = configure(FULL, "teacher.source=[previous_round]", "losses.consistency.weight=0")
     labeled, unlabeled = make_batch(config)
     del unlabeled["probs"]
     with pytest.raises(ValueError, match="no teacher"):
@@ -587,7 +591,7 @@ def test_a_method_without_any_teacher_is_an_error(tiny_spec):
 
 def test_an_online_teacher_needs_no_pseudo_labels_on_disk(tiny_spec):
     online = ["teacher.source=[ema]", "target.assignment=argmax"]
-    config = configure("full", *online, "filter.uncertainty.source=none")
+    config = configure(FULL, *online, "filter.uncertainty.source=none")
     objective = make_objective(config, tiny_spec)
     labeled, unlabeled = make_batch(config)
     assert "probs" not in unlabeled
@@ -622,7 +626,7 @@ def test_a_pasted_voxel_keeps_the_loss_and_the_weight_of_its_case(monkeypatch, p
 
     monkeypatch.setattr(objective_module, "draw", paste_half)
     settings = (
-        "full", "views=[strong]", "filter.threshold.name=none", "losses.supervised.student=ce",
+        FULL, "views=[strong]", "filter.threshold.name=none", "losses.supervised.student=ce",
         "losses.pseudo_label={name: mae, weight: 0.7, ramp: {name: linear, start: 0.2, end: 0.6}}",
         "noise.labeled_mixing=none",
     )  # fmt: skip
@@ -659,7 +663,7 @@ def test_lower_resolutions_average_over_valid_voxels_only():
 
 
 def test_potentials_of_a_pool_shift_the_classes_and_leave_the_teacher_unsharpened():
-    config = configure("full", "target.transport.epsilon=0.5", "noise.mixing=none")
+    config = configure(FULL, "target.transport.epsilon=0.5", "noise.mixing=none")
     prior, potentials = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([2.0, 0.0, -1.0])
     kind = load_objective(config.objective)
     objective = kind(VoxelNetwork(), config, NAMES, prior, potentials).train()
@@ -683,7 +687,7 @@ def test_potentials_of_a_pool_shift_the_classes_and_leave_the_teacher_unsharpene
 
 
 def test_without_offline_labels_the_potentials_follow_the_batches():
-    config = configure("full", "target.transport={prior: labeled}", "teacher.source=[ema]")
+    config = configure(FULL, "target.transport={prior: labeled}", "teacher.source=[ema]")
     objective = make_objective(config, None, student=VoxelNetwork())
     _, unlabeled = make_batch(config)
     before = objective.transport.log_v.clone()

@@ -29,6 +29,8 @@ from medssl.predict import Model, ModelInfo, load_model, predict_files, predict_
 from medssl.runs import read_json, write_json
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
+FULL = Path(__file__).with_name("full.yaml")
+
 ENCODER = NetworkSpec(name="unet", in_channels=1, num_classes=3, dropout=0.1, encoder="resnet18")
 FLAT = NetworkSpec(
     in_channels=1,
@@ -199,7 +201,7 @@ def make_batch():
 @pytest.mark.parametrize("spec", [FLAT, ENCODER, ENCODER.model_copy(update={"pretrained": True})])
 def test_every_term_moves_the_student_in_2d_and_the_teacher_follows(spec):
     torch.manual_seed(0)
-    config = load_config(overrides=["method=full", "noise.mixing_probability=1"]).config
+    config = load_config(overrides=[f"method={FULL}", "noise.mixing_probability=1"]).config
     objective = Objective(build_network(spec), config, ("background", "organ", "lesion")).train()
     terms = objective(*make_batch(), 0.5, torch.Generator().manual_seed(1))
     assert set(terms) == {"supervised", "pseudo_label", "entropy", "consistency"}
@@ -326,9 +328,9 @@ def test_settings_that_do_not_fit_an_encoder_are_refused(scans):
         ("plan.flips=[2]", "in their plane only"),
     ):
         with pytest.raises(InputError, match=words):
-            scans.plan("method=full", setting)
+            scans.plan(f"method={FULL}", setting)
     for setting in ("rounds=0", "noise.stochastic_depth=1.0"):
-        plan = scans.plan("method=full", "network.encoder=vgg11", setting)
+        plan = scans.plan(f"method={FULL}", "network.encoder=vgg11", setting)
         assert plan.network.encoder == "vgg11"
 
 

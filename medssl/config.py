@@ -120,9 +120,10 @@ class NetworkSection(Section):
     """The network: ``width`` scales the channels, ``depth`` counts the resolution levels.
 
     A list of widths has one entry per round, round 0 first: students larger than their teachers.
-    ``auto`` is dynunet in 3D and unet in 2D. All but dynunet are of segmentation-models-pytorch:
-    in 2D, with an ``encoder``, which ``pretrained`` starts from weights of ImageNet (a download),
-    of six levels and without ``deep_supervision``.
+    ``auto`` is dynunet, but in 2D unet where an encoder other than resnet18 or ``pretrained`` is
+    asked for. All but dynunet are of segmentation-models-pytorch: in 2D, with an ``encoder``, which
+    ``pretrained`` starts from weights of ImageNet (a download), of six levels and without
+    ``deep_supervision``.
     """
 
     name: Auto | Literal["dynunet"] | PlaneNetwork = "auto"

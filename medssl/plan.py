@@ -370,7 +370,8 @@ def _choose_network(
     dimension = shapes.shape[1]
     name = config.network.name
     if name == "auto":
-        name = "dynunet" if dimension == 3 else "unet"
+        wants_encoder = config.network.pretrained or config.network.encoder != "resnet18"
+        name = "unet" if dimension == 2 and wants_encoder else "dynunet"
     if name != "dynunet":
         patch_size = _choose_encoder_patch(config, shapes, on_gpu, reasons)
         return patch_size, _choose_encoder(config, name, counts, has_students, reasons)

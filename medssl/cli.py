@@ -6,10 +6,12 @@ import contextlib
 import errno
 import logging
 import math
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,6 +166,9 @@ def train(
     predict_unlabeled: Annotated[
         bool, typer.Option("--predict-unlabeled", help="Write masks of the unlabeled cases.")
     ] = False,
+    cross_check: Annotated[
+        int, typer.Option("--cross-check", help="Measure by as many folds of the labeled scans.")
+    ] = 0,
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
     given = list(overrides or [])
@@ -176,6 +181,7 @@ def train(
         max_hours=max_hours,
         predict_unlabeled=predict_unlabeled,
         round_0=round_0,
+        cross_check=cross_check,
     )
     if outcome is not None:
         raise SystemExit(EXIT_CODES[outcome.status])
@@ -191,6 +197,7 @@ def _train(
     max_hours: float | None = None,
     predict_unlabeled: bool = False,
     round_0: Path | None = None,
+    cross_check: int = 0,
 ) -> Outcome | None:
     """Prepare, print the plan, run all rounds, and print what to do next."""
     from medssl.data.cases import read_dataset, split_cases
@@ -201,23 +208,36 @@ def _train(
     if root is None:
         raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
     split_cases(read_dataset(root, data.format, data.labels), data, resolved.config.validation)
-    from medssl.rounds import prepare, run_training  # slow to import: after the quick mistakes
+    from medssl.cross_check import cross_check as check_folds
+    from medssl.cross_check import list_folds  # slow to import: after the quick mistakes
+    from medssl.rounds import prepare, run_training
 
     place = root.resolve()
     folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
     prepared = prepare(resolved, reload, None if restart or dry_run else folder)
-    print(_describe_plan(prepared, folder), flush=True)
+    if cross_check:
+        list_folds(prepared, cross_check)
+    print(_describe_plan(prepared, folder, 1 + cross_check), flush=True)
     if dry_run:
         print("\n" + render(prepared.resolved))
         return None
     stop = StopFlag(folder, max_hours)
     with lock_run(folder), stop.catch_signals():
         outcome = run_training(prepared, folder, stop, restart, predict_unlabeled, round_0)
+        folds = None
+        if cross_check and outcome.status in ("delivered", "stopped_by_gate"):
+            folds = check_folds(prepared, folder, stop, cross_check)
+            if folds is None:
+                message = f"{outcome.message}; stopped by {stop.reason} before all folds were "
+                message += "measured: the same command goes on"
+                outcome = replace(outcome, status="interrupted", message=message)
     if outcome.delivered is None:
         print(f"\n{outcome.message}")
         return outcome
     report_path = _write_report(folder)
     print(f"\n{outcome.message}")
+    if folds is not None:
+        print(f"measured:  {folds['statement']}")
     print(f"report:    {report_path}")
     scan = "SCAN.nii.gz" if prepared.plan.has_spacing else "PICTURE.png"
     print(f"predict:   medssl predict {folder} {scan} --out masks")
@@ -229,8 +249,8 @@ def _train(
     return outcome
 
 
-def _describe_plan(prepared: Any, folder: Path) -> str:
-    """Return the plan with its reasons and costs as text."""
+def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
+    """Return the plan with its reasons and the costs of one or several trainings as text."""
     from medssl.plan import describe_steps
 
     plan, splits = prepared.plan, prepared.splits
@@ -243,13 +263,14 @@ def _describe_plan(prepared: Any, folder: Path) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
+    folds = f" with {trainings - 1} folds" if trainings > 1 else ""
     is_new = not (folder / "plan.json").exists()  # later much of it is there
     is_full = is_new and estimate["disk_mb"] / 1000 > free
     warning = f"\nwarning: the disk has only {free:.0f} GB left" if is_full else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
-        f"about {estimate.get('hours', 0) * 60:.0f} minutes, {estimate['disk_mb'] / 1000:.2f} GB "
+        f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, {estimate['disk_mb'] / 1000:.2f} GB "
         f"of disk ({free:.0f} GB free)\nrun folder: {folder}{warning}"
     )
 
@@ -295,13 +316,18 @@ def evaluate(
         float | None,
         typer.Option(parser=_parse_amount, help="Of surface Dice, in mm (pixels)."),
     ] = None,
+    round_index: Annotated[
+        str | None,
+        typer.Option("--round", help="A round of a run, on its own test cases: 0, 1, ... or all."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
-    from medssl.evaluate import evaluate_data, evaluate_run
+    model, wanted = _find_wanted_round(model, data, round_index)
+    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
     from medssl.evaluate import render as render_summary
     from medssl.plan import choose_device
-    from medssl.runs import lock_run
+    from medssl.runs import lock_run, read_json
 
     chosen = choose_device(device)
     if data is None:
@@ -311,7 +337,13 @@ def evaluate(
             )
         is_run = (model / "run.json").is_file()
         with lock_run(model) if is_run else contextlib.nullcontext():
-            summary = evaluate_run(model, tolerance=tolerance, device=chosen)
+            if wanted is None:
+                summary = evaluate_run(model, tolerance=tolerance, device=chosen)
+            else:
+                summary = evaluate_round(model, wanted, tolerance=tolerance, device=chosen)
+        if round_index == "all":
+            for path in sorted((model / "evaluation").glob("round_*/summary.json")):
+                print(f"{path.parent.name}: {render_summary(read_json(path))}\n")
         print(render_summary(summary))
         print(f"report: {_write_report(model)}")
         _sync_quietly(model)
@@ -324,6 +356,25 @@ def evaluate(
     settings = load_config(None, overrides or []).config.data
     summary = evaluate_data(model, data, out, data=settings, tolerance=tolerance, device=chosen)
     print(render_summary(summary))
+
+
+def _find_wanted_round(
+    model: Path, data: Path | None, given: str | None
+) -> tuple[Path, int | None]:
+    """Return the run, and the one round of it that is to be measured on the run's test cases."""
+    if data is not None and given is not None:
+        raise InputError(
+            f"--round {given}: is for a run's own test cases; for {data} name the round's folder: "
+            f"medssl evaluate {model}/round_{given} {data} --out DIR"
+        )
+    parent, is_round = model.resolve().parent, re.fullmatch(r"round_\d+", model.resolve().name)
+    if data is None and given is None and is_round and (parent / "run.json").is_file():
+        return parent, int(model.resolve().name.removeprefix("round_"))
+    if given in (None, "all"):
+        return model, None
+    if not given.isdigit():
+        raise InputError(f"--round {given}: give a number, such as 0, or all")
+    return model, int(given)
 
 
 @app.command()

@@ -138,6 +138,60 @@ def evaluate_data(
     )
 
 
+def evaluate_round(
+    run_dir: Path,
+    index: int,
+    *,
+    tolerance: float | None = None,
+    device: str = "cpu",
+    report: Report = print,
+) -> dict[str, Any]:
+    """Evaluate one round of a run on the run's own test cases.
+
+    Writes ``evaluation/round_<index>/{per_case.csv, summary.json}`` and nothing else.
+
+    Args:
+        run_dir: The run folder.
+        index: The round; 0 is labels only.
+        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        device: Torch device.
+        report: Takes a line of progress.
+
+    Raises:
+        InputError: The run has no test cases, or no such round that is done.
+    """
+    name, done = f"round_{index}", _find_rounds(run_dir)
+    dataset, ignore, labeled, unlabeled = _open_test_cases(run_dir, report)
+    if name not in done:
+        known = ", ".join(entry.removeprefix("round_") for entry in done) or "none"
+        raise InputError(f"{run_dir}: round {index} is not done; done are: {known}")
+    model = load_model(run_dir / name, device)
+    _check_labels(labeled, model.info.label_values, ignore)
+    out = run_dir / "evaluation" / name
+    _remove_tables(out)
+    rows, summary = _measure(model, labeled, ignore, tolerance, None, report)
+    about = {"model": str(run_dir / name), "dataset": dataset.name}
+    summary = {**about, **summary, "without_label": unlabeled}
+    write_tables(out, rows, summary)
+    return summary
+
+
+def _open_test_cases(
+    run_dir: Path, report: Report
+) -> tuple[Dataset, int | None, list[Case], list[str]]:
+    """Return the data set of a run, its ignore value, and its test cases with and without label."""
+    splits, data = _read_splits(run_dir)
+    if not splits.test:
+        raise InputError(
+            f"{run_dir}: the run has no test cases; train with test=N, or give labeled scans that "
+            f"are new to it: medssl evaluate {run_dir} DATA --out DIR"
+        )
+    dataset = _read_run_dataset(data)
+    ignore = dataset.ignore if data.ignore is None else data.ignore
+    labeled, unlabeled = _split_by_label(take_test_with_labels(dataset, splits), report)
+    return dataset, ignore, labeled, unlabeled
+
+
 def evaluate_run(
     run_dir: Path,
     *,
@@ -163,15 +217,7 @@ def evaluate_run(
     Raises:
         InputError: The run has no test cases or has delivered no model.
     """
-    splits, data = _read_splits(run_dir)
-    if not splits.test:
-        raise InputError(
-            f"{run_dir}: the run has no test cases; train with test=N, or give labeled scans that "
-            f"are new to it: medssl evaluate {run_dir} DATA --out DIR"
-        )
-    dataset = _read_run_dataset(data)
-    ignore = dataset.ignore if data.ignore is None else data.ignore
-    labeled, unlabeled = _split_by_label(take_test_with_labels(dataset, splits), report)
+    dataset, ignore, labeled, unlabeled = _open_test_cases(run_dir, report)
     run_summary = read_json(run_dir / "summary.json")
     if read_json(run_dir / "state.json")["status"] not in ("delivered", "stopped_by_gate"):
         report(f"{run_dir}: the run is not finished; this measures the model that it has so far")

@@ -118,6 +118,7 @@ def run_training(
     restart: bool = False,
     predict_unlabeled: bool = False,
     round_0: Path | None = None,
+    cache: Path | None = None,
 ) -> Outcome:
     """Run all rounds and deliver a model, or go on where the same command was stopped.
 
@@ -128,6 +129,7 @@ def run_training(
         restart: Delete what the run folder holds of an earlier run.
         predict_unlabeled: Write the delivered model's masks of the unlabeled cases.
         round_0: A run whose labels-only model is taken over in place of training it again.
+        cache: Folder of the preprocessed scans; that beside the run folder if none is given.
 
     Raises:
         InputError: The folder holds another run, or a stage refused its input.
@@ -141,7 +143,7 @@ def run_training(
         cached = build_cache(
             [case for part in cases.values() for case in part],
             plan.preprocessing,
-            run_dir.parent / "cache",
+            cache or run_dir.parent / "cache",
             plan.label_values,
             plan.ignore,
             len(plan.channels),

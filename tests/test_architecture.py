@@ -34,6 +34,7 @@ LAYERS = (
     "teachers",
     "deliver",
     "rounds",
+    "cross_check",
     "compare",
     "report",
     "doctor",

@@ -1,0 +1,142 @@
+"""What the recipe gains on one's own scans where all labels train: folds over the labeled ones.
+
+Each fold is a run of its own, with round 0 and students, without the labeled scans of some
+patients; these are its test cases. So every labeled scan is measured once by models that have not
+seen it, nor any other scan of its patient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from medssl.config import InputError
+from medssl.data.cases import Case, Splits, take
+from medssl.evaluate import evaluate_run, summarize, write_tables
+from medssl.metrics import Row, format_estimate, judge, paired_difference, read_table
+from medssl.rounds import Prepared, run_training
+from medssl.runs import StopFlag, read_json
+
+FOLDER = "cross_check"
+
+
+def deal_folds(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, ...]]:
+    """Return the case_ids of each fold: whole patients, as many in each as the next.
+
+    Args:
+        cases: The labeled cases.
+        count: Number of folds.
+        seed: ``data.split_seed``.
+
+    Raises:
+        InputError: There are fewer patients than folds, or one fold only.
+    """
+    patients = sorted(
+        {case.patient_id for case in cases},
+        key=lambda name: hashlib.sha256(repr(("fold", seed, name)).encode()).hexdigest(),
+    )
+    if not 2 <= count <= len(patients):
+        raise InputError(
+            f"--cross-check {count}: the {len(cases)} labeled scans are of {len(patients)} "
+            f"patients; give 2 to {len(patients)} folds"
+            if len(patients) > 1
+            else f"--cross-check {count}: needs labeled scans of two patients, and there is one"
+        )
+    return [
+        tuple(sorted(c.case_id for c in cases if c.patient_id in patients[start::count]))
+        for start in range(count)
+    ]
+
+
+def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
+    """Return what each fold trains and tests on; the plan is that of the whole.
+
+    Raises:
+        InputError: The folds cannot be dealt.
+    """
+    splits = prepared.splits
+    labeled = take(prepared.dataset, splits, "labeled")
+    held_out = deal_folds(labeled, count, prepared.resolved.config.data.split_seed)
+    config = prepared.resolved.config
+    untracked = config.model_copy(
+        update={"tracking": config.tracking.model_copy(update={"uri": "none"})}
+    )
+    resolved = replace(prepared.resolved, config=untracked)
+    folds = []
+    for test in held_out:
+        rest = tuple(case_id for case_id in splits.labeled if case_id not in test)
+        parts = Splits(labeled=rest, unlabeled=splits.unlabeled, val=(), test=test)
+        folds.append(replace(prepared, splits=parts, resolved=resolved))
+    return folds
+
+
+def cross_check(
+    prepared: Prepared,
+    run_dir: Path,
+    stop: StopFlag,
+    count: int,
+    report: Callable[[str], object] = print,
+) -> dict[str, Any] | None:
+    """Train and measure all folds; what is done is skipped.
+
+    Writes ``cross_check/fold_<i>/``, each a run, and ``cross_check/{per_case.csv, summary.json}``:
+    the delivered models of the folds on the scans that they have not seen, ``paired`` with their
+    own round 0.
+
+    Args:
+        prepared: Data and plan of the whole run.
+        run_dir: The run folder.
+        stop: The stop flag.
+        count: Number of folds.
+        report: Takes a line of progress.
+
+    Returns:
+        The content of ``summary.json``, or None if it was told to stop; the same command goes on.
+
+    Raises:
+        InputError: The folds cannot be dealt.
+    """
+    rows: list[Row] = []
+    before: list[Row] = []
+    delivered = []
+    for number, fold in enumerate(list_folds(prepared, count), start=1):
+        folder = run_dir / FOLDER / f"fold_{number}"
+        if not (folder / "evaluation" / "summary.json").is_file():
+            report(f"fold {number} of {count}: without {', '.join(fold.splits.test)}")
+            outcome = run_training(fold, folder, stop, cache=run_dir.parent / "cache")
+            if outcome.status == "interrupted":
+                return None
+            evaluate_run(folder, device=prepared.plan.device, report=lambda text: None)
+        delivered.append(str(read_json(folder / "summary.json")["delivered"]))
+        rows += read_table(folder / "evaluation" / "per_case.csv")
+        before += read_table(folder / "evaluation" / "round_0" / "per_case.csv")
+    summary = _compare(rows, before, delivered)
+    write_tables(run_dir / FOLDER, rows, summary)
+    return summary
+
+
+def _compare(rows: Sequence[Row], before: Sequence[Row], delivered: list[str]) -> dict[str, Any]:
+    """Return the summary of all folds together."""
+    ours, theirs = (
+        [None if row["dice"] is None else float(row["dice"]) for row in table]
+        for table in (rows, before)
+    )
+    patients = [str(row["patient_id"]) for row in rows]
+    paired = paired_difference(ours, theirs, patients=patients)
+    verdict = judge(paired)
+    statement = (
+        f"{verdict}, out of {len(delivered)} folds: dice of students minus labels only "
+        f"{format_estimate(paired, '+')} on {paired['n']} labeled scans of "
+        f"{paired['num_patients']} patients, each measured by models that had not seen it"
+    )
+    return {
+        **summarize(rows),
+        "folds": len(delivered),
+        "delivered": delivered,
+        "paired": paired,
+        "verdict": verdict,
+        "statement": statement,
+    }

@@ -270,8 +270,9 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
-        f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, {estimate['disk_mb'] / 1000:.2f} GB "
-        f"of disk ({free:.0f} GB free)\nrun folder: {folder}{warning}"
+        f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
+        f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
+        f"run folder: {folder}{warning}"
     )
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -6,10 +7,19 @@ import torch
 from torch import nn
 
 from medssl import objective as objective_module
-from medssl.config import IGNORE, list_methods, load_config
+from medssl.config import IGNORE, InputError, list_methods, load_config
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
-from medssl.objective import Patches, average, fit, load_objective, mix, shrink
+from medssl.networks.noise import sample_dropout
+from medssl.objective import (
+    Patches,
+    average,
+    draw_mirrorings,
+    fit,
+    load_objective,
+    mix,
+    shrink,
+)
 
 FULL = Path(__file__).with_name("full.yaml")
 
@@ -50,7 +60,9 @@ def configure(method=FULL, *overrides):
 def configure_voxelwise(method):
     """Return the settings of a preset without what a network of single voxels does not have."""
     views = [view for view in configure(method).views if view != "feature_noise"]
-    return configure(method, f"views={views}", "filter.uncertainty.source=none")
+    return configure(
+        method, f"views={views}", "filter.uncertainty.source=none", "teacher.probs=clean"
+    )
 
 
 def make_batch(config, seed=0, num_labeled=2, num_unlabeled=3, spec=None):
@@ -693,3 +705,105 @@ def test_without_offline_labels_the_potentials_follow_the_batches():
     before = objective.transport.log_v.clone()
     objective._assign(objective._teach(unlabeled["weak"]), unlabeled["weight"] > 0)
     assert not torch.equal(objective.transport.log_v, before)
+
+
+def sample_teacher(spec, *overrides, flips=(), seed=0):
+    """Return an objective with a sampled EMA teacher, a view, and what its passes say of it."""
+    config = configure("default", "network.dropout=0.5", *overrides)
+    torch.manual_seed(seed)
+    objective = load_objective(config.objective)(build_network(spec), config, NAMES, flips=flips)
+    weak = make_batch(config)[1]["weak"]
+    torch.manual_seed(1)
+    probs, doubt = objective._teach(weak, torch.Generator().manual_seed(2))
+    return objective.train(), weak, probs, doubt
+
+
+@pytest.fixture
+def dropout_spec(tiny_spec):
+    return tiny_spec.model_copy(update={"dropout": 0.5})
+
+
+def test_a_sampled_teacher_says_the_mean_of_its_passes(dropout_spec):
+    objective, weak, probs, doubt = sample_teacher(
+        dropout_spec, "filter.uncertainty.online_passes=3"
+    )
+    torch.manual_seed(1)
+    with sample_dropout(objective.teacher):
+        passes = torch.softmax(objective.teacher(torch.cat([weak] * 3)), dim=1).chunk(3)
+    mean = torch.stack(passes).mean(0)
+    assert torch.allclose(probs, mean, atol=1e-5)
+    assert not torch.allclose(passes[0], mean, atol=1e-3)
+    entropy = -(mean * mean.clamp(min=1e-12).log()).sum(1, keepdim=True)
+    assert torch.allclose(doubt, entropy, atol=1e-5)
+    assert not probs.requires_grad
+
+
+def test_a_pass_under_a_mirroring_is_brought_back(dropout_spec):
+    """A network of single voxels with dropout 0 would say the same under every mirroring."""
+
+    class Dropping(VoxelNetwork):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout3d(1e-6)
+
+        def forward(self, image):
+            return 4 * self.layer(self.dropout(image))
+
+    config = configure("default", "filter.uncertainty.online_passes=4")
+    torch.manual_seed(0)
+    student = Dropping()
+    objective = load_objective(config.objective)(student, config, NAMES, flips=(0, 2))
+    weak = make_batch(config)[1]["weak"]
+    with pytest.raises(InputError, match="are the same"):  # whatever the mirroring, voxel by voxel
+        objective._teach(weak, torch.Generator().manual_seed(2))
+
+
+def test_passes_are_mirrored_along_the_axes_that_may_be(dropout_spec):
+    generator = torch.Generator().manual_seed(0)
+    turns = draw_mirrorings(64, (0, 2), generator)
+    assert turns[0] == []
+    assert {axis for turn in turns for axis in turn} == {2, 4}
+    assert all(a != b for a, b in itertools.pairwise(turns))
+    assert draw_mirrorings(3, (), generator) == [[], [], []]
+    assert draw_mirrorings(3, (0,), generator) == [[], [2], []]
+    assert draw_mirrorings(3, (0,), None) == [[], [], []]
+
+
+def test_the_uncertainty_of_the_passes_refuses_voxels(dropout_spec):
+    config = configure("default", "network.dropout=0.5", "filter.threshold.name=none")
+    objective = make_objective(config, dropout_spec)
+    compute(objective, *make_batch(config), progress=0.0)
+    strict = objective.monitors["coverage"]
+    free = configure("default", "filter.threshold.name=none", "filter.uncertainty.start=null",
+                     "losses.consistency.voxels=all")  # fmt: skip
+    objective = make_objective(free, dropout_spec)
+    compute(objective, *make_batch(free), progress=0.0)
+    assert strict < objective.monitors["coverage"] == 1.0
+
+
+def test_a_kept_average_goes_on_from_the_teacher(tiny_spec):
+    for keeps in (True, False):
+        config = configure("default", "teacher.ema_decay=0.9")
+        objective = make_objective(config, tiny_spec)
+        before = [p.clone() for p in objective.predictor.parameters()]
+        if keeps:
+            objective.keep_average()
+        with torch.no_grad():
+            for parameter in objective.student.parameters():
+                parameter.add_(1.0)
+        objective.after_step()
+        moved = [
+            (now - old).abs().max().item()
+            for now, old in zip(objective.predictor.parameters(), before, strict=True)
+        ]
+        assert max(moved) == pytest.approx(0.1 if keeps else 1.0, rel=1e-4)
+
+
+def test_terms_without_a_weight_cost_no_pass_over_unlabeled_patches(tiny_spec, monkeypatch):
+    off = [f"losses.{term}.weight=0" for term in ("pseudo_label", "entropy", "consistency")]
+    config = configure("default", *off, "noise.mixing=none")
+    objective = make_objective(config, tiny_spec)
+    monkeypatch.setattr(objective, "_teach", None)
+    terms = compute(objective, *make_batch(config))
+    assert set(terms) == {"supervised"}
+    assert terms["supervised"].requires_grad

@@ -19,6 +19,7 @@ from medssl.pseudo.store import read_pseudo_label
 from medssl.runs import Journal, hash_file, read_json, write_json
 
 SMALL = [
+    "method=classic",
     "plan.patch_size=[16,16,16]",
     "network.depth=3",
     "plan.flips=[]",

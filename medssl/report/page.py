@@ -138,7 +138,7 @@ def _describe_verdict(run: RunFiles, sources: Sources, names: Names) -> dict[str
 
 def _place_interval(run: RunFiles) -> dict[str, Any] | None:
     """Return where the interval of the paired difference lies on a line of 100 units."""
-    paired = run.evaluation.get("paired") or {}
+    paired = run.paired
     difference, low, high = (number(paired.get(key)) for key in ("mean", "low", "high"))
     if difference is None or low is None or high is None or low == high:
         return None

@@ -67,6 +67,7 @@ class RunFiles:
     state: Mapping[str, Any]
     summary: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    cross_check: Mapping[str, Any]
     rows: tuple[Row, ...]
     rounds: tuple[RoundFiles, ...]
     classes: Mapping[int, str]
@@ -77,6 +78,11 @@ class RunFiles:
     def dice(self) -> dict[str, float]:
         """Mean Dice of the delivered model, by case_id."""
         return _take_dice(self.rows)
+
+    @property
+    def paired(self) -> Mapping[str, Any]:
+        """The paired difference to labels only: on the test cases, else out of fold, else empty."""
+        return self.evaluation.get("paired") or self.cross_check.get("paired") or {}
 
     @property
     def delivered(self) -> str:
@@ -130,6 +136,7 @@ def read_run(folder: Path) -> RunFiles:
         state=load("state.json"),
         summary=load("summary.json"),
         evaluation=evaluation,
+        cross_check=load("cross_check/summary.json"),
         rows=tuple(_read(folder / "evaluation/per_case.csv", read_table, list, [], damaged)),
         rounds=_read_rounds(folder, damaged),
         classes={int(key): str(name) for key, name in (model.get("labels") or {}).items()},

@@ -11,6 +11,8 @@ from medssl.metrics import MIN_CASES_FOR_VERDICT
 from medssl.report.read import RoundFiles, RunFiles, mean, number
 
 MISSING = "–"
+EVIDENCE = ""
+"""What the recipe gained in the project's own studies; docs/evidence.md has them in full."""
 
 _FILE = r"[^\s,;:'\"()]*\.(?:nii|gz|nrrd|mha|dcm|png|jpe?g|tiff?|csv|json|ya?ml|npy|db)\b"
 _PATH = re.compile(rf"(?:(?<=\s)|^|(?<=['\"(=]))(?:[~.]{{0,2}}[\\/]|[A-Za-z]:[\\/])\S+|{_FILE}")
@@ -169,14 +171,16 @@ def write_verdict(run: RunFiles, patients: str) -> VerdictText:
         run: The run.
         patients: What is known of the patients of the test cases, as a sentence.
     """
-    paired: Mapping[str, Any] = run.evaluation.get("paired") or {}
+    paired = run.paired
+    in_folds = not run.evaluation.get("paired")
     difference, n = number(paired.get("mean")), int(number(paired.get("n")) or 0)
     details = _list_caveats(run, patients if difference is not None else "")
     if difference is None:
         word, sentence = "Not measured", _say_why_not_measured(run)
         return VerdictText("not measured", word, sentence, tuple(details))
     low, high = number(paired.get("low")), number(paired.get("high"))
-    kind = str(run.evaluation.get("verdict") or "not measured")
+    measured = run.cross_check if in_folds else run.evaluation
+    kind = str(measured.get("verdict") or "not measured")
     if kind == "no gain" and high is not None and high < 0:
         kind = "loss"
     amount = f"{format_number(abs(difference))} Dice {'above' if difference >= 0 else 'below'}"
@@ -188,7 +192,14 @@ def write_verdict(run: RunFiles, patients: str) -> VerdictText:
         f"paired difference {format_number(difference, sign=True)}, 95 % interval {interval}, "
         f"on {count(n, 'test case')} that it was not trained on."
     )
-    if run.delivered == "round_0":
+    if in_folds:
+        sentence = (
+            f"Out of {measured.get('folds')} folds, models of the same recipe are {amount} labels "
+            f"only: paired difference {format_number(difference, sign=True)}, 95 % interval "
+            f"{interval}, on {count(n, 'labeled scan')}, each measured by models that had not seen "
+            "it or another scan of its patient. The delivered model has learned from all of them."
+        )
+    elif run.delivered == "round_0":
         sentence = (
             f"The delivered model is round 0 itself, trained on labels only: there is no gain "
             f"over it to measure ({count(n, 'test case')})."
@@ -211,8 +222,11 @@ def _say_why_not_measured(run: RunFiles) -> str:
         return "splits.json is missing, so nobody can say which cases the model has not seen."
     if num_test == 0:
         return (
-            "The run has no test cases, so no case says how good the model is on new scans. Train "
-            "with test=N, or evaluate it on labeled scans that are new to it."
+            "Not measured here: all labels were trained on, so no case says how good the model is "
+            f"on new scans.{EVIDENCE} For a figure of your own: `medssl evaluate` on labeled scans "
+            "that are new to it, a run with test=N, or the same command with `--cross-check 3`, "
+            "which trains three times more and measures every labeled scan by models that have "
+            "not seen it."
         )
     if not run.summary:
         return (

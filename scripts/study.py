@@ -118,35 +118,38 @@ def measure(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
 
 def run_arm(study: Study, draw: int, arm: str) -> None:
     """Run an arm of a draw, unless it stands in the CSV, and add its rows."""
-    if (str(draw), arm) in {(row["draw"], row["arm"]) for row in read_rows(study.csv)}:
+    if is_finished(study, draw, arm):
         return
     folder = study.work / f"draw_{draw}_{arm}"
     settings = [*study.settings, f"draw={draw}"]
     if arm == "all":
         settings = [s for s in settings if not s.startswith(("labeled=", "draw="))]
         settings += ["validation=0", "rounds=0", f"steps={study.plateau}"]
-        summary = finish(study.data, folder, settings)
-        add_rows(study.csv, draw, arm, folder / "evaluation", folder, summary)
+        add_rows(study.csv, draw, arm, folder, finish(study.data, folder, settings))
         return
     first = study.work / f"draw_{draw}_round_0"
-    finish(study.data, first, [*settings, "rounds=0"])
+    summary = finish(study.data, first, [*settings, "rounds=0"])
+    if not is_finished(study, draw, "round_0"):
+        add_rows(study.csv, draw, "round_0", first, summary)
     if arm == "round_0":
-        add_rows(
-            study.csv, draw, arm, first / "evaluation", first, read_json(first / "summary.json")
-        )
         return
-    whole = count_passes(study, [*settings])
     if arm == "labels":
-        steps = round(sum(whole) / read_record(first / "plan.json", Plan).batch)
+        whole = sum(count_passes(study, settings))
+        steps = round(whole / read_record(first / "plan.json", Plan).batch)
         summary = finish(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
         changes = OFF if arm == "shadow" else PARTS.get(arm, [])
         if arm in ("no_mc_dropout", "no_second_round"):
             changes = [*changes, stretch(study, settings, changes)]
         summary = finish(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
-    add_rows(study.csv, draw, arm, folder / "evaluation", folder, summary)
+    add_rows(study.csv, draw, arm, folder, summary)
     if arm == "recipe":
-        add_rows(study.csv, draw, "first_round", folder / "evaluation/round_1", folder, summary)
+        add_rows(study.csv, draw, "first_round", folder, summary, "evaluation/round_1")
+
+
+def is_finished(study: Study, draw: int, arm: str) -> bool:
+    """Return whether an arm of a draw stands in the CSV."""
+    return any((row["draw"], row["arm"]) == (str(draw), arm) for row in read_rows(study.csv))
 
 
 def read_plan(study: Study, settings: Sequence[str]) -> tuple[Config, Plan]:
@@ -190,9 +193,14 @@ def stretch(study: Study, settings: Sequence[str], changes: Sequence[str]) -> st
 
 
 def add_rows(
-    path: Path, draw: int, arm: str, evaluation: Path, folder: Path, summary: Mapping[str, Any]
+    path: Path,
+    draw: int,
+    arm: str,
+    folder: Path,
+    summary: Mapping[str, Any],
+    evaluation: str = "evaluation",
 ) -> None:
-    """Add the test cases of an arm to the CSV."""
+    """Add the test cases of an arm to the CSV, from the evaluation in its run folder."""
     about = {
         "draw": draw,
         "arm": arm,
@@ -202,7 +210,7 @@ def add_rows(
         "precision": read_record(folder / "plan.json", Plan).precision,
     }
     rows = []
-    for case in read_table(evaluation / "per_case.csv"):
+    for case in read_table(folder / evaluation / "per_case.csv"):
         dice = {k: v for k, v in case.items() if k == "dice" or k.startswith("dice/")}
         ids = {k: case[k] for k in ("case_id", "patient_id")}
         shown = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}

@@ -17,8 +17,10 @@ from scipy.stats import bootstrap
 
 from medssl import metrics
 from medssl.metrics import (
+    adjust_holm,
     bootstrap_mean,
     case_metrics,
+    draw_difference,
     judge,
     mean_dice,
     paired_difference,
@@ -466,3 +468,42 @@ def test_a_gain_needs_eight_cases_and_an_interval_above_zero() -> None:
     assert judge(paired_difference(better[:7], base[:7])) == "not measured"
     assert judge(paired_difference([None, *better[1:]], [None, *base[1:]])) == "not measured"
     assert judge(None) == "not measured"
+
+
+def test_a_difference_over_draws_is_the_mean_of_the_draws():
+    patients = ["a", "a", "b", "c"]
+    table = [[0.1, 0.3, 0.2, 0.0], [0.0, 0.2, 0.1, None]]
+    found = draw_difference(table, patients)
+    assert found["per_draw"] == pytest.approx([0.15, 0.1])
+    assert found["mean"] == pytest.approx(0.125)
+    assert found["low"] < 0.125 < found["high"]
+    # t with one degree of freedom, by hand: 12.706 * sd / sqrt(2), sd = 0.05 / sqrt(2)
+    assert found["t_low"] == pytest.approx(0.125 - 12.7062 * 0.025, abs=1e-4)
+    assert found["p"] == pytest.approx(0.1257, abs=1e-3)
+
+
+def test_one_draw_has_no_interval_over_draws():
+    found = draw_difference([[0.1, 0.2, 0.3]], ["a", "b", "c"])
+    assert (found["t_low"], found["t_high"], found["p"]) == (None, None, None)
+    assert found["low"] < found["high"]
+
+
+def test_draws_that_disagree_widen_the_interval_that_cases_alone_would_give():
+    patients = [f"p{i}" for i in range(20)]
+    rng = np.random.default_rng(0)
+    noise = 0.001 * rng.standard_normal((3, 20))
+    alike = draw_difference(list(0.05 + noise), patients)
+    apart = draw_difference(list(np.array([[0.0], [0.05], [0.1]]) + noise), patients)
+    assert alike["mean"] == pytest.approx(apart["mean"], abs=1e-3)
+    assert apart["high"] - apart["low"] > 10 * (alike["high"] - alike["low"])
+
+
+def test_draws_need_the_same_cases():
+    with pytest.raises(ValueError, match="for 2 cases"):
+        draw_difference([[0.1]], ["a", "b"])
+
+
+def test_holm_adjusts_in_order_and_never_falls():
+    assert adjust_holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjust_holm([0.9, 0.8]) == [1.0, 1.0]
+    assert adjust_holm([]) == []

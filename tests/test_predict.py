@@ -22,6 +22,7 @@ from medssl.predict import (
     predict_files,
     predict_probs,
     resolve_model,
+    sample_probs,
     save_model,
 )
 from medssl.pseudo.uncertainty import combine, find_limit
@@ -432,3 +433,56 @@ def test_files_that_make_no_scan_are_refused(tmp_path, names, num_channels, word
 def test_a_path_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.nii: no such file"):
         find_scans([tmp_path / "nothing.nii"], 1)
+
+
+class DroppingOracle(Oracle):
+    """An oracle with dropout that is active and hardly ever drops."""
+
+    def __init__(self, probability=1e-6):
+        super().__init__()
+        self.dropout = nn.Dropout3d(probability)
+
+    def forward(self, image):
+        return 8 * super().forward(self.dropout(image))
+
+
+def take_samples(network, image, passes=6, slice_axis=None, seed=0):
+    patch = image.shape[2:] if slice_axis is None else image.shape[2:4]
+    rng = np.random.default_rng(seed)
+    spacing = (1.0, 1.0, 4.0)
+    return list(
+        sample_probs([network], image, patch, "float32", passes, rng, spacing, (0,), slice_axis)
+    )
+
+
+@pytest.mark.parametrize("slice_axis", [None, 2])
+def test_passes_from_elsewhere_say_the_same_of_each_voxel(slice_axis):
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in (24, 24, 12)), indexing="ij")
+    image = torch.stack([(0.6 - sum(axis**2 for axis in axes).sqrt())])[None]
+    probs = take_samples(DroppingOracle(), image, slice_axis=slice_axis)
+    expected = torch.softmax(8 * torch.cat([-image, image], dim=1), dim=1)
+    assert torch.allclose(probs[0], expected, atol=1e-4)
+    for other in probs[1:]:
+        assert other.shape == expected.shape
+        assert torch.allclose(other.sum(1), torch.ones_like(other[:, 0]), atol=1e-4)
+        inner = (slice(None), slice(None), *[slice(4, -4)] * 2, slice(3, -3))
+        assert (other - expected)[inner].abs().max() < 0.1
+        assert not torch.allclose(other, expected, atol=1e-4)
+
+
+def test_what_a_pass_turned_out_of_the_scan_is_as_in_the_first_pass():
+    image = torch.zeros(1, 1, 24, 24, 24)
+    image[:, :, 0] = 1.0  # bright at a face, which every rotation moves out
+    first, *others = take_samples(DroppingOracle(), image)
+    corner = first[0, 1, 0, 0, 0]
+    assert all(abs(float(other[0, 1, 0, 0, 0] - corner)) < 0.3 for other in others)
+
+
+def test_passes_differ_by_their_dropout_and_repeat_with_their_seed():
+    image = torch.rand(1, 1, 8, 8, 8)
+    first, second = [], []
+    for found in (first, second):
+        torch.manual_seed(3)
+        found += take_samples(DroppingOracle(0.5), image, passes=8)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len({float(probs.sum()) for probs in (p[:, 1] for p in first)}) > 1

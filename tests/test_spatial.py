@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl.transforms.spatial import SpatialDraw, draw_spatial
+from medssl.transforms.spatial import SpatialDraw, draw_spatial, draw_turn, turn_volume
 
 SHAPE = (13, 11, 9)
 PATCH = (8, 8, 8)
@@ -169,3 +169,48 @@ def test_an_extra_follows_what_was_drawn():
         bent = (before[2, 2, 2] - before[1, 1, 1] - edges[0]).abs().max() > 1e-4
         turned = torch.tensor(turn, dtype=torch.float32) @ edges[0]
         assert bent or torch.allclose(edges[1], turned, atol=1e-4)
+
+
+def make_ball(shape=(24, 20, 16), center=(12, 10, 8), radius=5.0):
+    axes = torch.meshgrid(*(torch.arange(n).float() for n in shape), indexing="ij")
+    distance = sum((axis - c) ** 2 for axis, c in zip(axes, center, strict=True)).sqrt()
+    return (radius - distance).clamp(0, 1)[None, None]
+
+
+@pytest.mark.parametrize("slice_axis", [None, 0, 2])
+def test_a_turn_and_its_inverse_bring_a_volume_back(slice_axis):
+    volume = make_ball()
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        matrix = draw_turn(rng, (0,), slice_axis, (1.0, 1.0, 2.0))
+        turned = turn_volume(volume, matrix, "zeros")
+        back = turn_volume(turned, np.linalg.inv(matrix), "zeros")
+        assert (back - volume).abs().mean() < 0.02
+        assert (turned - volume).abs().max() > 0.05
+
+
+def test_a_turn_leaves_slices_where_they_are():
+    for seed in range(20):
+        matrix = draw_turn(np.random.default_rng(seed), (), 2, (1.0, 1.0, 5.0))
+        assert np.allclose(matrix[2], [0, 0, 1])
+        assert np.allclose(matrix[:, 2], [0, 0, 1])
+
+
+def test_a_turn_is_rigid_in_mm_up_to_its_scale_and_mirroring():
+    spacing = np.diag([1.0, 2.0, 3.0])
+    signs = set()
+    for seed in range(40):
+        matrix = draw_turn(np.random.default_rng(seed), (0,), None, (1.0, 2.0, 3.0))
+        rigid = spacing @ matrix @ np.linalg.inv(spacing)
+        product = rigid @ rigid.T
+        scale = product[0, 0]
+        assert np.allclose(product, scale * np.eye(3), atol=1e-9)
+        assert 1 / 1.1**2 - 1e-9 <= scale <= 1.1**2 + 1e-9
+        signs.add(np.sign(np.linalg.det(rigid)))
+    assert signs == {-1.0, 1.0}
+
+
+def test_a_mirroring_is_the_flip_of_the_volume():
+    volume = torch.rand(1, 2, 5, 6, 7)
+    matrix = np.diag([-1.0, 1.0, -1.0])
+    assert torch.allclose(turn_volume(volume, matrix, "zeros"), volume.flip(2, 4), atol=1e-5)

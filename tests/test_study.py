@@ -1,0 +1,118 @@
+"""What `scripts/study.py` does with its CSV; the trainings are stood in for."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from medssl.runs import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import study
+
+    return study
+
+
+@pytest.fixture
+def trained(study, monkeypatch, tiny_plan):
+    """The settings of every training that a study asks for; each gives Dice of its own."""
+    commands = []
+
+    def finish(data, folder, settings, options=()):
+        commands.append((folder.name, list(settings), list(options)))
+        write_json(folder / "plan.json", tiny_plan.model_dump(mode="json"))
+        write_json(folder / "provenance.json", {"revision": "0123456789abcdef"})
+        for place, dice in (("evaluation", 0.6), ("evaluation/round_1", 0.55)):
+            path = folder / place / "per_case.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bonus = 0.1 if "recipe" in folder.name else 0.0
+            rows = [f"c{i},p{i},{dice + bonus + 0.01 * i}" for i in range(3)]
+            path.write_text("\n".join(["case_id,patient_id,dice", *rows]) + "\n")
+        return {"total_steps": 10, "seconds": 90.0}
+
+    monkeypatch.setattr(study, "finish", finish)
+    return commands
+
+
+def make_study(study, tmp_path, *settings):
+    return study.Study("DATA", settings, tmp_path / "docs" / "s.csv", tmp_path / "work", 7000)
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_arm_of_the_csv_is_never_run_again_on_whatever_machine(study, trained, tmp_path):
+    first = make_study(study, tmp_path, "labeled=6")
+    study.run_arm(first, 0, "recipe")
+    count = len(trained)
+    study.run_arm(make_study(study, tmp_path, "labeled=6"), 0, "recipe")
+    elsewhere = study.Study("DATA", (), first.csv, tmp_path / "other", 7000)
+    study.run_arm(elsewhere, 0, "recipe")
+    assert len(trained) == count
+    study.run_arm(elsewhere, 1, "recipe")
+    assert len(trained) > count
+    rows = read(first.csv)
+    assert {(row["draw"], row["arm"]) for row in rows} == {
+        (draw, arm) for draw in "01" for arm in ("round_0", "recipe", "first_round")
+    }
+    assert len(rows) == 6 * 3
+
+
+def test_arms_of_a_draw_share_its_round_0(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    for arm in ("round_0", "shadow", "no_entropy"):
+        study.run_arm(run, 2, arm)
+    by_name = {name: (settings, options) for name, settings, options in trained}
+    assert by_name["draw_2_round_0"][0] == ["labeled=6", "draw=2", "rounds=0"]
+    for name in ("draw_2_shadow", "draw_2_no_entropy"):
+        assert by_name[name][1] == ["--round-0", str(tmp_path / "work" / "draw_2_round_0")]
+    assert "losses.pseudo_label.weight=0" in by_name["draw_2_shadow"][0]
+    assert by_name["draw_2_no_entropy"][0][-1] == "losses.entropy.weight=0"
+
+
+def test_labels_alone_have_as_many_passes_as_the_recipe(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "steps=[100,30]", "rounds=2")
+    study.run_arm(run, 0, "labels")
+    # by hand, of the tiny plan: 2 patches a step; a student's has 2 + 2 (1 + 2 passes / 3)
+    passes = 100 * 2 + 2 * 30 * (2 + 2 * (1 + 2 / 3))
+    assert trained[-1][1][-1] == f"steps={round(passes / 2)}"
+
+
+def test_what_a_part_saves_of_passes_goes_into_longer_students(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "steps=[100,30]")
+    for arm, longer in (("no_mc_dropout", "[100, 34, 34]"), ("no_second_round", "[100, 60]")):
+        study.run_arm(run, 0, arm)
+        assert trained[-1][1][-1] == f"steps={longer}"  # 30 (2 + 2 * 5 / 3) / (2 + 2 * 4 / 3)
+
+
+def test_all_labels_train_in_the_plateau(study, trained, tmp_path):
+    study.run_arm(make_study(study, tmp_path, "labeled=6", "test=60"), 0, "all")
+    assert trained[-1][1] == ["test=60", "validation=0", "rounds=0", "steps=7000"]
+
+
+def test_the_table_has_differences_over_draws(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    for draw in (0, 1):
+        for arm in ("labels", "recipe", "no_cutmix", "no_entropy"):
+            study.run_arm(run, draw, arm)
+    rows = {row["arm"]: row for row in study.tabulate(run.csv)}
+    assert list(rows) == [
+        *("round_0", "labels", "recipe", "first_round", "no_entropy", "no_cutmix")
+    ]
+    assert rows["recipe"]["dice"] == "0.7100"
+    assert rows["recipe"]["minus labels"].startswith("+0.1000 [+0.1000, +0.1000]")
+    assert rows["no_cutmix"]["minus recipe"].startswith("-0.1000")
+    assert rows["labels"]["minus labels"] == ""
+    assert study.pick_better(study.read_arms(run.csv)[0])[0] == "labels"
+
+
+def test_an_unknown_arm_is_named(study):
+    with pytest.raises(study.argparse.ArgumentTypeError, match="no arm; there are round_0"):
+        study.split_arms("labels,recipes")

@@ -27,6 +27,7 @@ SMALL = [
     "train.log_every=1",
     "tracking.uri=none",
     "steps=6",
+    "filter.uncertainty.passes=2",
 ]
 TERMS = ("pseudo_label", "entropy", "consistency")
 SETTINGS = [

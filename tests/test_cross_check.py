@@ -1,0 +1,86 @@
+import csv
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from medssl.cli import app
+from medssl.config import InputError
+from medssl.cross_check import deal_folds
+from medssl.data.cases import Case
+from medssl.data.phantoms import write_phantoms
+from medssl.report import write_report
+from medssl.runs import read_json
+
+QUICK = [
+    *("plan.patch_size=[16,16,16]", "network.depth=3", "network.width=0.5", "plan.flips=[]"),
+    *("train.batch=2", "steps=4", "rounds=1", "tracking.uri=none", "filter.uncertainty.passes=2"),
+    "filter.case.confidence=0",
+]
+
+
+def make_cases(patients):
+    return [Case(f"c{i}", (Path(f"c{i}.nii.gz"),), None, name) for i, name in enumerate(patients)]
+
+
+def test_each_patient_is_held_out_once_with_all_scans():
+    cases = make_cases(["a", "a", "b", "b", "c", "c", "d", "e"])
+    folds = deal_folds(cases, 3, 0)
+    dealt = [case_id for fold in folds for case_id in fold]
+    assert sorted(dealt) == sorted(case.case_id for case in cases)
+    patient = {case.case_id: case.patient_id for case in cases}
+    sides = [{patient[case_id] for case_id in fold} for fold in folds]
+    assert sum(map(len, sides)) == 5
+    assert max(map(len, sides)) - min(map(len, sides)) <= 1
+    assert folds == deal_folds(cases[::-1], 3, 0)
+    assert folds != deal_folds(cases, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("patients", "count", "words"),
+    [("aab", 3, "give 2 to 2 folds"), ("abc", 1, "give 2 to 3 folds"), ("aa", 2, "there is one")],
+)
+def test_folds_that_cannot_be_dealt_are_refused(patients, count, words):
+    with pytest.raises(InputError, match=words):
+        deal_folds(make_cases(patients), count, 0)
+
+
+@pytest.mark.slow
+def test_every_labeled_scan_is_measured_by_models_that_have_not_seen_it(tmp_path):
+    data = tmp_path / "data"
+    write_phantoms(data, num_labeled=3, num_unlabeled=2, num_test=0, shape=(24, 24, 24))
+    run = tmp_path / "runs" / "first"
+    command = ["train", str(data), *QUICK, "--run", str(run), "--cross-check", "3"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code in (0, 3), result.output
+    assert "with 3 folds" in result.output
+    labeled = set(read_json(run / "splits.json")["labeled"])
+    held_out = []
+    for number in (1, 2, 3):
+        fold = run / "cross_check" / f"fold_{number}"
+        splits = read_json(fold / "splits.json")
+        assert not set(splits["test"]) & {*splits["labeled"], *splits["unlabeled"]}
+        assert set(splits["test"]) | set(splits["labeled"]) == labeled
+        held_out += splits["test"]
+    assert sorted(held_out) == sorted(labeled)
+    with (run / "cross_check" / "per_case.csv").open(newline="") as file:
+        assert {row["case_id"] for row in csv.DictReader(file)} == labeled
+    summary = read_json(run / "cross_check" / "summary.json")
+    assert summary["folds"] == 3
+    assert summary["verdict"] == "not measured"  # three patients are too few to call it a gain
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Out of 3 folds" in page
+    before = (run / "cross_check" / "fold_2" / "metrics.jsonl").read_bytes()
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == result.exit_code
+    assert (run / "cross_check" / "fold_2" / "metrics.jsonl").read_bytes() == before
+
+
+def test_too_many_folds_are_refused_before_anything_is_trained(tmp_path):
+    data = tmp_path / "data"
+    write_phantoms(data, num_labeled=2, num_unlabeled=1, num_test=0, shape=(24, 24, 24))
+    command = ["train", str(data), *QUICK, "--run", str(tmp_path / "run"), "--cross-check", "3"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, InputError)
+    assert "give 2 to 2 folds" in str(result.exception)
+    assert not (tmp_path / "run").exists()

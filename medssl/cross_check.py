@@ -113,29 +113,41 @@ def cross_check(
         delivered.append(str(read_json(folder / "summary.json")["delivered"]))
         rows += read_table(folder / "evaluation" / "per_case.csv")
         before += read_table(folder / "evaluation" / "round_0" / "per_case.csv")
-    summary = _compare(rows, before, delivered)
+    summary = summarize_folds(rows, before, delivered)
     write_tables(run_dir / FOLDER, rows, summary)
     return summary
 
 
-def _compare(rows: Sequence[Row], before: Sequence[Row], delivered: list[str]) -> dict[str, Any]:
-    """Return the summary of all folds together."""
+def summarize_folds(
+    rows: Sequence[Row], before: Sequence[Row], delivered: Sequence[str]
+) -> dict[str, Any]:
+    """Return the summary of all folds together.
+
+    Args:
+        rows: Of the delivered models, one a labeled case.
+        before: Of round 0 of the same folds, in the same order.
+        delivered: The round that each fold delivered.
+    """
     ours, theirs = (
         [None if row["dice"] is None else float(row["dice"]) for row in table]
         for table in (rows, before)
     )
     patients = [str(row["patient_id"]) for row in rows]
     paired = paired_difference(ours, theirs, patients=patients)
-    verdict = judge(paired)
+    students = sum(name != "round_0" for name in delivered)
+    verdict = judge(paired) if students else "not measured"
+    summary = summarize(rows)
+    measured = f"dice {format_estimate(summary['dice'])} on {paired['n']} labeled scans of "
+    measured += f"{paired['num_patients']} patients, each measured by models that had not seen it"
+    gain = f"minus labels only {format_estimate(paired, '+')}"
     statement = (
-        f"{verdict}, out of {len(delivered)} folds: dice of students minus labels only "
-        f"{format_estimate(paired, '+')} on {paired['n']} labeled scans of "
-        f"{paired['num_patients']} patients, each measured by models that had not seen it"
+        f"{verdict}: {students} of {len(delivered)} folds delivered a student; "
+        f"{measured}{f'; {gain}' if students else ''}"
     )
     return {
-        **summarize(rows),
+        **summary,
         "folds": len(delivered),
-        "delivered": delivered,
+        "delivered": list(delivered),
         "paired": paired,
         "verdict": verdict,
         "statement": statement,

@@ -1,7 +1,7 @@
 """What the recipe gains over labels alone, and what each part of it is worth, over draws.
 
-    python scripts/study.py run DATA --csv docs/acdc_3.csv --draws 0,1,2 labeled=6 test=60
-    python scripts/study.py table --csv docs/acdc_3.csv
+    python scripts/study.py DATA --csv docs/acdc_3.csv --draws 0,1,2 labeled=6 test=60
+    python scripts/study.py DATA --csv docs/acdc_3.csv --table
 
 For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
 that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
@@ -365,20 +365,15 @@ def split_arms(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Run the arms of all draws, or print the table of a CSV."""
-    if sys.argv[1:2] == ["table"]:
-        parser = argparse.ArgumentParser(description="The table of a study's CSV.")
-        parser.add_argument("--csv", type=Path, required=True)
-        print(to_markdown(tabulate(parser.parse_args(sys.argv[2:]).csv)))
-        return
+    """Run the arms of all draws, and print the table of the CSV."""
     parser = make_parser(__doc__ or "", "runs/study", "0,1,2")
     parser.add_argument("--csv", type=Path, required=True, help="rows of the finished arms")
     parser.add_argument("--arms", type=split_arms, default=list(ARMS[:4]))
     parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
-    given = sys.argv[2:] if sys.argv[1:2] == ["run"] else sys.argv[1:]
-    options = parser.parse_intermixed_args(given)
+    parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    options = parser.parse_intermixed_args()
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
-    for draw in options.draws:
+    for draw in [] if options.table else options.draws:
         for arm in options.arms:
             run_arm(study, draw, arm)
     print(to_markdown(tabulate(study.csv)))

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from medssl.cli import app
 from medssl.config import InputError
-from medssl.cross_check import deal_folds
+from medssl.cross_check import deal_folds, summarize_folds
 from medssl.data.cases import Case
 from medssl.data.phantoms import write_phantoms
 from medssl.report import write_report
@@ -69,7 +69,8 @@ def test_every_labeled_scan_is_measured_by_models_that_have_not_seen_it(tmp_path
     assert summary["folds"] == 3
     assert summary["verdict"] == "not measured"  # three patients are too few to call it a gain
     page = write_report(run).read_text(encoding="utf-8")
-    assert "Out of 3 folds" in page
+    students = sum(name != "round_0" for name in summary["delivered"])
+    assert ("Out of 3 folds" if students else "None of 3 folds delivered a student") in page
     before = (run / "cross_check" / "fold_2" / "metrics.jsonl").read_bytes()
     again = CliRunner().invoke(app, command)
     assert again.exit_code == result.exit_code
@@ -84,3 +85,23 @@ def test_too_many_folds_are_refused_before_anything_is_trained(tmp_path):
     assert isinstance(result.exception, InputError)
     assert "give 2 to 2 folds" in str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+def make_rows(dice):
+    return [
+        {"case_id": f"c{i}", "patient_id": f"p{i}", "dice/organ": value, "reference_ml/organ": 1.0,
+         "volume_ml/organ": 1.0, "hd95_mm/organ": 1.0, "surface_dice/organ": 1.0,
+         "missed/organ": 0, "dice": value}
+        for i, value in enumerate(dice)
+    ]  # fmt: skip
+
+
+def test_the_gain_out_of_fold_is_paired_and_needs_students():
+    before, after = [0.5 + 0.01 * i for i in range(9)], [0.6 + 0.012 * i for i in range(9)]
+    found = summarize_folds(make_rows(after), make_rows(before), ["round_2"] * 3)
+    assert found["paired"]["mean"] == pytest.approx(0.108)
+    assert found["verdict"] == "gain"
+    assert "3 of 3 folds delivered a student" in found["statement"]
+    none = summarize_folds(make_rows(before), make_rows(before), ["round_0"] * 3)
+    assert none["verdict"] == "not measured"
+    assert "minus labels only" not in none["statement"]

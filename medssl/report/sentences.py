@@ -174,10 +174,11 @@ def write_verdict(run: RunFiles, patients: str) -> VerdictText:
     paired = run.paired
     in_folds = not run.evaluation.get("paired")
     difference, n = number(paired.get("mean")), int(number(paired.get("n")) or 0)
-    details = _list_caveats(run, patients if difference is not None else "")
+    details = _list_caveats(run, "" if difference is None or in_folds else patients)
     if difference is None:
-        word, sentence = "Not measured", _say_why_not_measured(run)
-        return VerdictText("not measured", word, sentence, tuple(details))
+        is_open = run.splits and not run.list_part("test") and not run.evaluation
+        word = "Not measured here" if is_open else "Not measured"
+        return VerdictText("not measured", word, _say_why_not_measured(run), tuple(details))
     low, high = number(paired.get("low")), number(paired.get("high"))
     measured = run.cross_check if in_folds else run.evaluation
     kind = str(measured.get("verdict") or "not measured")
@@ -193,12 +194,7 @@ def write_verdict(run: RunFiles, patients: str) -> VerdictText:
         f"on {count(n, 'test case')} that it was not trained on."
     )
     if in_folds:
-        sentence = (
-            f"Out of {measured.get('folds')} folds, models of the same recipe are {amount} labels "
-            f"only: paired difference {format_number(difference, sign=True)}, 95 % interval "
-            f"{interval}, on {count(n, 'labeled scan')}, each measured by models that had not seen "
-            "it or another scan of its patient. The delivered model has learned from all of them."
-        )
+        sentence = _describe_folds(measured, f"{amount} labels only", interval)
     elif run.delivered == "round_0":
         sentence = (
             f"The delivered model is round 0 itself, trained on labels only: there is no gain "
@@ -213,6 +209,30 @@ def write_verdict(run: RunFiles, patients: str) -> VerdictText:
     return VerdictText(kind, words.get(kind, "Not measured"), sentence, tuple(details))
 
 
+def _describe_folds(check: Mapping[str, Any], gain: str, interval: str) -> str:
+    """Return what the folds of the labeled scans say of the recipe."""
+    delivered = [str(name) for name in check.get("delivered") or ()]
+    students = sum(name != "round_0" for name in delivered)
+    paired, dice = check.get("paired") or {}, check.get("dice") or {}
+    quality = (
+        f"{format_number(dice.get('mean'))} Dice ({format_number(dice.get('low'))} to "
+        f"{format_number(dice.get('high'))})"
+    )
+    scans = count(int(number(paired.get("n")) or 0), "labeled scan")
+    how = f"on {scans}, each measured by models that had not seen it or another of its patient"
+    if not students:
+        return (
+            f"None of {count(len(delivered), 'fold')} delivered a student: labels only have "
+            f"{quality} {how}."
+        )
+    rest = "" if students == len(delivered) else f" ({students} of them delivered a student)"
+    return (
+        f"Out of {count(len(delivered), 'fold')}{rest}, models of the same recipe have {quality} "
+        f"and are {gain}: paired difference {format_number(paired.get('mean'), sign=True)}, 95 % "
+        f"interval {interval}, {how}. The delivered model has learned from all of them."
+    )
+
+
 def _say_why_not_measured(run: RunFiles) -> str:
     """Return why there is no paired difference."""
     num_test = len(run.list_part("test"))
@@ -222,8 +242,8 @@ def _say_why_not_measured(run: RunFiles) -> str:
         return "splits.json is missing, so nobody can say which cases the model has not seen."
     if num_test == 0:
         return (
-            "Not measured here: all labels were trained on, so no case says how good the model is "
-            f"on new scans.{EVIDENCE} For a figure of your own: `medssl evaluate` on labeled scans "
+            "All labels were trained on, so no case says how good the model is on new scans."
+            f"{EVIDENCE} For a figure of your own: `medssl evaluate` on labeled scans "
             "that are new to it, a run with test=N, or the same command with `--cross-check 3`, "
             "which trains three times more and measures every labeled scan by models that have "
             "not seen it."

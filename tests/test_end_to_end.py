@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 SETTINGS = [
     "labeled=3",
     "test=3",
-    "steps=120",
+    "steps=[120,20]",
+    "network.width=0.5",
     "rounds=2",
     "plan.patch_size=[24,24,24]",
     "train.checkpoint_every=15",
@@ -256,8 +257,10 @@ def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
         for name in ("noise_0", "noise_1", "anatomy_0", "anatomy_1"):
             csv.writer(file).writerow([name, f"images/{name}.nii.gz", ""])
     run = folder / "runs" / "mixed"
-    settings = [*SETTINGS, "rounds=0", "filter.case.confidence=0.57"]  # after 120 steps
-    medssl("train", scans, *settings, "--run", run)
+    one = ("method=classic", "rounds=1", "steps=[120,1]", "network.width=1.0")
+    settings = [*SETTINGS, *one, "filter.case.confidence=0.57"]  # after 120 steps
+    result = subprocess.run([*RUN, "train", scans, *settings, "--run", run], check=False)
+    assert result.returncode in (0, 3)
     with (run / "round_0" / "review.csv").open(newline="") as file:
         return {row["case_id"]: row for row in csv.DictReader(file)}
 

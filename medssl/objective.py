@@ -350,7 +350,11 @@ class Objective(nn.Module):
             risen = ramp_value("sigmoid", progress, 0.0, 1.0)
             limit = find_limit(self.config.filter.uncertainty, self.num_classes, risen)
             sure = valid & (doubt < limit)
-        accepted = self.thresholds.accept(q) & sure
+        confident = self.thresholds.accept(q)
+        accepted = confident & sure
+        if doubt is not None:  # what the uncertainty alone takes away
+            refused = (confident & valid & ~sure).sum() / valid.sum().clamp(min=1)
+            self.monitors["refused_by_uncertainty"] = float(refused)
         classes = q.argmax(1, keepdim=True)
         self.monitors |= measure_coverage(accepted, classes, valid, self.class_names)
         for name, threshold in zip(

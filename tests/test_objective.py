@@ -774,6 +774,7 @@ def test_the_uncertainty_of_the_passes_refuses_voxels(dropout_spec):
     objective = make_objective(config, dropout_spec)
     compute(objective, *make_batch(config), progress=0.0)
     strict = objective.monitors["coverage"]
+    assert objective.monitors["refused_by_uncertainty"] == pytest.approx(1 - strict)
     free = configure("default", "filter.threshold.name=none", "filter.uncertainty.start=null",
                      "losses.consistency.voxels=all")  # fmt: skip
     objective = make_objective(free, dropout_spec)

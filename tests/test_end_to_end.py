@@ -121,6 +121,22 @@ def test_evaluation_measures_the_own_test_cases_and_states_that_they_are_few(
     assert "not measured" in (finished / "report.html").read_text()
 
 
+def test_one_round_is_measured_on_the_test_cases_of_its_run(finished: Path) -> None:
+    medssl("evaluate", finished)
+    tables = {path: path.read_bytes() for path in finished.glob("evaluation/**/per_case.csv")}
+    (finished / "evaluation" / "round_1" / "per_case.csv").unlink()
+    assert "3 cases" in medssl("evaluate", finished, "--round", "1")
+    assert "3 cases" in medssl("evaluate", finished / "round_0")
+    assert {p: p.read_bytes() for p in finished.glob("evaluation/**/per_case.csv")} == tables
+    assert all(
+        f"round_{r}: 3 cases" in medssl("evaluate", finished, "--round", "all") for r in "02"
+    )
+    assert "done are: 0, 1, 2" in medssl("evaluate", finished, "--round", "7", code=2)
+    assert "give a number" in medssl("evaluate", finished, "--round", "last", code=2)
+    given = (finished, finished, "--round", "1", "--out", finished.parent / "x")
+    assert f"{finished}/round_1" in medssl("evaluate", *given, code=2)
+
+
 def test_a_dry_run_plans_anew_whatever_lies_in_the_run_folder(data: Path, finished: Path) -> None:
     before = (finished / "plan.json").read_bytes()
     given = ("labeled=3", "test=3", "plan.patch_size=[16,24,16]", "steps=7", "network.depth=3")

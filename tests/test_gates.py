@@ -269,3 +269,10 @@ def test_the_chain_from_a_dead_network_to_a_perfect_agreement_is_cut():
     gate = judge(dead, dead)
     assert not gate.passed
     assert "empty" in gate.reasons[0]
+
+
+@pytest.mark.parametrize(("dice", "passes"), [(None, True), (0.9, True), (0.2, False)])
+def test_a_model_that_its_own_student_contradicts_fails(dice, passes):
+    gate = judge_model([review()], EXPECTATION, NAMES, dice)
+    assert gate.passed == passes
+    assert passes or "0.20 of student and average" in gate.reasons[0]

@@ -128,6 +128,33 @@ def test_every_preset_trains_its_rounds_labels_and_delivers(start, method):
         assert read_json(folder / f"round_{index}" / "model" / "done.json")["num_kept"] > 0
 
 
+def test_no_scan_is_labeled_where_nobody_reads_it(start):
+    folder = start("rounds=0")
+    assert not (folder / "round_0" / "pseudo_labels").exists()
+    gate = read_json(folder / "round_0" / "done.json")["gate"]
+    assert gate == {"passed": True, "reasons": ["not judged: no student learns from it"]}
+    assert read_json(folder / "summary.json")["delivered"] == "round_0"
+
+
+def test_an_online_teacher_labels_all_scans_in_full_at_the_end_only(start, monkeypatch):
+    passes = []
+    real = teachers.sample_probs
+
+    def count(networks, image, patch_size, precision, number, *others):
+        passes.append(number)
+        return real(networks, image, patch_size, precision, number, *others)
+
+    monkeypatch.setattr(teachers, "sample_probs", count)
+    folder = start("method=default", "rounds=2", settings=SMALL)
+    assert passes == [2] * 4  # the four unlabeled scans, once
+    for index in range(3):
+        assert len(read_rows(folder / f"round_{index}")) == 4
+        done = read_json(folder / f"round_{index}" / "model" / "done.json")
+        assert (0 <= done["agreement_with_average"] <= 1) if index else True
+    final = read_json(folder / "round_2" / "done.json")["final"]
+    assert final["monitors/agreement_with_average"] == done["agreement_with_average"]
+
+
 def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     folder = start("teacher.ensemble=2", "filter.uncertainty={source: ensemble}")
     second = folder / "round_0" / "models" / "1"

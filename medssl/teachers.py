@@ -93,9 +93,8 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
 
 def _name_way(run: Run, index: int) -> list[str]:
     """Return what tells apart pseudo-labels that are made in other ways than in 0.1.0."""
-    return [run.config.teacher.probs] * (run.config.teacher.probs != "clean") + [
-        "one pass"
-    ] * is_glance(run.config, index, run.num_rounds)
+    ways = ["one pass"] if is_glance(run.config, index, run.num_rounds) else []
+    return ways if run.config.teacher.probs == "clean" else [*ways, run.config.teacher.probs]
 
 
 def _label_case(

@@ -315,8 +315,10 @@ def draw_difference(
         draws = rng.integers(len(table), size=len(table))
         drawn = rng.integers(len(names), size=len(names))
         count = counts[draws][:, drawn].sum(1)
-        means[number] = (sums[draws][:, drawn].sum(1) / count).mean()
-    low, high = np.percentile(means, (2.5, 97.5))
+        total = sums[draws][:, drawn].sum(1)
+        has_some = count > 0  # not where only patients without a value were drawn
+        means[number] = (total[has_some] / count[has_some]).mean() if has_some.any() else np.nan
+    low, high = np.nanpercentile(means, (2.5, 97.5))
     result: DrawDifference = {
         "mean": float(np.mean(per_draw)),
         "low": float(low),

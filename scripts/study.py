@@ -306,7 +306,7 @@ def mean_of(cases: Mapping[str, float]) -> float:
 
 
 def tabulate(path: Path) -> list[dict[str, Any]]:
-    """Return one row per arm: Dice, and differences to labels alone, the shadow and the recipe."""
+    """Return one row per arm: Dice, and differences to round 0, the controls and the recipe."""
     arms, patients = read_arms(path)
     rows = []
     parts = []
@@ -319,7 +319,7 @@ def tabulate(path: Path) -> list[dict[str, Any]]:
             "dice": f"{sum(means.values()) / len(means):.4f}",
             "per draw": ", ".join(f"{value:.3f}" for value in means.values()),
         }
-        for other in ("labels", "shadow", "recipe"):
+        for other in ("round_0", "labels", "shadow", "recipe"):
             found = compare_arms(arm, arms.get(other, {}), patients) if name != other else None
             row[f"minus {other}"] = "" if found is None else show(found[0])
             if found and other == "recipe" and name in PARTS and found[0]["p"] is not None:

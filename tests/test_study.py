@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from medssl.report.sentences import EVIDENCE
 from medssl.runs import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,3 +117,17 @@ def test_the_table_has_differences_over_draws(study, trained, tmp_path):
 def test_an_unknown_arm_is_named(study):
     with pytest.raises(study.argparse.ArgumentTypeError, match="no arm; there are round_0"):
         study.split_arms("labels,recipes")
+
+
+def test_the_report_says_what_the_committed_study_found(study):
+    arms, patients = study.read_arms(ROOT / "docs" / "acdc_3.csv")
+    before, after = arms["round_0"], arms["first_round"]
+    found, draws = study.compare_arms(after, before, patients)
+    assert draws == 1
+    means = (study.mean_of(arm[0]) for arm in (before, after))
+    said = "from {:.3f} to {:.3f} Dice".format(*means)
+    interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    assert f"{said}, {interval}" in EVIDENCE
+    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    for row in study.tabulate(ROOT / "docs" / "acdc_3.csv"):
+        assert f"| {row['arm']} | {row['draws']} | {row['dice']} |" in text

@@ -120,14 +120,14 @@ class NetworkSection(Section):
     """The network: ``width`` scales the channels, ``depth`` counts the resolution levels.
 
     A list of widths has one entry per round, round 0 first: students larger than their teachers.
-    ``auto`` is dynunet, but in 2D unet where an encoder other than resnet18 or ``pretrained`` is
-    asked for. All but dynunet are of segmentation-models-pytorch: in 2D, with an ``encoder``, which
+    ``auto`` is dynunet, but in 2D unet where an ``encoder`` or ``pretrained`` is asked for. All but
+    dynunet are of segmentation-models-pytorch: in 2D, with an encoder (``auto`` is resnet18), which
     ``pretrained`` starts from weights of ImageNet (a download), of six levels and without
     ``deep_supervision``.
     """
 
     name: Auto | Literal["dynunet"] | PlaneNetwork = "auto"
-    encoder: str = "resnet18"
+    encoder: str = "auto"
     pretrained: bool = False
     width: Width | Annotated[tuple[Width, ...], Field(min_length=1)] = 1.0
     depth: Auto | Annotated[int, Field(ge=3, le=7)] = "auto"
@@ -909,7 +909,11 @@ _ADDED = {
 }
 """Settings that 0.1.0 did not have, with the values that mean what it did: its runs go on."""
 
-_RENAMED = {("method", "classic"): "default", ("validation", "fifth"): "auto"}
+_RENAMED = {
+    ("method", "classic"): "default",
+    ("validation", "fifth"): "auto",
+    ("network.encoder", "auto"): "resnet18",
+}
 """What stands for a value of 0.1.0 now, and that value."""
 
 

@@ -50,6 +50,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
+DEFAULT_ENCODER = "resnet18"
 CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
@@ -370,11 +371,16 @@ def _choose_network(
     dimension = shapes.shape[1]
     name = config.network.name
     if name == "auto":
-        wants_encoder = config.network.pretrained or config.network.encoder != "resnet18"
+        wants_encoder = config.network.pretrained or config.network.encoder != "auto"
         name = "unet" if dimension == 2 and wants_encoder else "dynunet"
     if name != "dynunet":
         patch_size = _choose_encoder_patch(config, shapes, on_gpu, reasons)
         return patch_size, _choose_encoder(config, name, counts, has_students, reasons)
+    if config.network.encoder != "auto":
+        raise InputError(
+            f"network.encoder={config.network.encoder}: a DynUNet, the network in 3D, has no other "
+            "encoder than its own; leave it out, or in 2D take network.name=unet"
+        )
     if config.network.pretrained:
         raise InputError(
             "network.pretrained=true: a DynUNet has no encoder with weights of ImageNet; in 2D "
@@ -403,6 +409,7 @@ def _choose_encoder(
 ) -> NetworkSpec:
     """Return a network of segmentation-models-pytorch, built once so that mistakes come first."""
     section = config.network
+    encoder = DEFAULT_ENCODER if section.encoder == "auto" else section.encoder
     if at_round(section.width, 0) != 1.0 or section.depth not in (
         "auto",
         ENCODER_FACTOR.bit_length(),
@@ -417,7 +424,7 @@ def _choose_encoder(
         in_channels=counts[0],
         num_classes=counts[1],
         dropout=section.dropout,
-        encoder=section.encoder,
+        encoder=encoder,
         pretrained=section.pretrained,
     )
     noisy = has_students and config.train.rounds > 0
@@ -428,7 +435,7 @@ def _choose_encoder(
         reasons.append(f"students as large as their teacher: {name} has the width of its encoder")
     norm = "batch norm, from weights of ImageNet" if section.pretrained else "instance norm"
     reasons.append(
-        f"network {name} with encoder {section.encoder}, {norm}, channel dropout {section.dropout}"
+        f"network {name} with encoder {encoder}, {norm}, channel dropout {section.dropout}"
     )
     return spec
 

@@ -276,10 +276,13 @@ def scans(tmp_path):
 
 
 def test_pictures_are_planned_in_2d_with_their_own_pixels(scans):
-    plan = scans.add((300, 200, 1)).add((200, 300, 1), labeled=False).plan()
+    scans.add((300, 200, 1)).add((200, 300, 1), labeled=False)
+    assert scans.plan().network.name == "dynunet"
+    plan = scans.plan("network.encoder=resnet18")
     assert (plan.dimension, plan.slice_axis, plan.has_spacing) == (2, 2, False)
     assert plan.preprocessing.spacing == (1.0, 1.0, None)
     assert plan.network.name == "unet"
+    assert scans.plan("network.name=unet").network == plan.network
     assert all(n % 32 == 0 and n >= 64 for n in plan.patch_size)
     assert plan.flips == (1,)
     assert plan.batch >= 2
@@ -328,21 +331,24 @@ def test_settings_that_do_not_fit_an_encoder_are_refused(scans):
         ("plan.flips=[2]", "in their plane only"),
     ):
         with pytest.raises(InputError, match=words):
-            scans.plan(f"method={FULL}", setting)
+            scans.plan(f"method={FULL}", "network.name=unet", setting)
+    with pytest.raises(InputError, match=r"network\.encoder=resnet18: a DynUNet"):
+        scans.plan("network.name=dynunet", "network.encoder=resnet18")
     for setting in ("rounds=0", "noise.stochastic_depth=1.0"):
         plan = scans.plan(f"method={FULL}", "network.encoder=vgg11", setting)
         assert plan.network.encoder == "vgg11"
 
 
 def test_a_plan_in_2d_comes_back_from_its_file_and_resolves(scans, tmp_path):
-    plan = scans.add((100, 100, 1)).plan()
+    plan = scans.add((100, 100, 1)).plan("network.name=unet")
     write_json(tmp_path / "plan.json", plan.model_dump(mode="json"))
     assert Plan.model_validate(read_json(tmp_path / "plan.json")) == plan
     resolved = load_config(plan=resolve(plan)).config
     assert (resolved.plan.dimension, resolved.network.name) == (2, "unet")
     assert resolved.plan.patch_size == plan.patch_size
     given = [f"plan.{k}={list(getattr(resolved.plan, k))}" for k in ("patch_size", "spacing")]
-    assert scans.plan(*given, f"network.depth={resolved.network.depth}").network == plan.network
+    given += ["network.name=unet", f"network.depth={resolved.network.depth}"]
+    assert scans.plan(*given).network == plan.network
 
 
 # prediction and evaluation

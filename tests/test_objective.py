@@ -567,10 +567,11 @@ def test_doubt_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_limit(t
     config = configure("uamt", "noise.mixing=none", "filter.uncertainty.start=0.0")
     objective = make_objective(config, tiny_spec)
     _, unlabeled = make_batch(config)
-    doubt = objective._measure_doubt(unlabeled)
+    doubt = objective._measure_doubt(unlabeled, None)
     assert doubt.shape == unlabeled["weight"].shape
     assert 0 < doubt.min() < doubt.max() <= math.log(3) + 1e-6
-    q = objective._teach(unlabeled["weak"])
+    q, passes = objective._teach(unlabeled["weak"], torch.Generator())
+    assert passes is None
     valid = torch.ones_like(doubt, dtype=torch.bool)
     for progress in (0.0, 0.5, 1.0):
         limit = math.log(3) * math.exp(-5 * (1 - progress) ** 2)
@@ -703,7 +704,8 @@ def test_without_offline_labels_the_potentials_follow_the_batches():
     objective = make_objective(config, None, student=VoxelNetwork())
     _, unlabeled = make_batch(config)
     before = objective.transport.log_v.clone()
-    objective._assign(objective._teach(unlabeled["weak"]), unlabeled["weight"] > 0)
+    probs, _ = objective._teach(unlabeled["weak"], torch.Generator())
+    objective._assign(probs, unlabeled["weight"] > 0)
     assert not torch.equal(objective.transport.log_v, before)
 
 

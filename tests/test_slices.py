@@ -533,10 +533,10 @@ def test_two_micrographs_teach_a_student(tmp_path):
         for path in sorted((source / part).iterdir())[:count]:
             shutil.copy(path, data / part)
     steps = ("steps=[60,20]", "rounds=1", "train.batch=2", "plan.patch_size=[160,160]", "test=2")
-    quick = ("filter.uncertainty.source=none", "plan.flips=[]", "tracking.uri=none", "device=cpu")
+    quick = ("filter.uncertainty.passes=2", "plan.flips=[]", "tracking.uri=none", "device=cpu")
     assert run("train", config, f"data.root={data}", *steps, *quick, "--run", folder) == 0
     plan, summary = read_json(folder / "plan.json"), read_json(folder / "summary.json")
-    assert (plan["slice_axis"], plan["network"]["encoder"]) == (2, "resnet18")
+    assert (plan["slice_axis"], plan["network"]["name"]) == (2, "dynunet")
     assert (summary["labeled_cases"], summary["unlabeled_cases"]) == (2, 2)
     assert summary["delivered"] == "round_1"
     assert run("evaluate", folder, "--device", "cpu") == 0

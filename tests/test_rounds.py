@@ -225,11 +225,12 @@ def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeyp
     monkeypatch.setattr(teachers, "predict_probs", lambda network, *_: earlier[network])
     shape = {"patch_size": (5, 1, 1), "precision": "float32", "slice_axis": None, "flips": ()}
     plan = SimpleNamespace(**shape, num_classes=3, device="cpu")
-    config = load_config(overrides=["filter.uncertainty.source=none"]).config
+    settings = ["method=classic", "filter.uncertainty.source=none"]
+    config = load_config(overrides=settings).config
     case = SimpleNamespace(case_id="a", image=lambda: np.zeros((1, 5, 1, 1), np.float32))
     models = [SimpleNamespace(network=name) for name in ("last", *earlier)]
-    run = SimpleNamespace(plan=plan, config=config)
-    found = teachers._label_case(run, models[:1], models[1:], case)
+    run = SimpleNamespace(plan=plan, config=config, num_rounds=2)
+    found = teachers._label_case(run, 0, models[:1], models[1:], case)
     # class 1: 0 and 2 x 2 / (2 + 2); class 2: 2 x 1 / (2 + 2) and 0
     assert found.stability == pytest.approx(((0 + 0.5) / 2 + (1 + 0) / 2) / 2)
 

@@ -25,7 +25,7 @@ from medssl.networks.build import (
     build_network,
     explain_out_of_memory,
 )
-from medssl.objective import Objective, load_objective
+from medssl.objective import Objective, build_loss, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student, read_memory_limit
 from medssl.predict import SLICES, predict_logits
 from medssl.runs import Journal, StopFlag
@@ -122,6 +122,9 @@ def _try_steps(plan: Plan, config: Config, index: int, folder: Path) -> float:
     kind = load_objective(config.objective) if index else Objective
     names = [plan.labels[number] for number in range(plan.num_classes)]
     objective = kind(_build(spec), config, names, flips=find_patch_flips(plan))
+    loss = config.losses.pseudo_label
+    if index and loss.transition == "held_out":  # measured after round 0
+        objective.losses["pseudo_label"] = build_loss(loss, torch.eye(plan.num_classes))
     section = config.train.model_copy(
         update={"log_every": TIMED_STEPS, "checkpoint_every": TRIED_STEPS}
     )

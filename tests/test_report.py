@@ -372,6 +372,9 @@ def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     assert "on 9 test cases that it was not trained on" in text
     assert "labels only (400 steps)" in text
     assert "rounds=0 steps=1200" in text
+    plan = json.loads((run / "plan.json").read_text()) | {"batch": 2, "num_unlabeled": 3}
+    (run / "plan.json").write_text(json.dumps(plan))  # a student's step has 2 + 3 patches
+    assert f"rounds=0 steps={400 + round(2.5 * 800)}" in report(run).text
     assert "Validation labels count as labels" in text
     assert "no patient ids" in text
     assert "A missed structure counts as dice 0." in text

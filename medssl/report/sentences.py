@@ -268,10 +268,11 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
     details = []
     steps, total = _baseline_steps(run), count_steps(run)
     if steps and total and total > steps:
+        alone = steps + round((total - steps) * _count_patches_of_students(run))
         details.append(
             f"Labels only is round 0 with {count(steps, 'step')}; the run used {total:,} in all "
-            "its rounds. Longer training alone can give a part of a gain: labels only with all "
-            f"steps is `medssl train DATA rounds=0 steps={total}`."
+            "its rounds. Longer training alone can give a part of a gain: labels only with as many "
+            f"patches is `medssl train DATA rounds=0 steps={alone}`."
         )
     labeled, val = len(run.list_part("labeled")), len(run.list_part("val"))
     if val:
@@ -290,6 +291,13 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
         details.append(patients)
     details += [str(note) for note in run.evaluation.get("notes") or ()]
     return details
+
+
+def _count_patches_of_students(run: RunFiles) -> float:
+    """Return how many times the patches of a labeled step a student's step has; 1 if unknown."""
+    batch, unlabeled = (number(run.plan.get(key)) for key in ("batch", "num_unlabeled"))
+    views = run.config.get("views") or ["strong"]
+    return 1.0 + len(views) * (unlabeled or 0.0) / batch if batch else 1.0
 
 
 def _baseline_steps(run: RunFiles) -> int | None:

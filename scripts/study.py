@@ -11,11 +11,12 @@ may work on one CSV, each on its own draws or arms. All arms train on the same l
     round_0    labels alone, the steps of round 0
     labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
     shadow     the recipe's rounds, restarts and labeled batches, unlabeled terms off (B)
-    recipe     method=default (C); its first student is written down as first_round
+    recipe     method=default (C)
     no_PART    the recipe without a part (D); without MC dropout or the second round students are
                longer by the passes that this saves
     all        labels alone, all labels but those of the test cases, longer: the plateau (E)
 
+The first students of recipe and shadow are written down too, as first_round and shadow_first_round.
 A pass is a patch that goes forward and backward; forward alone is a third. What is compared are
 final weights: the delivered model, or for round_0 that round's. The table has differences with the
 draw as the unit: two-way bootstrap over draws and patients, Student's t over draws, and p-values
@@ -65,7 +66,12 @@ PARTS = {
 }
 """The recipe without one part each (D)."""
 
-ARMS = ("round_0", "labels", "shadow", "recipe", "first_round", *PARTS, "all")
+MAIN_ARMS = ("round_0", "labels", "shadow", "recipe")
+FIRST_STUDENTS = {"recipe": "first_round", "shadow": "shadow_first_round"}
+ARMS = (
+    *("round_0", "labels", "shadow_first_round", "shadow", "first_round", "recipe"),
+    *(*PARTS, "all"),
+)
 FORWARD = 1 / 3  # of a pass
 
 
@@ -143,8 +149,9 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
             changes = [*changes, stretch(study, settings, changes)]
         summary = finish(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
     add_rows(study.csv, draw, arm, folder, summary)
-    if arm == "recipe":
-        add_rows(study.csv, draw, "first_round", folder, summary, "evaluation/round_1")
+    first_student = FIRST_STUDENTS.get(arm)
+    if first_student and not is_finished(study, draw, first_student):
+        add_rows(study.csv, draw, first_student, folder, summary, "evaluation/round_1")
 
 
 def is_finished(study: Study, draw: int, arm: str) -> bool:
@@ -319,8 +326,9 @@ def tabulate(path: Path) -> list[dict[str, Any]]:
             "dice": f"{sum(means.values()) / len(means):.4f}",
             "per draw": ", ".join(f"{value:.3f}" for value in means.values()),
         }
-        for other in ("round_0", "labels", "shadow", "recipe"):
-            found = compare_arms(arm, arms.get(other, {}), patients) if name != other else None
+        for other in MAIN_ARMS:
+            like = FIRST_STUDENTS["shadow"] if (name, other) == ("first_round", "shadow") else other
+            found = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
             row[f"minus {other}"] = "" if found is None else show(found[0])
             if found and other == "recipe" and name in PARTS and found[0]["p"] is not None:
                 parts.append((len(rows), found[0]["p"]))
@@ -368,7 +376,9 @@ def main() -> None:
     """Run the arms of all draws, and print the table of the CSV."""
     parser = make_parser(__doc__ or "", "runs/study", "0,1,2")
     parser.add_argument("--csv", type=Path, required=True, help="rows of the finished arms")
-    parser.add_argument("--arms", type=split_arms, default=list(ARMS[:4]))
+    parser.add_argument(
+        "--arms", type=split_arms, default=["round_0", "labels", "shadow", "recipe"]
+    )
     parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
     options = parser.parse_intermixed_args()

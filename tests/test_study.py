@@ -78,6 +78,17 @@ def test_arms_of_a_draw_share_its_round_0(study, trained, tmp_path):
     assert by_name["draw_2_no_entropy"][0][-1] == "losses.entropy.weight=0"
 
 
+def test_first_students_are_compared_with_each_other(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    for arm in ("shadow", "recipe", "recipe"):
+        study.run_arm(run, 0, arm)
+    rows = {row["arm"]: row for row in study.tabulate(run.csv)}
+    assert list(rows) == ["round_0", "shadow_first_round", "shadow", "first_round", "recipe"]
+    assert rows["first_round"]["minus shadow"].startswith("+0.1000")  # 0.65 and 0.55
+    assert rows["recipe"]["minus shadow"].startswith("+0.1000")  # 0.7 and 0.6
+    assert len(read(run.csv)) == 5 * 3
+
+
 def test_labels_alone_have_as_many_passes_as_the_recipe(study, trained, tmp_path):
     run = make_study(study, tmp_path, "steps=[100,30]", "rounds=2")
     study.run_arm(run, 0, "labels")
@@ -105,7 +116,7 @@ def test_the_table_has_differences_over_draws(study, trained, tmp_path):
             study.run_arm(run, draw, arm)
     rows = {row["arm"]: row for row in study.tabulate(run.csv)}
     assert list(rows) == [
-        *("round_0", "labels", "recipe", "first_round", "no_entropy", "no_cutmix")
+        *("round_0", "labels", "first_round", "recipe", "no_entropy", "no_cutmix")
     ]
     assert rows["recipe"]["dice"] == "0.7100"
     assert rows["recipe"]["minus labels"].startswith("+0.1000 [+0.1000, +0.1000]")

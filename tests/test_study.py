@@ -133,12 +133,12 @@ def test_an_unknown_arm_is_named(study):
 def test_the_report_says_what_the_committed_study_found(study):
     arms, patients = study.read_arms(ROOT / "docs" / "acdc_3.csv")
     before, after = arms["round_0"], arms["first_round"]
-    found, draws = study.compare_arms(after, before, patients)
+    found, draws = study.compare_arms(after, arms["shadow_first_round"], patients)
     assert draws == 1
     means = (study.mean_of(arm[0]) for arm in (before, after))
     said = "from {:.3f} to {:.3f} Dice".format(*means)
     interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    assert f"{said}, {interval}" in EVIDENCE
+    assert f"{said}, which is {interval}" in EVIDENCE
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for row in study.tabulate(ROOT / "docs" / "acdc_3.csv"):
         assert f"| {row['arm']} | {row['draws']} | {row['dice']} |" in text

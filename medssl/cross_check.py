@@ -82,9 +82,9 @@ def cross_check(
 ) -> dict[str, Any] | None:
     """Train and measure all folds; what is done is skipped.
 
-    Writes ``cross_check/fold_<i>/``, each a run, and ``cross_check/{per_case.csv, summary.json}``:
-    the delivered models of the folds on the scans that they have not seen, ``paired`` with their
-    own round 0.
+    Writes ``cross_check/fold_<i>_of_<k>/``, each a run, and ``per_case.csv`` and ``summary.json``
+    in ``cross_check/``: the delivered models of the folds on the scans that they have not seen,
+    ``paired`` with their own round 0.
 
     Args:
         prepared: Data and plan of the whole run.
@@ -103,7 +103,7 @@ def cross_check(
     before: list[Row] = []
     delivered = []
     for number, fold in enumerate(list_folds(prepared, count), start=1):
-        folder = run_dir / FOLDER / f"fold_{number}"
+        folder = run_dir / FOLDER / f"fold_{number}_of_{count}"  # others of another count
         if not (folder / "evaluation" / "summary.json").is_file():
             report(f"fold {number} of {count}: without {', '.join(fold.splits.test)}")
             outcome = run_training(fold, folder, stop, cache=run_dir.parent / "cache")

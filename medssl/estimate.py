@@ -29,7 +29,12 @@ from medssl.objective import Objective, build_loss, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student, read_memory_limit
 from medssl.predict import SLICES, predict_logits
 from medssl.runs import Journal, StopFlag
-from medssl.students import choose_sampling, count_label_passes, find_patch_flips
+from medssl.students import (
+    choose_sampling,
+    count_label_passes,
+    count_models,
+    find_patch_flips,
+)
 from medssl.train import train
 
 TRIED_STEPS = 4  # of which the last ones are timed
@@ -49,7 +54,7 @@ def estimate_run(plan: Plan, config: Config, rounds: int) -> dict[str, float]:
         InputError: A step needs more memory than there is.
     """
     step = measure_step(plan, config, 0)
-    seconds = step * at_round(plan.steps, 0) * _count_members(config, rounds, 0)
+    seconds = step * at_round(plan.steps, 0) * count_models(config, 0, rounds)
     if rounds:
         student = measure_step(plan, config, 1)
         first = count_patches(plan, config, 1)
@@ -58,16 +63,11 @@ def estimate_run(plan: Plan, config: Config, rounds: int) -> dict[str, float]:
         for index in range(rounds + 1):
             if index:
                 share = count_patches(plan, config, index) / first
-                members = _count_members(config, rounds, index)
+                members = count_models(config, index, rounds)
                 seconds += student * share * at_round(plan.steps, index) * members
             seconds += window * windows * count_label_passes(config, plan, index, rounds)
     hours = round(seconds / 3600, 3)
     return {**plan.estimate, "step_seconds": round(step, 4), "hours": hours}
-
-
-def _count_members(config: Config, rounds: int, index: int) -> int:
-    """Return how many models a round trains."""
-    return config.teacher.ensemble if index < rounds else 1
 
 
 def count_patches(plan: Plan, config: Config, index: int) -> int:

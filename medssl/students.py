@@ -147,8 +147,13 @@ def train_round(run: Run, index: int, teacher: int | None) -> None:
 
 
 def count_members(run: Run, index: int) -> int:
+    """Return how many models a round of a run trains."""
+    return count_models(run.config, index, run.num_rounds)
+
+
+def count_models(config: Config, index: int, rounds: int) -> int:
     """Return how many models a round trains; the last round has nobody to teach."""
-    return run.config.teacher.ensemble if index < run.num_rounds else 1
+    return config.teacher.ensemble if index < rounds else 1
 
 
 def _train_model(

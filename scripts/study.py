@@ -145,7 +145,7 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         summary = finish(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
         changes = OFF if arm == "shadow" else PARTS.get(arm, [])
-        if arm in ("no_mc_dropout", "no_second_round"):
+        if arm in ("no_mc_dropout", "no_second_round", "no_warm_start"):
             changes = [*changes, stretch(study, settings, changes)]
         summary = finish(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
     add_rows(study.csv, draw, arm, folder, summary)
@@ -169,7 +169,7 @@ def read_plan(study: Study, settings: Sequence[str]) -> tuple[Config, Plan]:
 def count_passes(study: Study, settings: Sequence[str]) -> list[float]:
     """Return the patch passes of each round: students', and the online teacher's at a third."""
     config, plan = read_plan(study, settings)
-    steps = plan_steps(config)
+    steps = plan_steps(config, plan)
     passes = [float(plan.batch * at_round(steps, 0))]
     section = config.filter.uncertainty
     online = section.passes if section.online_passes == "auto" else section.online_passes
@@ -182,18 +182,15 @@ def count_passes(study: Study, settings: Sequence[str]) -> list[float]:
     return passes
 
 
-def plan_steps(config: Config) -> int | tuple[int, ...]:
+def plan_steps(config: Config, plan: Plan) -> int | tuple[int, ...]:
     """Return the steps of the rounds, those of the plan where none are given."""
-    from medssl.plan import CPU_STEPS
-
-    steps = config.train.steps
-    return CPU_STEPS if steps == "auto" else steps
+    return plan.steps if config.train.steps == "auto" else config.train.steps
 
 
 def stretch(study: Study, settings: Sequence[str], changes: Sequence[str]) -> str:
     """Return the setting of steps with which a change has as many passes as the recipe."""
     whole, less = (count_passes(study, [*settings, *extra]) for extra in ([], changes))
-    steps = plan_steps(load_config(study.data, [*settings, *changes]).config)
+    steps = plan_steps(*read_plan(study, [*settings, *changes]))
     factor = sum(whole[1:]) / sum(less[1:])
     longer = [round(at_round(steps, index) * factor) for index in range(1, len(less))]
     return f"steps={[at_round(steps, 0), *longer]}"

@@ -57,7 +57,7 @@ def test_every_labeled_scan_is_measured_by_models_that_have_not_seen_it(tmp_path
     labeled = set(read_json(run / "splits.json")["labeled"])
     held_out = []
     for number in (1, 2, 3):
-        fold = run / "cross_check" / f"fold_{number}"
+        fold = run / "cross_check" / f"fold_{number}_of_3"
         splits = read_json(fold / "splits.json")
         assert not set(splits["test"]) & {*splits["labeled"], *splits["unlabeled"]}
         assert set(splits["test"]) | set(splits["labeled"]) == labeled
@@ -71,10 +71,10 @@ def test_every_labeled_scan_is_measured_by_models_that_have_not_seen_it(tmp_path
     page = write_report(run).read_text(encoding="utf-8")
     students = sum(name != "round_0" for name in summary["delivered"])
     assert ("Out of 3 folds" if students else "None of 3 folds delivered a student") in page
-    before = (run / "cross_check" / "fold_2" / "metrics.jsonl").read_bytes()
+    before = (run / "cross_check" / "fold_2_of_3" / "metrics.jsonl").read_bytes()
     again = CliRunner().invoke(app, command)
     assert again.exit_code == result.exit_code
-    assert (run / "cross_check" / "fold_2" / "metrics.jsonl").read_bytes() == before
+    assert (run / "cross_check" / "fold_2_of_3" / "metrics.jsonl").read_bytes() == before
 
 
 def test_too_many_folds_are_refused_before_anything_is_trained(tmp_path):

@@ -104,6 +104,11 @@ def test_what_a_part_saves_of_passes_goes_into_longer_students(study, trained, t
         assert trained[-1][1][-1] == f"steps={longer}"  # 30 (2 + 2 * 5 / 3) / (2 + 2 * 4 / 3)
 
 
+def test_students_from_scratch_have_the_steps_of_the_recipe_s(study, trained, tmp_path):
+    study.run_arm(make_study(study, tmp_path, "labeled=6"), 0, "no_warm_start")
+    assert trained[-1][1][-1] == "steps=[8, 8, 8]"  # of the plan, which gives them more by itself
+
+
 def test_all_labels_train_in_the_plateau(study, trained, tmp_path):
     study.run_arm(make_study(study, tmp_path, "labeled=6", "test=60"), 0, "all")
     assert trained[-1][1] == ["test=60", "validation=0", "rounds=0", "steps=7000"]

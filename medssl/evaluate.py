@@ -20,6 +20,7 @@ from medssl.config import DataSection, InputError, load_config
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
 from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_label, write_mask
+from medssl.data.pictures import compare_colours, read_colours
 from medssl.metrics import (
     MIN_CASES_FOR_VERDICT,
     ClassMetrics,
@@ -33,7 +34,7 @@ from medssl.metrics import (
     paired_difference,
     surface_tolerance,
 )
-from medssl.predict import Model, load_model, predict_case
+from medssl.predict import Model, ModelInfo, load_model, predict_case
 from medssl.runs import hash_file, hash_json, read_json, write_json, write_text
 from medssl.transforms.geometry import affines_differ, grid_spacing
 
@@ -75,7 +76,7 @@ def evaluate_model(
         FloatingPointError: The network gave non-finite logits; names the case.
     """
     labeled, unlabeled = _split_by_label(cases, report)
-    _check_labels(labeled, model.info.label_values, ignore)
+    _check_labels(labeled, model.info, ignore)
     _remove_tables(out)
     rows, summary = _measure(model, labeled, ignore, tolerance, out / "predictions", report)
     summary = {**(about or {}), **summary, "without_label": unlabeled}
@@ -166,7 +167,7 @@ def evaluate_round(
         known = ", ".join(entry.removeprefix("round_") for entry in done) or "none"
         raise InputError(f"{run_dir}: round {index} is not done; done are: {known}")
     model = load_model(run_dir / name, device)
-    _check_labels(labeled, model.info.label_values, ignore)
+    _check_labels(labeled, model.info, ignore)
     out = run_dir / "evaluation" / name
     _remove_tables(out)
     rows, summary = _measure(model, labeled, ignore, tolerance, None, report)
@@ -225,7 +226,7 @@ def evaluate_run(
     hashes = {name: _hash_model(path) for name, path in paths.items()}
     out = run_dir / "evaluation"
     folders = {name: out if name == "model" else out / name for name in paths}
-    _check_labels(labeled, load_model(run_dir, device).info.label_values, ignore)
+    _check_labels(labeled, load_model(run_dir, device).info, ignore)
     for folder in folders.values():
         _remove_tables(folder)
     measured: dict[str, tuple[list[Row], dict[str, Any]]] = {}
@@ -467,14 +468,18 @@ def _read_label(
     return label, affine
 
 
-def _check_labels(cases: Sequence[Case], label_values: tuple[int, ...], ignore: int | None) -> None:
+def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) -> None:
     """Read every label before the first prediction, and name all bad cases at once."""
     problems = []
+    label_values, colours = info.label_values, {"the model's training labels": info.palette}
     for case in cases:
         try:
             _read_label(case, label_values, ignore)
+            if case.label is not None and is_picture(case.label):
+                colours[str(case.label)] = read_colours(case.label)
         except InputError as error:
             problems.append(f"  {case.case_id}: {error}")
+    problems += [f"  {problem}" for problem in compare_colours(colours)]
     if problems:
         known = f"the model knows the label values {list(label_values)}"
         head = f"{len(problems)} of {len(cases)} labels cannot be compared with predictions"

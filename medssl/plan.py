@@ -71,6 +71,7 @@ class Plan(BaseModel):
     label_values: tuple[int, ...]  # class index -> value in the label files
     ignore: int | None
     channels: tuple[str, ...]
+    palette: dict[int, tuple[int, int, int]] = {}  # label value -> RGB, of labels with a palette
     preprocessing: Preprocessing
     patch_size: tuple[int, ...]  # voxels; in 2D those of the plane
     slice_axis: Literal[0, 1, 2] | None = None  # along which slices are taken; None in 3D

@@ -60,6 +60,7 @@ class ModelInfo(BaseModel):
     labels: dict[int, str]
     label_values: tuple[int, ...]
     channels: tuple[str, ...]
+    palette: dict[int, tuple[int, int, int]] = {}
     preprocessing: Preprocessing
     patch_size: tuple[int, ...]
     slice_axis: Literal[0, 1, 2] | None = None
@@ -118,6 +119,7 @@ def describe_model(plan: Plan, provenance: dict[str, Any], **ranges: Any) -> Mod
         network=plan.network,
         labels=plan.labels,
         label_values=plan.label_values,
+        palette=plan.palette,
         channels=plan.channels,
         preprocessing=plan.preprocessing,
         patch_size=plan.patch_size,

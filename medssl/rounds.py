@@ -107,7 +107,9 @@ def prepare(
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
         rounds = config.train.rounds if unlabeled else 0
         check_settings(config, plan, len(splits.val))
-        plan = plan.model_copy(update={"estimate": estimate_run(plan, config, rounds)})
+        plan = plan.model_copy(
+            update={"estimate": estimate_run(plan, config, rounds), "palette": checked.palette}
+        )
     return Prepared(dataset, splits, plan, reload(resolve(plan)))
 
 

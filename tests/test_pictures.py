@@ -1,4 +1,6 @@
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -218,3 +220,239 @@ def test_pictures_of_phantoms_show_the_slice_whose_classes_their_labels_hold(tmp
     picture = np.asarray(Image.open(tmp_path / "images" / "organs_000.png"))
     assert np.corrcoef(picture.ravel(), scan[..., k].ravel())[0, 1] > 0.999
     assert not (tmp_path / "labels" / "organs_001.png").exists()
+
+
+# What Pillow would change or leave out without a word
+
+
+def write_tiff(path, pages, order="<", compress=False, photometric=1, planar=1, bits=0, tags=()):
+    """Write a TIFF byte by byte: pages (rows, columns[, samples]), tags (number, type, values)."""
+    out, link = bytearray({"<": b"II", ">": b"MM"}[order] + struct.pack(order + "HI", 42, 0)), 4
+    for page in pages:
+        samples = page.shape[2] if page.ndim == 3 else 1
+        array = page.astype(page.dtype.newbyteorder(order))
+        planes = [array[..., i] for i in range(samples)] if planar == 2 and samples > 1 else [array]
+        strips = [plane.tobytes() for plane in planes]
+        strips = [zlib.compress(strip) for strip in strips] if compress else strips
+        offsets = []
+        for strip in strips:
+            offsets.append(len(out))
+            out += strip + bytes(len(strip) % 2)
+        own = {
+            **{256: (4, [page.shape[1]]), 257: (4, [page.shape[0]]), 278: (4, [page.shape[0]])},
+            **{258: (3, [bits or 8 * page.itemsize] * samples), 277: (3, [samples])},
+            **{259: (3, [8 if compress else 1]), 262: (3, [photometric]), 284: (3, [planar])},
+            **{339: (3, ["uif".index(page.dtype.kind) + 1] * samples), 273: (4, offsets)},
+            **{279: (4, [len(strip) for strip in strips])},
+        }
+        own |= {number: (kind, values) for number, kind, values in tags}
+        entries = b""
+        for number, (kind, values) in sorted(own.items()):
+            code = {3: "H", 4: "I"}.get(kind)
+            raw = struct.pack(order + code * len(values), *values) if code else bytes(values)
+            if len(raw) > 4:
+                place = len(out)
+                out += raw + bytes(len(raw) % 2)
+                raw = struct.pack(order + "I", place)
+            entries += struct.pack(order + "HHI", number, kind, len(values)) + raw.ljust(4, b"\0")
+        out[link : link + 4] = struct.pack(order + "I", len(out))
+        out += struct.pack(order + "H", len(entries) // 12) + entries
+        link = len(out)
+        out += bytes(4)
+    path.write_bytes(out)
+    return path
+
+
+def describe(text):
+    return [(270, 2, text.encode() + b"\0")]
+
+
+OME = '<?xml version="1.0"?><OME><Pixels SizeC="%d" SizeT="%d" SizeX="8" SizeY="6" SizeZ="%d"/>'
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "float64"]
+)
+@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+@pytest.mark.parametrize("planar", [1, 2])
+def test_a_tiff_of_any_numbers_is_read_exactly_or_refused(
+    tmp_path, order, compress, dtype, samples, planar
+):
+    values = np.random.default_rng(0).integers(-(2**31), 2**31, (6, 8, samples))
+    page = values.astype(dtype) if dtype[0] in "ui" else values.astype(dtype) / 1000
+    page = page[..., 0] if samples == 1 else page
+    photometric = 2 if samples > 2 else 1
+    path = write_tiff(tmp_path / "a.tif", [page], order, compress, photometric, planar)
+    num_channels = 3 if samples > 2 else 1
+    usual = samples == planar == 1 and dtype in ("uint8", "uint16")
+    try:
+        found = read_image([path], num_channels).array[..., 0]
+    except InputError:
+        assert not usual
+        return
+    wanted = np.moveaxis(page.reshape(6, 8, samples), -1, 0).astype(np.float32)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_pages", "problem"),
+    [
+        ("ImageJ=1.53t\nimages=10\nslices=10\n", 1, "10 slices"),
+        ("ImageJ=1.53t\nimages=6\nchannels=2\nslices=3\nhyperstack=true\n", 6, "2 channels"),
+        ("ImageJ=1.53t\nimages=6\nframes=6\nhyperstack=true\n", 6, "6 times"),
+        ("ImageJ=1.53t\nimages=3\nslices=3\nloop=false\n", 3, ""),
+        ("ImageJ=1.53t\nimages=3\nloop=false\n", 3, ""),
+        ("ImageJ=1.53t\nmin=0.0\nmax=255.0\n", 1, ""),
+        (OME % (2, 1, 3), 6, "2 channels"),
+        (OME % (1, 6, 1), 6, "6 times"),
+        (OME % (1, 1, 9), 3, "9 slices"),
+        (OME % (1, 1, 3), 3, ""),
+        ('{"shape": [2, 3, 6, 8]}', 6, "2 channels"),
+        ('{"shape": [3, 6, 8], "truncated": true}', 1, "3 slices"),
+        ('{"shape": [3, 6, 8]}', 3, ""),
+        ('{"shape": "of the liver"', 3, ""),
+        ("a scan of the liver, slices=9", 3, ""),
+    ],
+)
+def test_slices_without_a_page_and_other_axes_than_slices_are_refused(
+    tmp_path, text, num_pages, problem
+):
+    pages = [draw((6, 8), seed=seed) for seed in range(num_pages)]
+    path = write_tiff(tmp_path / "a.tif", pages, tags=describe(text))
+    if problem:
+        with pytest.raises(InputError, match=problem):
+            read_image([path], 1)
+        with pytest.raises(InputError, match=problem):
+            read_label(path, (0, 1), None)
+    else:
+        np.testing.assert_array_equal(read_image([path], 1).array[0], np.stack(pages, -1))
+
+
+def test_pages_in_colour_with_a_description_of_slices_are_read(tmp_path):
+    pages = [draw((6, 8, 3), seed=seed) for seed in range(2)]
+    for text in ("ImageJ=1.53t\nimages=2\nslices=2\n", OME % (3, 1, 2), '{"shape": [2, 6, 8, 3]}'):
+        path = write_tiff(tmp_path / "a.tif", pages, photometric=2, tags=describe(text))
+        assert read_image([path], 3).array.shape == (3, 6, 8, 2)
+
+
+def test_other_oddities_of_pictures_are_refused_with_a_repair(tmp_path):
+    page = draw((6, 8))
+    write_tiff(tmp_path / "white.tif", [page], photometric=0)
+    write_tiff(tmp_path / "mask.tif", [page, page], tags=[(254, 4, [4])])
+    write_tiff(tmp_path / "stk.tif", [page], tags=[(33629, 4, [3])])
+    write_tiff(tmp_path / "large.tif", [page.astype(np.uint32) + 2**31])
+    write_tiff(tmp_path / "sizes.tif", [page, page[:3]])
+    write_tiff(tmp_path / "cmyk.tif", [draw((6, 8, 4))], photometric=5)
+    Image.fromarray(page).save(
+        tmp_path / "moves.png", save_all=True, append_images=[Image.fromarray(page + 1)]
+    )
+    problems = {
+        **{"white.tif": "MinIsWhite", "mask.tif": "page 2 is a smaller copy or a mask"},
+        **{"stk.tif": "MetaMorph", "large.tif": "above 2147483647", "cmyk.tif": "CMYK"},
+        **{"sizes.tif": "one kind", "moves.png": "animation"},
+    }
+    for name, words in problems.items():
+        with pytest.raises(InputError, match=rf"{re.escape(name)}.*{words}"):
+            read_image([tmp_path / name], 3 if name == "cmyk.tif" else 1)
+
+
+def write_png(path, array, bits, kind):
+    def chunk(name, body):
+        crc = zlib.crc32(name + body)
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", crc)
+
+    rows = b"".join(b"\0" + row.tobytes() for row in array)
+    width = array.shape[1] * (8 // bits if bits < 8 else 1)
+    head = struct.pack(">IIBBBBB", width, len(array), bits, kind, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    return path
+
+
+def test_a_png_of_16_bits_is_read_in_grey_and_refused_in_colour(tmp_path):
+    array = np.random.default_rng(0).integers(0, 2**16, (4, 5, 3)).astype(">u2")
+    gray = write_png(tmp_path / "gray.png", array[..., 0], 16, 0)
+    np.testing.assert_array_equal(read_image([gray], 1).array[0, ..., 0], array[..., 0])
+    with pytest.raises(InputError, match=r"rgb\.png: has 16 bits a color"):
+        read_image([write_png(tmp_path / "rgb.png", array, 16, 2)], 3)
+
+
+def test_a_label_of_few_bits_that_programs_stretch_is_refused(tmp_path):
+    path = write_png(tmp_path / "a.png", np.array([[0b00011011]], np.uint8), 2, 0)
+    with pytest.raises(InputError, match=r"a\.png: has 2 or 4 bits a pixel"):
+        read_label(path, (0, 85, 170, 255), None)
+
+
+# Palettes
+
+
+RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
+
+
+def save_palette(path, array, colours):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(array, np.uint8), mode="P")
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(path)
+    return path
+
+
+def check_labels(tmp_path, suffix=".png", **labels):
+    """Check a folder of pictures with these labels, (array, palette) or a grey array."""
+    for seed, (name, label) in enumerate(labels.items()):
+        save(tmp_path / "images" / f"{name}.png", draw((2, 2), seed=seed))
+        path = tmp_path / "labels" / f"{name}{suffix}"
+        save_palette(path, *label) if isinstance(label, tuple) else save(path, label)
+    dataset = read_dataset(tmp_path)
+    return check_dataset(dataset, split_cases(dataset, DataSection(), "auto"))
+
+
+TWO = [[0, 1], [2, 1]]
+BLACK = (0, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_palettes_that_number_the_same_colour_otherwise_are_refused(tmp_path, suffix):
+    first, second = [BLACK, RED, GREEN], [BLACK, GREEN, RED]
+    result = check_labels(tmp_path, suffix, a=(TWO, first), b=(TWO, second))
+    (problem,) = result.problems
+    assert "value 1 is RGB (200, 0, 0) in" in problem
+    assert f"a{suffix} and RGB (0, 200, 0) in" in problem
+    assert "one palette" in problem
+
+
+def test_a_colour_that_has_another_index_is_found_where_no_index_is_shared(tmp_path):
+    one, two = [[0, 1], [0, 1]], [[0, 2], [0, 2]]
+    result = check_labels(tmp_path, a=(one, [BLACK, RED]), b=(two, [BLACK, BLUE, RED]))
+    assert "the color RGB (200, 0, 0) is 1 in" in result.problems[0]
+
+
+def test_palettes_that_differ_where_no_pixel_is_are_the_same(tmp_path):
+    short, long = [BLACK, RED, GREEN], [BLACK, RED, GREEN, BLUE, RED]
+    gray = np.array(TWO, np.uint8)  # the same indices, saved without the palette
+    result = check_labels(tmp_path, a=(TWO, short), b=(TWO, long), c=gray)
+    assert result.problems == ()
+    assert result.palette[1] == RED
+
+
+def test_black_and_white_of_other_values_are_refused(tmp_path):
+    white = np.array([[0, 255], [255, 0]], np.uint8)
+    result = check_labels(tmp_path, a=white, b=(white // 255, [BLACK, (255,) * 3]))
+    assert "RGB (255, 255, 255) is 255 in" in " ".join(result.problems)
+
+
+def test_a_palette_of_one_colour_leaves_the_index_to_decide(tmp_path):
+    blank = [BLACK] * 3
+    assert check_labels(tmp_path, a=(TWO, blank), b=(TWO, blank)).problems == ()
+
+
+def test_pages_of_a_label_have_one_palette(tmp_path):
+    pages = []
+    for colours in ([BLACK, RED, GREEN], [BLACK, GREEN, RED]):
+        path = save_palette(tmp_path / "page.png", TWO, colours)
+        pages.append(Image.open(path))
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(InputError, match=r"a\.tif: .* in page 1 and .* in page 2"):
+        read_label(tmp_path / "a.tif", (0, 1, 2), None)

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import hashlib
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +26,15 @@ from medssl.config import IGNORE, InputError
 from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
 from medssl.data.files import is_picture
 from medssl.data.io import MAX_DISPLACEMENT, UNREADABLE, read_image, read_label_values
+from medssl.data.pictures import Colour, compare_colours, read_colours
 from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
 
 PERCENTILES = (0.5, 50.0, 99.5)
 
 _MAX_SAMPLES = 500_000  # voxels of a channel that its percentiles are taken from
 _MAX_CLASSES = 100  # more label values than this are an image, not a label
+_FEWEST_VOLUMES = 5  # of a class, from which on one of them can be unusual
+_UNUSUAL_SPREADS, _UNUSUAL_FACTOR = 5.0, 4.0  # both are passed by the volume that is named
 _PLAUSIBLE_MM = (0.02, 20.0)  # spacing outside of this is a header without units or a mistake
 _NUM_SHOWN = 12
 _CHUNK = 2**22  # bytes
@@ -42,8 +46,8 @@ class CaseFacts:
     """What was seen of one case; of a test case the hash and its problems alone.
 
     `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
-    volumes, None where no label was opened. A picture has no spacing, and areas in pixels in the
-    place of volumes.
+    volumes, None where no label was opened. A picture has no spacing, areas in pixels in the place
+    of volumes, and `colours` of its label's values. A blank scan has one value in each channel.
     """
 
     case_id: str
@@ -57,6 +61,8 @@ class CaseFacts:
     has_identity_affine: bool = False
     has_rounded_label: bool = False
     has_spacing: bool = True
+    is_blank: bool = False
+    colours: dict[int, Colour] = field(default_factory=dict)
     problems: tuple[str, ...] = field(default=())
 
 
@@ -75,6 +81,15 @@ class CheckResult:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def palette(self) -> dict[int, Colour]:
+        """The color of each label value in the pictures that were opened."""
+        found: dict[int, Colour] = {}
+        for seen in self.facts:
+            colours = seen.colours.items()
+            found |= {v: c for v, c in colours if v not in found or c != (v,) * 3}
+        return found
+
     def raise_problems(self) -> None:
         """Stop if there are problems.
 
@@ -82,7 +97,7 @@ class CheckResult:
             InputError: Naming all of them.
         """
         if self.problems:
-            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            lines = "\n".join(f"  - {problem}" for problem in self._group_problems())
             raise InputError(f"{self.dataset.root}: {self._count_problems()}\n{lines}")
 
     def render(self) -> str:
@@ -90,8 +105,24 @@ class CheckResult:
         lines = [*_render_parts(self), *_render_grids(self), *_render_classes(self)]
         for title, texts in (("note", self.notes), ("warning", self.warnings)):
             lines += [f"{title}: {text}" for text in texts]
-        lines += [f"PROBLEM: {text}" for text in self.problems]
+        lines += [f"PROBLEM: {text}" for text in self._group_problems()]
         return "\n".join([*lines, "", self._count_problems() if self.problems else "OK"])
+
+    def _group_problems(self) -> list[str]:
+        """Say once what is wrong with several cases, and name all of them."""
+        cases = {case.case_id: case for case in self.dataset.cases}
+        groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for text in self.problems:
+            case_id, _, reason = text.partition(": ")
+            case = cases.get(case_id)
+            for path in (*case.images, *([case.label] if case.label else [])) if case else ():
+                reason = reason.replace(str(path), "")
+            groups[reason if case else text].append((case_id, text))
+        lines = []
+        for (_, first), *others in groups.values():
+            names = list(dict.fromkeys(case_id for case_id, _ in others))
+            lines.append(first + (f"\n    the same in {', '.join(names)}" if names else ""))
+        return lines
 
     def _count_problems(self) -> str:
         """Return `1 problem`, `2 problems`."""
@@ -126,17 +157,19 @@ def check_dataset(
                 report(index + 1, len(tasks))
     labels = _name_labels(dataset, facts, ignore)
     problems = [problem for seen in facts for problem in seen.problems]
-    problems += _check_classes(facts, labels, ignore)
+    problems += _check_classes(facts, labels, ignore, dataset.labels is not None)
     problems += _check_values(dataset, facts, labels, ignore)
+    problems += _check_palettes(dataset, facts)
     shared, repeated = _find_duplicates(facts)
     problems += shared + _find_split_patients(dataset, splits)
-    warnings = repeated + _warn_of_patients(dataset)
+    warnings = repeated + _warn_of_patients(dataset) + _warn_of_names(dataset)
     if dataset.labels is None and splits.test:
         warnings.append(
             f"classes are those of the opened labels ({', '.join(map(str, labels))}); a label of "
             "the test cases with another value cannot be measured: name all by data.labels"
         )
     warnings += _warn_of_labels(facts, labels, ignore, dataset.labels is not None)
+    warnings += _warn_of_volumes(dataset, facts, labels, ignore)
     warnings += _warn_of_grids(facts)
     return CheckResult(
         dataset,
@@ -182,8 +215,11 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             f"{case.case_id}: {sum(num_bad)} of {volume.array.size} voxels are NaN or infinite in "
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
+    is_blank = all(bool((channel == channel.flat[0]).all()) for channel in volume.array)
     if part == "test":
-        return CaseFacts(case.case_id, part, voxel_hash, problems=tuple(problems))
+        return CaseFacts(
+            case.case_id, part, voxel_hash, is_blank=is_blank, problems=tuple(problems)
+        )
     seen = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
     return CaseFacts(
         case.case_id,
@@ -194,6 +230,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         tuple(_measure_percentiles(channel) for channel in volume.array),
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
         has_spacing=volume.has_spacing,
+        is_blank=is_blank,
         **{**seen, "problems": (*problems, *seen["problems"])},
     )
 
@@ -247,6 +284,7 @@ def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, A
     try:
         with _refuse_damage((path,)):
             num_voxels, affine, shape = read_label_values(path)
+            colours = read_colours(path) if is_picture(path) else {}
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
     voxel_ml = 1.0 if is_picture(path) else abs(float(np.linalg.det(affine[:3, :3]))) / 1000
@@ -254,6 +292,7 @@ def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, A
         "volumes_ml": {value: count * voxel_ml for value, count in num_voxels.items()},
         "num_voxels": num_voxels,
         "has_rounded_label": _is_rounded(path),
+        "colours": colours,
         "problems": _compare_grids(case, path, volume, shape, affine) if volume else (),
     }
 
@@ -295,9 +334,15 @@ def _show_affine(affine: NDArray[np.float64]) -> str:
 
 
 def _check_classes(
-    facts: Sequence[CaseFacts], labels: Mapping[int, str], ignore: int | None
+    facts: Sequence[CaseFacts], labels: Mapping[int, str], ignore: int | None, declared: bool
 ) -> list[str]:
-    """Refuse a set without a class, and an ignore value that is a class."""
+    """Refuse a set without a class, with too many, and an ignore value that is a class."""
+    if declared and len(labels) > IGNORE:
+        return [
+            f"there are {len(labels)} classes with the background, from {min(labels)} to "
+            f"{max(labels)}; at most {IGNORE} can be told apart: merge some in the label files and "
+            "name those that are left, by data.labels or where they are declared"
+        ]
     if ignore is not None and ignore in labels:
         return [
             f"data.ignore={ignore} is the value of {labels[ignore]}: voxels that nobody annotated "
@@ -322,7 +367,8 @@ def _check_values(
     if dataset.labels is None and len(where) > _MAX_CLASSES:
         return [
             f"the labels hold {len(where)} different values, from {min(where)} to {max(where)}: "
-            "are they images? Check the paths, or name the classes by data.labels"
+            f"are they images? Check the paths, or name the classes (at most {IGNORE - 1} beside "
+            "the background) by data.labels"
         ]
     known = set(labels) | {0, ignore}
     if dataset.labels is None:  # 255 and negative values mean something else in half of all sets
@@ -333,6 +379,12 @@ def _check_values(
         for value, cases in sorted(where.items())
         if value not in known
     ]
+
+
+def _check_palettes(dataset: Dataset, facts: Iterable[CaseFacts]) -> list[str]:
+    """Refuse label pictures whose values or colors mean something else in each file."""
+    paths = {case.case_id: case.label for case in dataset.cases}
+    return compare_colours({str(paths[seen.case_id]): seen.colours for seen in facts})
 
 
 def _offer(value: int, found: set[int], known: set[int | None]) -> str:
@@ -352,7 +404,7 @@ def _find_duplicates(facts: Iterable[CaseFacts]) -> tuple[list[str], list[str]]:
     """Return problems and warnings: equal scans of different parts, and of one part."""
     groups: dict[str, list[CaseFacts]] = defaultdict(list)
     for seen in facts:
-        if seen.voxel_hash:
+        if seen.voxel_hash and not seen.is_blank:  # blank scans are equal without being copies
             groups[seen.voxel_hash].append(seen)
     problems, warnings = [], []
     for group in groups.values():
@@ -399,6 +451,59 @@ def _warn_of_patients(dataset: Dataset) -> list[str]:
     ]
 
 
+def _warn_of_names(dataset: Dataset) -> list[str]:
+    """Warn of case_ids that other disks do not tell apart, or do not take at all."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for case in dataset.cases:
+        groups[unicodedata.normalize("NFC", case.case_id).casefold()].append(case.case_id)
+    alike = [" and ".join(names) for names in groups.values() if len(names) > 1]
+    devices = r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[. ]|.*[<>\"|?*].*"
+    reserved = [case.case_id for case in dataset.cases if re.fullmatch(devices, case.case_id)]
+    texts = (
+        ("case_ids that only upper and lower case tell apart, which the disks of macOS and "
+         "Windows do not: rename one before the data or the run go there", alike),
+        ("case_ids that cannot name a file under Windows: rename them if data or run go there",
+         reserved),
+    )  # fmt: skip
+    return [f"{text}: {_shorten(names)}" for text, names in texts if names]
+
+
+def _warn_of_volumes(
+    dataset: Dataset, facts: Sequence[CaseFacts], labels: Mapping[int, str], ignore: int | None
+) -> list[str]:
+    """Warn of a class whose volume in one label is far from that in the others.
+
+    Far is a factor above `_UNUSUAL_FACTOR` and, on the logarithm, more than `_UNUSUAL_SPREADS`
+    standard deviations, told from the median absolute deviation: one wild label does not hide
+    itself, and lesions of all sizes are not unusual.
+    """
+    warnings = []
+    paths = {case.case_id: case.label for case in dataset.cases}
+    unit = "ml" if all(seen.has_spacing for seen in facts) else "px"
+    for value, name in labels.items():
+        found = {s.case_id: (s.volumes_ml or {}).get(value, 0) for s in facts}
+        found = {case_id: volume for case_id, volume in found.items() if volume > 0}
+        if value in (0, ignore) or len(found) < _FEWEST_VOLUMES:
+            continue
+        logs = np.log(list(found.values()))
+        distance = np.abs(logs - np.median(logs))
+        limit = max(_UNUSUAL_SPREADS * 1.4826 * np.median(distance), np.log(_UNUSUAL_FACTOR))
+        middle = float(np.exp(np.median(logs)))
+        odd = [
+            f"{case_id} ({_show(found[case_id])} {unit}, {_show(found[case_id] / middle)} times "
+            f"that, {paths[case_id]})"
+            for case_id, far in zip(found, distance > limit, strict=True)
+            if far
+        ]
+        if odd:
+            warnings.append(
+                f"unusual volume of {name} ({value}), in most labels about {_show(middle)} {unit}: "
+                f"{_shorten(odd)}; look at the mask and the spacing, and mend or remove the label "
+                "if no person drew it so"
+            )
+    return warnings
+
+
 def _warn_of_labels(
     facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None, declared: bool
 ) -> list[str]:
@@ -441,7 +546,7 @@ def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
         seen.case_id
         for seen in all_seen
         if any(channel[0] == channel[-1] for channel in seen.percentiles)
-    ]
+    ] + [seen.case_id for seen in facts if seen.is_blank and seen.part == "test"]
     texts = (
         ("the header places no voxels (identity affine), 1 mm is assumed", identity),
         (f"spacing outside of {low:g} to {high:g} mm: is the unit right?", odd),

@@ -5,8 +5,12 @@ K the pages. So an array is the picture as it is seen, and a mask lies on its pi
 pixel. What is written holds pixels, nothing else of the file it came from.
 """
 
+import json
+import math
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,17 @@ from medssl.runs import write_file
 _GRAY = {"1", "L", "I;16", "I;16B", "I", "F"}  # modes of Pillow with one number a pixel
 _ORIENTATION = 0x0112  # the EXIF tag that asks a viewer to turn the picture
 _UPRIGHT = (None, 0, 1)
+_NEW_SUBFILE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES, _PLANAR, _SAMPLE_FORMAT = (
+    *(254, 258, 262, 270),
+    *(277, 284, 339),
+)  # tags of a TIFF
+_PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
+_METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
+_SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
+
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+
 _UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError)
 
 
@@ -41,6 +56,7 @@ def read_shape(path: Path) -> tuple[int, int, int]:
         InputError: The file cannot be read as a picture.
     """
     with _open(path) as image:
+        _refuse_other_axes(path, image)
         columns, rows = image.size
         return rows, columns, _count_pages(image)
 
@@ -68,23 +84,104 @@ def read_values(path: Path) -> NDArray[Any]:
     """Read a label as values (I, J, K): grey values, or the indices of a palette.
 
     Raises:
-        InputError: The file cannot be read, is a JPEG, or is in colour.
+        InputError: The file cannot be read, is a JPEG, is in colour, or its pages have other
+            palettes.
     """
+    pages = list(_iterate_label(path))
+    arrays = [array for array, _ in pages]
+    if any(array.shape != arrays[0].shape for array in arrays):
+        raise InputError(f"{path}: pages differ in size: {sorted({a.shape for a in arrays})}")
+    colours = {f"page {index}": colours for index, (_, colours) in enumerate(pages, 1)}
+    for problem in compare_colours(colours):
+        raise InputError(f"{path}: {problem}")
+    return np.stack(arrays, -1)
+
+
+def read_colours(path: Path) -> dict[int, Colour]:
+    """Return the colour of each value of a label: that of its palette, or the grey itself.
+
+    Entries of a palette that no pixel has are left out.
+
+    Raises:
+        InputError: As `read_values`.
+    """
+    return {value: colour for _, page in _iterate_label(path) for value, colour in page.items()}
+
+
+def compare_colours(files: Mapping[str, Mapping[int, Colour]]) -> list[str]:
+    """Say where a value has another colour, or a colour another value, from file to file.
+
+    The index of a palette is a class only where all files have the same palette; programs that
+    number the colours as they come give one class another value in each file. A grey file has no
+    colours: 1 may stand for what is red in a palette, but white (255) not for what a palette of
+    greys calls 1.
+
+    Args:
+        files: Colours by value (of `read_colours`) of each label, by what the message calls it.
+
+    Returns:
+        One sentence at most.
+    """
+    colours: dict[int, dict[Colour, str]] = defaultdict(dict)
+    values: dict[Colour, dict[int, str]] = defaultdict(dict)
+    ambiguous = {colour for found in files.values() for colour in _find_repeated(found)}
+    for name, found in files.items():
+        for value, colour in found.items():
+            if colour != (value,) * 3:  # a palette's
+                colours[value].setdefault(colour, name)
+            if colour not in ambiguous:
+                values[colour].setdefault(value, name)
+    moved = [
+        f"value {value} is {' and '.join(f'RGB {c} in {name}' for c, name in found.items())}"
+        for value, found in sorted(colours.items())
+        if len(found) > 1
+    ]
+    moved += [
+        f"the color RGB {colour} is {' and '.join(f'{v} in {name}' for v, name in found.items())}"
+        for colour, found in sorted(values.items())
+        if len(found) > 1
+    ]
+    if not moved:
+        return []
+    return [
+        f"the labels have different palettes: {'; '.join(moved[:3])}. A palette's index is taken "
+        "for the class: save all labels with one palette, or as grey values that are the classes"
+    ]
+
+
+def _find_repeated(colours: Mapping[int, Colour]) -> set[Colour]:
+    """Return the colours that several values of one file have: there the index decides."""
+    found = list(colours.values())
+    return {colour for colour in found if found.count(colour) > 1}
+
+
+def _iterate_label(path: Path) -> Iterator[tuple[NDArray[Any], dict[int, Colour]]]:
+    """Yield values (rows, columns) of each page of a label and the colour of each value."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(
             f"{path}: a JPEG does not keep label values as they are: save labels as PNG or TIFF"
         )
-    pages = []
-    for page in _iterate_pages(path):
+    for page in _iterate_pages(path, is_label=True):
         if page.mode not in _GRAY and page.mode != "P":
             raise InputError(
                 f"{path}: a label holds one class value a pixel, got the colours of {page.mode}: "
                 "save it as grey values or with a palette"
             )
-        pages.append(np.array(page))
-    if any(page.shape != pages[0].shape for page in pages):
-        raise InputError(f"{path}: pages differ in size: {sorted({p.shape for p in pages})}")
-    return np.stack(pages, -1)
+        array = _to_array(path, page)
+        yield array, _name_colours(page, array)
+
+
+def _name_colours(page: Image.Image, array: NDArray[Any]) -> dict[int, Colour]:
+    """Return the colour of each value of a page; white where a page is black and white."""
+    if page.mode == "P":
+        palette = np.array(page.getpalette("RGB") or (), dtype=int).reshape(-1, 3)
+        used = [int(value) for value in np.unique(array) if value < len(palette)]
+        return {value: (*map(int, palette[value]),) for value in used}  # type: ignore[misc]
+    if page.mode == "1":
+        return {int(value): (255 * int(value),) * 3 for value in np.unique(array)}
+    if array.dtype.kind == "f" or array.max(initial=0) > 255 or array.min(initial=0) < 0:
+        return {}
+    return {int(value): (int(value),) * 3 for value in np.unique(array)}
 
 
 def write_picture(path: Path, array: NDArray[Any]) -> None:
@@ -117,7 +214,7 @@ def _open(path: Path) -> Iterator[Image.Image]:
     """Open a picture; whatever is wrong with the file becomes an InputError that names it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", module=r"PIL\..*")
             with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
                 yield image
     except InputError:
@@ -138,26 +235,147 @@ def _count_pages(image: Image.Image) -> int:
     return int(getattr(image, "n_frames", 1)) if image.format == "TIFF" else 1
 
 
-def _iterate_pages(path: Path) -> Iterator[Image.Image]:
-    """Yield the pages of a picture, and refuse one that a viewer would turn."""
+def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
+    """Yield the pages of a picture, and refuse one of which Pillow would change or drop a part."""
     with _open(path) as image:
-        turned = image.getexif().get(_ORIENTATION)
-        if turned not in _UPRIGHT:
-            raise InputError(
-                f"{path}: its orientation tag ({turned}) has viewers turn it, and programs differ "
-                "in that: save it upright, without the tag"
-            )
         for index in range(_count_pages(image)):
             if index:
                 image.seek(index)
+            lost = _find_loss(image, is_label) or (index and _find_extra_page(image))
+            if lost:
+                raise InputError(f"{path}: {lost}")
+            if index == 0:
+                _refuse_other_axes(path, image)
+                _refuse_turned(path, image)
             image.load()  # here, where a damaged file is caught
             yield image
+
+
+def _refuse_turned(path: Path, image: Image.Image) -> None:
+    """Refuse a picture that a viewer would turn; of a PNG this decodes the pixels."""
+    turned = image.getexif().get(_ORIENTATION)
+    if turned not in _UPRIGHT:
+        raise InputError(
+            f"{path}: its orientation tag ({turned}) has viewers turn it, and programs differ "
+            "in that: save it upright, without the tag"
+        )
+
+
+def _find_loss(image: Image.Image, is_label: bool) -> str:
+    """Say what of a page, not loaded yet, would not be read as it is; empty if all is."""
+    tags = _get_tags(image)
+    tile: Any = next(iter(getattr(image, "tile", ())), ("", (), 0, ""))
+    raw = str(tile[3])  # how Pillow unpacks the bytes
+    samples = int(tags.get(_SAMPLES, 1))
+    if len(image.getbands()) > 1 and (";16" in raw or max(tags.get(_BITS, (8,))) > 8):
+        return (
+            "has 16 bits a color, of which the lower 8 would be dropped: save it in grey (one file "
+            "a channel), or in 8 bits a color"
+        )
+    if samples > len(image.getbands()):
+        return (
+            f"has {samples} values a pixel, of which {len(image.getbands())} would be read: save "
+            "it as RGB or in grey, one file a channel"
+        )
+    if tags.get(_PHOTOMETRIC) == 0:
+        return (
+            "stores white as 0 (MinIsWhite), which some programs turn and others do not: save it "
+            "with black as 0 (MinIsBlack)"
+        )
+    is_swapped = re.search(r"16BS|32BF|32BS", raw) and tile[0] == "libtiff"
+    is_cut = tags.get(_PLANAR) == 2 and samples == 1 and tags.get(_BITS, (8,))[0] != 8
+    if is_swapped or is_cut:
+        return (
+            "stores its numbers in an order that Pillow misreads: save it as an ordinary TIFF, "
+            "without compression and with the colors of a pixel together"
+        )
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2 and tags.get(_BITS, (1,))[0] == 8:
+        return "has 8 bits with a sign, which would be read without: save it in 16 bits"
+    if is_label and re.search(r"L;[24]", raw):
+        return (
+            "has 2 or 4 bits a pixel, which some programs stretch to 255 and others do not: save "
+            "the label in 8 bits"
+        )
+    return ""
+
+
+def _find_extra_page(image: Image.Image) -> str:
+    """Say what a page after the first is if it is no slice."""
+    if int(_get_tags(image).get(_NEW_SUBFILE, 0)) & _PREVIEW_OR_MASK:
+        return (
+            f"page {image.tell() + 1} is a smaller copy or a mask of another by its tag, no slice: "
+            "save the slices alone"
+        )
+    return ""
+
+
+def _refuse_other_axes(path: Path, image: Image.Image) -> None:
+    """Refuse channels and times among the pages, and slices that have no page of their own."""
+    if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+        raise InputError(f"{path}: holds an animation: save each picture as a PNG of its own")
+    tags, num_pages = _get_tags(image), _count_pages(image)
+    if not tags:
+        return
+    if any(tag in tags for tag in _METAMORPH):
+        raise InputError(f"{path}: a MetaMorph stack, whose planes are not found: {_SAVE_AGAIN}")
+    try:
+        found = _read_axes(str(tags.get(_DESCRIPTION, "")), image, num_pages)
+    except (ValueError, TypeError, ArithmeticError):
+        return  # a description of another kind
+    if found is None:
+        return
+    channels, slices, times = found
+    channels //= math.gcd(channels, int(tags.get(_SAMPLES, 1)))
+    if (channels, slices, times) != (1, num_pages, 1):
+        raise InputError(
+            f"{path}: its description names {channels} channels, {slices} slices and {times} "
+            f"times, the file has {num_pages} pages, which would be read as slices: {_SAVE_AGAIN}"
+        )
+
+
+def _read_axes(text: str, image: Image.Image, num_pages: int) -> tuple[int, int, int] | None:
+    """Return the channels, slices and times that the description of a TIFF names.
+
+    Source: the descriptions of ImageJ (`ImageJ=1.53t`, `images=10`), of OME-TIFF (XML with the
+    sizes of its first image) and of tifffile (JSON with a shape).
+    """
+    if text.startswith("ImageJ="):
+        found = dict(re.findall(r"^(\w+)=(\d+)\s*$", text, re.M))
+        channels, times = int(found.get("channels", 1)), int(found.get("frames", 1))
+        total = int(found.get("images", 1))
+        return channels, max(1, total // (channels * times)), times
+    if "<OME" in text[:2000]:
+        sizes = {axis: int(n) for axis, n in re.findall(r'\bSize([CZT])="(\d+)"', text)[:3]}
+        return sizes.get("C", 1), sizes.get("Z", 1), sizes.get("T", 1)
+    if text.startswith('{"shape"'):
+        shape = [int(size) for size in json.loads(text)["shape"]]
+        page = image.size[0] * image.size[1] * len(image.getbands())
+        outer = [size for size in shape[: -2 if len(image.getbands()) == 1 else -3] if size > 1]
+        if len(outer) > 1 and math.prod(shape) == num_pages * page:
+            return outer[0], num_pages // outer[0], 1
+        return 1, max(1, math.prod(shape) // page), 1
+    return None
+
+
+def _get_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of the current page of a TIFF, of another picture none."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    return tags
+
+
+def _to_array(path: Path, page: Image.Image) -> NDArray[Any]:
+    """Return a gray page (rows, columns) as it is."""
+    array = np.array(page)
+    tags = _get_tags(page)
+    if page.mode == "I" and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1 and array.min(initial=0) < 0:
+        raise InputError(f"{path}: has values above {2**31 - 1}: save it with smaller ones")
+    return array
 
 
 def _read_colours(path: Path, page: Image.Image) -> NDArray[np.float32]:
     """Return a page as (rows, columns, channels): 1 or 3; transparency must be empty."""
     if page.mode in _GRAY:
-        return np.asarray(page, dtype=np.float32)[..., None]
+        return _to_array(path, page).astype(np.float32)[..., None]
     if page.mode == "P":
         page = page.convert("RGBA")
     if page.mode not in ("RGB", "RGBA", "LA"):

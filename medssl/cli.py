@@ -108,16 +108,33 @@ def describe(
 
 
 @app.command()
-def check(first: First, overrides: Overrides = None) -> None:
-    """Show a data set as a table, and everything that is wrong with it."""
-    from medssl.data.cases import read_dataset, split_cases
-    from medssl.data.check import check_dataset
-    from medssl.runs import CaseCounter
+def check(
+    first: First,
+    overrides: Overrides = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(help="Only write a CSV of the cases as their names suggest them."),
+    ] = None,
+) -> None:
+    """Show a data set as a table, every file of it, and everything that is wrong with it."""
+    from medssl.data.cases import list_files, read_dataset, split_cases
+    from medssl.data.files import explain_files, write_draft
 
     config = load_config(first, overrides or []).config
-    if config.data.root is None:
+    root = config.data.root
+    if root is None:
         raise InputError(f"{first}: names no data; add data.root to it or give data.root=FOLDER")
-    dataset = read_dataset(config.data.root, config.data.format, config.data.labels)
+    if draft is not None:
+        print(write_draft(root, draft))
+        return
+    dataset = read_dataset(root, config.data.format, config.data.labels)
+    if root.is_dir():
+        lists = {"list": ("cases.csv", "cases.json"), "folders": ()}
+        named = [root / name for name in lists.get(dataset.format, ("dataset.json",))]
+        print("\n".join(explain_files(root, [*named, *list_files(dataset)])) + "\n")
+    from medssl.data.check import check_dataset  # slow to import: after the quick mistakes
+    from medssl.runs import CaseCounter
+
     splits = split_cases(dataset, config.data, config.validation)
     result = check_dataset(dataset, splits, config.data.ignore, CaseCounter("check"))
     print(result.render())

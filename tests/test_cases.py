@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from medssl.data.cases import (
     Case,
     Dataset,
     Splits,
+    list_files,
     read_dataset,
     split_cases,
     take,
     take_test_with_labels,
 )
+from medssl.data.files import explain_files, walk_files, write_draft
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -257,7 +261,12 @@ def test_json_list_declares_channels_labels_and_ignore(tmp_path):
             "'mask'; did you mean 'label'?",
         ),
         ("case_id,image,lable\nx,a.nii.gz,m.nii.gz\n", "did you mean 'label'?"),
-        ("case_id,image,age\nx,a.nii.gz,4\n", "unknown column 'age'"),
+        ("case_id,image,patientID\nx,a.nii.gz,p\n", "did you mean 'patient_id'?"),
+        ("case_id,image,subject\nx,a.nii.gz,p\n", "did you mean 'patient_id'?"),
+        ("case_id,image,mask_file\nx,a.nii.gz,gone.nii.gz\n", "did you mean 'label'?"),
+        ("case_id,image,image2\nx,a.nii.gz,b.nii.gz\n", "did you mean 'image_2'?"),
+        ("case_id,image,partition\nx,a.nii.gz,test\n", "did you mean 'split'?"),
+        ("case_id,scan\nx,a.nii.gz\n", "did you mean 'image'?"),
         ("id,image\nx,a.nii.gz\n", "there is no column 'case_id'"),
         ("case_id,image,image_2\nx,a.nii.gz,b.nii.gz\n", "without a gap"),
         ("case_id,image,image\nx,a.nii.gz,b.nii.gz\n", "column 'image' stands twice"),
@@ -353,6 +362,15 @@ def test_an_empty_folder_and_other_files_are_named(tmp_path, here):
     assert list(here.iterdir()) == []
 
 
+def draft(root: Path, here: Path) -> Path:
+    """Have a draft written as the message of the refused folder says."""
+    name = f"{root.name}_cases.csv"
+    assert f"medssl check {root} --draft {name}" in refuse(root)
+    assert list(here.iterdir()) == [], "reading writes nothing"
+    assert f"medssl check {here / name}" in write_draft(root, here / name)
+    return here / name
+
+
 def read_draft(path: Path) -> dict[str, dict[str, str]]:
     with path.open(newline="") as file:
         return {row["case_id"]: row for row in csv.DictReader(file)}
@@ -365,8 +383,7 @@ def test_patient_folders_give_a_draft_that_reads_as_a_list(tmp_path, here):
     message = refuse(root)
     assert "2 patients, 2 cases, 1 with a mask" in message
     assert "patient01: patient01/t1.nii.gz + patient01/t2.nii.gz  mask patient01/mask" in message
-    assert "medssl check mine_cases.csv" in message
-    dataset = read_dataset(here / "mine_cases.csv")
+    dataset = read_dataset(draft(root, here))
     assert dataset.name == "mine"
     assert ids(dataset, labeled=True) == ["patient01"]
     assert [path.name for path in dataset.cases[1].images] == ["t1.nii.gz", "t2.nii.gz"]
@@ -387,8 +404,7 @@ def test_patient_folders_give_a_draft_that_reads_as_a_list(tmp_path, here):
 )
 def test_masks_are_recognized_by_their_names(tmp_path, here, image, mask, case_id):
     root = touch(tmp_path / "set", image, mask)
-    refuse(root)
-    row = read_draft(here / "set_cases.csv")[case_id]
+    row = read_draft(draft(root, here))[case_id]
     assert Path(row["label"]) == root / mask
     assert Path(row["image"]) == root / image
 
@@ -397,11 +413,10 @@ def test_scans_of_one_name_in_many_folders_keep_apart(tmp_path, here):
     names = [
         f"site{s}/{kind}/t{i}.nii.gz" for s in "AB" for kind in ("scans", "masks") for i in "12"
     ]
-    refuse(touch(tmp_path / "set", *names))
-    draft = read_draft(here / "set_cases.csv")
-    assert len(draft) == 4
+    rows = read_draft(draft(touch(tmp_path / "set", *names), here))
+    assert len(rows) == 4
     assert all(
-        Path(row["image"]).parts[-3] == Path(row["label"]).parts[-3] for row in draft.values()
+        Path(row["image"]).parts[-3] == Path(row["label"]).parts[-3] for row in rows.values()
     )
 
 
@@ -421,13 +436,33 @@ def test_a_column_that_holds_another_contrast_in_some_case_is_told(tmp_path, her
     assert "Column image is" not in message
 
 
-def test_a_draft_never_overwrites_another_file(tmp_path, here):
+def test_a_draft_never_overwrites_a_file_and_lies_beside_its_scans_by_relative_paths(tmp_path):
     root = touch(tmp_path / "set", "p1.nii.gz", "p1_seg.nii.gz")
-    (here / "set_cases.csv").write_text("mine")
-    assert "set_cases_2.csv" in refuse(root)
-    assert "set_cases_2.csv" in refuse(root)  # the same draft is not written twice
-    assert (here / "set_cases.csv").read_text() == "mine"
-    assert len(list(here.iterdir())) == 2
+    (tmp_path / "mine.csv").write_text("mine")
+    for name, problem in (("mine.csv", "is there already"), ("mine.txt", "does not end in .csv")):
+        with pytest.raises(InputError, match=problem):
+            write_draft(root, tmp_path / name)
+    assert (tmp_path / "mine.csv").read_text() == "mine"
+    write_draft(root, tmp_path / "other.csv")
+    assert read_draft(tmp_path / "other.csv")["p1"]["label"] == "set/p1_seg.nii.gz"
+
+
+def test_the_folder_of_several_data_sets_is_no_data_set(tmp_path, here):
+    for name in ("Dataset001_A", "Dataset002_B"):
+        write_nnunet(tmp_path / "nnUNet_raw" / name)
+    for root in (tmp_path / "nnUNet_raw", tmp_path):
+        message = refuse(root)
+        assert "holds 2 data sets" in message
+        assert f"medssl check {tmp_path / 'nnUNet_raw' / 'Dataset001_A'}" in message
+        assert "patient" not in message
+
+
+def test_a_draft_takes_numbered_files_of_a_scan_for_its_channels(tmp_path, here):
+    root = write_nnunet(tmp_path / "set")
+    (root / "dataset.json").unlink()
+    rows = read_draft(draft(root, here))
+    assert rows["a_1"]["image_1"].endswith("a_1_0001.nii.gz")
+    assert rows["a_0"]["label"].endswith("labelsTr/a_0.nii.gz")
 
 
 def test_a_dicom_folder_gets_the_line_that_converts_it(tmp_path, here):
@@ -592,3 +627,213 @@ def test_labels_of_unlabeled_and_test_cases_cannot_be_taken():
 def test_splits_of_another_data_set_are_refused():
     with pytest.raises(InputError, match="gone: is in the splits"):
         take(make_labeled(2), Splits(("gone",), (), (), ()), "labeled")
+
+
+# nothing vanishes
+
+
+def write_names(root: Path, *names: str) -> list[str]:
+    touch(root, *names)
+    dataset = read_dataset(root)
+    return explain_files(
+        root, [path for c in dataset.cases for path in (*c.images, c.label) if path]
+    )
+
+
+def test_every_file_of_a_folder_is_used_or_named_with_the_reason_in_groups(tmp_path):
+    lines = write_names(
+        tmp_path,
+        *("images/a.nii.gz", "labels/a.nii.gz", "images/.DS_Store", "labels/._a.nii.gz"),
+        *(f"previews/{i}.png" for i in range(300)),
+        *("__MACOSX/x.txt", "Thumbs.db", ".cache/deep/file", "old/b.nii", "old/c.nii"),
+        *("mr/IM1.dcm", "mr/IM2.dcm", "others/t.nrrd", "notes.txt", "README"),
+    )
+    assert lines[0] == f"files below {tmp_path}: 314, of them 2 used"
+    groups = {line.split(":")[1].split(" x ")[1]: line for line in lines[1:]}
+    assert sum(int(line.split()[2]) for line in lines[1:]) == 312
+    assert len(lines) < 10
+    assert max(map(len, lines)) < 300
+    assert "not used: 5 x hidden or of the system" in groups["hidden or of the system"]
+    assert (
+        "previews/0.png and 299 more there"
+        in groups["pictures beside NIfTI files, taken for previews"]
+    )
+    assert "old/b.nii and 1 more there" in groups["scans that the layout or the list does not name"]
+    text = "\n".join(lines)
+    for part in ("dcm2niix", "mr/IM1.dcm and 1 more", "others/t.nrrd", "3D Slicer", "(.txt)"):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["images/site/b.nii.gz", "imagesVal/b.nii.gz", "b.nii.gz"])
+def test_scans_that_a_layout_does_not_name_are_noted_with_their_folder(tmp_path, name):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", name, "previews/a.png")
+    (note,) = read_dataset(tmp_path).notes
+    assert (
+        f"1 scans are not read, as the layout does not name them, in the folders {Path(name).parent} (1)"
+        in note
+    )
+    assert "--draft" in note
+
+
+def test_scans_that_a_dataset_json_does_not_name_are_noted(tmp_path):
+    touch(write_decathlon(tmp_path), "imagesTr/s_7.nii.gz", "imagesTr/s_8.nii.gz")
+    assert "2 scans are not read" in read_dataset(tmp_path).notes[0]
+
+
+def test_a_folder_that_is_called_like_a_scan_stands_for_the_scan_in_it(tmp_path):
+    touch(tmp_path, "images/a.nii/a.nii", "images/b.nii.gz/other.nii.gz", "labels/a.nii/x.nii")
+    dataset = read_dataset(tmp_path)
+    assert dataset.notes == ()
+    assert [case.case_id for case in dataset.cases] == ["a", "b"]
+    assert dataset.cases[0].label == tmp_path / "labels/a.nii/x.nii"
+    (tmp_path / "cases.csv").write_text("case_id,image\nx,images/a.nii\n")
+    assert read_dataset(tmp_path).cases[0].images == (tmp_path / "images/a.nii/a.nii",)
+    touch(tmp_path, "images/a.nii/second.nii")
+    assert "a folder that holds no scan or several" in refuse(tmp_path)
+    (tmp_path / "cases.csv").unlink()
+    assert "images/a.nii: a folder that holds no scan or several" in refuse(tmp_path)
+
+
+def test_validation_and_labeled_test_entries_of_a_dataset_json_are_parts(tmp_path):
+    touch(tmp_path, "imagesTr/v.nii.gz", "labelsTr/v.nii.gz", "imagesTr/u.nii.gz")
+    entry = {"image": "imagesTr/v.nii.gz", "label": "labelsTr/v.nii.gz", "fold": 1}
+    root = write_decathlon(tmp_path, validation=[entry], unlabeled=["imagesTr/u.nii.gz"])
+    dataset = read_dataset(root)
+    splits = split_cases(dataset, DataSection(), "auto")
+    assert splits.val == ("v",)
+    assert splits.unlabeled == ("s_2", "s_9", "u")
+    assert "columns that are not read: fold" in dataset.notes[0]
+    tested = read_dataset(write_decathlon(tmp_path, test=[entry]))
+    assert split_cases(tested, DataSection(), "auto").test == ("v",)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "count"),
+    [
+        ("fold", [["imagesTr/s_7.nii.gz"], ["imagesTr/s_8.nii.gz"]], 2),
+        ("fold_0", {"val": [{"image": "imagesTr/s_7.nii.gz"}]}, 1),
+        ("pseudo", [{"image": "imagesTr/s_7.nii.gz", "label": "x/s_7.nii.gz"}], 2),
+    ],
+)
+def test_keys_of_cases_that_are_not_read_are_noted(tmp_path, key, value, count):
+    notes = read_dataset(write_decathlon(tmp_path / "a", **{key: value})).notes
+    assert f"the key {key!r} names {count} scans and is not read" in notes[0]
+    notes = read_dataset(write_nnunet(tmp_path / "b", **{key: value})).notes
+    assert f"the key {key!r} names {count} scans and is not read" in notes[0]
+
+
+def test_a_label_of_another_name_in_a_dataset_json_is_not_passed_over(tmp_path):
+    entry = {"image": "imagesTr/s_0.nii.gz", "mask": "labelsTr/s_0.nii.gz"}
+    message = refuse(write_decathlon(tmp_path, training=[entry]))
+    assert "'mask'; did you mean 'label'?" in message
+
+
+@pytest.mark.parametrize("text", ["../out/s.nii.gz", "imagesTr/../../s.nii.gz", "/etc/s.nii.gz"])
+def test_a_dataset_json_names_nothing_outside_of_its_folder_and_a_csv_may(tmp_path, text):
+    root = write_decathlon(tmp_path / "set", training=[{"image": text}])
+    touch(tmp_path, "out/s.nii.gz", "s.nii.gz")
+    assert f"training[0]: the path {text} leads out of {root}" in refuse(root)
+    place = tmp_path / "out/s.nii.gz"
+    for path in (place, "../out/s.nii.gz"):
+        file = write_list(root, f"case_id,image\nx,{path}\n")
+        assert read_dataset(file).cases[0].images[0].samefile(place)
+
+
+# columns of metadata
+
+
+def test_a_table_of_metadata_beside_the_scans_is_no_list(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "images/b.nii.gz", "labels/a.nii.gz")
+    text = "case_id,age,sex,scan,volume,images,file\na,61,f,2019,33.1,1,a.nii.gz\n"
+    (tmp_path / "cases.csv").write_text(text)
+    (tmp_path / "cases.json").write_text('[{"case_id": "a", "age": 61}]')
+    (tmp_path / "dataset.json").write_text('{"name": "a set", "license": "CC"}')
+    dataset = read_dataset(tmp_path)
+    assert dataset.format == "folders"
+    assert ids(dataset, labeled=True) == ["a"]
+    assert "cases.csv has no column of images" in dataset.notes[0]
+    assert "no column 'image'" in refuse(tmp_path / "cases.csv")
+    (tmp_path / "cases.csv").write_text("case_id,imgae\na,images/a.nii.gz\n")
+    assert "'imgae'; did you mean 'image'?" in refuse(tmp_path)
+
+
+def test_columns_of_metadata_are_noted_and_not_read(tmp_path):
+    text = "case_id,image,label,age,site,volume,id,fold,labels,subject,patient_id,set\n"
+    path = write_list(tmp_path, f"{text}x,a.nii.gz,m.nii.gz,4,Lab,3.5,7,2,3,s,p,A\n")
+    dataset = read_dataset(path)
+    assert dataset.notes == (
+        "cases.csv: columns that are not read: age, site, volume, id, fold, labels, subject, set",
+    )
+    assert dataset.cases[0].patient_id == "p"
+
+
+# names
+
+
+def test_names_in_both_unicode_forms_are_one_name(tmp_path):
+    name = "größe_é"
+    composed, apart = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    touch(tmp_path, f"images/{composed}.nii.gz", f"labels/{apart}.nii.gz")
+    (case,) = read_dataset(tmp_path).cases
+    assert case.label is not None
+    assert case.case_id == composed
+    (tmp_path / "cases.csv").write_text(f"case_id,image,label\n{apart},images/{apart}.nii.gz,\n")
+    (case,) = read_dataset(tmp_path).cases
+    assert (case.case_id, case.images[0].is_file()) == (composed, True)
+    (tmp_path / "cases.csv").unlink()
+    touch(tmp_path, f"unlabeled/{apart}.nii.gz")
+    assert f"case_id {composed} stands 2 times" in refuse(tmp_path)
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_words_that_can_be_printed(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz")
+    path = os.path.join(os.fsencode(tmp_path), b"images", b"gr\xf6\xdfe.nii.gz")
+    with open(path, "wb"):
+        pass
+    message = refuse(tmp_path)
+    assert "is not UTF-8: rename it" in message
+    assert message.encode()
+    assert explain_files(tmp_path, [])[0].encode()
+
+
+def test_a_case_id_leaves_room_for_the_names_of_its_files(tmp_path):
+    fits, long = "é" * 100, "é" * 101
+    touch(tmp_path, f"images/{fits}.nii.gz", "labels/.x")
+    assert read_dataset(tmp_path).cases[0].case_id == fits
+    touch(tmp_path, f"images/{long}.nii.gz")
+    assert f"case_id {long}: has 202 bytes" in refuse(tmp_path)
+    text = f"case_id,image\n{'x' * 252},a.nii.gz\ny,{'y' * 300}.nii.gz\n"
+    message = refuse(write_list(tmp_path, text))
+    assert "has 252 bytes" in message
+    assert "y: " in message
+
+
+def test_links_back_to_the_tree_are_not_followed_in_circles(tmp_path):
+    root = touch(tmp_path / "set", "p1.nii.gz", "sub/p2.nii.gz")
+    touch(tmp_path / "archive", "p3.nii.gz")
+    (tmp_path / "archive" / "again").symlink_to(tmp_path / "archive")
+    for name, target in (("top", root), ("up", tmp_path), ("sub2", root / "sub")):
+        (root / "sub" / name).symlink_to(target)
+    for name in ("more", "same"):
+        (root / name).symlink_to(tmp_path / "archive")
+    found = [str(path.relative_to(root)) for path in walk_files(root)]
+    assert found == ["p1.nii.gz", "more/p3.nii.gz", "sub/p2.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *[("a.nrrd", "3D Slicer"), ("a.mha", "3D Slicer"), ("a.mgz", "mri_convert")],
+        *[("a.mnc", "mnc2nii"), ("a.dcm", "dcm2niix"), ("a.img", "nib-convert")],
+        *[("a.BRIK", "3dAFNItoNIFTI"), ("a.nii.bz2", "unpack"), ("a.npy", "as NIfTI")],
+    ],
+)
+def test_scans_of_other_formats_get_the_way_to_convert_them(tmp_path, here, name, how):
+    touch(tmp_path / "set", name)
+    assert how in refuse(tmp_path / "set")
+    touch(tmp_path / "two", "images/b.nii.gz", "labels/b.nii.gz", f"images/{name}")
+    assert f"images/{name}: a scan of another kind" in refuse(tmp_path / "two")
+    assert how in refuse(tmp_path / "two")
+    file = write_list(tmp_path / "list", f"case_id,image\nx,{name}\n")
+    touch(tmp_path / "list", name)
+    assert how in refuse(file)

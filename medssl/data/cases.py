@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medssl.config import DataSection, InputError
-from medssl.data.formats import PARTS, Case, Dataset, Part, raise_all, read_dataset
+from medssl.data.formats import PARTS, Case, Dataset, Part, list_files, raise_all, read_dataset
 
 __all__ = [
     "PARTS",
@@ -19,6 +19,7 @@ __all__ = [
     "Dataset",
     "Part",
     "Splits",
+    "list_files",
     "read_dataset",
     "split_cases",
     "take",

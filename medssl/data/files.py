@@ -1,13 +1,14 @@
-"""What file names alone say: stems, patients, masks, DICOM, and a draft list of an unknown tree."""
+"""What file names alone say: stems, patients, masks, other formats, a draft list of a tree."""
 
 import csv
 import io
 import os
 import re
 import shlex
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medssl.config import InputError
@@ -15,11 +16,22 @@ from medssl.config import InputError
 SUFFIXES = (".nii.gz", ".nii")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _DICOM = (".dcm", ".dicom", ".ima")
-_OTHER_SCANS = (
-    *(".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".gipl", ".gipl.gz", ".img", ".hdr"),
-    *(".npy", ".npz", ".nii.zip", ".bmp", ".gif", ".webp"),
-    *_DICOM,
-)
+_SLICER = "convert it by 3D Slicer or ITK-SNAP (save as .nii.gz)"
+_OTHER_SCANS = {
+    **dict.fromkeys(_DICOM, "convert it: dcm2niix -z y -o OUT FOLDER"),
+    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".vtk"), _SLICER),
+    **dict.fromkeys((".mgz", ".mgh"), "convert it: mri_convert IN OUT.nii.gz (FreeSurfer)"),
+    ".mnc": "convert it: mnc2nii IN OUT.nii (MINC), or nib-convert IN OUT.nii.gz (nibabel)",
+    **dict.fromkeys((".img", ".hdr"), "convert it: nib-convert IN.hdr OUT.nii.gz (nibabel)"),
+    **dict.fromkeys((".head", ".brik", ".brik.gz"), "convert it: 3dAFNItoNIFTI IN (AFNI)"),
+    **dict.fromkeys(
+        (".npy", ".npz", ".mat", ".h5", ".hdf5"), "write it as NIfTI with its spacing and position"
+    ),
+    **dict.fromkeys(
+        (".nii.zip", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.7z"), "unpack it to .nii or .nii.gz"
+    ),
+    **dict.fromkeys((".bmp", ".gif", ".webp", ".jp2", ".pgm"), "save it as PNG"),
+}
 KINDS = "NIfTI (.nii, .nii.gz), PNG, JPEG or TIFF"
 
 _MASK_WORD = (
@@ -33,8 +45,27 @@ _COMMON_FOLDER = re.compile(
     re.IGNORECASE,
 )
 _PATIENT = re.compile(r"^(sub-[A-Za-z0-9]+|(?:patient|subject|pat)[-_]?\d+)(?=[-_.]|$)", re.I)
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}
 _MAX_CHANNELS = 8  # a folder with more images than this holds several cases
 _NUM_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan: one file per channel (or one 4D file), and perhaps its label.
+
+    `split` is what a list says of the case: labeled, unlabeled, val, test, or nothing.
+    """
+
+    case_id: str
+    images: tuple[Path, ...]
+    label: Path | None
+    patient_id: str
+    split: str = ""
+
+    def without_label(self) -> "Case":
+        """Return the case with no way to its label."""
+        return replace(self, label=None)
 
 
 def strip_suffix(name: str) -> str | None:
@@ -70,8 +101,29 @@ def keep_scans(paths: Iterable[Path]) -> list[Path]:
     return [path for path in scans if not is_picture(path)] or scans
 
 
+def find_scan(path: Path) -> Path:
+    """Return the file that a path means: what it names, or what stands in its place.
+
+    That is a name in the other Unicode form (macOS writes accents apart, NFD), or the one scan in
+    a folder that is called like a scan, as some archives are unpacked.
+    """
+    if not os.path.lexists(path):
+        for form in ("NFC", "NFD"):
+            other = Path(unicodedata.normalize(form, str(path)))
+            path = other if os.path.lexists(other) else path
+    if strip_suffix(path.name) is not None and os.path.isdir(path):
+        inside = keep_scans(entry for entry in sorted(path.iterdir()) if _is_visible_file(entry))
+        return inside[0] if len(inside) == 1 else path
+    return path
+
+
+def _is_visible_file(path: Path) -> bool:
+    """Tell whether a path is a file that is not hidden."""
+    return not path.name.startswith(".") and os.path.isfile(path)
+
+
 def list_scans(folder: Path) -> dict[str, Path]:
-    """Return stem -> path of the scans in a folder; hidden and `._*` files are ignored.
+    """Return stem (in NFC) -> path of the scans in a folder; hidden and `._*` files are ignored.
 
     Scans are NIfTI files or, in a folder without one, pictures.
 
@@ -79,28 +131,38 @@ def list_scans(folder: Path) -> dict[str, Path]:
         InputError: Two files have the same stem.
     """
     found: dict[str, Path] = {}
-    files = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.is_file()]
-    for path in keep_scans(files):
-        stem = strip_suffix(path.name) or path.name
+    names = {path: find_scan(path) for path in sorted(folder.iterdir())}
+    names = {path: scan for path, scan in names.items() if path.name[0] != "."}
+    for path in keep_scans(path for path, scan in names.items() if os.path.isfile(scan)):
+        stem = unicodedata.normalize("NFC", strip_suffix(path.name) or path.name)
         if stem in found:
             raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
-        found[stem] = path
+        found[stem] = names[path]
     return found
+
+
+def explain_kind(path: Path) -> str:
+    """Say how a scan of a kind that is not read is converted; empty for what is no such scan."""
+    name = path.name.lower()
+    return next((how for suffix, how in _OTHER_SCANS.items() if name.endswith(suffix)), "")
 
 
 def find_unread(folder: Path) -> list[str]:
     """Name what lies in a folder of scans and is not read: other formats, links to nothing."""
     problems = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        place = f"{folder.name}/{path.name}"
         if path.name.startswith("."):
             continue
-        if path.is_symlink() and not path.exists():
-            problems.append(f"{folder.name}/{path.name}: a link to {path.readlink()}, not there")
-        elif path.name.lower().endswith(_OTHER_SCANS):
+        if path.is_symlink() and not os.path.exists(path):
+            problems.append(f"{place}: a link to {path.readlink()}, not there")
+        elif explain_kind(path):
             problems.append(
-                f"{folder.name}/{path.name}: a scan of another kind than {KINDS}: convert it, or "
-                "move it elsewhere"
+                f"{place}: a scan of another kind than {KINDS}: {explain_kind(path)}, or move it "
+                "elsewhere"
             )
+        elif strip_suffix(path.name) is not None and os.path.isdir(find_scan(path)):
+            problems.append(f"{place}: a folder that holds no scan or several: name one of them so")
     return problems
 
 
@@ -110,13 +172,103 @@ def guess_patient(case_id: str) -> str:
     return match.group(1) if match else case_id
 
 
-def walk_files(root: Path) -> list[Path]:
-    """Return all files below a folder, sorted, without hidden files and folders."""
-    found = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(folder) / name for name in sorted(names) if not name.startswith(".")]
+def walk_files(root: Path, hidden: bool = False) -> list[Path]:
+    """Return all files below a folder, sorted; and the folders that cannot be opened.
+
+    A folder that a link leads to is read once, and never one that the walk comes to without it.
+
+    Args:
+        root: The folder.
+        hidden: Whether to go into hidden folders and return hidden files.
+    """
+    found: list[Path] = []
+    seen = [os.path.realpath(root)]
+
+    def is_wanted(folder: str, name: str) -> bool:
+        path = os.path.join(folder, name)
+        if not hidden and name.startswith("."):
+            return False
+        if os.path.islink(path):
+            target = os.path.realpath(path)
+            if any(_is_within(target, other) or _is_within(other, target) for other in seen):
+                return False
+            seen.append(target)
+        return True
+
+    def add(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for folder, folders, names in os.walk(root, onerror=add, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if is_wanted(folder, name)]
+        found += [Path(folder, name) for name in sorted(names) if hidden or name[0] != "."]
     return found
+
+
+def _is_within(path: str, folder: str) -> bool:
+    """Tell whether a path is a folder or lies in it."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
+    """Say of every file below a folder whether it is used, and if not, why, in groups.
+
+    Args:
+        root: The folder.
+        used: The files that a data set reads.
+
+    Returns:
+        Lines: how many files are used, then one line a reason.
+    """
+    known = {os.path.realpath(path) for path in used}
+    files = walk_files(root, hidden=True)
+    reasons: dict[str, list[Path]] = defaultdict(list)
+    has_scans = any(strip_suffix(path) is not None and not is_picture(Path(path)) for path in known)
+    for path in files:
+        if os.path.realpath(path) not in known:
+            reasons[_explain_file(path, root, has_scans)].append(path)
+    num_left = sum(map(len, reasons.values()))
+    lines = [f"files below {root}: {len(files)}, of them {len(files) - num_left} used"]
+    by_size = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    for reason, paths in by_size[:_NUM_SHOWN]:
+        lines.append(f"  not used: {len(paths)} x {reason}: {_show_folders(paths, root)}")
+    rest = [path for _, paths in by_size[_NUM_SHOWN:] for path in paths]
+    if rest:
+        lines.append(f"  not used: {len(rest)} x files of other kinds: {_show_folders(rest, root)}")
+    return [show_text(line) for line in lines]
+
+
+def _explain_file(path: Path, root: Path, has_scans: bool) -> str:
+    """Say why a file is not used."""
+    parts = path.relative_to(root).parts
+    if any(part.startswith(".") or part.lower() in _SYSTEM_FILES for part in parts):
+        return "hidden or of the system"
+    if not os.path.isfile(path):
+        return "cannot be opened, or a link to what is not there"
+    if strip_suffix(path.name) is not None:
+        if is_picture(path) and has_scans:
+            return "pictures beside NIfTI files, taken for previews"
+        return "scans that the layout or the list does not name"
+    if is_dicom(path):
+        return f"DICOM, {explain_kind(Path('a.dcm'))}"
+    if explain_kind(path):
+        return f"scans of a kind that is not read, {explain_kind(path)}"
+    return f"no scans ({path.suffix.lower() or 'no suffix'})"
+
+
+def _show_folders(paths: Sequence[Path], root: Path) -> str:
+    """Show one file of each folder, and how many there are."""
+    folders: dict[Path, list[Path]] = defaultdict(list)
+    for path in paths:
+        folders[path.parent].append(path)
+    return _join(
+        _show(same[0], root) + (f" and {len(same) - 1} more there" if len(same) > 1 else "")
+        for same in folders.values()
+    )
+
+
+def show_text(text: str) -> str:
+    """Return a text that can be printed: what is not UTF-8 in a file name is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_dicom(path: Path) -> bool:
@@ -137,17 +289,7 @@ def is_mask(path: Path, root: Path) -> bool:
     return bool(_MASK_NAME.search(stem)) or any(_MASK_FOLDER.match(name) for name in folders)
 
 
-@dataclass(frozen=True)
-class Found:
-    """One case as its names suggest it; a draft to be confirmed by a person."""
-
-    case_id: str
-    patient_id: str
-    images: tuple[Path, ...]
-    label: Path | None
-
-
-def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Found], list[Path]]:
+def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[Path]]:
     """Group scans into cases by their names; returns the cases and the masks that fit to none."""
     folders: dict[Path, list[Path]] = defaultdict(list)
     for path in scans:
@@ -155,7 +297,7 @@ def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Found], list
     cases, images, masks = [], [], []
     for folder, paths in folders.items():
         own_masks = [path for path in paths if is_mask(path, root)]
-        own_images = [path for path in paths if path not in own_masks]
+        own_images = sorted(set(paths) - set(own_masks))
         if _is_patient_folder(folder, root, own_images, own_masks):
             cases.append(_read_patient_folder(folder, root, own_images, own_masks))
         else:
@@ -175,37 +317,59 @@ def _is_patient_folder(
 
 def _read_patient_folder(
     folder: Path, root: Path, images: Sequence[Path], masks: Sequence[Path]
-) -> Found:
+) -> Case:
     """Make one case of a folder."""
     parts = folder.relative_to(root).parts
     names = [name for name in parts if not _COMMON_FOLDER.match(name)]
-    return Found("_".join(names), names[0], tuple(images), masks[0] if masks else None)
+    return Case("_".join(names), tuple(images), masks[0] if masks else None, names[0])
 
 
 def _match_by_stem(
     root: Path, images: Sequence[Path], masks: Sequence[Path]
-) -> tuple[list[Found], list[Path]]:
+) -> tuple[list[Case], list[Path]]:
     """Pair images and masks of the same name; the nearest folder wins."""
     by_stem: dict[str, list[Path]] = defaultdict(list)
     for mask in masks:
         by_stem[_bare_stem(mask)].append(mask)
     cases, used = [], set()
-    for image in images:
-        stem = strip_suffix(image.name) or image.name
+    for stem, channels in _group_channels(images, set(by_stem)):
+        image = channels[0]
         options = [mask for mask in by_stem.get(_bare_stem(image), []) if mask not in used]
         options.sort(key=lambda mask: (-len(os.path.commonpath([mask, image])), str(mask)))
         used.update(options[:1])
-        cases.append(Found(stem, guess_patient(stem), (image,), options[0] if options else None))
+        cases.append(Case(stem, channels, options[0] if options else None, guess_patient(stem)))
     repeated = {name for name, count in Counter(c.case_id for c in cases).items() if count > 1}
     cases = [_name_by_path(case, root) if case.case_id in repeated else case for case in cases]
     return cases, [mask for mask in masks if mask not in used]
 
 
-def _name_by_path(case: Found, root: Path) -> Found:
+def _group_channels(images: Sequence[Path], masks: set[str]) -> list[tuple[str, tuple[Path, ...]]]:
+    """Group `<case>_0000`, `<case>_0001`: channels where a mask is called <case>, or all agree."""
+    groups: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
+    for path in images:
+        stem = strip_suffix(path.name) or path.name
+        number = re.search(r"_\d{4}$", stem)
+        groups[path.parent, stem[: number.start()] if number else stem][
+            number.group() if number else ""
+        ] = path
+    sizes = Counter(len(group) for group in groups.values())
+    found = []
+    for (_, stem), group in groups.items():
+        is_whole = sorted(group) == [f"_{index:04d}" for index in range(len(group))]
+        agrees = stem.lower() in masks or sizes[len(group)] > 1
+        if 2 <= len(group) <= _MAX_CHANNELS and is_whole and agrees:
+            found.append((stem, tuple(path for _, path in sorted(group.items()))))
+        else:
+            found += [(stem + number, (path,)) for number, path in group.items()]
+    return found
+
+
+def _name_by_path(case: Case, root: Path) -> Case:
     """Name a case by its whole path, because its file name alone is not unique."""
     parts = case.images[0].relative_to(root).parts[:-1]
     case_id = "_".join((*parts, case.case_id))
-    return Found(case_id, guess_patient(parts[0]) if parts else case_id, case.images, case.label)
+    patient_id = guess_patient(parts[0]) if parts else case_id
+    return replace(case, case_id=case_id, patient_id=patient_id)
 
 
 def _bare_stem(path: Path) -> str:
@@ -216,10 +380,7 @@ def _bare_stem(path: Path) -> str:
 
 
 def describe_unknown(root: Path) -> str:
-    """Describe a folder that is in no known layout, and write a draft list of it to edit.
-
-    The draft is written to the current folder as `<folder name>_cases.csv`; an existing file of
-    other content is never overwritten.
+    """Describe a folder that is in no known layout; writes nothing.
 
     Returns:
         The lines to print: the tree as understood, and what to do next.
@@ -238,6 +399,8 @@ def describe_unknown(root: Path) -> str:
         kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
         counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
         lines.append(f"It holds no scan that is read, {KINDS}: {counts}.")
+        ways = {explain_kind(path): path.suffix for path in others if explain_kind(path)}
+        lines += [f"  {suffix}: {how}" for how, suffix in ways.items()]
     return "\n".join([*lines, _LAYOUTS])
 
 
@@ -248,7 +411,7 @@ _LAYOUTS = """Layouts that are read as they are:
 
 
 def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
-    """Describe what was recognized, and write the draft."""
+    """Describe what was recognized, and say how a list is made of it."""
     cases, unmatched = recognize_tree(root, scans)
     num_masks = sum(case.label is not None for case in cases)
     num_patients = len({case.patient_id for case in cases})
@@ -267,10 +430,15 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
         odd = [f"{c.case_id} ({len(c.images)})" for c in cases if len(c.images) != usual]
         lines.append(f"Most cases have {_count(usual, 'image')}, but not: {_join(odd)}")
     lines += _describe_channels([case for case in cases if len(case.images) > 1])
-    return lines + _describe_draft(root, cases) if cases else lines
+    draft = shlex.quote(f"{root.resolve().name}_cases.csv")
+    return [
+        *lines,
+        "For a draft list of this to look through and mend:",
+        f"  medssl check {shlex.quote(str(root))} --draft {draft}",
+    ]
 
 
-def _describe_channels(cases: Sequence[Found]) -> list[str]:
+def _describe_channels(cases: Sequence[Case]) -> list[str]:
     """Name the cases whose files of a column are called otherwise than in most cases."""
     lines = []
     for index in range(max((len(case.images) for case in cases), default=0)):
@@ -285,7 +453,7 @@ def _describe_channels(cases: Sequence[Found]) -> list[str]:
     return lines
 
 
-def _name_channel(case: Found, index: int) -> str:
+def _name_channel(case: Case, index: int) -> str:
     """Return what the name of an image says beside its case."""
     name = strip_suffix(case.images[index].name) or case.images[index].name
     for known in (case.case_id, case.patient_id):
@@ -293,50 +461,51 @@ def _name_channel(case: Found, index: int) -> str:
     return name.strip("-_. ").lower()
 
 
-def _describe_draft(root: Path, cases: Sequence[Found]) -> list[str]:
-    """Write the draft list and say how to use it."""
-    try:
-        draft = write_draft(cases, root.resolve().name)
-    except OSError as error:
-        return [f"No draft list was written to the current folder: {error}"]
-    return [
-        f"A draft list was written: {draft}",
-        "  Look through it, mend what is wrong (label empty = unlabeled; patient_id keeps scans of",
-        "  one patient together; split may be empty, labeled, unlabeled, val or test), then run:",
-        f"  medssl check {shlex.quote(draft)}",
-    ]
+def write_draft(root: Path, file: Path) -> str:
+    """Write a list of what the file names of a folder suggest, to be mended by a person.
 
+    Args:
+        root: The folder.
+        file: The CSV; its paths are relative to its folder where they lie below it.
 
-def write_draft(cases: Sequence[Found], name: str) -> str:
-    """Write `<name>_cases.csv` to the current folder under a free name and return that name."""
+    Returns:
+        The lines to print.
+
+    Raises:
+        InputError: The file is there already or is no CSV, or the folder holds no scan.
+    """
+    if file.suffix.lower() != ".csv" or os.path.lexists(file):
+        what = "is there already" if os.path.lexists(file) else "does not end in .csv"
+        raise InputError(f"--draft {file}: {what}; name a new .csv file")
+    if not root.is_dir():
+        raise InputError(f"{root}: is no folder; --draft makes a list of the scans in a folder")
+    cases, _ = recognize_tree(root, keep_scans(walk_files(root)))
+    if not cases:
+        raise InputError(f"{root}: holds no scan that is read, {KINDS}: there is nothing to list")
     num_channels = max(len(case.images) for case in cases)
     columns = ["image", *(f"image_{index}" for index in range(1, num_channels))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["case_id", *columns, "label", "patient_id", "split"])
     for case in cases:
-        images = [_path_from_here(path) for path in case.images]
+        images = [_path_from(file.parent, path) for path in case.images]
         images += [""] * (num_channels - len(images))
-        label = _path_from_here(case.label) if case.label else ""
+        label = _path_from(file.parent, case.label) if case.label else ""
         writer.writerow([case.case_id, *images, label, case.patient_id, ""])
-    number = 1
-    while True:
-        path = Path(f"{name}_cases{'' if number == 1 else f'_{number}'}.csv")
-        try:
-            with path.open("x", encoding="utf-8", newline="") as file:
-                file.write(text.getvalue())
-            return str(path)
-        except FileExistsError:
-            if path.is_file() and path.read_bytes() == text.getvalue().encode():
-                return str(path)
-            number += 1
+    with file.open("x", encoding="utf-8", errors="backslashreplace", newline="") as stream:
+        stream.write(text.getvalue())
+    return (
+        f"a draft of {_count(len(cases), 'case')} was written: {file}\n"
+        "Look through it, mend what is wrong (label empty = unlabeled; patient_id keeps scans of\n"
+        "one patient together; split may be empty, labeled, unlabeled, val or test), then run:\n"
+        f"  medssl check {shlex.quote(str(file))}"
+    )
 
 
-def _path_from_here(path: Path) -> str:
-    """Return a path relative to the current folder if it lies below it, else the absolute one."""
-    absolute = path.absolute()
-    here = Path.cwd()
-    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else absolute)
+def _path_from(folder: Path, path: Path) -> str:
+    """Return a path relative to a folder if it lies below it, else the absolute one."""
+    absolute, start = path.absolute(), folder.absolute()
+    return str(absolute.relative_to(start) if absolute.is_relative_to(start) else absolute)
 
 
 def _describe_dicom(root: Path, dicom: Sequence[Path]) -> list[str]:
@@ -354,7 +523,7 @@ def _describe_dicom(root: Path, dicom: Sequence[Path]) -> list[str]:
     ]
 
 
-def _describe_case(case: Found, root: Path) -> str:
+def _describe_case(case: Case, root: Path) -> str:
     """Return one line: a case, its images and its mask."""
     images = " + ".join(_show(path, root) for path in case.images)
     return f"{case.case_id}: {images}" + (

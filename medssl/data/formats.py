@@ -8,7 +8,9 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,39 +22,27 @@ from medssl.data.files import (
     KINDS,
     SUFFIXES,
     describe_unknown,
+    explain_kind,
+    find_scan,
     find_unread,
     guess_patient,
     is_mask,
     is_picture,
     keep_scans,
     list_scans,
+    show_text,
     strip_suffix,
     walk_files,
 )
+from medssl.data.files import Case as Case
 
 Part = Literal["labeled", "unlabeled", "val", "test"]
 PARTS: tuple[Part, ...] = ("labeled", "unlabeled", "val", "test")
 
 _COLOURS = ("red", "green", "blue")
 _MAX_HINTS = 20  # missing files for which a near name is looked for
-
-
-@dataclass(frozen=True)
-class Case:
-    """One scan: one file per channel (or one 4D file), and perhaps its label.
-
-    `split` is what the list says of the case: one of `PARTS`, or empty.
-    """
-
-    case_id: str
-    images: tuple[Path, ...]
-    label: Path | None
-    patient_id: str
-    split: str = ""
-
-    def without_label(self) -> "Case":
-        """Return the case with no way to its label."""
-        return replace(self, label=None)
+_MAX_ID_BYTES = 200  # of 255 that a file name may have, with `_uncertainty.nii.gz` and a prefix
+_LISTS = ("cases.csv", "cases.json")
 
 
 @dataclass(frozen=True)
@@ -89,22 +79,63 @@ def read_dataset(
             was understood and names a draft list to edit), or cases are wrong: all of them.
     """
     root = Path(root)
-    if not root.exists():
+    if not os.path.exists(root):
         raise InputError(f"{root}: no such file or folder{_suggest_path(root)}")
     format, source = _detect_format(root) if format == "auto" else (format, _locate(root, format))
     dataset = _READERS[format](source)
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
-    return replace(dataset, cases=tuple(sorted(dataset.cases, key=lambda case: case.case_id)))
+    notes = (*dataset.notes, *_find_left_out(dataset))
+    cases = tuple(sorted(dataset.cases, key=lambda case: case.case_id))
+    return replace(dataset, cases=cases, notes=notes)
+
+
+def list_files(dataset: Dataset) -> list[Path]:
+    """Return the files of all cases: images and labels."""
+    return [
+        path
+        for case in dataset.cases
+        for path in (*case.images, *([case.label] if case.label else []))
+    ]
+
+
+def _find_left_out(dataset: Dataset) -> list[str]:
+    """Name what lies in a folder like a part of the data set and is none."""
+    root = dataset.root
+    if dataset.format == "list":
+        return []
+    notes = [
+        f"{name} has no column of images, so it is not read as a list of cases"
+        for name in _LISTS
+        if (root / name).is_file()
+    ]
+    used = list_files(dataset)
+    known, has_pictures = {os.path.realpath(path) for path in used}, is_picture(used[0])
+    counts = Counter(
+        str(path.parent.relative_to(root))
+        for path in walk_files(root)
+        if strip_suffix(path.name) is not None
+        and is_picture(path) == has_pictures
+        and os.path.realpath(path) not in known
+    )
+    if counts:
+        places = [f"{place} ({count})" for place, count in counts.most_common(_MAX_HINTS)]
+        more = f" and {len(counts) - _MAX_HINTS} more" if len(counts) > _MAX_HINTS else ""
+        notes.append(
+            f"{counts.total()} scans are not read, as the layout does not name them, in the "
+            f"folders {', '.join(places)}{more}; to use them, move them to the others, or make a "
+            f"list: medssl check {root} --draft FILE.csv"
+        )
+    return notes
 
 
 def _suggest_path(path: Path) -> str:
     """Return a hint at the nearest existing sibling of the first missing part of a path."""
     missing = path.absolute()
-    while not missing.parent.exists():
+    while not os.path.exists(missing.parent):
         missing = missing.parent
-    if not missing.parent.is_dir():
+    if not os.path.isdir(missing.parent):
         return f"; {missing.parent} is a file"
     names = [entry.name for entry in missing.parent.iterdir() if entry.name[0] != "."]
     near = difflib.get_close_matches(missing.name, names, n=1, cutoff=0.5)
@@ -114,17 +145,44 @@ def _suggest_path(path: Path) -> str:
 def _detect_format(root: Path) -> tuple[str, Path]:
     """Return the format of a folder or file, and the file or folder to read."""
     if root.is_file():
-        return _detect_file_format(root)
-    lists = [root / name for name in ("cases.csv", "cases.json") if (root / name).is_file()]
+        return _detect_file_format(root) or ("list", root)
+    tables = [root / name for name in _LISTS if (root / name).is_file()]
+    lists = [path for path in tables if _is_list(path)]
     if len(lists) == 2:
         raise InputError(f"{root}: holds cases.csv and cases.json; name the one to read")
     if lists:
         return "list", lists[0]
+    is_folders = _is_folders(root)
     if (root / "dataset.json").is_file():
-        return _detect_file_format(root / "dataset.json")
-    if _is_folders(root):
+        found = _detect_file_format(root / "dataset.json", or_nothing=is_folders)
+        return found or ("folders", root)
+    if is_folders:
         return "folders", root
+    inner = sorted(p.parent for depth in ("*", "*/*") for p in root.glob(f"{depth}/imagesTr"))
+    if inner:
+        lines = [f"  medssl check {path}" for path in inner[:_MAX_HINTS]]
+        raise InputError(
+            "\n".join([f"{root}: holds {len(inner)} data sets; name one of them:", *lines])
+        )
+    if tables:
+        return "list", tables[0]
     raise InputError(describe_unknown(root))
+
+
+def _is_list(path: Path) -> bool:
+    """Tell whether a file beside the scans lists them: it has a column of images, or one meant so.
+
+    One that cannot be understood counts as a list, so that its faults are named.
+    """
+    try:
+        rows = _read_rows(path, [])[1]
+    except InputError:
+        return True
+    columns = {column for _, row in rows for column in row}
+    return not rows or any(
+        _is_channel(column) or _are_scans(_list_values(column, rows), path.parent)
+        for column in columns
+    )
 
 
 def _is_folders(root: Path) -> bool:
@@ -136,8 +194,8 @@ def _is_folders(root: Path) -> bool:
     return not any(is_mask(path, root) for path in keep_scans(walk_files(root)))
 
 
-def _detect_file_format(path: Path) -> tuple[str, Path]:
-    """Return the format of a list or dataset.json."""
+def _detect_file_format(path: Path, or_nothing: bool = False) -> tuple[str, Path] | None:
+    """Return the format of a list or dataset.json; raise, or return None, where it is none."""
     if path.suffix.lower() == ".csv":
         return "list", path
     if path.suffix.lower() != ".json":
@@ -152,6 +210,10 @@ def _detect_file_format(path: Path) -> tuple[str, Path]:
         return "nnunet", path
     if isinstance(content, list) or "cases" in keys:
         return "list", path
+    if keys & set(_PARTS_OF_KEYS):
+        return "decathlon", path
+    if or_nothing:
+        return None
     raise InputError(
         f"{path}: neither a Decathlon dataset (no `training`), nor one of nnU-Net v2 (no "
         f"`channel_names`), nor a list of cases; its keys: {', '.join(sorted(keys)) or 'none'}"
@@ -160,7 +222,7 @@ def _detect_file_format(path: Path) -> tuple[str, Path]:
 
 def _locate(root: Path, format: str) -> Path:
     """Return the file or folder to read for a format that the user named."""
-    names = {"list": ("cases.csv", "cases.json"), "folders": ("images",)}
+    names = {"list": _LISTS, "folders": ("images",)}
     options = names.get(format, ("dataset.json",))
     if root.is_file() and format != "folders":
         return root
@@ -197,36 +259,105 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+_PARTS_OF_KEYS: dict[str, str] = {
+    **dict.fromkeys(("training", "train"), ""),
+    **dict.fromkeys(("validation", "val"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    "unlabeled": "unlabeled",
+}
+
+
 def _read_decathlon(path: Path) -> Dataset:
-    """Read a Decathlon dataset.json; the images of `test` are unlabeled cases."""
+    """Read a Decathlon dataset.json; images without a label are unlabeled cases."""
     content, root = _read_object(path), path.parent
     problems: list[str] = []
     channels = _read_channels(content.get("modality") or content.get("channel_names"), problems)
     labels = _read_names(content.get("labels"), problems)
+    entries = _list_entries(content, problems)
     cases: list[Case] = []
     num_lost = 0
-    for key, entry in _list_entries(content, problems):
+    for key, entry in entries:
         images, label = _read_entry(entry)
         if not images:
             problems.append(f"{key}: expected an image, got {entry!r}")
             continue
-        paths = tuple(root / image for image in images)
+        problems += [
+            f"{key}: the path {text} leads out of {root}, the folder of {path.name}; copy the file "
+            "there, or list the cases in a CSV, which may name files anywhere"
+            for text in (*images, label or "")
+            if _leads_out(text, root)
+        ]
+        paths = tuple(find_scan(root / image) for image in images)
         if len(paths) == 1:
             paths = _find_channels(paths[0], len(channels))
-        mask = root / label if label and key.startswith("training") else None
-        num_lost += mask is not None and not mask.is_file()
-        cases.append(_make_case(paths, mask if mask and mask.is_file() else None))
+        mask = find_scan(root / label) if label else None
+        num_lost += mask is not None and not os.path.isfile(mask)
+        mask = mask if mask and os.path.isfile(mask) else None
+        part = _PARTS_OF_KEYS[key.partition("[")[0]]
+        case = _make_case(paths, mask)
+        patient_id = entry.get("patient_id") if isinstance(entry, dict) else None
+        cases.append(
+            replace(
+                case,
+                patient_id=str(patient_id or case.patient_id),
+                split=part if mask or part == "unlabeled" else "",
+            )
+        )
+    notes = _find_unread_keys(path, content, set(_PARTS_OF_KEYS))
+    notes += _find_unread_fields(path, entries, problems)
     raise_all(problems, str(path))
-    note = f"{num_lost} label files named in {path.name} do not exist: their cases are unlabeled"
-    notes = (note,) if num_lost else ()
+    if num_lost:
+        notes.append(
+            f"{num_lost} label files named in {path.name} do not exist: their cases are unlabeled"
+        )
     name = str(content.get("name") or root.resolve().name)
-    return Dataset(name, root, "decathlon", tuple(cases), labels, channels, notes=notes)
+    return Dataset(name, root, "decathlon", tuple(cases), labels, channels, notes=tuple(notes))
+
+
+def _leads_out(text: str, root: Path) -> bool:
+    """Tell whether a path leads out of a folder by its words; where links lead is the user's."""
+    top = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(top, text))
+    return path != top and not path.startswith(top.rstrip(os.sep) + os.sep)
+
+
+def _find_unread_keys(path: Path, content: Mapping[str, Any], known: set[str]) -> list[str]:
+    """Name the keys of a dataset.json that list cases and are not read."""
+    counts = {key: _count_scans(value) for key, value in content.items() if key not in known}
+    return [
+        f"{path.name}: the key {key!r} names {count} scans and is not read"
+        + (f"; keys that are: {', '.join(sorted(known))}" if known else "")
+        for key, count in counts.items()
+        if count
+    ]
+
+
+def _count_scans(value: Any) -> int:
+    """Count the file names of scans in a part of a JSON file."""
+    if isinstance(value, str):
+        return int(strip_suffix(value) is not None)
+    parts = value.values() if isinstance(value, dict) else value
+    return sum(map(_count_scans, parts)) if isinstance(value, (dict, list)) else 0
+
+
+def _find_unread_fields(
+    path: Path, entries: Sequence[tuple[str, Any]], problems: list[str]
+) -> list[str]:
+    """Name the fields of cases that are not read; one that was meant for another is a problem."""
+    rows = [
+        (key, {name: str(value) for name, value in entry.items() if name != "patient_id"})
+        for key, entry in entries
+        if isinstance(entry, dict)
+    ]
+    slips, notes = _check_names(rows, ("image", "label"), path)
+    problems += slips
+    return notes
 
 
 def _list_entries(content: Mapping[str, Any], problems: list[str]) -> list[tuple[str, Any]]:
     """Return the entries of a dataset.json with their places."""
     found = []
-    for key in ("training", "test"):
+    for key in _PARTS_OF_KEYS:
         entries = content.get(key) or []
         if not isinstance(entries, list):
             problems.append(f"{key}: expected a list of cases, got {entries!r}")
@@ -248,11 +379,11 @@ def _read_entry(entry: Any) -> tuple[list[str], str | None]:
 def _find_channels(image: Path, num_channels: int) -> tuple[Path, ...]:
     """Return an image, or in its absence the `_0000` files of its channels (nnU-Net v1)."""
     stem = strip_suffix(image.name)
-    if image.is_file() or stem is None:
+    if os.path.isfile(image) or stem is None:
         return (image,)
     suffix = image.name[len(stem) :]
     options = tuple(image.with_name(f"{stem}_{i:04d}{suffix}") for i in range(num_channels))
-    return options if options[0].is_file() else (image,)
+    return options if os.path.isfile(options[0]) else (image,)
 
 
 def _make_case(images: tuple[Path, ...], label: Path | None, case_id: str = "") -> Case:
@@ -260,6 +391,7 @@ def _make_case(images: tuple[Path, ...], label: Path | None, case_id: str = "") 
     if not case_id:
         stem = strip_suffix(images[0].name) or images[0].name
         case_id = stem if len(images) == 1 else stem.removesuffix("_0000")
+    case_id = unicodedata.normalize("NFC", case_id)
     return Case(case_id, images, label, guess_patient(case_id))
 
 
@@ -320,13 +452,13 @@ def _read_nnunet(path: Path) -> Dataset:
     cases = [_make_case(images, masks.get(name), name) for name, images in training.items()]
     cases += [_make_case(images, None, name) for name, images in unlabeled.items()]
     name = str(content.get("name") or root.resolve().name)
-    notes: tuple[str, ...] = ()
+    notes = _find_unread_keys(path, content, set())
     if (root / "labelsTs").is_dir() and unlabeled:
-        notes = (
+        notes.append(
             "imagesTs are unlabeled cases, which are trained on; labelsTs is not read. Keep a test "
-            "set out of them: medssl evaluate MODEL on a folder of its own",
+            "set out of them: medssl evaluate MODEL on a folder of its own"
         )
-    return Dataset(name, root, "nnunet", tuple(cases), labels, channels, ignore, notes)
+    return Dataset(name, root, "nnunet", tuple(cases), labels, channels, ignore, tuple(notes))
 
 
 def _read_nnunet_labels(
@@ -439,18 +571,16 @@ _OTHER_WORDS = {
     "patient_id": {"patient", "subject", "subject_id", "pid", "participant_id"},
     "split": {"set", "partition", "part", "subset", "fold"},
 }
+Rows = Sequence[tuple[str, Mapping[str, str]]]
 _SPLIT_WORDS = {"train": "labeled", "training": "labeled", "validation": "val", "valid": "val"}
 
 
 def _read_list(path: Path) -> Dataset:
     """Read a CSV or JSON list; paths in it are relative to the list's folder."""
-    content: dict[str, Any] = {}
     problems: list[str] = []
-    if path.suffix.lower() == ".json":
-        content, rows = _read_json_rows(path)
-    else:
-        rows = _read_csv_rows(path, problems)
-    raise_all(problems + _check_columns(rows), str(path))
+    content, rows = _read_rows(path, problems)
+    slips, notes = _check_columns(rows, path)
+    raise_all(problems + slips, str(path))
     if not rows:
         raise InputError(f"{path}: lists no case")
     columns = sorted({k for _, row in rows for k in row if _is_channel(k)}, key=_channel_index)
@@ -465,7 +595,16 @@ def _read_list(path: Path) -> Dataset:
     raise_all(problems and [*problems, *_find_case_problems(cases)], str(path))
     default = path.parent.resolve().name if path.stem == "cases" else path.stem
     name = str(content.get("name") or default.removesuffix("_cases"))
-    return Dataset(name, path.parent, "list", tuple(cases), labels, channels, ignore)
+    return Dataset(name, path.parent, "list", tuple(cases), labels, channels, ignore, tuple(notes))
+
+
+def _read_rows(
+    path: Path, problems: list[str]
+) -> tuple[dict[str, Any], list[tuple[str, dict[str, str]]]]:
+    """Read the declarations of a list, which only JSON has, and its rows with their places."""
+    if path.suffix.lower() == ".json":
+        return _read_json_rows(path)
+    return {}, _read_csv_rows(path, problems)
 
 
 def _read_json_rows(path: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, str]]]]:
@@ -537,26 +676,81 @@ def _suggest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
-def _check_columns(rows: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
-    """Name unknown and missing columns."""
-    found = {column: None for _, row in rows for column in row}
-    problems = [
-        f"unknown column {column!r}{_suggest(column, _COLUMNS)} (a note for people starts with #)"
-        for column in found
-        if column not in _COLUMNS and not _is_channel(column)
-    ]
+def _check_columns(rows: Rows, path: Path) -> tuple[list[str], list[str]]:
+    """Return what is wrong with the columns of a list, and a note on those that are not read."""
+    found = {column for _, row in rows for column in row}
+    problems, notes = _check_names(rows, (*_COLUMNS, *filter(_is_channel, found)), path)
     channels = sorted(_channel_index(column) for column in found if _is_channel(column))
     if channels and channels != list(range(len(channels))):
         problems.append("image columns must be image, image_1, image_2, ... without a gap")
     missing = [c for c in ("case_id", "image") if rows and c not in found]
-    return problems + [f"there is no column {column!r}" for column in missing]
+    return problems + [f"there is no column {column!r}" for column in missing], notes
+
+
+def _check_names(rows: Rows, known: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
+    """Return the unknown columns that were meant for known ones, and a note on the others."""
+    found = dict.fromkeys(column for _, row in rows for column in row)
+    missing = [name for name in known if name not in found]
+    slips = {
+        name: _find_slip(name, missing, _list_values(name, rows), path.parent)
+        for name in found
+        if name not in known
+    }
+    problems = [
+        f"unknown column {name!r}; did you mean {meant!r}? (a note for people starts with #)"
+        for name, meant in slips.items()
+        if meant
+    ]
+    ignored = ", ".join(name for name, meant in slips.items() if not meant)
+    return problems, [f"{path.name}: columns that are not read: {ignored}"] if ignored else []
+
+
+def _find_slip(column: str, missing: Sequence[str], values: set[str], root: Path) -> str:
+    """Return the column that an unknown one was meant for, or nothing: it holds something else.
+
+    It was, if its name is another spelling of one that is missing (`lable`, `patientID`), or
+    another word for it and its values fit: names of scans, or words of a split.
+    """
+    word = re.sub(r"[^a-z0-9]", "", column.lower())
+    channel = re.fullmatch(r"(?:image|img)0*(\d*)", word)
+    if channel and ("image" in missing or channel[1]):
+        return f"image_{channel[1]}" if channel[1] and "image" not in missing else "image"
+    tokens = {*re.split(r"[^a-z0-9]+", column.lower()), column.lower()}
+    for known in missing:
+        names = {known, *_OTHER_WORDS[known]}
+        fits = {
+            "image": bool(tokens & names) and _are_scans(values, root),
+            "label": bool(tokens & names) and any(map(_names_scan, values)),
+            "split": column.lower() in names and values <= {*PARTS, *_SPLIT_WORDS},
+        }
+        near = difflib.SequenceMatcher(None, word, known.replace("_", "")).ratio() >= 0.8
+        if near or fits.get(known, column.lower() in names):
+            return known
+    return ""
+
+
+def _list_values(column: str, rows: Rows) -> set[str]:
+    """Return the values of a column, without the empty one."""
+    return {row[column] for _, row in rows if row.get(column)}
+
+
+def _names_scan(value: str) -> bool:
+    """Tell whether a value is the name of a scan."""
+    return strip_suffix(Path(value).name) is not None
+
+
+def _are_scans(values: Iterable[str], root: Path) -> bool:
+    """Tell whether one of the first values is a scan that is there."""
+    some = sorted(filter(_names_scan, values))[:_MAX_HINTS]
+    return any(not _is_bad(find_scan(root / value)) for value in some)
 
 
 def _read_row(
     where: str, row: Mapping[str, str], columns: Sequence[str], root: Path, problems: list[str]
 ) -> Case:
     """Make a case of a row."""
-    case_id, split = row.get("case_id", ""), row.get("split", "").lower()
+    case_id = unicodedata.normalize("NFC", row.get("case_id", ""))
+    split = row.get("split", "").lower()
     place = f"{where} ({case_id})" if case_id else where
     if not case_id:
         problems.append(f"{where}: case_id is empty")
@@ -566,10 +760,10 @@ def _read_row(
         near = _SPLIT_WORDS.get(split)
         hint = f"; did you mean {near!r}?" if near else _suggest(split, PARTS)
         problems.append(f"{place}: unknown split {split!r}{hint}")
-    label = root / row["label"] if row.get("label") else None
+    label = find_scan(root / row["label"]) if row.get("label") else None
     if label is None and split in ("labeled", "val", "test"):
         problems.append(f"{place}: split is {split}, but there is no label")
-    images = tuple(root / row.get(column, "") for column in columns)
+    images = tuple(find_scan(root / row.get(column, "")) for column in columns)
     return Case(case_id, images, label, row.get("patient_id") or guess_patient(case_id), split)
 
 
@@ -592,9 +786,20 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
                 f"case_id {case.case_id!r}: names a folder of the run, so it may not start with a "
                 "dot or hold a slash, backslash or colon"
             )
+        if not _is_utf8("".join(map(str, (case.case_id, *case.images, case.label)))):
+            problems.append(
+                f"case_id {case.case_id!r}: the name of a file or folder is not UTF-8: rename it"
+            )
+            continue
+        if len(case.case_id.encode()) > _MAX_ID_BYTES:
+            problems.append(
+                f"case_id {case.case_id}: has {len(case.case_id.encode())} bytes, and names files "
+                f"for which {_MAX_ID_BYTES} are left: rename the scan, or give it a short case_id "
+                "in a list"
+            )
         for path in filter(_is_bad, (*case.images, *([case.label] if case.label else []))):
             num_hints -= 1
-            hint = _suggest_path(path) if num_hints >= 0 and not path.exists() else ""
+            hint = _suggest_path(path) if num_hints >= 0 and not os.path.exists(path) else ""
             problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
     return problems + _find_other_kinds(cases)
 
@@ -616,16 +821,26 @@ def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
 
 def _is_bad(path: Path) -> bool:
     """Tell whether a path is no scan."""
-    return strip_suffix(path.name) is None or not path.is_file()
+    return strip_suffix(path.name) is None or not os.path.isfile(path)
+
+
+def _is_utf8(text: str) -> bool:
+    """Tell whether a text can be written as UTF-8; bytes of a file name may not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _explain_file(path: Path) -> str:
     """Say why a file cannot be used."""
-    if path.is_dir():
-        return f"{path} is a folder, no scan"
-    if path.is_file():
-        return f"{path} is no scan that is read: {KINDS}"
-    return f"{path} does not exist"
+    if os.path.isdir(path):
+        inside = " that holds no scan or several" if strip_suffix(path.name) is not None else ""
+        return f"{path} is a folder{inside}, no scan"
+    if os.path.isfile(path):
+        return f"{path} is no scan that is read, {KINDS}; {explain_kind(path) or 'name another'}"
+    return f"{path} does not exist" if not os.path.exists(path) else f"{path} is no regular file"
 
 
 def raise_all(problems: Sequence[str], place: str) -> None:
@@ -636,7 +851,8 @@ def raise_all(problems: Sequence[str], place: str) -> None:
     """
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise InputError("\n".join([f"{place}: {count}", *(f"  {text}" for text in problems)]))
+        lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
+        raise InputError(show_text("\n".join(lines)))
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {

@@ -396,11 +396,8 @@ def describe_unknown(root: Path) -> str:
     dicom = [path for path in others if is_dicom(path)]
     lines += _describe_dicom(root, dicom)
     if others and not scans and not dicom:
-        kinds = Counter(path.suffix.lower() or "no suffix" for path in others)
-        counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
-        lines.append(f"It holds no scan that is read, {KINDS}: {counts}.")
-        ways = {explain_kind(path): path.suffix for path in others if explain_kind(path)}
-        lines += [f"  {suffix}: {how}" for how, suffix in ways.items()]
+        lines.append(f"It holds no scan that is read, {KINDS}.")
+    lines += explain_files(root, [*scans, *dicom])[1:]
     return "\n".join([*lines, _LAYOUTS])
 
 
@@ -430,6 +427,8 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
         odd = [f"{c.case_id} ({len(c.images)})" for c in cases if len(c.images) != usual]
         lines.append(f"Most cases have {_count(usual, 'image')}, but not: {_join(odd)}")
     lines += _describe_channels([case for case in cases if len(case.images) > 1])
+    if not cases:
+        return lines
     draft = shlex.quote(f"{root.resolve().name}_cases.csv")
     return [
         *lines,

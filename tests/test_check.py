@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medssl.config import DataSection, InputError
+from medssl.config import IGNORE, DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, split_cases
 from medssl.data.check import CheckResult, check_dataset
+from medssl.data.io import read_label, write_mask
 
 SHAPE = (6, 7, 5)
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 3.0, 5], [0, 0, 0, 1]])
@@ -293,6 +294,79 @@ def test_labels_are_found_in_files_where_none_are_declared(scans):
     assert ignoring.labels == {0: "background", 3: "class_3"}
 
 
+def test_more_classes_than_a_byte_tells_apart_are_refused_and_the_most_are_kept_apart(scans):
+    values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
+    scans.add("labeled", label=values)
+    scans.add("labeled", label=values + 210)
+    names = {value: f"c{value}" for value in range(420)}
+    problem = only(scans.check(names).problems)
+    assert problem.startswith("there are 420 classes with the background, from 0 to 419")
+    assert "at most 255" in problem
+    most = {value: f"c{value}" for value in (*range(254), 1000)}
+    scans.cases, one = [], np.where(values == 5, 1000, values % 254).astype(np.int16)
+    scans.add("labeled", label=one)
+    assert scans.check(most).problems == ()
+    path, kept = scans.cases[0].label, tuple(most)
+    classes, affine = read_label(path, kept, None)
+    assert IGNORE not in classes
+    write_mask(path, classes, affine, kept)
+    np.testing.assert_array_equal(nib.load(path).get_fdata(), one)
+
+
+def test_blank_scans_are_no_copies_of_each_other_and_are_named(scans):
+    flat = np.full(SHAPE, 7, np.float32)
+    names = [scans.add(part, flat) for part in ("labeled", "unlabeled", "test")]
+    result = scans.check()
+    assert result.problems == ()
+    assert only(result.warnings).endswith(f": {', '.join(names)}")
+
+
+@pytest.mark.parametrize("factor", [80, 1 / 80])
+def test_a_label_of_quite_another_volume_is_named_with_its_file(scans, factor):
+    for size in (20, 22, 24, 26):
+        scans.add("labeled", label=(np.arange(210).reshape(SHAPE) < size).astype(np.uint8))
+    odd = round(23 * factor) if factor > 1 else 1
+    shape = (40, 10, 10) if factor > 1 else SHAPE
+    label = (np.arange(np.prod(shape)).reshape(shape) < odd).astype(np.uint8)
+    assert scans.check().warnings == (), "four do not tell what is usual"
+    scans.add("labeled", make_image(9, shape), label=label)
+    warning = only(scans.check().warnings)
+    assert warning.startswith("unusual volume of liver (1)")
+    assert f"labeled_4 ({odd * 9 / 1000:.4g} ml" in warning
+    assert str(scans.cases[4].label) in warning
+    assert "labeled_3" not in warning
+
+
+def test_lesions_of_all_sizes_are_not_unusual(scans):
+    for size in (1, 4, 16, 64, 200):
+        scans.add("labeled", label=(np.arange(210).reshape(SHAPE) < size).astype(np.uint8))
+    assert scans.check().warnings == ()
+
+
+def test_what_is_wrong_with_many_cases_is_said_once_and_names_them_all(scans):
+    names = [scans.add("unlabeled", make_image(i, (*SHAPE, 2))) for i in range(30)]
+    other = scans.add("unlabeled", make_image(99, (*SHAPE, 3)))
+    result = scans.check()
+    assert len(result.problems) == 31
+    lines = result.render().splitlines()
+    assert lines[-1] == "31 problems"
+    assert sum("holds 2 channels" in line for line in lines) == 1
+    assert f"    the same in {', '.join(names[1:])}" in lines
+    with pytest.raises(InputError) as caught:
+        result.raise_problems()
+    assert all(name in str(caught.value) for name in (*names, other))
+    assert len(str(caught.value).splitlines()) == 4
+
+
+def test_case_ids_that_some_disks_do_not_tell_apart_or_take_are_warned_of(scans):
+    for name in ("scan_A", "scan_a", "NUL", "b."):
+        scans.add("unlabeled")
+        scans.cases[-1] = replace(scans.cases[-1], case_id=name, patient_id=name)
+    alike, reserved = scans.check().warnings
+    assert alike.endswith(": scan_A and scan_a")
+    assert reserved.endswith(": NUL, b.")
+
+
 _opened: list[str] | None = None
 
 
@@ -408,6 +482,14 @@ def test_the_hippocampus_set_is_ok():
     text = result.render()
     assert "anterior" in text
     assert "posterior" in text
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["Task04_Hippocampus", "acdc_half", "spine_vb"])
+def test_no_label_of_a_real_set_has_an_unusual_volume(name):
+    dataset = read_dataset(Path(os.environ["MEDSSL_DATA"]) / name)
+    warnings = check_dataset(dataset, split_cases(dataset, DataSection(), "auto")).warnings
+    assert not [text for text in warnings if "unusual volume" in text]
 
 
 @pytest.mark.real

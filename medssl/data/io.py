@@ -102,13 +102,9 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
         _compare_grids(paths[0], shape, affine, path, *grid)
     array = _guard(paths[0], lambda: np.empty((num_channels, *shape), np.float32))
     for index, (path, scan) in enumerate(zip(paths, scans, strict=True)):
-        channels = array[index * each : (index + 1) * each]
-        if scan is None:
-            channels[:] = read_channels(path, each)
-        else:
-            _guard(path, partial(_fill, channels, path, scan))
+        _guard(path, partial(_fill, array[index * each : (index + 1) * each], path, scan))
     header = None if scans[0] is None else _describe_header(scans[0])
-    return Volume(array, affine, None not in scans, header)
+    return Volume(array, affine, all(scan is not None for scan in scans), header)
 
 
 def read_label(
@@ -215,7 +211,7 @@ def find_contradictions(header: Header) -> dict[str, str]:
         code: the sides are guessed), `unit` (lengths were not in mm). Empty for most scans.
     """
     found = {}
-    image = _restore(header)
+    image = _restore(header, header["dim"])
     unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))
     if unit != "mm":
         found["unit"] = unit
@@ -461,11 +457,11 @@ def _describe_header(scan: Any) -> Header:
     return {"sizeof_hdr": int(scan.sizeof_hdr), "dim": dim, **fields}
 
 
-def _restore(header: Header) -> Any:
-    """Return a header of nibabel that says of the place of its voxels what another one did."""
+def _restore(header: Header, shape: Sequence[int]) -> Any:
+    """Return a header of nibabel that says of the place of its voxels what that of a scan did."""
     kind = nib.Nifti1Header if header["sizeof_hdr"] == 348 else nib.Nifti2Header
     restored = kind()
-    restored.set_data_shape(header["dim"])
+    restored.set_data_shape(shape)  # first, since it sets the pixdim of axes that are not there
     for name in _PLACING:
         if name == "pixdim":
             restored["pixdim"][:4] = np.array(header["pixdim"], dtype=np.float64)
@@ -536,7 +532,10 @@ def _iterate_values(path: Path, scan: Any) -> Iterator[NDArray[Any]]:
 
 
 def _fill(array: NDArray[np.float32], path: Path, scan: Any) -> None:
-    """Read the channels (C, I, J, K) of a file into an array."""
+    """Read the channels (C, I, J, K) of an opened file, or of a picture (None), into an array."""
+    if scan is None:
+        array[:] = read_channels(path, len(array))
+        return
     flat, start = np.moveaxis(array, 0, -1).T.flat, 0
     with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused as such
         for values in _iterate_values(path, scan):
@@ -603,14 +602,13 @@ def _write(path: Path, array: NDArray[Any], affine: Affine, header: Header | Non
 
 def _place_as(array: NDArray[Any], affine: Affine, header: Header) -> Any:
     """Return an image whose header says of its place what that of its scan did."""
-    restored = _restore(header)
-    shape = _complete(header["dim"])
-    if array.shape[:3] != shape or not np.allclose(_place(restored), affine, rtol=1e-6, atol=1e-6):
+    if array.ndim == 3 and len(header["dim"]) == 2:
+        array = array[..., 0]
+    restored = _restore(header, array.shape)
+    on_grid = np.allclose(_place(restored), affine, rtol=1e-6, atol=1e-6)
+    if _complete(array.shape) != _complete(header["dim"]) or not on_grid:
         raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
-    kind = nib.Nifti1Image if isinstance(restored, nib.Nifti1Header) else nib.Nifti2Image
-    if array.ndim == 3:
-        array = array.reshape(header["dim"])
-    restored.set_data_shape(array.shape)
+    kind = nib.Nifti2Image if isinstance(restored, nib.Nifti2Header) else nib.Nifti1Image
     restored.set_data_dtype(array.dtype)
     image = kind(array, None, restored)
     image.header.set_slope_inter(1, 0)

@@ -25,7 +25,7 @@ Header = dict[str, Any]
 """What a NIfTI header says of the place of its voxels, field by field and in its own unit; see
 `medssl.data.io`."""
 
-_SPACINGS = (1e-6, 1e3)  # mm: a nanometre, a metre; what lies beyond is no voxel
+_SPACINGS = (1e-6, 1e4)  # mm; what lies beyond is no voxel, even if its unit is wrong
 _MOST_UNEQUAL = 200.0  # ratio of two spacings of one scan; that of retinal scans reaches 130
 _FARTHEST = 1e6  # mm from the origin, where float32 still tells voxels apart
 _SLACK = 0.1  # voxels of the field of view that a grid may leave uncovered, both sides together
@@ -79,7 +79,7 @@ def check_affine(affine: Affine) -> None:
 def check_grid(shape: Shape, affine: Affine) -> None:
     """Refuse a grid that no scanner makes, before anything is computed on it.
 
-    Spacings below 1e-6 or above 1000 mm, spacings of which one is 200 times another (axes of a
+    Spacings below 1e-6 or above 10,000 mm, spacings of which one is 200 times another (axes of a
     single voxel aside), and places more than 1 km from the origin are damage or a wrong unit.
 
     Raises:

@@ -138,7 +138,8 @@ def _predict_unlabeled(run: Run) -> bool:
         probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]
         native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
         classes = native.argmax(0).astype(np.uint8)
-        write_mask(path, classes, case.native_affine, run.plan.label_values)
+        values, header = run.plan.label_values, case.native_header
+        write_mask(path, classes, case.native_affine, values, header=header)
     return True
 
 

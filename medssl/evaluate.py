@@ -297,7 +297,8 @@ def _measure(
             flags[case.case_id] = list(prediction.flags)
         if masks is not None:
             path = masks / f"{case.case_id}{name_mask_suffix(case.images[0])}"
-            write_mask(path, prediction.mask, prediction.affine, info.label_values)
+            values, header = info.label_values, prediction.header
+            write_mask(path, prediction.mask, prediction.affine, values, header=header)
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
     summary = summarize(rows)
     extent = {"low": min(tolerances), "high": max(tolerances)}

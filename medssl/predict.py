@@ -36,7 +36,7 @@ from medssl.networks.noise import sample_dropout
 from medssl.plan import OVERLAP, Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
 from medssl.runs import read_record, seed_from, write_file, write_json
-from medssl.transforms.geometry import Volume, to_native
+from medssl.transforms.geometry import Header, Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
 
@@ -103,7 +103,7 @@ class Prediction:
 
     ``probs`` (num_classes, I, J, K) float32; ``mask`` (I, J, K) uint8 class indices;
     ``uncertainty`` (I, J, K) float32 in nats, or None; ``flags`` are sentences about what lies
-    outside of the training range.
+    outside of the training range; ``header`` places the scan's voxels, None for a picture.
     """
 
     probs: NDArray[np.float32]
@@ -111,6 +111,7 @@ class Prediction:
     affine: NDArray[np.float64]
     uncertainty: NDArray[np.float32] | None
     flags: tuple[str, ...]
+    header: Header | None = None
 
 
 def describe_model(plan: Plan, provenance: dict[str, Any], **ranges: Any) -> ModelInfo:
@@ -380,6 +381,7 @@ def predict_case(
         affine=volume.affine,
         uncertainty=uncertainty,
         flags=_find_flags(model.info, volume),
+        header=volume.header,
     )
 
 
@@ -453,10 +455,13 @@ def predict_files(
             problems.append(f"{images[0]}: {error}")
             continue
         if probs:
-            write_map(out / f"{name}_probs{maps}", np.moveaxis(found.probs, 0, -1), found.affine)
+            array = np.moveaxis(found.probs, 0, -1)
+            write_map(out / f"{name}_probs{maps}", array, found.affine, found.header)
         if found.uncertainty is not None:
-            write_map(out / f"{name}_uncertainty{maps}", found.uncertainty, found.affine)
-        write_mask(target, found.mask, found.affine, model.info.label_values)
+            path = out / f"{name}_uncertainty{maps}"
+            write_map(path, found.uncertainty, found.affine, found.header)
+        values = model.info.label_values
+        write_mask(target, found.mask, found.affine, values, header=found.header)
         flags[name] = list(found.flags)
         report(f"{target}" + "".join(f"\n  note: {flag}" for flag in found.flags))
     labels = {str(v): model.info.labels[i] for i, v in enumerate(model.info.label_values)}

@@ -24,6 +24,7 @@ from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
 from medssl.runs import hash_file, hash_json, read_json, seed_from, write_file, write_json
 from medssl.transforms.geometry import (
     Affine,
+    Header,
     Shape,
     Spacing,
     Volume,
@@ -37,7 +38,7 @@ from medssl.transforms.preprocess import (
     preprocess_label,
 )
 
-FORMAT = 1  # raised whenever the same recipe would give other voxels
+FORMAT = 2  # raised whenever the same recipe would give other voxels or an entry holds more
 MAX_CLASS_VOXELS = 10_000
 
 
@@ -56,6 +57,7 @@ class CachedCase:
         label_folder: Folder of the label; None for every case whose label this run may not open.
         has_spacing: Whether a spacing is known; False for a picture, on the identity affine.
         mask_suffix: Suffix of the files of its masks: that of its own format.
+        native_header: Where the header of the scan places its voxels; None for a picture.
     """
 
     case_id: str
@@ -68,6 +70,7 @@ class CachedCase:
     label_folder: Path | None
     has_spacing: bool = True
     mask_suffix: str = ".nii.gz"
+    native_header: Header | None = None
 
     @property
     def spacing(self) -> Spacing:
@@ -161,6 +164,7 @@ def _open_image(
         "affine": image.affine.tolist(),
         "native_shape": volume.shape,
         "native_affine": volume.affine.tolist(),
+        "native_header": volume.header,
         "percentiles": measure_percentiles(volume),
         "has_spacing": volume.has_spacing,
     }
@@ -238,6 +242,7 @@ def _describe(
         label_folder=label_folder,
         has_spacing=not any(is_picture(path) for path in case.images),
         mask_suffix=name_mask_suffix(case.images[0]),
+        native_header=meta["native_header"],
     )
 
 

@@ -6,28 +6,27 @@ looked at.
 Legend: C channels, I J K voxel axes.
 """
 
-import contextlib
-import gzip
 import hashlib
+import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
 from medssl.data.files import is_picture
-from medssl.data.io import MAX_DISPLACEMENT, UNREADABLE, read_image, read_label_values
+from medssl.data.io import MAX_DISPLACEMENT, find_contradictions, read_image, read_label_values
 from medssl.data.pictures import Colour, compare_colours, read_colours
 from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
+from medssl.transforms.preprocess import MOST_VOXELS
 
 PERCENTILES = (0.5, 50.0, 99.5)
 
@@ -36,8 +35,8 @@ _MAX_CLASSES = 100  # more label values than this are an image, not a label
 _FEWEST_VOLUMES = 5  # of a class, from which on one of them can be unusual
 _UNUSUAL_SPREADS, _UNUSUAL_FACTOR = 5.0, 8.0  # both are passed by the volume that is named
 _PLAUSIBLE_MM = (0.02, 20.0)  # spacing outside of this is a header without units or a mistake
+_MOST_OFF = 10.0  # times the usual spacing: another patient, or another unit
 _NUM_SHOWN = 12
-_CHUNK = 2**22  # bytes
 _NUM_THREADS = 2  # each holds one scan in memory
 
 
@@ -48,6 +47,7 @@ class CaseFacts:
     `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
     volumes, None where no label was opened. A picture has no spacing, areas in pixels in the place
     of volumes, and `colours` of its label's values. A blank scan has one value in each channel.
+    `contradictions` are those of the header (`find_contradictions`).
     """
 
     case_id: str
@@ -63,6 +63,7 @@ class CaseFacts:
     has_spacing: bool = True
     is_blank: bool = False
     colours: dict[int, Colour] = field(default_factory=dict)
+    contradictions: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = field(default=())
 
 
@@ -161,7 +162,7 @@ def check_dataset(
     problems += _check_values(dataset, facts, labels, ignore)
     problems += _check_palettes(dataset, facts)
     shared, repeated = _find_duplicates(facts)
-    problems += shared + _find_split_patients(dataset, splits)
+    problems += shared + _find_split_patients(dataset, splits) + _find_huge(facts)
     warnings = repeated + _warn_of_patients(dataset) + _warn_of_names(dataset)
     if dataset.labels is None and splits.test:
         warnings.append(
@@ -200,8 +201,7 @@ def _name_values(values: Iterable[int], ignore: int | None) -> dict[int, str]:
 def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
     """Look at one case: its image, and its label if there is one to be opened."""
     try:
-        with _refuse_damage(case.images):
-            volume = read_image(case.images, num_channels)
+        volume = read_image(case.images, num_channels)
     except InputError as error:
         problems = [f"{case.case_id}: {error}"]
         if case.label is not None:
@@ -231,35 +231,9 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
         has_spacing=volume.has_spacing,
         is_blank=is_blank,
+        contradictions=find_contradictions(volume.header) if volume.header else {},
         **{**seen, "problems": (*problems, *seen["problems"])},
     )
-
-
-@contextlib.contextmanager
-def _refuse_damage(paths: Sequence[Path]) -> Iterator[None]:
-    """Turn whatever a damaged file makes of a read into an InputError that names it."""
-    names = ", ".join(str(path) for path in paths)
-    try:
-        for path in paths:
-            if is_picture(path):
-                continue  # their reader decodes all of a file
-            nib.load(path).get_data_dtype()
-            if path.suffix == ".gz":
-                _read_to_end(path)
-        yield
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise InputError(f"{names}: too large for the memory ({error}); cut it") from error
-    except UNREADABLE as error:
-        raise InputError(f"{names}: damaged or incomplete ({error}); copy it again") from error
-
-
-def _read_to_end(path: Path) -> None:
-    """Compare the checksum at the end of a .gz file, where nibabel does not get to."""
-    with gzip.open(path) as file:
-        while file.read(_CHUNK):
-            pass
 
 
 def _hash_voxels(array: NDArray[np.float32]) -> str:
@@ -282,30 +256,18 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
 def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, Any]:
     """Return the facts that a label adds: volumes, values, its faults beside the image."""
     try:
-        with _refuse_damage((path,)):
-            num_voxels, affine, shape = read_label_values(path)
-            colours = read_colours(path) if is_picture(path) else {}
+        num_voxels, affine, shape, has_rounded = read_label_values(path)
+        colours = read_colours(path) if is_picture(path) else {}
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
     voxel_ml = 1.0 if is_picture(path) else abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     return {
         "volumes_ml": {value: count * voxel_ml for value, count in num_voxels.items()},
         "num_voxels": num_voxels,
-        "has_rounded_label": _is_rounded(path),
+        "has_rounded_label": has_rounded,
         "colours": colours,
         "problems": _compare_grids(case, path, volume, shape, affine) if volume else (),
     }
-
-
-def _is_rounded(path: Path) -> bool:
-    """Tell whether a label file holds almost-integers like 0.9999999."""
-    if is_picture(path):
-        return False
-    image: Any = nib.load(path)
-    if image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0):
-        return False
-    values = np.asanyarray(image.dataobj)
-    return bool((values != np.rint(values)).any())
 
 
 def _compare_grids(
@@ -531,17 +493,32 @@ def _warn_of_labels(
     return warnings
 
 
+def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:
+    """Name scans that are too large to be brought to the spacing that most scans have."""
+    seen = [facts for facts in facts if facts.shape and facts.spacing and facts.has_spacing]
+    counts = {each.case_id: math.prod(each.shape or ()) for each in seen}
+    sizes = {each.case_id: math.prod(each.spacing or ()) for each in seen}
+    usual = float(np.median(list(sizes.values()))) if sizes else 1.0
+    return [
+        f"{each.case_id}: {_show_numbers(each.shape or ())} voxels of "
+        f"{_show_numbers(each.spacing or ())} mm become {_show(counts[each.case_id] * size)} of "
+        "the size that most scans have: repair the voxel size in the header, or leave the scan out"
+        for each in seen
+        if (size := sizes[each.case_id] / usual) * counts[each.case_id]
+        > max(MOST_VOXELS, counts[each.case_id])
+    ]
+
+
 def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
-    """Warn of headers that say nothing, implausible spacing and constant images."""
+    """Warn of headers that say nothing or two things, odd spacing and constant images."""
     all_seen = [seen for seen in facts if seen.spacing is not None]
     seen_grids = [seen for seen in all_seen if seen.has_spacing]
     identity = [seen.case_id for seen in seen_grids if seen.has_identity_affine]
     low, high = _PLAUSIBLE_MM
-    odd = [
-        f"{seen.case_id} ({_show_numbers(seen.spacing or ())})"
-        for seen in seen_grids
-        if not all(low <= size <= high for size in seen.spacing or ())
+    implausible = [
+        seen for seen in seen_grids if not all(low <= size <= high for size in seen.spacing or ())
     ]
+    unusual = [seen for seen in _find_unusual(seen_grids) if seen not in implausible]
     flat = [
         seen.case_id
         for seen in all_seen
@@ -549,16 +526,58 @@ def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
     ] + [seen.case_id for seen in facts if seen.is_blank and seen.part == "test"]
     texts = (
         ("the header places no voxels (identity affine), 1 mm is assumed", identity),
-        (f"spacing outside of {low:g} to {high:g} mm: is the unit right?", odd),
+        *((text, _list(seen_grids, kind)) for kind, text in _CONTRADICTIONS.items()),
+        (f"spacing outside of {low:g} to {high:g} mm: is the unit right?", _size(implausible)),
+        (f"spacing {_MOST_OFF:g} times that of most scans", _size(unusual)),
         ("images of a single value (99 % of the voxels at least)", flat),
     )
     return [f"{text}: {_shorten(names)}" for text, names in texts if names]
+
+
+_CONTRADICTIONS = {
+    "size": (
+        "the voxel size of the sform, which is used here, is not the one in pixdim, which "
+        "ITK-SNAP and Slicer use: lengths and volumes differ between them; repair the wrong one"
+    ),
+    "place": (
+        "sform and qform of the header place the voxels differently: the sform is used here, "
+        "other programs may take the qform; repair the wrong one"
+    ),
+    "code": (
+        "neither sform nor qform has a code, so the header does not say where left and right are: "
+        "the first axis is taken to run from right to left"
+    ),
+}
+
+
+def _list(facts: Iterable[CaseFacts], kind: str) -> list[str]:
+    """Return the cases whose headers contradict themselves in one way, and how."""
+    found = [(seen.case_id, seen.contradictions.get(kind)) for seen in facts]
+    return [f"{name} ({text})" if text else name for name, text in found if text is not None]
+
+
+def _size(facts: Iterable[CaseFacts]) -> list[str]:
+    """Return cases with their spacing."""
+    return [f"{seen.case_id} ({_show_numbers(seen.spacing or ())})" for seen in facts]
+
+
+def _find_unusual(facts: Sequence[CaseFacts]) -> list[CaseFacts]:
+    """Return the scans whose spacing, from fine to coarse, is far from that of most others."""
+    spacings = np.array([sorted(seen.spacing or ()) for seen in facts])
+    if len(facts) < 3:
+        return []
+    ratios = np.abs(np.log(spacings / np.median(spacings, axis=0))).max(1)
+    return [seen for seen, off in zip(facts, ratios, strict=True) if off > np.log(_MOST_OFF)]
 
 
 def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts]) -> list[str]:
     """Note what was done silently: rounded labels, cases that are in no part; and a way out."""
     rounded = [seen.case_id for seen in facts if seen.has_rounded_label]
     notes = [f"almost-integer label values were rounded: {_shorten(rounded)}"] if rounded else []
+    other_units = _list(facts, "unit")
+    if other_units:
+        listed = _shorten(other_units)
+        notes.append(f"the header gives lengths in another unit, converted to mm: {listed}")
     used = {case_id for part in PARTS for case_id in getattr(splits, part)}
     unused = [case.case_id for case in dataset.cases if case.case_id not in used]
     if unused:

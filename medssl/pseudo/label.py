@@ -146,7 +146,8 @@ def _write_mask(
     trusted = trust_voxels(native, to_native(uncertainty[None], *grid)[0], section)
     mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
     path = folder / "pseudo_masks" / f"{case.case_id}{case.mask_suffix}"
-    write_mask(path, mask, case.native_affine, label_values, find_untrusted_value(label_values))
+    untrusted = find_untrusted_value(label_values)
+    write_mask(path, mask, case.native_affine, label_values, untrusted, case.native_header)
 
 
 def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:

@@ -21,6 +21,13 @@ GridSpacing = tuple[float | None, float | None, float | None]
 """Spacing of a grid that is laid over a scan; None keeps the scan's own, so nothing is resampled
 along that axis."""
 
+Header = dict[str, Any]
+"""What a NIfTI header says of the place of its voxels, field by field and in its own unit; see
+`medssl.data.io`."""
+
+_SPACINGS = (1e-6, 1e4)  # mm; what lies beyond is no voxel, even if its unit is wrong
+_MOST_UNEQUAL = 200.0  # ratio of two spacings of one scan; that of retinal scans reaches 130
+_FARTHEST = 1e6  # mm from the origin, where float32 still tells voxels apart
 _SLACK = 0.1  # voxels of the field of view that a grid may leave uncovered, both sides together
 _EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of their axes
 
@@ -29,12 +36,14 @@ _EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of 
 class Volume:
     """An array (C, I, J, K) with its affine (4, 4), voxel centre -> RAS+ world in mm.
 
-    A picture has no spacing: its affine is the identity, and the unit is the pixel.
+    A picture has no spacing: its affine is the identity, and the unit is the pixel. `header` is
+    that of the file that the array is on the grid of; None for a picture and for all other grids.
     """
 
     array: NDArray[Any]
     affine: Affine
     has_spacing: bool = True
+    header: Header | None = None
 
     def __post_init__(self) -> None:
         """Refuse an array that is not (C, I, J, K), and an affine that is not one."""
@@ -65,6 +74,32 @@ def check_affine(affine: Affine) -> None:
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if lengths.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
         raise ValueError(f"the affine flattens the volume: {affine.tolist()}")
+
+
+def check_grid(shape: Shape, affine: Affine) -> None:
+    """Refuse a grid that no scanner makes, before anything is computed on it.
+
+    Spacings below 1e-6 or above 10,000 mm, spacings of which one is 200 times another (axes of a
+    single voxel aside), and places more than 1 km from the origin are damage or a wrong unit.
+
+    Raises:
+        ValueError: With the value, for one of these reasons or those of `check_affine`.
+    """
+    check_affine(affine)
+    spacing = grid_spacing(affine)
+    shown = f"{' x '.join(f'{size:.4g}' for size in spacing)} mm"
+    low, high = _SPACINGS
+    if not all(low <= size <= high for size in spacing):
+        raise ValueError(f"the spacing is {shown}, outside of {low:g} to {high:g} mm")
+    seen = [size for size, count in zip(spacing, shape, strict=True) if count > 1]
+    if seen and max(seen) > _MOST_UNEQUAL * min(seen):
+        raise ValueError(
+            f"the spacing is {shown}, one {max(seen) / min(seen):.4g} times another, where "
+            f"{_MOST_UNEQUAL:g} times is the most that is taken"
+        )
+    distance = float(np.abs(affine[:3, 3]).max())
+    if distance > _FARTHEST:
+        raise ValueError(f"the voxels lie {distance:.4g} mm from the origin, beyond {_FARTHEST:g}")
 
 
 def grid_spacing(affine: Affine) -> Spacing:

@@ -4,14 +4,26 @@ Legend: C channels, I J K voxel axes. The recipe is decided once per plan, trave
 model, and is applied unchanged to every later scan. No statistic of a scan depends on a label.
 """
 
+import math
 from typing import Literal, Self
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from medssl.config import IGNORE, InputError
-from medssl.transforms.geometry import Affine, GridSpacing, Shape, Volume, cache_grid, resample
+from medssl.transforms.geometry import (
+    Affine,
+    GridSpacing,
+    Shape,
+    Volume,
+    cache_grid,
+    grid_spacing,
+    resample,
+)
+
+MOST_VOXELS = 2**31  # of a cache grid that is finer than its scan
 
 _LOW, _HIGH = 0.5, 99.5  # percentiles between which the intensities of a scan are believed
 _EMPTY = 1 / 3  # share of exact zeros above which zero means: nothing was measured here
@@ -82,7 +94,8 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
         The scan (C, I, J, K) float32 on its cache grid.
 
     Raises:
-        InputError: The scan holds NaN or infinity, or other channels than the recipe.
+        InputError: The scan holds NaN or infinity, or other channels than the recipe, or its cache
+            grid is larger than the memory.
     """
     num_channels = volume.array.shape[0]
     if num_channels != len(recipe.normalization):
@@ -96,12 +109,31 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
             f"{num_bad} of {volume.array.size} voxels are NaN or infinite: "
             "replace them (by the value of air or background) and try again"
         )
+    shape, affine = cache_grid(volume.shape, volume.affine, recipe.spacing)
+    _refuse_huge(volume, shape, affine)
     normalized = np.empty(volume.array.shape, dtype=np.float32)
     for index, how in enumerate(recipe.normalization):
         normalized[index] = _normalize(volume.array[index], how)
-    shape, affine = cache_grid(volume.shape, volume.affine, recipe.spacing)
     resampled = resample(normalized, volume.affine, shape, affine, "linear")
     return Volume(resampled, affine, volume.has_spacing)
+
+
+def _refuse_huge(volume: Volume, shape: Shape, affine: Affine) -> None:
+    """Refuse a cache grid that the memory, or anyone's patience, is too small for."""
+    num_voxels = math.prod(shape)
+    needed = 4 * num_voxels * volume.array.shape[0]
+    most = max(MOST_VOXELS, math.prod(volume.shape))
+    if num_voxels <= most and needed <= psutil.virtual_memory().available:
+        return
+    old, new = (
+        " x ".join(f"{size:.4g}" for size in sizes)
+        for sizes in (volume.spacing, grid_spacing(affine))
+    )
+    raise InputError(
+        f"{volume.shape} voxels of {old} mm become {shape} of {new} mm, {needed / 2**30:.3g} GiB, "
+        "more than can be computed here: is the voxel size in its header right? If so, cut the "
+        "scan, or take a coarser plan.spacing"
+    )
 
 
 def preprocess_label(

@@ -29,6 +29,7 @@ from medssl.networks.build import (
     NetworkSpec,
     build_network,
 )
+from medssl.sides import find_mirrored, find_sided
 from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
@@ -55,11 +56,6 @@ CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
 OVERLAP = 0.5  # of neighboring windows at prediction, fraction
-
-SIDES = re.compile(
-    r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex)($|[^a-z])|(left|right)($|[^a-z])"
-    r"|(^|[^a-z])(left|right|link|recht|gauche|droit|izquierd|derech|sinistr|destr|dextr|dexter)"
-)
 
 
 class Plan(BaseModel):
@@ -148,11 +144,12 @@ def make_plan(
     threads = torch.get_num_threads()
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)
-    flips = _choose_flips(config, labels, slice_axis, has_spacing, reasons)
+    ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
+    flips = _choose_flips(config, labels, labeled, ignore, slice_axis, has_spacing, reasons)
     return Plan(
         labels={index: labels[value] for index, value in enumerate(sorted(labels))},
         label_values=tuple(sorted(labels)),
-        ignore=config.data.ignore if config.data.ignore is not None else dataset.ignore,
+        ignore=ignore,
         channels=dataset.channels or ("",),
         preprocessing=Preprocessing(spacing=spacing, normalization=normalization),
         patch_size=patch_size,
@@ -569,11 +566,13 @@ def _choose_kernel(level: int, spacing: Sequence[float]) -> tuple[int, ...]:
 def _choose_flips(
     config: Config,
     labels: Mapping[int, str],
+    labeled: Sequence[Case],
+    ignore: int | None,
     slice_axis: int | None,
     has_spacing: bool,
     reasons: list[str],
 ) -> tuple[int, ...]:
-    """Return the axes that may be mirrored: left-right, where no label has a side."""
+    """Return the axes that may be mirrored: left-right, where no class has a side."""
     given = config.plan.flips
     if given != "auto":
         if slice_axis in given:
@@ -582,25 +581,44 @@ def _choose_flips(
                 f"plane only; leave out {slice_axis}"
             )
         return given
-    words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in labels.values()}
-    sided = [name for name in labels.values() if SIDES.search(words[name].replace("_", " "))]
-    if sided:
-        reasons.append(f"no mirroring: labels have sides ({', '.join(sided)})")
-        return ()
-    unnamed = [name for name in labels.values() if re.fullmatch(r"class_\d+", name)]
-    hint = "; if two of the unnamed labels are left and right: plan.flips=[]" if unnamed[1:] else ""
-    if not has_spacing:
-        reasons.append(
-            "mirroring left-right only: no label name has a side; where pictures have no above and "
-            f"below either, plan.flips=[0,1]{hint}"
-        )
-        return (1,)
-    if slice_axis == 0:
+    axis = 0 if has_spacing else 1
+    if slice_axis == axis:
         reasons.append("no mirroring: slices lie left-right, and bodies are not symmetric in them")
         return ()
+    values = tuple(sorted(labels))
+    names = [labels[value] for value in values]
+    anyway = f"; if what is mirrored could be real all the same: plan.flips=[{axis}]"
+    sided = find_sided(names[1:])
+    if sided:
+        reasons.append(f"no mirroring: labels have sides ({', '.join(sided)}){anyway}")
+        return ()
+    pair, were_together = find_mirrored(labeled, values, ignore, axis)
+    if pair is not None:
+        one, other = (names[index] for index in pair)
+        reasons.append(
+            f"no mirroring: {one} and {other} are as large as each other and lie in the labels as "
+            f"left and right do{anyway}"
+        )
+        return ()
+    unnamed = [name for name in names[1:] if re.fullmatch(r"\D*[\W_]?\d+", name)]
+    if unnamed[1:] and not were_together:
+        reasons.append(
+            "no mirroring: labels without names may be left and right, and no label holds them "
+            f"together to see it{anyway}"
+        )
+        return ()
+    hint = "; if two of the unnamed labels are left and right: plan.flips=[]" if unnamed[1:] else ""
+    why = "no label name has a side" + (
+        ", no two labels lie as left and right do" if len(names) > 2 else ""
+    )
+    if not has_spacing:
+        reasons.append(
+            f"mirroring left-right only: {why}; where pictures have no above and below either, "
+            f"plan.flips=[0,1]{hint}"
+        )
+        return (1,)
     reasons.append(
-        "mirroring left-right only: no label name has a side, and bodies are not symmetric along "
-        f"the other axes{hint}"
+        f"mirroring left-right only: {why}, and bodies are not symmetric along the other axes{hint}"
     )
     return (0,)
 

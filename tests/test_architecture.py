@@ -22,6 +22,7 @@ LAYERS = (
     "transforms",
     "metrics",
     "data",
+    "sides",
     "plan",
     "pseudo",
     "objective",

@@ -127,11 +127,13 @@ def make_plan(
     )
     axes = [axis for axis in range(3) if axis != slice_axis]
     spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
+    num_channels = max(1, len(dataset.channels))
+    _refuse_fine_spacing(config, own, spacing, num_channels)
     shapes = np.array([cache_grid(shape, affine, spacing)[0] for shape, affine in grids])
     normalization = _choose_normalization(config, dataset, labels, labeled, has_spacing, reasons)
     in_plane = [step for step in spacing if step is not None]
     patch_size, network = _choose_network(
-        config, shapes[:, axes], in_plane, (max(1, len(dataset.channels)), len(labels)),
+        config, shapes[:, axes], in_plane, (num_channels, len(labels)),
         bool(unlabeled), on_gpu, reasons,
     )  # fmt: skip
     batch = _choose_batch(config, patch_size, on_gpu, reasons)
@@ -289,13 +291,34 @@ def _choose_spacing(
     values = np.median(spacings, axis=0)[list(axes)] if given == "auto" else given
     chosen: list[float | None] = [None, None, None]
     for axis, value in zip(axes, values, strict=True):
-        chosen[axis] = round(float(value), 4)
+        chosen[axis] = round(float(value), 4) if value > 0.1 else float(f"{value:.4g}")
     shown = " x ".join(f"{step:g}" for step in chosen if step is not None)
     if given == "auto" and has_spacing:
         reasons.append(f"spacing {shown} mm: the median of {len(spacings)} scans")
     elif given == "auto":
         reasons.append("no spacing: pictures keep their pixels, which are the unit of length")
     return chosen[0], chosen[1], chosen[2]
+
+
+def _refuse_fine_spacing(
+    config: Config,
+    grids: Sequence[tuple[tuple[int, ...], NDArray[np.float64]]],
+    spacing: GridSpacing,
+    num_channels: int,
+) -> None:
+    """Refuse a spacing that makes grids beyond this machine's memory."""
+    limit = read_memory_limit()
+    for shape, affine in grids:
+        voxels = math.prod(
+            size if step is None else size * found / step
+            for size, found, step in zip(shape, grid_spacing(affine), spacing, strict=True)
+        )
+        if voxels * num_channels * 4 > limit and config.plan.spacing != "auto":
+            raise InputError(
+                f"plan.spacing={list(config.plan.spacing)}: a scan of {shape} voxels would have "
+                f"{voxels:.3g} of them, more than fit {limit / 1e9:.0f} GB; it is in mm: make it "
+                "coarser"
+            )
 
 
 def _choose_normalization(

@@ -104,6 +104,12 @@ def test_given_values_are_taken_over(scans):
     assert (plan.precision, plan.flips, plan.workers) == ("float32", (1,), 3)
 
 
+@pytest.mark.parametrize("step", ["1e-3", "1e-300"])
+def test_a_spacing_that_no_memory_holds_is_refused(scans, step):
+    with pytest.raises(InputError, match=r"plan\.spacing=.*more than fit"):
+        scans.add((99, 99, 99)).plan(f"plan.spacing=[{step}, {step}, {step}]")
+
+
 def test_a_patch_that_the_network_cannot_halve_is_refused_with_the_nearest(scans):
     with pytest.raises(InputError, match=r"plan\.patch_size=\[18, 16, 16\].*nearest is \[20, 16"):
         scans.add().plan("plan.patch_size=[18, 16, 16]")

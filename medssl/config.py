@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,17 +31,38 @@ from pydantic import (
 IGNORE = 255
 """Class index, inside the program, of voxels without supervision."""
 
+MOST_BYTES = 2**17  # of a YAML file: a configuration has some hundred lines
+MOST_LETTERS = 10_000  # of a value on the command line
+MOST_NESTED = 12
+MOST_TOLD = 20  # mistakes, and characters of a number
+LARGEST_LABEL = 2**31 - 1
+
 Value = TypeVar("Value")
 Auto = Literal["auto"]
+
+
+def _refuse_repeats(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Refuse a list that names something twice."""
+    twice = [str(value) for place, value in enumerate(values) if value in values[:place]]
+    if twice:
+        raise ValueError(f"names {', '.join(dict.fromkeys(twice))} twice; once is enough")
+    return values
+
+
+Distinct = AfterValidator(_refuse_repeats)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PlaneNetwork = Literal[
     "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus",
     "upernet", "segformer",
 ]  # fmt: skip
 """Architectures of segmentation-models-pytorch, all in 2D."""
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0, le=1e6)]
+Positive = Annotated[float, Field(gt=0.0, le=1e6)]
+Millimeters = Annotated[float, Field(gt=0.0, le=1e3)]
+Count = Annotated[int, Field(ge=1, le=10**8)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Name = Annotated[str, Field(max_length=1000)]
 
 
 class InputError(ValueError):
@@ -76,11 +99,19 @@ class DataSection(Section):
     root: Path | None = None
     format: Literal["auto", "decathlon", "nnunet", "folders", "list"] = "auto"
     labels: dict[int, str] | None = None
-    ignore: int | None = None
+    ignore: Annotated[int, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)] | None = None
     labeled: Count | Literal["all"] = "all"
-    test: Annotated[int, Field(ge=0)] = 0
-    split_seed: int = 0
-    draw: int = 0
+    test: Annotated[int, Field(ge=0, le=10**8)] = 0
+    split_seed: Seed = 0
+    draw: Seed = 0
+
+    @field_validator("root")
+    @classmethod
+    def _check_root(cls, root: Path | None) -> Path | None:
+        """Refuse what no system takes for a path."""
+        if root is not None and ("\0" in str(root) or len(str(root)) > 4000):
+            raise ValueError("no path: it has a null character, or more than 4000 letters")
+        return root
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -92,11 +123,17 @@ class DataSection(Section):
                     f'expected values with names, as data.labels.1=liver or "{{1: liver}}", got '
                     f"{value!r}: {name!r}"
                 )
+            if len(str(value)) > MOST_TOLD or int(value) > LARGEST_LABEL:
+                raise ValueError(f"no label file holds a value as large as {_show(value)}")
             if int(value) < 0:
                 raise ValueError(
                     f"a class has a value of 0 (background) or above, got {value}: {name}; correct "
                     f"the files, or say data.ignore={value} if it means not annotated"
                 )
+            if not name.strip() or not name.isprintable():
+                raise ValueError(f"the name of label {value} has no letters, or hidden ones")
+        if isinstance(labels, dict) and len({int(value) for value in labels}) < len(labels):
+            raise ValueError("names a label value twice, in two ways of writing it")
         return labels
 
 
@@ -107,13 +144,16 @@ class PlanSection(Section):
     """
 
     dimension: Auto | Literal[2, 3] = "auto"
-    spacing: Auto | tuple[Positive, Positive, Positive] | tuple[Positive, Positive] = "auto"
-    patch_size: Auto | tuple[Count, Count, Count] | tuple[Count, Count] = "auto"
+    spacing: (
+        Auto | tuple[Millimeters, Millimeters, Millimeters] | tuple[Millimeters, Millimeters]
+    ) = "auto"
+    patch_size: Auto | tuple[Side, Side, Side] | tuple[Side, Side] = "auto"
     normalization: Auto | Literal["zscore", "ct"] = "auto"
-    flips: Auto | tuple[Literal[0, 1, 2], ...] = "auto"
+    flips: Auto | Annotated[tuple[Literal[0, 1, 2], ...], Distinct] = "auto"
 
 
 Width = Annotated[float, Field(gt=0.0, le=8.0)]
+PerRound = Field(min_length=1, max_length=21)
 
 
 class NetworkSection(Section):
@@ -127,9 +167,9 @@ class NetworkSection(Section):
     """
 
     name: Auto | Literal["dynunet"] | PlaneNetwork = "auto"
-    encoder: str = "auto"
+    encoder: Name = "auto"
     pretrained: bool = False
-    width: Width | Annotated[tuple[Width, ...], Field(min_length=1)] = 1.0
+    width: Width | Annotated[tuple[Width, ...], PerRound] = 1.0
     depth: Auto | Annotated[int, Field(ge=3, le=7)] = "auto"
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     deep_supervision: bool = True
@@ -146,7 +186,9 @@ class TeacherSection(Section):
     saved under a small rotation and scale too.
     """
 
-    source: tuple[Literal["previous_round", "ema", "self"], ...] = ("previous_round", "ema")
+    source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = (
+        "previous_round", "ema",
+    )  # fmt: skip
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     probs: Literal["clean", "sampled"] = "clean"
     ensemble: Annotated[int, Field(ge=1, le=16)] = 1
@@ -227,7 +269,7 @@ class CaseFilterSection(Section):
     """
 
     confidence: Fraction = 0.3
-    stable: Stable | Annotated[tuple[Stable, ...], Field(min_length=1)] = 1.0
+    stable: Stable | Annotated[tuple[Stable, ...], PerRound] = 1.0
     draw: Literal["uniform", "coverage"] = "uniform"
     balance: bool = False
 
@@ -367,6 +409,9 @@ class FineTuneSection(Section):
     frozen_levels: Annotated[int, Field(ge=0, le=6)] = 2
 
 
+Ratio = Annotated[float, Field(gt=0.0, le=1000.0)]
+
+
 class TrainSection(Section):
     """The loop: rounds after round 0, steps of each, labeled patches per step, optimizer.
 
@@ -377,9 +422,9 @@ class TrainSection(Section):
     """
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 2
-    steps: Auto | Count | Annotated[tuple[Count, ...], Field(min_length=1)] = "auto"
-    batch: Auto | Count = "auto"
-    unlabeled_ratio: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1.0
+    steps: Auto | Count | Annotated[tuple[Count, ...], PerRound] = "auto"
+    batch: Auto | Annotated[int, Field(ge=1, le=2**16)] = "auto"
+    unlabeled_ratio: Ratio | Annotated[tuple[Ratio, ...], PerRound] = 1.0
     start: Literal["scratch", "warm"] = "scratch"
     schedule: Literal["joint", "pretrain"] = "joint"
     fine_tune: FineTuneSection = FineTuneSection()
@@ -387,12 +432,12 @@ class TrainSection(Section):
     student_lr: Auto | Positive = "auto"
     weight_decay: NonNegative = 1e-2
     warmup: Fraction = 0.03
-    grad_clip: Annotated[float, Field(gt=0.0)] = 12.0
+    grad_clip: Positive = 12.0
     foreground: Fraction = 0.5
-    seed: int = 0
-    device: str = "auto"
+    seed: Seed = 0
+    device: Name = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    workers: Auto | Annotated[int, Field(ge=0)] = "auto"
+    workers: Auto | Annotated[int, Field(ge=0, le=128)] = "auto"
     log_every: Count = 50
     checkpoint_every: Count = 200
 
@@ -400,8 +445,8 @@ class TrainSection(Section):
 class TrackingSection(Section):
     """MLflow: the store and the experiment; ``uri: none`` keeps the journal only."""
 
-    uri: str = "auto"
-    experiment: str = "auto"
+    uri: Name = "auto"
+    experiment: Name = "auto"
 
 
 View = Literal["strong", "strong_2", "feature_noise"]
@@ -420,16 +465,16 @@ class Config(Section):
     data: DataSection = DataSection()
     plan: PlanSection = PlanSection()
     network: NetworkSection = NetworkSection()
-    method: str = "default"
+    method: Name = "default"
     objective: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "medssl.objective:Objective"
     teacher: TeacherSection = TeacherSection()
-    views: Annotated[tuple[View, ...], Field(min_length=1)] = ("strong",)
+    views: Annotated[tuple[View, ...], Field(min_length=1), Distinct] = ("strong",)
     target: TargetSection = TargetSection()
     filter: FilterSection = FilterSection()
     noise: NoiseSection = NoiseSection()
     losses: LossesSection = LossesSection()
     train: TrainSection = TrainSection()
-    validation: Auto | Literal["fifth"] | Annotated[int, Field(ge=0)] = "auto"
+    validation: Auto | Literal["fifth"] | Annotated[int, Field(ge=0, le=10**8)] = "auto"
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
@@ -618,8 +663,12 @@ class Resolved:
     sources: dict[str, str]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which PyYAML silently keeps the last."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML loader of plain values: what PyYAML would take silently for something else is not.
+
+    Of duplicate keys it keeps the last; 010 is 8 for it, 1:30 is 90, 1e-3 a text, 2026-11-29 no
+    text; and anchors of anchors fill any memory.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, or refuse it where a key stands twice."""
@@ -636,6 +685,60 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_OWN_TAGS = {_INTEGER, _FLOAT, "tag:yaml.org,2002:timestamp"}
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in kinds if tag not in _OWN_TAGS]
+    for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
+_PlainLoader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_PlainLoader.add_implicit_resolver(
+    _FLOAT, re.compile(rf"(?:{_NUMBER}|\.(?:nan|NaN|NAN))$"), list("-+.0123456789")
+)
+
+
+def _read_integer(loader: _PlainLoader, node: yaml.ScalarNode) -> int:
+    """Return an integer; of more digits than any machine counts with it is none."""
+    text = str(loader.construct_scalar(node))
+    if len(text) > 100:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(text)} digits", node.start_mark
+        )
+    return int(text)
+
+
+_PlainLoader.add_constructor(_INTEGER, _read_integer)
+
+
+def _parse_yaml(text: str) -> Any:
+    """Return what a YAML text says.
+
+    Raises:
+        yaml.YAMLError: It is none, or uses what a configuration has no use for.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_PlainLoader):
+        wrong = None
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            wrong = "anchors (&) and aliases (*) are not read: write the value out, or quote it"
+        elif getattr(event, "tag", None):
+            wrong = f"tags such as {_show(event.tag)} are not read here: write the value alone"
+        elif depth > MOST_NESTED:
+            wrong = f"more than {MOST_NESTED} brackets or sections are nested"
+        if wrong:
+            raise yaml.constructor.ConstructorError(None, None, wrong, event.start_mark)
+    return yaml.load(text, Loader=_PlainLoader)
+
+
+def _show(value: object) -> str:
+    """Return a value as text, a long one by its beginning."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def find_configs() -> Path:
@@ -666,12 +769,12 @@ def load_config(
     given: dict[str, tuple[Any, str]] = {}
     layers: list[tuple[dict[str, Any], str]] = []
     if first is not None and str(first).endswith((".yaml", ".yml")):
-        layers.append((_flatten(_read_yaml(Path(first))), str(first)))
+        layers.append((_spell_out(_read_yaml(Path(first)), problems), str(first)))
     elif first is not None:
         layers.append(({"data.root": str(first)}, "command line"))
     layers.append((_parse_overrides(overrides, problems), "command line"))
     for values, source in layers:
-        given.update({SHORTCUTS.get(key, key): (value, source) for key, value in values.items()})
+        given.update({key: (value, source) for key, value in values.items()})
     method = given.get("method", ("default", "default"))[0]
     preset, preset_name = _read_method(str(method), problems)
     merged = {key: (value, f"method {preset_name}") for key, value in preset.items()}
@@ -731,7 +834,10 @@ def describe_terms(config: Config) -> str:
 def render(resolved: Resolved) -> str:
     """Return the configuration as text, one dotted key a line with its source."""
     values = _flatten(dump(resolved.config))
-    shown = {key: yaml.safe_dump(value, default_flow_style=True) for key, value in values.items()}
+    shown = {
+        key: yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
+        for key, value in values.items()
+    }
     shown = {key: text.replace("\n...\n", "").strip() for key, text in shown.items()}
     width = max(len(f"{key}: {text}") for key, text in shown.items())
     width = min(width, 72)
@@ -747,9 +853,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")])
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise InputError(f"{path}: no such configuration file{hint}")
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise InputError(
+            f"{path}: {size} bytes are no configuration, which has {MOST_BYTES} at most; DATA is a "
+            "folder or a list that ends in .csv or .json"
+        )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = _parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not UTF-8 ({error.reason}); save it with that encoding"
+        ) from error
+    except yaml.YAMLError as error:
         raise InputError(f"{path}: not a valid YAML file: {error}") from error
     if content is None:
         return {}
@@ -761,44 +877,68 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _read_method(name: str, problems: list[str]) -> tuple[dict[str, Any], str]:
     """Read the preset of a method, given by name or by file."""
     if name.endswith((".yaml", ".yml")):
-        return _flatten(_read_yaml(Path(name))), name
+        values = _spell_out(_read_yaml(Path(name)), problems)
+        if "method" in values:
+            problems.append(
+                f"{name}: method={values['method']}: a preset builds on no other one; write out "
+                "what it shall have of that"
+            )
+        return values, name
     methods = list_methods()
     if name not in methods:
         near = difflib.get_close_matches(name, methods)
         hint = f"did you mean {near[0]}? " if near else ""
-        problems.append(f"method: unknown preset {name!r}; {hint}there are: {', '.join(methods)}")
+        problems.append(
+            f"method: unknown preset {_show(name)}; {hint}there are: {', '.join(methods)}"
+        )
         return {}, name
     values = _flatten(_read_yaml(methods[name]))
     return {key: value for key, value in values.items() if not key.startswith("about.")}, name
 
 
 def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """Parse ``key.path=value`` arguments."""
+    """Parse ``key.path=value`` arguments; of two for the same key the later one counts."""
     values: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            problems.append(f"{text!r}: expected key=value, such as labeled=4 or train.lr=1e-3")
-            continue
-        try:
-            parsed = yaml.load(value, Loader=_UniqueKeyLoader)
-        except yaml.YAMLError as error:
-            problems.append(f"{key}: {value!r} cannot be read as a value: {error}")
-            continue
-        values.update(_flatten({key: parsed}) if isinstance(parsed, dict) else {key: parsed})
+            problems.append(f"{_show(text)}: expected key=value, as labeled=4 or train.lr=1e-3")
+        elif not value.strip():
+            problems.append(f"{_show(text)}: a value is missing; leave the key out, or say null")
+        elif len(text) > MOST_LETTERS:
+            problems.append(f"{_show(text)}: too long; write it into a YAML file")
+        else:
+            try:
+                values.update(_spell_out({key: _parse_yaml(value)}, problems))
+            except yaml.YAMLError as error:
+                problems.append(f"{key}: {_show(value)} cannot be read as a value: {error}")
     return values
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys for nested sections; class names of ``data.labels`` stay together."""
+def _spell_out(tree: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return dotted keys, shortcuts by their full names, or name those that stand twice."""
     flat: dict[str, Any] = {}
+    for key, value in _walk(tree):
+        name = SHORTCUTS.get(key, key)
+        if name in flat:
+            problems.append(f"{name}: stands twice, in two ways of writing it")
+        flat[name] = value
+    return flat
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys for nested sections."""
+    return dict(_walk(tree))
+
+
+def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values; class names of ``data.labels`` stay together."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value and name != "data.labels":
-            flat.update(_flatten(value, f"{name}."))
+            yield from _walk(value, f"{name}.")
         else:
-            flat[name] = value
-    return flat
+            yield name, value
 
 
 def _unflatten(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -806,6 +946,9 @@ def _unflatten(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = str(key).split(".")
+        if len(parents) > MOST_NESTED:
+            problems.append(f"{_show(key)}: unknown key; `medssl config` lists all keys")
+            continue
         node = tree
         for parent in parents:
             child = node.setdefault(parent, {})
@@ -825,32 +968,25 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
         problems = problems + _explain_all(error.errors())
         config = Config()
     if problems:
-        lines = "\n".join(f"  - {problem}" for problem in dict.fromkeys(problems))
-        plural = "mistake" if len(problems) == 1 else "mistakes"
-        raise InputError(f"{len(problems)} {plural} in the configuration:\n{lines}")
+        told = [f"  - {problem}" for problem in dict.fromkeys(problems)]
+        more = len(told) - MOST_TOLD
+        lines = "\n".join(told[:MOST_TOLD] + ([f"  - and {more} more"] if more > 0 else []))
+        plural = "mistake" if len(told) == 1 else "mistakes"
+        raise InputError(f"{len(told)} {plural} in the configuration:\n{lines}")
     return config
 
 
 def _explain_all(items: Sequence[Any]) -> list[str]:
     """Say each validation error in a sentence: key, problem, value, nearest valid key."""
     valid = list(_list_keys(Config))
-    unknown = []
+    unknown: dict[str, None] = {}
     wrong: dict[tuple[str, str], list[str]] = {}
     for item in items:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             key = next(iter(_flatten({".".join(path): item["input"]})))
-            first, _, rest = key.partition(".")
-            last = key.split(".")[-1]
-            near = [name for name in valid if name.split(".")[-1] == last]
-            if rest and not near:
-                near = [f"{name}.{rest}" for name in _NAMED_INSIDE if name.endswith(f".{first}")]
-            near = near or [name for name in [_OTHER_WORDS.get(_squeeze(last))] if name]
-            near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {' or '.join(near)}?" if near else "`medssl config` lists all keys"
-            )
-            unknown.append(f"{key}: unknown key; {hint}")
+            is_told = len(unknown) < MOST_TOLD  # to look for the nearest of thousands takes minutes
+            unknown[_explain_key(key, valid) if is_told else f"{_show(key)}: unknown key"] = None
             continue
         while path and ".".join(path) not in valid:
             path.pop()  # the rest names a member of a union, or a place in a list
@@ -859,13 +995,36 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
             message = "a value is missing"
         if item["type"] == "tuple_type":
             message = "Input should be a list, such as [1, 2]"
-        value = f" (got {item['input']!r})" if path else ""
-        wrong.setdefault((".".join(path), value), []).append(message)
+        value = f" (got {_show(item['input'])})" if path else ""
+        wrong.setdefault((".".join(path), value), []).append(message + _offer_choice(item))
     told = [
         f"{key}: {'; or: '.join(dict.fromkeys(m))}{value}" if key else m[0]
         for (key, value), m in wrong.items()
     ]
-    return unknown + told
+    return [*unknown, *told]
+
+
+def _explain_key(key: str, valid: Sequence[str]) -> str:
+    """Say what an unknown key may have meant."""
+    first, _, rest = key.partition(".")
+    last = key.split(".")[-1]
+    near = [name for name in valid if name.split(".")[-1] == last]
+    if rest and not near:
+        near = [f"{name}.{rest}" for name in _NAMED_INSIDE if name.endswith(f".{first}")]
+    near = near or [name for name in [_OTHER_WORDS.get(_squeeze(last))] if name]
+    near = near or difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`medssl config` lists all keys"
+    return f"{key if len(key) <= 100 else _show(key)}: unknown key; {hint}"
+
+
+def _offer_choice(item: Any) -> str:
+    """Return a hint to the choice that a name is nearest to, whatever its case."""
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return ""
+    choices = re.findall("'([^']+)'", item["ctx"]["expected"])
+    near = difflib.get_close_matches(_squeeze(item["input"][:100]), map(_squeeze, choices), n=1)
+    named = [choice for choice in choices if near == [_squeeze(choice)]]
+    return f"; did you mean {named[0]}?" if named else ""
 
 
 def _squeeze(word: str) -> str:

@@ -23,12 +23,14 @@ from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
 from medssl.data.files import is_picture
 from medssl.data.io import read_geometry, read_image, read_label
+from medssl.machine import count_cores, count_free_cores
 from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
     NetworkSpec,
     build_network,
 )
+from medssl.sides import find_mirrored, find_sided
 from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
@@ -47,6 +49,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, False): 6,
     (True, True): 7,
 }
+_OWN_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
@@ -55,11 +58,6 @@ CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
 OVERLAP = 0.5  # of neighboring windows at prediction, fraction
-
-SIDES = re.compile(
-    r"(^|[^a-z])(l|r|lt|rt|lh|rh|sin|dex)($|[^a-z])|(left|right)($|[^a-z])"
-    r"|(^|[^a-z])(left|right|link|recht|gauche|droit|izquierd|derech|sinistr|destr|dextr|dexter)"
-)
 
 
 class Plan(BaseModel):
@@ -132,11 +130,13 @@ def make_plan(
     )
     axes = [axis for axis in range(3) if axis != slice_axis]
     spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
+    num_channels = max(1, len(dataset.channels))
+    _refuse_fine_spacing(config, own, spacing, num_channels)
     shapes = np.array([cache_grid(shape, affine, spacing)[0] for shape, affine in grids])
     normalization = _choose_normalization(config, dataset, labels, labeled, has_spacing, reasons)
     in_plane = [step for step in spacing if step is not None]
     patch_size, network = _choose_network(
-        config, shapes[:, axes], in_plane, (max(1, len(dataset.channels)), len(labels)),
+        config, shapes[:, axes], in_plane, (num_channels, len(labels)),
         bool(unlabeled), on_gpu, reasons,
     )  # fmt: skip
     batch = _choose_batch(config, patch_size, on_gpu, reasons)
@@ -146,14 +146,17 @@ def make_plan(
         steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
         reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
-    threads = torch.get_num_threads()
+    threads = choose_threads()
+    if threads < _OWN_THREADS:
+        reasons.append(f"{threads} of {_OWN_THREADS} threads: what other programs leave free")
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)
-    flips = _choose_flips(config, labels, slice_axis, has_spacing, reasons)
+    ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
+    flips = _choose_flips(config, labels, labeled, ignore, slice_axis, has_spacing, reasons)
     return Plan(
         labels={index: labels[value] for index, value in enumerate(sorted(labels))},
         label_values=tuple(sorted(labels)),
-        ignore=config.data.ignore if config.data.ignore is not None else dataset.ignore,
+        ignore=ignore,
         channels=dataset.channels or ("",),
         preprocessing=Preprocessing(spacing=spacing, normalization=normalization),
         patch_size=patch_size,
@@ -213,13 +216,27 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {name}: not available here ({str(error).splitlines()[0]}); leave it out "
             "(auto), or give cpu, cuda, cuda:1; `medssl doctor` says what there is"
         ) from error
     return name
+
+
+def choose_threads(recorded: int | None = None) -> int:
+    """Return the threads to compute with: those asked for, else as many as cores are free.
+
+    Two threads on one free core wait for each other at every step.
+
+    Args:
+        recorded: Those of a run that goes on, which would give other bits with others.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return _OWN_THREADS
+    most = min(_OWN_THREADS, count_cores())
+    return min(most, max(1, recorded or round(count_free_cores())))
 
 
 def _choose_slice_axis(
@@ -293,13 +310,34 @@ def _choose_spacing(
     values = np.median(spacings, axis=0)[list(axes)] if given == "auto" else given
     chosen: list[float | None] = [None, None, None]
     for axis, value in zip(axes, values, strict=True):
-        chosen[axis] = round(float(value), 4)
+        chosen[axis] = round(float(value), 4) if value > 0.1 else float(f"{value:.4g}")
     shown = " x ".join(f"{step:g}" for step in chosen if step is not None)
     if given == "auto" and has_spacing:
         reasons.append(f"spacing {shown} mm: the median of {len(spacings)} scans")
     elif given == "auto":
         reasons.append("no spacing: pictures keep their pixels, which are the unit of length")
     return chosen[0], chosen[1], chosen[2]
+
+
+def _refuse_fine_spacing(
+    config: Config,
+    grids: Sequence[tuple[tuple[int, ...], NDArray[np.float64]]],
+    spacing: GridSpacing,
+    num_channels: int,
+) -> None:
+    """Refuse a spacing that makes grids beyond this machine's memory."""
+    limit = read_memory_limit()
+    for shape, affine in grids:
+        voxels = math.prod(
+            size if step is None else size * found / step
+            for size, found, step in zip(shape, grid_spacing(affine), spacing, strict=True)
+        )
+        if voxels * num_channels * 4 > limit and config.plan.spacing != "auto":
+            raise InputError(
+                f"plan.spacing={list(config.plan.spacing)}: a scan of {shape} voxels would have "
+                f"{voxels:.3g} of them, more than fit {limit / 1e9:.0f} GB; it is in mm: make it "
+                "coarser"
+            )
 
 
 def _choose_normalization(
@@ -570,11 +608,13 @@ def _choose_kernel(level: int, spacing: Sequence[float]) -> tuple[int, ...]:
 def _choose_flips(
     config: Config,
     labels: Mapping[int, str],
+    labeled: Sequence[Case],
+    ignore: int | None,
     slice_axis: int | None,
     has_spacing: bool,
     reasons: list[str],
 ) -> tuple[int, ...]:
-    """Return the axes that may be mirrored: left-right, where no label has a side."""
+    """Return the axes that may be mirrored: left-right, where no class has a side."""
     given = config.plan.flips
     if given != "auto":
         if slice_axis in given:
@@ -583,25 +623,44 @@ def _choose_flips(
                 f"plane only; leave out {slice_axis}"
             )
         return given
-    words = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in labels.values()}
-    sided = [name for name in labels.values() if SIDES.search(words[name].replace("_", " "))]
-    if sided:
-        reasons.append(f"no mirroring: labels have sides ({', '.join(sided)})")
-        return ()
-    unnamed = [name for name in labels.values() if re.fullmatch(r"class_\d+", name)]
-    hint = "; if two of the unnamed labels are left and right: plan.flips=[]" if unnamed[1:] else ""
-    if not has_spacing:
-        reasons.append(
-            "mirroring left-right only: no label name has a side; where pictures have no above and "
-            f"below either, plan.flips=[0,1]{hint}"
-        )
-        return (1,)
-    if slice_axis == 0:
+    axis = 0 if has_spacing else 1
+    if slice_axis == axis:
         reasons.append("no mirroring: slices lie left-right, and bodies are not symmetric in them")
         return ()
+    values = tuple(sorted(labels))
+    names = [labels[value] for value in values]
+    anyway = f"; if what is mirrored could be real all the same: plan.flips=[{axis}]"
+    sided = find_sided(names[1:])
+    if sided:
+        reasons.append(f"no mirroring: labels have sides ({', '.join(sided)}){anyway}")
+        return ()
+    pair, were_together = find_mirrored(labeled, values, ignore, axis)
+    if pair is not None:
+        one, other = (names[index] for index in pair)
+        reasons.append(
+            f"no mirroring: {one} and {other} are as large as each other and lie in the labels as "
+            f"left and right do{anyway}"
+        )
+        return ()
+    unnamed = [name for name in names[1:] if re.fullmatch(r"\D*[\W_]?\d+", name)]
+    if unnamed[1:] and not were_together:
+        reasons.append(
+            "no mirroring: labels without names may be left and right, and no label holds them "
+            f"together to see it{anyway}"
+        )
+        return ()
+    hint = "; if two of the unnamed labels are left and right: plan.flips=[]" if unnamed[1:] else ""
+    why = "no label name has a side" + (
+        ", no two labels lie as left and right do" if len(names) > 2 else ""
+    )
+    if not has_spacing:
+        reasons.append(
+            f"mirroring left-right only: {why}; where pictures have no above and below either, "
+            f"plan.flips=[0,1]{hint}"
+        )
+        return (1,)
     reasons.append(
-        "mirroring left-right only: no label name has a side, and bodies are not symmetric along "
-        f"the other axes{hint}"
+        f"mirroring left-right only: {why}, and bodies are not symmetric along the other axes{hint}"
     )
     return (0,)
 
@@ -618,7 +677,8 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
 def has_bfloat16(device: str) -> bool:
     """Return whether a device computes in bfloat16 natively; emulated it is slower than float32."""
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and has_cpu_bfloat16()
 
 
@@ -635,7 +695,7 @@ def _choose_workers(config: Config, on_gpu: bool) -> int:
     """Return the number of loader processes; on a CPU they would take cores from the network."""
     if config.train.workers != "auto":
         return config.train.workers
-    return min(8, max(1, (os.cpu_count() or 2) - 1)) if on_gpu else 0
+    return min(8, max(1, count_cores() - 1)) if on_gpu else 0
 
 
 def _estimate_disk(

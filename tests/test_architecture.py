@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "__init__",
     "config",
+    "machine",
     "runs",
     "tracking",
     "losses",
@@ -22,6 +23,7 @@ LAYERS = (
     "transforms",
     "metrics",
     "data",
+    "sides",
     "plan",
     "pseudo",
     "objective",

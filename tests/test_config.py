@@ -2,6 +2,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,14 @@ def test_render_shows_every_key_with_its_source(tmp_path):
     assert "losses.entropy.ramp.end: 0.25" in text
 
 
+def test_what_render_prints_is_the_same_configuration_again(tmp_path):
+    names = ", ".join(f"{value}: 'structure number {value}, höher'" for value in range(1, 60))
+    given = [f"data.labels={{{names}}}", "train.steps=[" + "1000, " * 20 + "7]", "seed=3"]
+    resolved = load_config(tmp_path, given)
+    path = write(tmp_path, render(resolved))
+    assert load_config(path).config == resolved.config
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -245,6 +254,128 @@ def test_the_hash_changes_with_what_decides_the_result(override):
     assert hash_config(load_config(overrides=[override]).config) != hash_config(
         load_config().config
     )
+
+
+BILLION = "a: &a [x, x, x, x]\n" + "".join(
+    f"{here}: &{here} [*{before}, *{before}, *{before}]\n"
+    for before, here in zip("abcdefghijk", "bcdefghijkl", strict=True)
+)
+HOSTILE = {
+    "anchors": (BILLION, "write the value out"),
+    "itself": ("a: &a [*a]", "write the value out"),
+    "brackets": ("a: " + "[" * 3000, "nested"),
+    "braces": ("a: " + "{a: " * 3000, "nested"),
+    "tag": ("train: {lr: !!int x}", "tags such as"),
+    "object": ("a: !!python/object/apply:os.system [ls]", "tags such as"),
+    "merge": ("train: {<<: {lr: 1}}", "merge"),
+    "null": ('data: {root: "a\\0b"}', "null character"),
+    "tab": ("train:\n\tlr: 1", "cannot start any token"),
+    "text": ("tracking: {experiment: " + "x" * 10**6 + "}", "bytes are no configuration"),
+    "name": ("tracking: {experiment: " + "x" * 10**4 + "}", "at most 1000 characters"),
+    "keys": ("".join(f"k{place}: 1\n" for place in range(3000)), "3000 mistakes"),
+    "long key": ("a." * 400 + "b: 1", "unknown key"),
+    "twice": ("rounds: 1\ntrain: {rounds: 2}", "train.rounds: stands twice"),
+    "dotted": ("train.lr: 1\ntrain: {lr: 2}", "train.lr: stands twice"),
+    "value twice": ("data: {labels: {1: a, '1': b}}", "a label value twice"),
+    "number": ("5", "got int"),
+    "documents": ("train: {lr: 1}\n---\ntrain: {lr: 2}", "another document"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_yaml_is_refused_at_once_by_a_short_sentence(tmp_path, name):
+    text, words = HOSTILE[name]
+    started = time.perf_counter()
+    message = refuse(write(tmp_path, text))
+    assert words in message
+    assert len(message) < 3000
+    assert time.perf_counter() - started < 5.0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_yaml_of_another_encoding_is_refused(tmp_path, encoding):
+    path = tmp_path / "some.yaml"
+    path.write_bytes("data: {root: é}".encode(encoding))
+    assert "not UTF-8" in refuse(path)
+
+
+@pytest.mark.parametrize("text", ["\ufefftrain: {lr: 0.5}", "train:\r\n  lr: 0.5\r\n"])
+def test_a_yaml_of_another_editor_is_read(tmp_path, text):
+    path = tmp_path / "some.yaml"
+    path.write_bytes(text.encode())
+    assert load_config(path).config.train.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("tracking.experiment=2026-02-30", "tracking.experiment", "2026-02-30"),
+        ("tracking.experiment=2026-11-29", "tracking.experiment", "2026-11-29"),
+        ("tracking.experiment=1:30", "tracking.experiment", "1:30"),
+        ("steps=010", "train.steps", 10),
+        ("steps=1e3", "train.steps", 1000),
+        ("losses.pseudo_label.options={q: 1e-1}", "losses.pseudo_label.options", {"q": 0.1}),
+    ],
+)
+def test_a_value_is_what_it_looks_like(override, key, value):
+    found = load_config(overrides=[override]).config
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("steps=1:30", "valid integer"),
+        ("steps=" + "9" * 30, "less than or equal to"),
+        ("steps=" + "9" * 5000, "a number of 5000 digits"),
+        ("seed=" + "9" * 30, "less than or equal to"),
+        ("rounds=1000", "less than or equal to 20"),
+        ("train.workers=1000000", "less than or equal to 128"),
+        ("train.batch=100000000", "less than or equal to 65536"),
+        ("train.unlabeled_ratio=1e9", "less than or equal to 1000"),
+        ("plan.patch_size=[999999, 8, 8]", "less than or equal to 8192"),
+        ("plan.spacing=[1e300, 1, 1]", "less than or equal to 1000"),
+        ("train.lr=1e400", "finite number"),
+        ("data.ignore=99999999999", "less than or equal to"),
+        ("data.labels={99999999999: a}", "no label file holds"),
+        ("data.labels={1: ' '}", "has no letters"),
+        ("plan.flips=[0, 0]", "names 0 twice"),
+        ("views=[strong, strong]", "names strong twice"),
+        ("teacher.source=[ema, ema]", "names ema twice"),
+        ("train.lr=", "a value is missing"),
+        ("a.b=", "a value is missing"),
+        ("=x", "expected key=value"),
+        ("train..lr=1", "did you mean"),
+        (".train=1", "unknown key"),
+        ("train.=1", "unknown key"),
+        ("a." * 400 + "b=1", "unknown key"),
+        ("train.lr=" + "x" * 10**6, "too long"),
+        ("train.lr=" + "[" * 3000, "nested"),
+        ("train.lr=*a", "write the value out"),
+        ("plan.normalization=CT", "did you mean ct?"),
+        ("network.name=DynUNet", "did you mean dynunet?"),
+        ("filter.threshold.name=Flex", "did you mean flex?"),
+        ("views=[Strong]", "did you mean strong?"),
+        ("train.batch=AUTO", "did you mean auto?"),
+        ("data.labeled=All", "did you mean all?"),
+    ],
+)
+def test_a_value_beyond_bounds_is_refused_by_a_short_sentence(override, words):
+    message = refuse(overrides=[override])
+    assert words in message
+    assert len(message) < 1000
+
+
+def test_a_preset_of_your_own_may_use_shortcuts_and_builds_on_no_other(tmp_path):
+    preset = write(tmp_path, "rounds: 1\nsteps: [7, 5]", "mine.yaml")
+    resolved = load_config(overrides=[f"method={preset}"])
+    assert resolved.config.train.rounds == 1
+    assert resolved.sources["train.steps"] == f"method {preset}"
+    assert load_config(overrides=[f"method={preset}", "rounds=2"]).config.train.rounds == 2
+    other = write(tmp_path, "method: fixmatch", "other.yaml")
+    assert "builds on no other one" in refuse(overrides=[f"method={other}"])
 
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12)

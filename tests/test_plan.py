@@ -1,12 +1,16 @@
+import os
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from medssl.config import InputError, load_config
-from medssl.data.formats import Case, Dataset
+from medssl.data.formats import Case, Dataset, read_dataset
 from medssl.networks.build import build_network
 from medssl.plan import (
     Plan,
@@ -17,6 +21,7 @@ from medssl.plan import (
     resolve,
 )
 from medssl.runs import read_json, write_json
+from medssl.sides import find_mirrored
 
 LABELS = {0: "background", 3: "organ", 7: "lesion"}
 
@@ -97,6 +102,12 @@ def test_given_values_are_taken_over(scans):
     assert plan.patch_size == (16, 16, 8)
     assert (plan.batch, plan.num_unlabeled, plan.steps) == (3, 6, 11)
     assert (plan.precision, plan.flips, plan.workers) == ("float32", (1,), 3)
+
+
+@pytest.mark.parametrize("step", ["1e-3", "1e-300"])
+def test_a_spacing_that_no_memory_holds_is_refused(scans, step):
+    with pytest.raises(InputError, match=r"plan\.spacing=.*more than fit"):
+        scans.add((99, 99, 99)).plan(f"plan.spacing=[{step}, {step}, {step}]")
 
 
 def test_a_patch_that_the_network_cannot_halve_is_refused_with_the_nearest(scans):
@@ -185,16 +196,62 @@ def test_only_left_right_is_mirrored_and_not_where_a_label_has_a_side(scans, nam
     assert plan.flips == (() if sided else (0,))
 
 
-def test_labels_without_names_may_have_sides(scans):
-    scans.add()
+def test_labels_without_names_that_lie_as_left_and_right_do_are_not_mirrored(scans):
+    (case,) = scans.add((40, 30, 20)).labeled
+    unnamed = {0: "background", 3: "class_3", 7: "class_7"}
+
+    def say(second, labels):
+        label = np.zeros((40, 30, 20), np.uint8)
+        label[3:9, 10:20, 5:17], label[second] = 3, 7
+        nib.save(nib.Nifti1Image(label, np.eye(4)), case.label)
+        plan = scans.plan(labels=labels)
+        return plan.flips, "\n".join(plan.reasons)
+
+    beside, before = np.s_[31:37, 11:21, 5:17], np.s_[3:9, 21:28, 5:17]
+    for labels in (unnamed, {0: "background", 3: "munuainen A", 7: "munuainen B"}):
+        flips, text = say(beside, labels)
+        assert flips == ()
+        assert f"{labels[3]} and {labels[7]} are as large as each other" in text
     hint = "unnamed labels are left and right: plan.flips=[]"
-    for names, is_said in (
-        (("class_3", "class_7"), True),
-        (("class_3",), False),
-        (("a", "b"), False),
-    ):
+    flips, text = say(before, unnamed)
+    assert flips == (0,)
+    assert hint in text
+    flips, text = say(before, {0: "background", 3: "a", 7: "b"})
+    assert flips == (0,)
+    assert hint not in text
+
+
+def test_unnamed_labels_that_are_never_together_leave_doubt_and_are_not_mirrored(scans):
+    plan = scans.add().plan(labels={0: "background", 3: "class_3", 7: "class_7"})
+    assert plan.flips == ()
+    assert "no label holds them together" in "\n".join(plan.reasons)
+
+
+def test_sides_of_pictures_are_those_of_their_columns(scans, tmp_path):
+    label = np.zeros((40, 60), np.uint8)
+    label[10:30, 5:15], label[11:31, 44:55] = 3, 7
+    rng = np.random.default_rng(0)
+    image = (label * 20 + rng.integers(0, 50, label.shape)).astype(np.uint8)
+    for name, array in (("chest", image), ("chest_label", label)):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    paths = tmp_path / "chest.png", tmp_path / "chest_label.png"
+    scans.labeled.append(Case("chest", paths[:1], paths[1], "chest"))
+    for names, flips in ((("class_3", "class_7"), ()), (("LK", "RK"), ()), (("organ",), (1,))):
         labels = {0: "background", **dict(zip((3, 7), names, strict=False))}
-        assert (hint in "\n".join(scans.plan(labels=labels).reasons)) is is_said
+        if len(names) == 1:
+            Image.fromarray(np.where(label == 3, label, 0).astype(np.uint8)).save(paths[1])
+        assert scans.plan(labels=labels).flips == flips
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["Task04_Hippocampus", "acdc_half", "spine_vb"])
+def test_sets_without_sides_are_mirrored_whichever_cases_are_labeled(name):
+    dataset = read_dataset(Path(os.environ["MEDSSL_DATA"]) / name)
+    cases = [case for case in dataset.cases if case.label is not None]
+    values = {"Task04_Hippocampus": 2, "acdc_half": 3, "spine_vb": 5}[name]
+    for first in range(0, 36, 9):
+        found = find_mirrored(cases[first : first + 3], tuple(range(values + 1)), None, 0)
+        assert found == (None, True)
 
 
 def test_an_unknown_device_is_refused_and_names_the_doctor():

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
-import json
-import shutil
 import struct
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -31,21 +29,28 @@ from PIL import Image
 
 from medssl.config import Config, InputError, dump, load_config
 from medssl.data.io import read_geometry, read_image, read_label, read_label_values
-from medssl.data.phantoms import write_phantoms
 
 MOST_BYTES = 6 * 2**30  # of address space, torch with it
 ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
 ODD_JSON = ("[]", "5", "null", "{}", '""', "[[]]", '{"a": {}}', "true", "1e999", "-1", "nul", "")
 ODD_YAML = (
     *ODD_JSON, "yes", "~", "2026-02-30", "!!int x", "!!python/object:os.system x", "&a [*a]",
-    "9" * 30, "1_000", "0x10", ".nan", "-.inf", "auto", "[auto]", "[1, 2", "{a: 1, a: 2}", "a: b: c",
+    "9" * 30,
+    "1_000", "0x10", ".nan", "-.inf", "auto", "[auto]", "[1, 2", "{a: 1, a: 2}", "a: b: c",
     "\u202e", "\x00", "[" * 3000, "{1: {2: {3: 4}}}", "none", "2", "0.5", "[1,1,1]", "[0,0]",
 )  # fmt: skip
 RUN_SETTINGS = [
-    "labeled=2", "test=1", "steps=2", "rounds=1", "network.width=0.5", "network.depth=3",
-    "plan.patch_size=[16,16,16]", "train.batch=2", "filter.uncertainty.passes=2",
+    "labeled=2",
+    "test=1",
+    "steps=2",
+    "rounds=1",
+    "network.width=0.5",
+    "network.depth=3",
+    "plan.patch_size=[16,16,16]",
+    "train.batch=2",
+    "filter.uncertainty.passes=2",
     "tracking.uri=none",
-]  # fmt: skip
+]
 
 Draw = Callable[[st.SearchStrategy], object]
 

@@ -1,8 +1,8 @@
 """Bad and odd inputs by the hundred, through check, train and predict as a user calls them.
 
-Each ends in the right result, or in a sentence with case, file, value and repair at exit code 2; the
-good cases beside it and all files of the user stay as they are. Scans of one kind share a data set:
-one command names all of them.
+Each ends in the right result, or in a sentence with case, file, value and repair at exit code 2;
+the good cases beside it and all files of the user stay as they are. Scans of one kind share a data
+set: one command names all of them.
 """
 
 import contextlib
@@ -29,9 +29,16 @@ from medssl import cli
 SHAPE = (12, 11, 10)
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
 TINY = [
-    "rounds=0", "steps=2", "plan.patch_size=[8,8,8]", "network.depth=3", "network.width=0.5",
-    "train.batch=2", "tracking.uri=none", "train.device=cpu", "train.workers=0",
-]  # fmt: skip
+    "rounds=0",
+    "steps=2",
+    "plan.patch_size=[8,8,8]",
+    "network.depth=3",
+    "network.width=0.5",
+    "train.batch=2",
+    "tracking.uri=none",
+    "train.device=cpu",
+    "train.workers=0",
+]
 TINY_2D = [*TINY[:2], "plan.patch_size=[32,32]", *TINY[3:]]
 MOST_SECONDS = 20.0  # of processor time; most commands take a tenth
 MOST_BYTES = 2**30
@@ -103,7 +110,7 @@ def make_set(root: Path, labeled: int = 3, unlabeled: int = 1) -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """An input: its name, how it is written, and what has to be said of it ("" where it is good)."""
+    """An input: its name, how it is written, and what has to be said of it, if anything."""
 
     name: str
     write: Callable[[Path], object]
@@ -174,7 +181,10 @@ def save_extension(path: Path) -> None:
 
 
 GOOD_SCANS = [
-    *(Row(f"type_{dtype}", in_type(dtype)) for dtype in ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float64")),
+    *(
+        Row(f"type_{dtype}", in_type(dtype))
+        for dtype in ("uint8", "int8", "int16", "uint16", "int32", "uint32", "float64")
+    ),
     Row("big_endian", big_endian),
     Row("second_nifti", lambda p: nib.save(nib.Nifti2Image(draw(12)[0], AFFINE), p)),
     Row("scaled", scaled),
@@ -195,7 +205,7 @@ GOOD_SCANS = [
     Row("blank", lambda p: save(p, np.full(SHAPE, 7, np.float32)), r"blank|constant|same value"),
     Row("thin", lambda p: save(p, draw(17, (12, 11, 2))[0])),
     Row("with_extension", save_extension),
-]  # fmt: skip
+]
 
 
 def cut(path: Path, share: float = 0.6) -> None:
@@ -238,7 +248,9 @@ BAD_SCANS = [
     Row("bit_flipped", flip_bit, "damaged|checksum|CRC"),
     Row("empty", lambda p: p.write_bytes(b""), "empty|cannot be read"),
     Row("text", lambda p: p.write_text("<html>404</html>" * 50), "cannot be read"),
-    Row("plain", lambda p: p.write_bytes(nib.Nifti1Image(draw(25)[0], AFFINE).to_bytes()), "rename"),
+    Row(
+        "plain", lambda p: p.write_bytes(nib.Nifti1Image(draw(25)[0], AFFINE).to_bytes()), "rename"
+    ),
     Row("declares_more", declare_more, "declares|holds"),
     Row("sform_nan", with_sform(np.nan), "affine|nan"),
     Row("sform_zero", with_sform(0.0), "affine|flat"),
@@ -247,13 +259,21 @@ BAD_SCANS = [
     Row("sform_1e-30", with_sform(1e-30), "mm|flat|affine"),
     Row("sform_0.001", with_sform(0.001), "mm"),
     Row("origin_inf", with_sform(np.inf, 1, 3), "affine|inf"),
-    Row("rgb", lambda p: nib.save(nib.Nifti1Image(np.zeros(SHAPE, RGB), AFFINE), p), "numbers|gr[ae]y"),
+    Row(
+        "rgb",
+        lambda p: nib.save(nib.Nifti1Image(np.zeros(SHAPE, RGB), AFFINE), p),
+        "numbers|gr[ae]y",
+    ),
     Row("complex", lambda p: save(p, draw(26)[0].astype(np.complex64)), "numbers|complex"),
     Row("not_a_number", with_voxel(np.nan), "NaN|not finite|nan"),
     Row("infinite", with_voxel(np.inf), "inf|not finite"),
-    Row("four_volumes", lambda p: save(p, np.stack([draw(i)[0] for i in range(4)], -1)), "channels"),
-    Row("five_axes", lambda p: save(p, draw(27)[0][..., None, None].repeat(3, -1)), "channels|shape"),
-]  # fmt: skip
+    Row(
+        "four_volumes", lambda p: save(p, np.stack([draw(i)[0] for i in range(4)], -1)), "channels"
+    ),
+    Row(
+        "five_axes", lambda p: save(p, draw(27)[0][..., None, None].repeat(3, -1)), "channels|shape"
+    ),
+]
 
 
 def label_with(value: float, dtype: str = "float32") -> Callable[[Path], object]:
@@ -266,23 +286,28 @@ def label_with(value: float, dtype: str = "float32") -> Callable[[Path], object]
 
 
 GOOD_LABELS = [
-    *(Row(f"label_{d}", lambda p, d=d: save(p, draw(0)[1].astype(d))) for d in ("int16", "int32", "float32", "float64", "uint16")),
+    *(
+        Row(f"label_{d}", lambda p, d=d: save(p, draw(0)[1].astype(d)))
+        for d in ("int16", "int32", "float32", "float64", "uint16")
+    ),
     Row("label_of_a_hair", lambda p: save(p, draw(0)[1], AFFINE + 1e-5)),
     Row("label_one_volume", lambda p: save(p, draw(0)[1][..., None])),
     Row("label_empty", lambda p: save(p, np.zeros(SHAPE, np.uint8))),
     Row("label_nearly_integer", label_with(1.0004)),
-]  # fmt: skip
+]
 BAD_LABELS = [
     Row("label_of_halves", label_with(0.5), "not integers"),
     Row("label_not_a_number", label_with(np.nan), "not integers|NaN|nan"),
     Row("label_negative", label_with(-1, "int16"), "-1"),
     Row("label_of_another_shape", lambda p: save(p, draw(0, (11, 11, 10))[1]), "shape"),
     Row("label_beside", lambda p: save(p, draw(0)[1], shifted(3)), "voxels beside"),
-    Row("label_mirrored", lambda p: save(p, draw(0)[1], np.diag([-1.5, 1.5, 2, 1])), "voxels beside"),
+    Row(
+        "label_mirrored", lambda p: save(p, draw(0)[1], np.diag([-1.5, 1.5, 2, 1])), "voxels beside"
+    ),
     Row("label_is_an_image", lambda p: save(p, draw(0)[0].astype(np.int16)), "image|values"),
     Row("label_of_two_volumes", lambda p: save(p, np.stack([draw(0)[1]] * 2, -1)), "label is"),
     Row("label_cut", cut, "damaged|incomplete"),
-]  # fmt: skip
+]
 
 
 def fill(root: Path, scans: list[Row], labels: list[Row]) -> Path:
@@ -432,12 +457,18 @@ def cut_picture(path: Path) -> None:
 
 
 GOOD_PICTURES = [
-    *(Row(f"picture_{mode.replace(';', '')}.png", in_mode(mode)) for mode in ("L", "LA", "I;16", "RGB", "RGBA")),
-    *(Row(f"picture_{mode.replace(';', '')}.tif", in_mode(mode)) for mode in ("L", "I;16", "F", "RGB", "I")),
+    *(
+        Row(f"picture_{mode.replace(';', '')}.png", in_mode(mode))
+        for mode in ("L", "LA", "I;16", "RGB", "RGBA")
+    ),
+    *(
+        Row(f"picture_{mode.replace(';', '')}.tif", in_mode(mode))
+        for mode in ("L", "I;16", "F", "RGB", "I")
+    ),
     Row("picture_deflated.tiff", in_mode("L", compression="tiff_adobe_deflate")),
     Row("picture_jpeg.jpg", in_mode("L")),
     Row("picture_in_colour.jpeg", in_mode("RGB")),
-]  # fmt: skip
+]
 BAD_PICTURES = [
     Row("turned.jpg", turned_picture, "orientation"),
     Row("transparent.png", transparent, "transparen"),
@@ -446,8 +477,14 @@ BAD_PICTURES = [
     Row("cut.png", cut_picture, "damaged"),
     Row("empty.png", lambda p: p.write_bytes(b""), "damaged|empty|cannot be read"),
     Row("no_picture.png", lambda p: p.write_text("nothing"), "damaged|cannot be read"),
-    Row("in_colour.png", lambda p: Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 36, 3), np.uint8)).save(p), "channels"),
-]  # fmt: skip
+    Row(
+        "in_colour.png",
+        lambda p: Image.fromarray(
+            np.random.default_rng(0).integers(0, 255, (40, 36, 3), np.uint8)
+        ).save(p),
+        "channels",
+    ),
+]
 PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]
 
 
@@ -458,11 +495,23 @@ def in_palette(path: Path, colours: list[int] = PALETTE) -> None:
 
 
 BAD_PICTURE_LABELS = [
-    Row("label_in_colour.png", lambda p: Image.fromarray(np.dstack([draw_picture(0)[1] * 255] * 3)).save(p), "colou?r"),
+    Row(
+        "label_in_colour.png",
+        lambda p: Image.fromarray(np.dstack([draw_picture(0)[1] * 255] * 3)).save(p),
+        "colou?r",
+    ),
     Row("label_jpeg.jpg", lambda p: Image.fromarray(draw_picture(0)[1] * 255).save(p), "JPEG"),
-    Row("label_of_another_size.png", lambda p: Image.fromarray(draw_picture(0, (30, 36))[1]).save(p), "shape"),
-    Row("label_of_another_palette.png", lambda p: in_palette(p, [0, 0, 0, 0, 255, 0, 255, 0, 0]), "palette|colou?r"),
-]  # fmt: skip
+    Row(
+        "label_of_another_size.png",
+        lambda p: Image.fromarray(draw_picture(0, (30, 36))[1]).save(p),
+        "shape",
+    ),
+    Row(
+        "label_of_another_palette.png",
+        lambda p: in_palette(p, [0, 0, 0, 0, 255, 0, 255, 0, 0]),
+        "palette|colou?r",
+    ),
+]
 
 
 def fill_pictures(root: Path, pictures: list[Row], labels: list[Row]) -> Path:
@@ -596,53 +645,203 @@ SETS = [
     Row("list", lambda r: write_list(r, HEAD + LINES)),
     Row("list_with_semicolons", lambda r: write_list(r, (HEAD + LINES).replace(",", ";"))),
     Row("list_with_tabs", lambda r: write_list(r, (HEAD + LINES).replace(",", "\t"))),
-    Row("list_of_a_spreadsheet", lambda r: write_list(r, "\ufeff" + (HEAD + LINES).replace("\n", "\r\n"))),
+    Row(
+        "list_of_a_spreadsheet",
+        lambda r: write_list(r, "\ufeff" + (HEAD + LINES).replace("\n", "\r\n")),
+    ),
     Row("list_in_utf_16", lambda r: write_list(r, HEAD + LINES, encoding="utf-16"), "UTF-8"),
     Row("list_with_open_quote", lambda r: write_list(r, HEAD + '"' + LINES), "quotation"),
     Row("list_without_rows", lambda r: write_list(r, HEAD), "no case"),
     Row("list_without_a_byte", lambda r: write_list(r, ""), "no case|empty|column"),
-    Row("list_names_twice", lambda r: write_list(r, HEAD + LINES + LINES[:LINES.index("\n") + 1]), "g0"),
-    Row("list_misspells_a_column", lambda r: write_list(r, HEAD.replace("label", "lable") + LINES), "label"),
-    Row("list_misspells_a_split", lambda r: write_list(r, HEAD + LINES.replace(",,\n", ",,tset\n")), "test"),
-    Row("list_names_what_is_not_there", lambda r: write_list(r, HEAD + LINES.replace("good2", "god2")), "god2.*good2"),
-    Row("list_with_a_row_too_long", lambda r: write_list(r, HEAD + LINES + "a,b,c,d,e,f,g\n"), "values for"),
-    Row("list_climbs_with_a_case_id", lambda r: write_list(r, HEAD + LINES.replace("g1", "../g1")), "case_id"),
-    Row("list_without_a_label", lambda r: write_list(r, "case_id,image\n" + "".join(f"g{i},images/good{i}.nii.gz\n" for i in range(3))), "label"),
-    Row("list_beside_folders_is_metadata", lambda r: write_list(r, "case_id,age,sex\ngood0,50,F\n")),
-    Row("list_with_columns_of_people", lambda r: write_list(r, HEAD.replace("\n", ",age,scanner_model\n") + LINES.replace("\n", ",50,X\n"))),
-    Row("list_with_case_of_252_letters", lambda r: write_list(r, HEAD + LINES.replace("g1,", "g" * 252 + ",")), "letters|long|bytes"),
-    Row("list_as_json", lambda r: write_list(r, json.dumps([{"case_id": f"g{i}", "image": f"images/good{i}.nii.gz", "label": f"labels/good{i}.nii.gz"} for i in range(3)]), "cases.json")),
-    Row("two_lists", lambda r: (write_list(r, HEAD + LINES), write_list(r, "[]", "cases.json")), "cases.csv and cases.json"),
+    Row(
+        "list_names_twice",
+        lambda r: write_list(r, HEAD + LINES + LINES[: LINES.index("\n") + 1]),
+        "g0",
+    ),
+    Row(
+        "list_misspells_a_column",
+        lambda r: write_list(r, HEAD.replace("label", "lable") + LINES),
+        "label",
+    ),
+    Row(
+        "list_misspells_a_split",
+        lambda r: write_list(r, HEAD + LINES.replace(",,\n", ",,tset\n")),
+        "test",
+    ),
+    Row(
+        "list_names_what_is_not_there",
+        lambda r: write_list(r, HEAD + LINES.replace("good2", "god2")),
+        "god2.*good2",
+    ),
+    Row(
+        "list_with_a_row_too_long",
+        lambda r: write_list(r, HEAD + LINES + "a,b,c,d,e,f,g\n"),
+        "values for",
+    ),
+    Row(
+        "list_climbs_with_a_case_id",
+        lambda r: write_list(r, HEAD + LINES.replace("g1", "../g1")),
+        "case_id",
+    ),
+    Row(
+        "list_without_a_label",
+        lambda r: write_list(
+            r, "case_id,image\n" + "".join(f"g{i},images/good{i}.nii.gz\n" for i in range(3))
+        ),
+        "label",
+    ),
+    Row(
+        "list_beside_folders_is_metadata", lambda r: write_list(r, "case_id,age,sex\ngood0,50,F\n")
+    ),
+    Row(
+        "list_with_columns_of_people",
+        lambda r: write_list(
+            r, HEAD.replace("\n", ",age,scanner_model\n") + LINES.replace("\n", ",50,X\n")
+        ),
+    ),
+    Row(
+        "list_with_case_of_252_letters",
+        lambda r: write_list(r, HEAD + LINES.replace("g1,", "g" * 252 + ",")),
+        "letters|long|bytes",
+    ),
+    Row(
+        "list_as_json",
+        lambda r: write_list(
+            r,
+            json.dumps(
+                [
+                    {
+                        "case_id": f"g{i}",
+                        "image": f"images/good{i}.nii.gz",
+                        "label": f"labels/good{i}.nii.gz",
+                    }
+                    for i in range(3)
+                ]
+            ),
+            "cases.json",
+        ),
+    ),
+    Row(
+        "two_lists",
+        lambda r: (write_list(r, HEAD + LINES), write_list(r, "[]", "cases.json")),
+        "cases.csv and cases.json",
+    ),
     Row("json_cut", lambda r: write_list(r, '{"training": [', "dataset.json"), "JSON"),
-    Row("json_with_a_key_twice", lambda r: write_list(r, '{"training": [], "training": []}', "dataset.json"), "twice"),
+    Row(
+        "json_with_a_key_twice",
+        lambda r: write_list(r, '{"training": [], "training": []}', "dataset.json"),
+        "twice",
+    ),
     Row("json_is_a_number", lambda r: write_list(r, "5", "dataset.json"), "dataset.json"),
     Row("decathlon", write_decathlon),
-    Row("decathlon_with_validation", lambda r: write_decathlon(r, training=[{"image": "images/good0.nii.gz", "label": "labels/good0.nii.gz"}, {"image": "images/good1.nii.gz", "label": "labels/good1.nii.gz"}], validation=[{"image": "images/good2.nii.gz", "label": "labels/good2.nii.gz"}])),
-    Row("decathlon_climbs_out", lambda r: write_decathlon(r, test=["../../../etc/good3.nii.gz"]), r"\.\./"),
+    Row(
+        "decathlon_with_validation",
+        lambda r: write_decathlon(
+            r,
+            training=[
+                {"image": "images/good0.nii.gz", "label": "labels/good0.nii.gz"},
+                {"image": "images/good1.nii.gz", "label": "labels/good1.nii.gz"},
+            ],
+            validation=[{"image": "images/good2.nii.gz", "label": "labels/good2.nii.gz"}],
+        ),
+    ),
+    Row(
+        "decathlon_climbs_out",
+        lambda r: write_decathlon(r, test=["../../../etc/good3.nii.gz"]),
+        r"\.\./",
+    ),
     Row("decathlon_of_numbers", lambda r: write_decathlon(r, training=[1, 2, 3]), "training"),
-    Row("decathlon_without_labels_named", lambda r: write_decathlon(r, labels={"1": "organ", "2": "organ"}), "organ"),
+    Row(
+        "decathlon_without_labels_named",
+        lambda r: write_decathlon(r, labels={"1": "organ", "2": "organ"}),
+        "organ",
+    ),
     Row("classes_255", lambda r: many_classes(r, 255)),
     Row("classes_256", lambda r: many_classes(r, 256), "25[456]"),
     Row("no_labels_at_all", lambda r: [p.unlink() for p in (r / "labels").iterdir()], "label"),
-    Row("one_label_fits_no_scan", lambda r: rename(r, "labels/good1.nii.gz", "labels/god1.nii.gz"), "god1.*good1"),
-    Row("link_to_nothing", lambda r: link(r, "images/gone.nii.gz", "/nowhere/gone.nii.gz"), "gone.nii.gz"),
+    Row(
+        "one_label_fits_no_scan",
+        lambda r: rename(r, "labels/good1.nii.gz", "labels/god1.nii.gz"),
+        "god1.*good1",
+    ),
+    Row(
+        "link_to_nothing",
+        lambda r: link(r, "images/gone.nii.gz", "/nowhere/gone.nii.gz"),
+        "gone.nii.gz",
+    ),
     Row("link_to_the_top", lambda r: link(r, "images/again", r)),
-    Row("link_to_the_top_of_a_tree", lambda r: (rename(r, "images", "scans"), link(r, "again", r)), "layouts"),
-    Row("scans_in_subfolders", lambda r: rename(r, "images/good3.nii.gz", "images/more/good3.nii.gz"), "more"),
-    Row("folder_named_as_a_scan", lambda r: rename(r, "images/good3.nii.gz", "images/good3.nii/good3.nii.gz"), r"good3\.nii"),
+    Row(
+        "link_to_the_top_of_a_tree",
+        lambda r: (rename(r, "images", "scans"), link(r, "again", r)),
+        "layouts",
+    ),
+    Row(
+        "scans_in_subfolders",
+        lambda r: rename(r, "images/good3.nii.gz", "images/more/good3.nii.gz"),
+        "more",
+    ),
+    Row(
+        "folder_named_as_a_scan",
+        lambda r: rename(r, "images/good3.nii.gz", "images/good3.nii/good3.nii.gz"),
+        r"good3\.nii",
+    ),
     Row("another_format_beside", lambda r: write_list(r / "images", "x", "other.mha"), "other.mha"),
-    Row("volume_of_nrrd_beside", lambda r: write_list(r / "images", "x", "other.nrrd"), "other.nrrd"),
-    Row("dicom_only", lambda r: [p.rename(p.with_suffix("").with_suffix(".dcm")) for p in (r / "images").iterdir()], "DICOM|dcm"),
+    Row(
+        "volume_of_nrrd_beside", lambda r: write_list(r / "images", "x", "other.nrrd"), "other.nrrd"
+    ),
+    Row(
+        "dicom_only",
+        lambda r: [
+            p.rename(p.with_suffix("").with_suffix(".dcm")) for p in (r / "images").iterdir()
+        ],
+        "DICOM|dcm",
+    ),
     Row("both_suffixes", lambda r: save(r / "images" / "good1.nii", draw(1)[0]), "good1.nii"),
     Row("a_duplicate", lambda r: save(r / "images" / "twin.nii.gz", draw(0)[0])),
-    Row("hidden_files", lambda r: [write_list(r / "images", "x", n) for n in (".DS_Store", "._good0.nii.gz", "Thumbs.db")]),
-    Row("names_composed_otherwise", lambda r: (save(r / "images" / "cœur_é.nii.gz", draw(50)[0]), save(r / "labels" / "cœur_e\u0301.nii.gz", draw(50)[1]))),
-    Row("name_with_spaces_and_signs", lambda r: save(r / "images" / "a b (1) #2 100%.nii.gz", draw(51)[0])),
-    Row("name_of_240_bytes", lambda r: save(r / "images" / f"{'n' * 233}.nii.gz", draw(52)[0]), "long|bytes|letters"),
-    Row("name_not_in_utf_8", lambda r: os.rename(os.fsencode(r / "images" / "good3.nii.gz"), os.fsencode(r / "images") + b"/k\xf6rper.nii.gz"), "UTF-8|name"),
-    Row("no_scan_in_images", lambda r: [p.rename(p.with_suffix(".txt")) for p in (r / "images").iterdir()], "no scan|layouts|scans"),
-    Row("pictures_and_volumes", lambda r: write_list(r, HEAD + LINES + "p,images/p.png,,,\n") or Image.fromarray(draw_picture(0)[0]).save(r / "images" / "p.png"), "mixed"),
-]  # fmt: skip
+    Row(
+        "hidden_files",
+        lambda r: [
+            write_list(r / "images", "x", n) for n in (".DS_Store", "._good0.nii.gz", "Thumbs.db")
+        ],
+    ),
+    Row(
+        "names_composed_otherwise",
+        lambda r: (
+            save(r / "images" / "cœur_é.nii.gz", draw(50)[0]),
+            save(r / "labels" / "cœur_e\u0301.nii.gz", draw(50)[1]),
+        ),
+    ),
+    Row(
+        "name_with_spaces_and_signs",
+        lambda r: save(r / "images" / "a b (1) #2 100%.nii.gz", draw(51)[0]),
+    ),
+    Row(
+        "name_of_240_bytes",
+        lambda r: save(r / "images" / f"{'n' * 233}.nii.gz", draw(52)[0]),
+        "long|bytes|letters",
+    ),
+    Row(
+        "name_not_in_utf_8",
+        lambda r: os.rename(
+            os.fsencode(r / "images" / "good3.nii.gz"),
+            os.fsencode(r / "images") + b"/k\xf6rper.nii.gz",
+        ),
+        "UTF-8|name",
+    ),
+    Row(
+        "no_scan_in_images",
+        lambda r: [p.rename(p.with_suffix(".txt")) for p in (r / "images").iterdir()],
+        "no scan|layouts|scans",
+    ),
+    Row(
+        "pictures_and_volumes",
+        lambda r: (
+            write_list(r, HEAD + LINES + "p,images/p.png,,,\n")
+            or Image.fromarray(draw_picture(0)[0]).save(r / "images" / "p.png")
+        ),
+        "mixed",
+    ),
+]
 
 
 @pytest.mark.parametrize("row", SETS, ids=lambda row: row.name)

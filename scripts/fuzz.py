@@ -1,0 +1,267 @@
+"""Damaged and odd inputs for every reader: only the project's own errors may come out.
+
+    python scripts/fuzz.py --count 20000
+    python scripts/fuzz.py --count 500 --only nifti,pictures --seed 3
+
+The same seed gives the same inputs. What fails is made smaller and printed with its draws. A reader
+must answer every input with a result or an `InputError`; anything else is a failure, and so are
+more memory than the limit and a damaged run folder of which a command changes another file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import struct
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import yaml
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medssl.config import Config, InputError, dump, load_config
+from medssl.data.io import read_geometry, read_image, read_label, read_label_values
+
+MOST_BYTES = 6 * 2**30  # of address space, torch with it
+ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
+ODD_JSON = ("[]", "5", "null", "{}", '""', "[[]]", '{"a": {}}', "true", "1e999", "-1", "nul", "")
+ODD_YAML = (
+    *ODD_JSON, "yes", "~", "2026-02-30", "!!int x", "!!python/object:os.system x", "&a [*a]",
+    "9" * 30,
+    "1_000", "0x10", ".nan", "-.inf", "auto", "[auto]", "[1, 2", "{a: 1, a: 2}", "a: b: c",
+    "\u202e", "\x00", "[" * 3000, "{1: {2: {3: 4}}}", "none", "2", "0.5", "[1,1,1]", "[0,0]",
+)  # fmt: skip
+RUN_SETTINGS = [
+    "labeled=2",
+    "test=1",
+    "steps=2",
+    "rounds=1",
+    "network.width=0.5",
+    "network.depth=3",
+    "plan.patch_size=[16,16,16]",
+    "train.batch=2",
+    "filter.uncertainty.passes=2",
+    "tracking.uri=none",
+]
+
+Draw = Callable[[st.SearchStrategy], object]
+
+
+def damage(draw: Draw, content: bytes) -> bytes:
+    """Cut bytes, flip bits, overwrite, repeat or replace a part of them."""
+    place = draw(st.integers(0, max(0, len(content) - 1)))
+    kind = draw(st.sampled_from(("cut", "flip", "overwrite", "insert", "repeat", "replace")))
+    if kind == "cut":
+        return content[:place]
+    if kind == "flip":
+        changed = bytearray(content or b"\0")
+        for _ in range(draw(st.integers(1, 4))):
+            changed[draw(st.integers(0, len(changed) - 1))] ^= 1 << draw(st.integers(0, 7))
+        return bytes(changed)
+    if kind == "replace":
+        return draw(st.one_of(st.binary(max_size=64), st.sampled_from(ODD_JSON).map(str.encode)))
+    more = draw(st.binary(min_size=1, max_size=16))
+    if kind == "insert":
+        return content[:place] + more + content[place:]
+    if kind == "overwrite":
+        return content[:place] + more + content[place + len(more) :]
+    return content[:place] + content[place : place + 64] * 3 + content[place:]
+
+
+def save_nifti(dtype: str, shape: tuple[int, ...], kind: type = nib.Nifti1Image) -> bytes:
+    """Return the bytes of a small NIfTI file."""
+    array = (np.arange(np.prod(shape)).reshape(shape) % 3).astype(dtype)
+    image = kind(array, np.diag([2.0, 1.5, 3.0, 1.0]))
+    image.header.set_xyzt_units("mm")
+    return bytes(image.to_bytes())
+
+
+NIFTI = {
+    f"{kind.__name__} {dtype} {shape}": save_nifti(dtype, shape, kind)
+    for kind in (nib.Nifti1Image, nib.Nifti2Image)
+    for dtype in ("uint8", "int16", "float32", "float64")
+    for shape in ((5, 4), (4, 5, 6), (4, 5, 6, 2))
+}
+
+
+def change_header(draw: Draw, content: bytes) -> bytes:
+    """Set a field of a NIfTI header to an odd number."""
+    is_second = content[:4] == struct.pack("<i", 540)
+    header = (nib.Nifti2Header if is_second else nib.Nifti1Header).template_dtype
+    name = draw(st.sampled_from([n for n in header.names if header[n].base.kind in "iuf"]))
+    kind, offset = header.fields[name][0], header.fields[name][1]
+    place = offset + kind.base.itemsize * draw(st.integers(0, max(0, int(np.prod(kind.shape)) - 1)))
+    value = draw(st.one_of(st.sampled_from(ODD_NUMBERS), st.integers(-(2**15), 2**15 - 1)))
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = np.array(value, "f8").astype(kind.base).tobytes()
+    return content[:place] + packed + content[place + len(packed) :]
+
+
+def fuzz_nifti(data: st.DataObject, folder: Path) -> None:
+    """Read a damaged NIfTI file in all ways."""
+    content = NIFTI[data.draw(st.sampled_from(sorted(NIFTI)), "file")]
+    for _ in range(data.draw(st.integers(1, 2), "changes")):
+        change = data.draw(st.sampled_from((damage, change_header)), "kind")
+        content = change(data.draw, content)
+    suffix = data.draw(st.sampled_from((".nii", ".nii.gz", ".nii.gz, damaged")), "suffix")
+    if suffix != ".nii":
+        content = gzip.compress(content, 1)
+    if suffix.endswith("damaged"):
+        content = damage(data.draw, content)
+    path = folder / f"scan{suffix.split(',')[0]}"
+    path.write_bytes(content)
+    read_all(path, data.draw(st.integers(1, 2), "channels"))
+
+
+def read_all(path: Path, num_channels: int) -> None:
+    """Read a scan as image, as label, and its header; only refusals may come out."""
+    for read in (
+        lambda: read_geometry(path),
+        lambda: read_image([path], num_channels),
+        lambda: read_label(path, (0, 1, 2), 255),
+        lambda: read_label_values(path),
+    ):
+        with suppress(InputError):
+            read()
+
+
+def save_picture(mode: str, suffix: str, pages: int = 1) -> bytes:
+    """Return the bytes of a small picture."""
+    rng = np.random.default_rng(0)
+    many = []
+    for _ in range(pages):
+        array = rng.integers(0, 255, (9, 7, 4), dtype=np.uint8)
+        gray = array[..., 0].astype(
+            {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode, "u1")
+        )
+        is_gray = mode in ("I;16", "I", "F")
+        many.append(Image.fromarray(gray) if is_gray else Image.fromarray(array).convert(mode))
+    file = io.BytesIO()
+    more = {"save_all": True, "append_images": many[1:]} if pages > 1 else {}
+    many[0].save(file, {"png": "PNG", "jpg": "JPEG", "tif": "TIFF"}[suffix], **more)
+    return file.getvalue()
+
+
+PICTURES = {
+    (f"{mode} {suffix} {pages}", suffix): save_picture(mode, suffix, pages)
+    for suffix, modes in {
+        "png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+        "jpg": ("L", "RGB", "CMYK"),
+        "tif": ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"),
+    }.items()
+    for mode in modes
+    for pages in ((1, 3) if suffix == "tif" else (1,))
+}
+
+
+def fuzz_pictures(data: st.DataObject, folder: Path) -> None:
+    """Read a damaged picture in all ways."""
+    name, suffix = data.draw(st.sampled_from(sorted(PICTURES)), "file")
+    content = PICTURES[name, suffix]
+    for _ in range(data.draw(st.integers(1, 2), "changes")):
+        content = damage(data.draw, content)
+    suffix = data.draw(st.sampled_from((suffix, suffix, suffix, "png", "tif", "jpg")), "suffix")
+    path = folder / f"scan.{suffix}"
+    path.write_bytes(content)
+    read_all(path, data.draw(st.sampled_from((1, 3)), "channels"))
+
+
+def list_keys(section: dict[str, object], prefix: str = "") -> list[str]:
+    """Return all keys of a configuration with their paths, sections too."""
+    keys = []
+    for key, value in section.items():
+        keys.append(f"{prefix}{key}")
+        keys += list_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return keys
+
+
+DEFAULTS = dump(Config())
+KEYS = [*list_keys(DEFAULTS), "labeled", "test", "draw", "seed", "rounds", "steps", "method"]
+
+
+def fuzz_settings(data: st.DataObject, folder: Path) -> None:
+    """Load odd overrides, and an odd or damaged YAML file."""
+    odd = st.one_of(st.sampled_from(ODD_YAML), st.text(max_size=12), st.floats().map(str))
+    keys = st.one_of(
+        st.sampled_from(KEYS), st.sampled_from(KEYS).map(lambda k: k[:-1]), st.text(max_size=6)
+    )
+    pairs = data.draw(st.lists(st.tuples(keys, odd), max_size=3), "overrides")
+    kind = data.draw(st.sampled_from(("none", "damaged", "odd", "tree")), "file")
+    source: Path | None = None
+    if kind != "none":
+        source = folder / "config.yaml"
+        tree = st.recursive(
+            odd, lambda x: st.dictionaries(keys, x, max_size=3) | st.lists(x, max_size=3)
+        )
+        if kind == "damaged":
+            source.write_bytes(damage(data.draw, yaml.safe_dump(DEFAULTS).encode()))
+        elif kind == "odd":
+            source.write_bytes(data.draw(odd, "text").encode("utf-8", "surrogatepass"))
+        else:
+            text = yaml.safe_dump(data.draw(tree, "tree"), allow_unicode=True)
+            source.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with suppress(InputError):
+        load_config(
+            None if source is None else str(source), [f"{key}={value}" for key, value in pairs]
+        )
+
+
+TARGETS: dict[str, Callable[[st.DataObject, Path], None]] = {
+    "nifti": fuzz_nifti,
+    "pictures": fuzz_pictures,
+    "settings": fuzz_settings,
+}
+
+
+def fuzz(target: str, count: int, start: int) -> None:
+    """Feed a reader with so many inputs.
+
+    Raises:
+        Exception: What came out of it, with the smallest input found that does so.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        @seed(start)
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.data())
+        def run(data: st.DataObject) -> None:
+            for path in folder.iterdir():
+                path.unlink()
+            TARGETS[target](data, folder)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run()
+
+
+def main() -> None:
+    """Feed all readers, and say how many inputs each took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=20_000, help="inputs of all readers together")
+    parser.add_argument("--only", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    names = options.only.split(",")
+    for name in names:
+        fuzz(name, options.count // len(names), options.seed)
+        print(f"{name}: {options.count // len(names)} inputs", flush=True)
+
+
+if __name__ == "__main__":
+    main()

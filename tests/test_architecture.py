@@ -242,6 +242,19 @@ def find_home_paths(name: str, text: str) -> list[str]:
     return [f"{name}:{number} {line.strip()[:120]}" for number, line in lines if HOME.search(line)]
 
 
+def find_unplaced_masks(module: str, source: str) -> list[str]:
+    """Masks and maps that are written without the header of their scan."""
+    writers = {"write_mask": 6, "write_map": 4}  # arguments, the header last
+    return [
+        f"{module}:{call.lineno} writes a file without the header of its scan"
+        for call in ast.walk(ast.parse(source))
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and len(call.args) < writers.get(call.func.id, 0)
+        and "header" not in {keyword.arg for keyword in call.keywords}
+    ]
+
+
 # ---------------------------------------------------------------- the house keeps them
 
 
@@ -256,6 +269,12 @@ def test_a_module_imports_only_what_stands_above_it():
 
 def test_only_tracking_knows_mlflow():
     check(find_mlflow_imports, "medssl", "scripts")
+
+
+def test_every_mask_and_map_carries_the_place_of_its_scan():
+    files = [file for file in python_files("medssl") if file[0] != "medssl.data.phantoms"]
+    problems = [problem for file in files for problem in find_unplaced_masks(*file)]
+    assert not problems, "\n".join(problems)
 
 
 def test_what_the_command_line_needs_at_once_imports_nothing_heavy():
@@ -352,6 +371,8 @@ RED = [
     (find_unsafe_loading, "medssl.train", "from joblib import load"),
     (find_unsafe_loading, "medssl.config", "import yaml\nyaml.load(text, Loader=yaml.Loader)"),
     (find_unsafe_loading, "medssl.config", "x = eval(text)"),
+    (find_unplaced_masks, "medssl.predict", "write_mask(path, mask, affine, values)"),
+    (find_unplaced_masks, "medssl.predict", "write_map(path, array, affine)"),
     (find_nameless_modules, "medssl.data.utils", ""),
     (find_nameless_modules, "medssl.core.train", ""),
     (find_nameless_modules, "medssl._helpers", ""),
@@ -381,6 +402,8 @@ GREEN = [
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path, weights_only=True)"),
     (find_unsafe_loading, "medssl.train", "import numpy as np\nnp.load(p, allow_pickle=False)"),
     (find_unsafe_loading, "medssl.train", "import json\njson.load(file)\nnetwork.eval()"),
+    (find_unplaced_masks, "medssl.predict", "write_mask(path, mask, affine, values, header=h)"),
+    (find_unplaced_masks, "medssl.predict", "write_map(path, array, affine, header)"),
     (find_nameless_modules, "medssl.data.io", ""),
     (
         find_missing_docstrings,

@@ -89,6 +89,31 @@ def test_an_entry_holds_image_label_and_geometry(tmp_path):
     assert set(np.unique(label)) == {0, 1, 2, IGNORE}
 
 
+def test_a_mask_of_a_cached_scan_lies_where_the_header_of_the_scan_says(tmp_path):
+    image = nib.Nifti1Image(np.ones((5, 6, 7), np.int16), AFFINE)
+    image.set_qform(np.diag([1.0, 1, 2, 1]), 3)
+    image.header["xyzt_units"] = 3
+    image = nib.Nifti1Image(image.dataobj, None, image.header)
+    image.header["qoffset_x"] = np.nan
+    image.set_sform(AFFINE / 7, 4)
+    path = tmp_path / "a.nii.gz"
+    nib.save(image, path)
+    own_spacing = RECIPE.model_copy(update={"spacing": (None, None, None)})
+    for _ in range(2):  # made, then read from its description
+        case = build([Case("a", (path,), None, "a")], tmp_path, own_spacing)["a"]
+    write_mask(
+        tmp_path / "m.nii.gz",
+        np.ones(case.native_shape, np.uint8),
+        case.native_affine,
+        (0, 1),
+        header=case.native_header,
+    )
+    scan, mask = nib.load(path).header, nib.load(tmp_path / "m.nii.gz").header
+    for field in ("qform_code", "sform_code", "qoffset_x", "quatern_b", "srow_x", "xyzt_units"):
+        np.testing.assert_array_equal(mask[field], scan[field])
+    np.testing.assert_array_equal(mask["pixdim"][:4], scan["pixdim"][:4])
+
+
 def test_float16_keeps_the_image_to_a_thousandth(tmp_path):
     case = write_case(tmp_path / "data")
     found = build([case], tmp_path)["a"]

@@ -283,6 +283,70 @@ def test_headers_that_say_nothing_and_flat_images_are_warned_of(scans):
     ]
 
 
+def set_header(path: Path, sform=AFFINE, qform=AFFINE, unit="mm") -> None:
+    """Give a scan other forms (None has no code), and a unit."""
+    image = nib.load(path)
+    for form, place in ((qform, image.set_qform), (sform, image.set_sform)):
+        place(AFFINE if form is None else form, 0 if form is None else 1, update_affine=False)
+    image.header.set_xyzt_units(unit)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), path)
+
+
+def test_headers_that_place_voxels_twice_are_named_with_what_is_used(scans):
+    shifted, thick = AFFINE.copy(), AFFINE.copy()
+    shifted[0, 3] += 33
+    thick[2, 2] = 4
+    names = [scans.add("unlabeled") for _ in range(5)]
+    forms = ((shifted, AFFINE), (thick, AFFINE), (None, None), (AFFINE, AFFINE), (None, AFFINE))
+    for case, (sform, qform) in zip(scans.cases, forms, strict=True):
+        set_header(case.images[0], sform, qform)
+    size, place, code = scans.check().warnings
+    assert "sform, which is used here, is not the one in pixdim" in size
+    assert size.endswith(f": {names[1]} (2 x 1.5 x 4 mm against 2 x 1.5 x 3 mm)")
+    assert "the sform is used here" in place
+    assert place.endswith(f": {names[0]} (by 16.5 voxels)")
+    assert "does not say where left and right are" in code
+    assert code.endswith(f": {names[2]}")
+
+
+def test_another_unit_is_converted_and_noted(scans):
+    name = scans.add("labeled")
+    for path in (*scans.cases[0].images, scans.cases[0].label):
+        micron = np.diag([1e3, 1e3, 1e3, 1]) @ AFFINE
+        set_header(path, micron, micron, "micron")
+    result = scans.check()
+    np.testing.assert_allclose(result.facts[0].spacing, (2, 1.5, 3))
+    np.testing.assert_allclose(result.facts[0].volumes_ml[1], 8 * 9e-3)
+    assert f"converted to mm: {name} (micron)" in only(result.notes)
+
+
+@pytest.mark.parametrize("value", [1e30, 1e5, 1e-30, 0.001])
+def test_a_header_with_an_impossible_spacing_is_a_problem_of_its_case(scans, value):
+    for _ in range(3):
+        scans.add("unlabeled")
+    affine = AFFINE.copy()
+    affine[0, 0] = value
+    set_header(scans.cases[1].images[0], affine)
+    problem = only(scans.check().problems)
+    assert problem.startswith(f"{scans.cases[1].case_id}: {scans.cases[1].images[0]}: the spacing")
+    assert f"{value:.4g} x 1.5 x 3 mm" in problem
+
+
+def test_scans_too_large_for_the_spacing_of_the_others_are_problems(scans):
+    for _ in range(3):
+        scans.add("unlabeled")
+    scans.add("unlabeled", affine=np.diag([9000.0, 9000, 9000, 1]))
+    assert only(scans.check().problems).startswith(f"{scans.cases[3].case_id}: 6 x 7 x 5 voxels of")
+
+
+def test_a_spacing_far_from_that_of_the_others_is_warned_of(scans):
+    for _ in range(3):
+        scans.add("unlabeled")
+    name = scans.add("unlabeled", affine=np.diag([0.05, 1, 1, 1]))
+    text = only(scans.check().warnings)
+    assert text == f"spacing off that of most scans by over 10 times: {name} (0.05 x 1 x 1)"
+
+
 def test_labels_are_found_in_files_where_none_are_declared(scans):
     scans.add("labeled", label=make_label(3))
     scans.add("val", label=make_label(5))

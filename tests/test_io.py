@@ -535,6 +535,7 @@ def test_a_name_that_does_not_fit_is_named(tmp_path):
         "zip.nii.gz": (b"PK\x03\x04" + plain, "is a ZIP archive: unpack it"),
         "lfs.nii.gz": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         "bz2.nii.gz": (bz2.compress(plain), "compressed by bzip2"),
+        "dicom.nii": (bytes(128) + b"DICM" + plain, "is a DICOM file"),
         "text.nii.gz": (gzip.compress(b"some text"), "it starts with b'some text'"),
         "zero.nii": (plain[:108] + bytes(4) + plain[112:], "voxels begin at byte 0"),
     }

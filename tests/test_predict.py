@@ -218,6 +218,25 @@ def test_a_mask_has_the_grid_and_the_label_values_of_its_scan(oracle, tmp_path, 
     assert b"Doe" not in mask.header.binaryblock
 
 
+def test_masks_and_maps_say_of_their_place_what_their_scan_says(oracle, tmp_path):
+    scan = tmp_path / "scans" / "a.nii.gz"
+    write_scan(scan, ANISOTROPIC)
+    image = nib.load(scan)
+    image.set_qform(FLIPPED, 3, update_affine=False)
+    image.set_sform(ANISOTROPIC / 1000, 4, update_affine=False)
+    image.header.set_xyzt_units("meter")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), scan)
+    predict_files(oracle, [scan], tmp_path / "out", probs=True, report=lambda text: None)
+    expected = nib.load(scan).header
+    for name in ("a", "a_probs"):
+        found = nib.load(tmp_path / "out" / f"{name}.nii.gz").header
+        for field in ("qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "xyzt_units"):
+            np.testing.assert_array_equal(found[field], expected[field])
+        np.testing.assert_array_equal(found["pixdim"][:4], expected["pixdim"][:4])
+    mask = np.asanyarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    assert dice(mask == 7, np.asarray(image.dataobj) > 50) >= 0.99, "metres are taken as metres"
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])
 def test_scans_smaller_and_thinner_than_the_patch_are_segmented(oracle, tmp_path, shape):
     write_scan(tmp_path / "a.nii", shape=shape)

@@ -97,6 +97,13 @@ def test_a_scan_with_a_nonfinite_voxel_is_refused(bad):
         preprocess_image(Volume(image, np.eye(4)), recipe())
 
 
+@pytest.mark.parametrize("sizes", [(1000, 1000, 1000), (9000, 100, 100)])
+def test_a_cache_grid_that_nobody_can_compute_is_refused_with_both_spacings(sizes):
+    affine = np.diag([*sizes, 1.0])
+    with pytest.raises(InputError, match=f"of {sizes[0]} x .* of 1 x 1 x 1 mm, .* GiB, more than"):
+        preprocess_image(Volume(make_image(1, 20, 10, 4), affine), recipe((1, 1, 1)))
+
+
 def test_a_scan_with_other_channels_is_refused():
     with pytest.raises(InputError, match="2 channels"):
         preprocess_image(Volume(make_image(2, 4, 4, 4), np.eye(4)), recipe())

@@ -528,7 +528,7 @@ def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
         ("the header places no voxels (identity affine), 1 mm is assumed", identity),
         *((text, _list(seen_grids, kind)) for kind, text in _CONTRADICTIONS.items()),
         (f"spacing outside of {low:g} to {high:g} mm: is the unit right?", _size(implausible)),
-        (f"spacing {_MOST_OFF:g} times that of most scans", _size(unusual)),
+        (f"spacing off that of most scans by over {_MOST_OFF:g} times", _size(unusual)),
         ("images of a single value (99 % of the voxels at least)", flat),
     )
     return [f"{text}: {_shorten(names)}" for text, names in texts if names]

@@ -228,7 +228,8 @@ def find_contradictions(header: Header) -> dict[str, str]:
     elif header["qform_code"] > 0:
         shape = _complete(header["dim"])
         try:
-            distance = affines_differ(sform, image.get_qform(), shape)
+            with np.errstate(over="ignore", invalid="ignore"):
+                distance = affines_differ(sform, image.get_qform(), shape)
         except (ValueError, HeaderDataError):  # no turn has this quaternion
             distance = np.inf
         if not distance <= MAX_DISPLACEMENT:
@@ -375,6 +376,8 @@ def _explain_start(path: Path, start: bytes) -> None:
     """Refuse by name what is no NIfTI file."""
     if not start:
         raise ImageFileError("it is empty")
+    if start[128:132] == b"DICM":
+        raise InputError(f"{path}: is a DICOM file: convert its series to NIfTI (dcm2niix)")
     for begin, text in _OTHER_STARTS.items():
         if start.startswith(begin):
             raise InputError(f"{path}: is {text}")

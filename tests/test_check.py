@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from medssl.cli import app
 from medssl.config import IGNORE, DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, split_cases
 from medssl.data.check import CheckResult, check_dataset
@@ -521,6 +523,30 @@ def test_progress_is_reported_for_each_case(scans):
     dataset = Dataset("set", scans.root, "list", tuple(scans.cases), LABELS, ("",))
     check_dataset(dataset, scans.splits(), report=lambda done, total: seen.append((done, total)))
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_the_command_names_every_file_and_writes_only_the_draft_that_is_asked_for(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("images/a", "images/b", "labels/a", "test/c"):
+        array = make_label() if name[0] == "l" else make_image(len(name) + ord(name[-1]))
+        write(tmp_path / "set" / f"{name}.nii.gz", array)
+    (tmp_path / "set" / "notes.txt").touch()
+    result = CliRunner().invoke(app, ["check", "../set"])
+    assert result.exit_code == 0, result.output
+    assert "files below ../set: 5, of them 3 used" in result.output
+    assert "1 x scans that the layout or the list does not name: test/c.nii.gz" in result.output
+    assert "1 x no scans (.txt): notes.txt" in result.output
+    (tmp_path / "set" / "images").rename(tmp_path / "set" / "scans")
+    assert isinstance(CliRunner().invoke(app, ["check", "../set"]).exception, InputError)
+    assert list((tmp_path / "here").iterdir()) == []
+    result = CliRunner().invoke(app, ["check", "../set", "--draft", "mine.csv"])
+    assert "medssl check mine.csv" in result.output
+    result = CliRunner().invoke(app, ["check", "mine.csv"])
+    assert "3 cases of 3 patients" in result.output
+    assert "files below" not in result.output, "a list may stand in any folder"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)

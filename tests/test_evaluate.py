@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from medssl import evaluate
 from medssl.compare import compare
@@ -87,7 +88,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A model that reads the mask off the image; `shift` moves what it says along I."""
-    info = SimpleNamespace(label_values=VALUES, labels=NAMES)
+    info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={})
     model = SimpleNamespace(info=info, shift=0, predicted=[])
 
     def predict(model: Any, images: tuple[Path, ...]) -> Prediction:
@@ -229,6 +230,20 @@ def test_all_bad_labels_are_named_before_the_first_prediction(
     assert model.predicted == []
 
 
+def test_labels_whose_palette_is_not_that_of_the_training_are_refused(
+    model: Any, tmp_path: Path
+) -> None:
+    red, green = (200, 0, 0), (0, 200, 0)
+    label = Image.fromarray(np.array([[0, 3], [7, 0]], np.uint8), mode="P")
+    label.putpalette([value for c in (*[(0,) * 3] * 3, red, *[(0,) * 3] * 3, green) for value in c])
+    label.save(tmp_path / "a.png")
+    cases = [Case("a", (tmp_path / "a.png",), tmp_path / "a.png", "a")]
+    model.info.palette = {0: (0, 0, 0), 3: green, 7: red}
+    with pytest.raises(InputError, match=r"value 3 is RGB \(0, 200, 0\) in the model's training"):
+        evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    assert model.predicted == []
+
+
 def test_cases_without_any_label_are_refused(data: Path, model: Any, tmp_path: Path) -> None:
     cases = [case.without_label() for case in read_dataset(data).cases]
     with pytest.raises(InputError, match="none of 13 cases"):
@@ -328,7 +343,7 @@ def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     def load(path: Path, device: str) -> SimpleNamespace:
         shift = int((path / "model" / "weights.safetensors").read_text().split()[1])
         loaded.append(path)
-        info = SimpleNamespace(label_values=VALUES, labels=NAMES)
+        info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={})
         return SimpleNamespace(info=info, shift=shift, predicted=[])
 
     loaded: list[Path] = []

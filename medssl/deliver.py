@@ -139,7 +139,8 @@ def _predict_unlabeled(run: Run) -> bool:
         native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
         classes = native.argmax(0).astype(np.uint8)
         values, header = run.plan.label_values, case.native_header
-        write_mask(path, classes, case.native_affine, values, header=header)
+        place = (path, classes, case.native_affine, values)
+        write_mask(*place, header=header, origin="prediction")
     return True
 
 

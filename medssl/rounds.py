@@ -27,7 +27,7 @@ from medssl.config import (
 )
 from medssl.data.cache import CachedCase, build_cache
 from medssl.data.cases import Dataset, Splits, split_cases, take
-from medssl.data.check import check_dataset
+from medssl.data.check import check_dataset, describe_origins
 from medssl.data.formats import read_dataset
 from medssl.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
 from medssl.estimate import estimate_run
@@ -106,6 +106,9 @@ def prepare(
             print(f"warning: {warning}", file=sys.stderr)
         labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
+        origins = describe_origins(checked.facts)
+        if origins:
+            plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})
         torch.set_num_threads(plan.threads)
         rounds = config.train.rounds if unlabeled else 0
         check_settings(config, plan, len(splits.val))

@@ -588,3 +588,21 @@ def test_dicom_folders_get_the_line_that_converts_them(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="dcm2niix -z y -o dicom_nifti") as caught:
         read_dataset(Path(os.environ["MEDSSL_DATA"]) / "dicom")
     assert "t2_oblique_study1" in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["labeled", "val"])
+def test_a_label_that_a_model_made_is_named_and_does_not_validate(scans, part):
+    name = scans.add(part)
+    path = scans.cases[0].label
+    write_mask(path, make_label().astype(np.uint8), AFFINE, (0, 1), origin="prediction")
+    result = scans.check()
+    assert (
+        f"1 of 1 labels were made by a model of medssl and nobody has changed a voxel: {name}"
+        in (only([text for text in result.warnings if "model" in text]))
+    )
+    problems = [text for text in result.problems if "a prediction of a model" in text]
+    assert len(problems) == (part == "val")
+    write_mask(path, make_label()[::-1], AFFINE, (0, 1))
+    assert not [
+        text for text in (*scans.check().warnings, *scans.check().problems) if "model" in text
+    ]

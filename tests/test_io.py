@@ -161,7 +161,7 @@ def test_a_label_with_channels_is_refused(tmp_path):
 
 def test_label_values_are_counted(tmp_path):
     path = save(tmp_path / "a.nii.gz", np.array([0, 3, 3, -1], np.int16).reshape(4, 1, 1))
-    values, affine, shape, has_rounded = read_label_values(path)
+    values, affine, shape, has_rounded, _ = read_label_values(path)
     assert not has_rounded
     assert values == {-1: 1, 0: 1, 3: 2}
     assert shape == (4, 1, 1)
@@ -628,3 +628,25 @@ def test_rounded_values_are_told_of(tmp_path):
     path = save(tmp_path / "a.nii", np.array([0, 1, 0.9999999]).reshape(3, 1, 1))
     assert read_label_values(path)[0] == {0: 1, 1: 2}
     assert read_label_values(path)[3]
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".png", ".tif", ".tiff"])
+def test_a_mask_of_a_model_says_so_until_somebody_changes_a_voxel(tmp_path, suffix):
+    path = tmp_path / f"mask{suffix}"
+    classes = np.random.default_rng(0).integers(0, 2, (5, 4, 1), dtype=np.uint8)
+    write_mask(path, classes, AFFINE, (0, 300), origin="pseudo-mask")
+    assert read_label_values(path).origin == "pseudo-mask"
+    np.testing.assert_array_equal(read_label(path, (0, 300), None)[0], classes)
+    changed = classes[::-1]  # as many voxels of each value
+    if "nii" in suffix:
+        image = nib.load(path)
+        values = np.array(image.dataobj)
+        nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
+        assert read_label_values(path).origin == "pseudo-mask"
+        nib.save(nib.Nifti1Image(values[::-1], image.affine, image.header), path)
+        assert b"medssl" in (gzip.decompress if suffix == ".nii.gz" else bytes)(path.read_bytes())
+    else:
+        write_mask(path, changed, AFFINE, (0, 300))
+    assert read_label_values(path).origin == ""
+    write_mask(path, classes, AFFINE, (0, 300))
+    assert read_label_values(path).origin == ""

@@ -46,7 +46,8 @@ class CaseFacts:
 
     `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
     volumes, None where no label was opened. A picture has no spacing, areas in pixels in the place
-    of volumes, and `colours` of its label's values. A blank scan has one value in each channel.
+    of volumes, and `colours` of its label's values; `label_origin` is what a model made that as, if
+    nobody has changed it since. A blank scan has one value in each channel.
     `contradictions` are those of the header (`find_contradictions`).
     """
 
@@ -60,6 +61,7 @@ class CaseFacts:
     num_voxels: dict[int, int] | None = None
     has_identity_affine: bool = False
     has_rounded_label: bool = False
+    label_origin: str = ""
     has_spacing: bool = True
     is_blank: bool = False
     colours: dict[int, Colour] = field(default_factory=dict)
@@ -171,6 +173,8 @@ def check_dataset(
         )
     warnings += _warn_of_labels(facts, labels, ignore, dataset.labels is not None)
     warnings += _warn_of_volumes(dataset, facts, labels, ignore)
+    problems += _refuse_origins(facts)
+    warnings += [text] if (text := describe_origins(facts)) else []
     warnings += _warn_of_grids(facts)
     return CheckResult(
         dataset,
@@ -256,17 +260,20 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
 def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, Any]:
     """Return the facts that a label adds: volumes, values, its faults beside the image."""
     try:
-        num_voxels, affine, shape, has_rounded = read_label_values(path)
+        label = read_label_values(path)
         colours = read_colours(path) if is_picture(path) else {}
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
-    voxel_ml = 1.0 if is_picture(path) else abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    voxel_ml = 1.0 if is_picture(path) else abs(float(np.linalg.det(label.affine[:3, :3]))) / 1000
     return {
-        "volumes_ml": {value: count * voxel_ml for value, count in num_voxels.items()},
-        "num_voxels": num_voxels,
-        "has_rounded_label": has_rounded,
+        "volumes_ml": {value: count * voxel_ml for value, count in label.counts.items()},
+        "num_voxels": label.counts,
+        "has_rounded_label": label.has_rounded,
+        "label_origin": label.origin,
         "colours": colours,
-        "problems": _compare_grids(case, path, volume, shape, affine) if volume else (),
+        "problems": (
+            _compare_grids(case, path, volume, label.shape, label.affine) if volume else ()
+        ),
     }
 
 
@@ -491,6 +498,28 @@ def _warn_of_labels(
             "class cannot be learned"
         )
     return warnings
+
+
+def describe_origins(facts: Iterable[CaseFacts]) -> str:
+    """Name the labels that a model made and nobody has changed, if there are any."""
+    opened = [seen for seen in facts if seen.num_voxels is not None]
+    made = [seen.case_id for seen in opened if seen.label_origin]
+    if not made:
+        return ""
+    return (
+        f"{len(made)} of {len(opened)} labels were made by a model of medssl and nobody has "
+        f"changed a voxel: {_shorten(made)}; correct them, or its mistakes are taught again"
+    )
+
+
+def _refuse_origins(facts: Iterable[CaseFacts]) -> list[str]:
+    """Refuse to validate by what a model said."""
+    return [
+        f"{seen.case_id}: its label, which shall validate, is a {seen.label_origin} of a model, as "
+        "it was made: give a person's label, or take the case out of val"
+        for seen in facts
+        if seen.part == "val" and seen.label_origin
+    ]
 
 
 def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:

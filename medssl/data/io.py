@@ -14,12 +14,13 @@ its scan as they were: it opens on the voxels of the scan, in whichever program.
 
 import gzip
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -29,7 +30,13 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.files import KINDS, SUFFIXES, is_picture
-from medssl.data.pictures import read_channels, read_shape, read_values, write_picture
+from medssl.data.pictures import (
+    read_channels,
+    read_note,
+    read_shape,
+    read_values,
+    write_picture,
+)
 from medssl.runs import write_file
 from medssl.transforms.geometry import (
     Affine,
@@ -44,6 +51,8 @@ from medssl.transforms.geometry import (
 MAX_DISPLACEMENT = 0.1  # voxels by which the grids of one case may differ
 MAX_VALUES = 2**16  # different values of a label: more are those of an image
 
+_MARK = "made by a medssl model ({origin}), voxels {crc:08x}"
+_MARKED = re.compile(r"made by a medssl model \((?P<origin>[\w -]+)\), voxels (?P<crc>[0-9a-f]{8})")
 _ROUNDING = 1e-3  # label values this close to an integer are that integer
 _LARGEST = 2.0**53  # beyond it a float does not know its integer
 _SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
@@ -73,6 +82,21 @@ _UNREADABLE = (
     ImageFileError,
     HeaderDataError,
 )
+
+
+class LabelFacts(NamedTuple):
+    """What a label holds.
+
+    ``counts`` are the voxels of each label value; ``has_rounded`` says whether some values were
+    only almost integers; ``origin`` what a model made this label as (`pseudo-mask`), if it did and
+    nobody has changed a voxel since, else nothing.
+    """
+
+    counts: dict[int, int]
+    affine: Affine
+    shape: Shape
+    has_rounded: bool
+    origin: str
 
 
 def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
@@ -157,12 +181,8 @@ def read_label(
     return classes, affine
 
 
-def read_label_values(path: Path) -> tuple[dict[int, int], Affine, Shape, bool]:
+def read_label_values(path: Path) -> LabelFacts:
     """Return what a label holds.
-
-    Returns:
-        How many voxels each label value has, the affine, the shape (I, J, K), and whether some
-        values were only almost integers and had to be rounded.
 
     Raises:
         InputError: The file cannot be read, holds values that are not integers, or more of them
@@ -170,12 +190,13 @@ def read_label_values(path: Path) -> tuple[dict[int, int], Affine, Shape, bool]:
     """
     shape, affine, pieces = _open_label(path)
 
-    def count() -> tuple[Counter[int], bool]:
+    def count() -> LabelFacts:
         counts: Counter[int] = Counter()
-        has_rounded = False
+        has_rounded, crc = False, 0
         for piece in pieces:
             values = _round(path, piece)
             has_rounded |= bool((values != piece).any())
+            crc = _add_crc(values, crc)
             found, numbers = np.unique(values, return_counts=True)
             counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
             if len(counts) > MAX_VALUES:
@@ -183,10 +204,12 @@ def read_label_values(path: Path) -> tuple[dict[int, int], Affine, Shape, bool]:
                     f"{path}: holds more than {MAX_VALUES} different values: is this an image? "
                     "Give the label in its place"
                 )
-        return counts, has_rounded
+        mark = _MARKED.search(_read_mark(path))
+        origin = mark["origin"] if mark and int(mark["crc"], 16) == crc else ""
+        return LabelFacts(dict(sorted(counts.items())), affine, shape, has_rounded, origin)
 
-    counts, has_rounded = _guard(path, count)
-    return dict(sorted(counts.items())), affine, shape, has_rounded
+    facts: LabelFacts = _guard(path, count)
+    return facts
 
 
 def read_geometry(path: Path) -> tuple[Shape, Affine]:
@@ -244,6 +267,7 @@ def write_mask(
     label_values: tuple[int, ...],
     ignore: int = IGNORE,
     header: Header | None = None,
+    origin: str = "",
 ) -> None:
     """Write class indices as a mask with the original label values, atomically.
 
@@ -254,6 +278,8 @@ def write_mask(
         label_values: Value of each class index.
         ignore: Value that stands for 255 in the file.
         header: Of the scan, if it has one: the mask then says the same of its place, word by word.
+        origin: What a model makes this mask as, such as `pseudo-mask`; it is written down in the
+            file, so that nobody takes it for a person's label. Nothing for labels.
 
     Raises:
         ValueError: There is a class without a value, or `ignore` is the value of a class, or the
@@ -276,7 +302,19 @@ def write_mask(
         for dtype in kinds
         if np.iinfo(dtype).min <= used.min() and used.max() <= np.iinfo(dtype).max
     )
-    _write(path, values.astype(dtype)[classes] if found.size else classes, affine, header)
+    array = values.astype(dtype)[classes] if found.size else classes
+    mark = ""
+    if origin:
+        crc = 0
+        for plane in np.moveaxis(array, -1, 0):
+            crc = _add_crc(plane.ravel(order="F"), crc)
+        mark = _MARK.format(origin=origin, crc=crc)
+    _write(path, array, affine, header, mark)
+
+
+def _add_crc(values: NDArray[Any], crc: int) -> int:
+    """Return the checksum of label values so far, whatever their type."""
+    return zlib.crc32(values.astype("<i4").tobytes(), crc)
 
 
 def find_untrusted_value(label_values: tuple[int, ...]) -> int:
@@ -343,6 +381,16 @@ def _read_header(path: Path) -> Any:
     if offset < kind.sizeof_hdr:
         raise ImageFileError(f"the voxels begin at byte {offset}, within the header")
     return header
+
+
+def _read_mark(path: Path) -> str:
+    """Return what stands between the header and the voxels of a file, or the note of a picture."""
+    if is_picture(path):
+        return read_note(path)
+    scan = _open(path)
+    with gzip.open(path) if _is_compressed(path) else path.open("rb") as file:
+        file.seek(scan.sizeof_hdr)
+        return file.read(min(scan.get_data_offset() - scan.sizeof_hdr, _PIECE)).decode("latin-1")
 
 
 def _read_start(path: Path, is_compressed: bool) -> bytes:
@@ -592,14 +640,18 @@ def _compare_grids(
         )
 
 
-def _write(path: Path, array: NDArray[Any], affine: Affine, header: Header | None) -> None:
-    """Write voxels with a header that holds the geometry alone."""
+def _write(
+    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, mark: str = ""
+) -> None:
+    """Write voxels with a header that holds the geometry, and perhaps a mark."""
     if is_picture(path):
-        write_picture(path, array)
+        write_picture(path, array, mark)
         return
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: must end in .nii, .nii.gz, .png, .tif or .tiff")
     image = _place_by_affine(array, affine) if header is None else _place_as(array, affine, header)
+    if mark:
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", mark.encode()))
     write_file(path, lambda temporary: nib.save(image, temporary))
 
 

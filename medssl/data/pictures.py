@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from medssl.config import InputError
 from medssl.runs import write_file
@@ -29,6 +30,7 @@ _NEW_SUBFILE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES, _PLANAR, _SAMPLE_FORM
     *(254, 258, 262, 270),
     *(277, 284, 339),
 )  # tags of a TIFF
+_NOTE, _SOFTWARE = "Software", 305  # the chunk of a PNG and the tag of a TIFF
 _PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
@@ -184,12 +186,23 @@ def _name_colours(page: Image.Image, array: NDArray[Any]) -> dict[int, Colour]:
     return {int(value): (int(value),) * 3 for value in np.unique(array)}
 
 
-def write_picture(path: Path, array: NDArray[Any]) -> None:
+def read_note(path: Path) -> str:
+    """Return the text that `write_picture` left in a picture, or another one's in its place.
+
+    Raises:
+        InputError: The file cannot be read as a picture.
+    """
+    with _open(path) as image:
+        return str(image.info.get(_NOTE) or _get_tags(image).get(_SOFTWARE) or "")
+
+
+def write_picture(path: Path, array: NDArray[Any], note: str = "") -> None:
     """Write values (I, J, K), atomically; a PNG holds one slice, a TIFF one page each.
 
     Args:
         path: A file name that ends in .png, .tif or .tiff.
         array: uint8, uint16 (both), int32 or float32 (TIFF only).
+        note: A text that goes into the file: a chunk of a PNG, the tag Software of a TIFF.
 
     Raises:
         ValueError: The format cannot hold this array without a change.
@@ -202,9 +215,13 @@ def write_picture(path: Path, array: NDArray[Any]) -> None:
         Image.fromarray(np.ascontiguousarray(array[..., k])) for k in range(array.shape[2])
     )
     if is_png:
-        write_file(path, lambda temporary: first.save(temporary, "PNG"))
+        chunks = PngInfo()
+        if note:
+            chunks.add_text(_NOTE, note)
+        write_file(path, lambda temporary: first.save(temporary, "PNG", pnginfo=chunks))
         return
-    more = {"save_all": True, "append_images": others} if others else {}
+    more: dict[str, Any] = {"save_all": True, "append_images": others} if others else {}
+    more |= {"software": note} if note else {}
     compression = "tiff_adobe_deflate"
     write_file(path, lambda to: first.save(to, "TIFF", compression=compression, **more))
 

@@ -23,7 +23,13 @@ from torch import Tensor
 
 from medssl.config import InputError
 from medssl.data.files import KINDS, is_picture, keep_scans, name_mask_suffix, strip_suffix
-from medssl.data.io import read_image, write_map, write_mask
+from medssl.data.io import (
+    CONTRADICTIONS,
+    find_contradictions,
+    read_image,
+    write_map,
+    write_mask,
+)
 from medssl.data.pictures import count_channels
 from medssl.networks.build import (
     NetworkSpec,
@@ -394,7 +400,8 @@ def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float3
 
 def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
     """Say what of a scan lies outside of what the model was trained on."""
-    flags = []
+    found = find_contradictions(volume.header) if volume.header else {}
+    flags = [f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in found.items()]
     if volume.has_spacing != info.has_spacing:
         scan, others = ("has a", "had none") if volume.has_spacing else ("has no", "had one")
         flags.append(f"the scan {scan} spacing, the training scans {others}: sizes may not fit")

@@ -298,11 +298,13 @@ def test_headers_that_place_voxels_twice_are_named_with_what_is_used(scans):
     shifted, thick = AFFINE.copy(), AFFINE.copy()
     shifted[0, 3] += 33
     thick[2, 2] = 4
-    names = [scans.add("unlabeled") for _ in range(5)]
+    names = [scans.add(part) for part in ("test", *["unlabeled"] * 4)]
     forms = ((shifted, AFFINE), (thick, AFFINE), (None, None), (AFFINE, AFFINE), (None, AFFINE))
     for case, (sform, qform) in zip(scans.cases, forms, strict=True):
         set_header(case.images[0], sform, qform)
-    size, place, code = scans.check().warnings
+    result = scans.check()
+    assert result.problems == ()
+    size, place, code = result.warnings
     assert "sform, which is used here, is not the one in pixdim" in size
     assert size.endswith(f": {names[1]} (2 x 1.5 x 4 mm against 2 x 1.5 x 3 mm)")
     assert "the sform is used here" in place

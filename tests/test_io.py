@@ -640,7 +640,7 @@ def test_a_mask_of_a_model_says_so_until_somebody_changes_a_voxel(tmp_path, suff
     changed = classes[::-1]  # as many voxels of each value
     if "nii" in suffix:
         image = nib.load(path)
-        values = np.array(image.dataobj)
+        values = np.asanyarray(image.dataobj).copy()
         nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
         assert read_label_values(path).origin == "pseudo-mask"
         nib.save(nib.Nifti1Image(values[::-1], image.affine, image.header), path)

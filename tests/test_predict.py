@@ -226,7 +226,10 @@ def test_masks_and_maps_say_of_their_place_what_their_scan_says(oracle, tmp_path
     image.set_sform(ANISOTROPIC / 1000, 4, update_affine=False)
     image.header.set_xyzt_units("meter")
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), scan)
-    predict_files(oracle, [scan], tmp_path / "out", probs=True, report=lambda text: None)
+    told = []
+    predict_files(oracle, [scan], tmp_path / "out", probs=True, report=told.append)
+    assert "the sform, which is used here, is not the one in pixdim" in told[0]
+    assert "another unit, converted to mm: metre" in told[0]
     expected = nib.load(scan).header
     for name in ("a", "a_probs"):
         found = nib.load(tmp_path / "out" / f"{name}.nii.gz").header

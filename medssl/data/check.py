@@ -1,8 +1,8 @@
 """The gate that data pass before anything is trained: one look at every scan, all faults at once.
 
 Images of all cases are opened, labels of labeled and validation cases only. Test images are
-hashed, so that a duplicate among the others is found, and searched for NaN; nothing else of them is
-looked at.
+hashed, so that a duplicate among the others is found, and searched for NaN, and their headers for
+contradictions; nothing else of them is looked at.
 Legend: C channels, I J K voxel axes.
 """
 
@@ -23,7 +23,13 @@ from numpy.typing import NDArray
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
 from medssl.data.files import is_picture
-from medssl.data.io import MAX_DISPLACEMENT, find_contradictions, read_image, read_label_values
+from medssl.data.io import (
+    CONTRADICTIONS,
+    MAX_DISPLACEMENT,
+    find_contradictions,
+    read_image,
+    read_label_values,
+)
 from medssl.data.pictures import Colour, compare_colours, read_colours
 from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
 from medssl.transforms.preprocess import MOST_VOXELS
@@ -220,9 +226,15 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
     is_blank = all(bool((channel == channel.flat[0]).all()) for channel in volume.array)
+    contradictions = find_contradictions(volume.header) if volume.header else {}
     if part == "test":
         return CaseFacts(
-            case.case_id, part, voxel_hash, is_blank=is_blank, problems=tuple(problems)
+            case.case_id,
+            part,
+            voxel_hash,
+            is_blank=is_blank,
+            contradictions=contradictions,
+            problems=tuple(problems),
         )
     seen = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
     return CaseFacts(
@@ -235,7 +247,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
         has_spacing=volume.has_spacing,
         is_blank=is_blank,
-        contradictions=find_contradictions(volume.header) if volume.header else {},
+        contradictions=contradictions,
         **{**seen, "problems": (*problems, *seen["problems"])},
     )
 
@@ -538,7 +550,7 @@ def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:
     ]
 
 
-def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
+def _warn_of_grids(facts: Sequence[CaseFacts]) -> list[str]:
     """Warn of headers that say nothing or two things, odd spacing and constant images."""
     all_seen = [seen for seen in facts if seen.spacing is not None]
     seen_grids = [seen for seen in all_seen if seen.has_spacing]
@@ -555,28 +567,12 @@ def _warn_of_grids(facts: Iterable[CaseFacts]) -> list[str]:
     ] + [seen.case_id for seen in facts if seen.is_blank and seen.part == "test"]
     texts = (
         ("the header places no voxels (identity affine), 1 mm is assumed", identity),
-        *((text, _list(seen_grids, kind)) for kind, text in _CONTRADICTIONS.items()),
+        *((text, _list(facts, kind)) for kind, text in CONTRADICTIONS.items() if kind != "unit"),
         (f"spacing outside of {low:g} to {high:g} mm: is the unit right?", _size(implausible)),
         (f"spacing off that of most scans by over {_MOST_OFF:g} times", _size(unusual)),
         ("images of a single value (99 % of the voxels at least)", flat),
     )
     return [f"{text}: {_shorten(names)}" for text, names in texts if names]
-
-
-_CONTRADICTIONS = {
-    "size": (
-        "the voxel size of the sform, which is used here, is not the one in pixdim, which "
-        "ITK-SNAP and Slicer use: lengths and volumes differ between them; repair the wrong one"
-    ),
-    "place": (
-        "sform and qform of the header place the voxels differently: the sform is used here, "
-        "other programs may take the qform; repair the wrong one"
-    ),
-    "code": (
-        "neither sform nor qform has a code, so the header does not say where left and right are: "
-        "the first axis is taken to run from right to left"
-    ),
-}
 
 
 def _list(facts: Iterable[CaseFacts], kind: str) -> list[str]:
@@ -605,8 +601,7 @@ def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts])
     notes = [f"almost-integer label values were rounded: {_shorten(rounded)}"] if rounded else []
     other_units = _list(facts, "unit")
     if other_units:
-        listed = _shorten(other_units)
-        notes.append(f"the header gives lengths in another unit, converted to mm: {listed}")
+        notes.append(f"{CONTRADICTIONS['unit']}: {_shorten(other_units)}")
     used = {case_id for part in PARTS for case_id in getattr(splits, part)}
     unused = [case.case_id for case in dataset.cases if case.case_id not in used]
     if unused:

@@ -51,6 +51,23 @@ from medssl.transforms.geometry import (
 MAX_DISPLACEMENT = 0.1  # voxels by which the grids of one case may differ
 MAX_VALUES = 2**16  # different values of a label: more are those of an image
 
+CONTRADICTIONS = {
+    "size": (
+        "the voxel size of the sform, which is used here, is not the one in pixdim, which "
+        "ITK-SNAP and Slicer use: lengths and volumes differ between them; repair the wrong one"
+    ),
+    "place": (
+        "sform and qform of the header place the voxels differently: the sform is used here, "
+        "other programs may take the qform; repair the wrong one"
+    ),
+    "code": (
+        "neither sform nor qform has a code, so the header does not say where left and right are: "
+        "the first axis is taken to run from right to left"
+    ),
+    "unit": "the header gives lengths in another unit, converted to mm",
+}
+"""What `find_contradictions` finds, in words."""
+
 _MARK = "made by a medssl model ({origin}), voxels {crc:08x}"
 _MARKED = re.compile(r"made by a medssl model \((?P<origin>[\w -]+)\), voxels (?P<crc>[0-9a-f]{8})")
 _ROUNDING = 1e-3  # label values this close to an integer are that integer

@@ -99,12 +99,22 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
         )
     later = range(1, config.train.rounds + 1)
     fewest = min(count_unlabeled(config, plan.batch, index) for index in later)
-    if config.noise.mixing == "cutmix" and fewest < 2:
+    alone = config.train.schedule == "pretrain"  # without labeled patches to mix with
+    mixing = config.noise.mixing
+    if fewest < 2 and (mixing == "cutmix" or (alone and mixing != "none")):
         raise InputError(
-            "noise.mixing=cutmix mixes unlabeled patches, and a step has one; set train.batch=2 or "
-            "train.unlabeled_ratio=2"
+            f"noise.mixing={mixing} mixes unlabeled patches, and a step has one; set train.batch=2 "
+            "or train.unlabeled_ratio=2"
         )
     tuning, section = config.train.fine_tune, config.losses.pseudo_label
+    for index in later:
+        steps = at_round(plan.steps, index)
+        if alone and round(steps * (1 - tuning.share)) >= steps:
+            raise InputError(
+                f"train.fine_tune.share={tuning.share:g} of the {steps} steps of round {index} is "
+                "none, and with train.schedule=pretrain labels are seen in the fine-tune only; set "
+                f"train.fine_tune.share={max(0.2, 1 / steps):g} or give more steps"
+            )
     if tuning.share:
         freeze_encoder(build_network(plan.network), tuning.frozen_levels)
     known = list_options(section.name)

@@ -24,6 +24,7 @@ from medssl.plan import (
 )
 from medssl.runs import read_json, write_json
 from medssl.sides import find_mirrored
+from medssl.students import check_settings
 
 LABELS = {0: "background", 3: "organ", 7: "lesion"}
 
@@ -214,6 +215,29 @@ def test_a_patch_that_is_alone_is_mixed_with_none_and_the_plan_says_so(scans):
     assert text not in "\n".join(scans.plan("train.batch=2").reasons)
     off = scans.plan("train.batch=1", "noise.labeled_mixing=none")
     assert text not in "\n".join(off.reasons)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.schedule=pretrain", "train.fine_tune.share=0.004"], "labels are seen in the fine"),
+        (["train.schedule=pretrain", "train.fine_tune.share=0.5", "noise.mixing=copy_paste",
+          "train.batch=1"], "a step has one"),
+        (["noise.mixing=cutmix", "train.batch=1"], "a step has one"),
+    ],
+)  # fmt: skip
+def test_students_that_see_no_label_or_mix_with_themselves_are_refused(scans, overrides, words):
+    given = ["method=classic", "steps=100", *overrides]
+    plan = scans.add().add(labeled=False).plan(*given)
+    with pytest.raises(InputError, match=words):
+        check_settings(load_config(overrides=given).config, plan, 0)
+
+
+def test_a_fine_tune_of_one_step_is_one(scans):
+    given = ["method=classic", "steps=100", "train.schedule=pretrain"]
+    plan = scans.add().add(labeled=False).plan(*given, "train.fine_tune.share=0.01")
+    config = load_config(overrides=[*given, "train.fine_tune.share=0.01"]).config
+    check_settings(config, plan, 0)
 
 
 @pytest.fixture

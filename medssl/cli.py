@@ -57,7 +57,15 @@ RunOrModel = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
-_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC}
+_UNWRITABLE = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.ENAMETOOLONG,
+}
 
 
 def main() -> None:
@@ -234,9 +242,10 @@ def _train(
     prepared = prepare(resolved, reload, None if restart or dry_run else folder)
     if cross_check:
         list_folds(prepared, cross_check)
+    if dry_run:
+        print(f"settings given, `medssl config` lists all:\n{render(prepared.resolved, True)}\n")
     print(_describe_plan(prepared, folder, 1 + cross_check), flush=True)
     if dry_run:
-        print("\n" + render(prepared.resolved))
         return None
     stop = StopFlag(folder, max_hours)
     with lock_run(folder), stop.catch_signals():

@@ -50,6 +50,8 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, True): 7,
 }
 _OWN_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
+CT_SCANS = 2  # that are looked at
+CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of the tube lower
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
@@ -359,8 +361,13 @@ def _choose_normalization(
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     result = []
     for index, (name, kind) in enumerate(zip(channels, kinds, strict=True)):
-        is_guess = not name and has_spacing and config.plan.normalization == "auto"
-        hint = "; for CT in Hounsfield units plan.normalization=ct" if is_guess else ""
+        is_guess = kind == "zscore" and has_spacing and config.plan.normalization == "auto"
+        hint = "" if name or not is_guess else "; for CT in Hounsfield units plan.normalization=ct"
+        if is_guess and _look_like_ct(labeled[:CT_SCANS], index, len(channels)):
+            hint = (
+                "; but it looks like CT, with the air and bone of Hounsfield units: if it is, "
+                "plan.normalization=ct"
+            )
         reasons.append(f"channel {index} ({name or 'unknown'}): normalization {kind}{hint}")
         if kind == "zscore":
             result.append(Normalization(kind="zscore"))
@@ -371,6 +378,16 @@ def _choose_normalization(
         mean, std = float(clipped.mean()), max(float(clipped.std()), 1e-3)
         result.append(Normalization(kind="ct", low=low, high=high, mean=mean, std=std))
     return tuple(result)
+
+
+def _look_like_ct(cases: Sequence[Case], channel: int, num_channels: int) -> bool:
+    """Return whether scans hold whole numbers from those of air to those of bone."""
+    for case in cases:
+        values = read_image(case.images, num_channels).array[channel]
+        some = values.reshape(-1)[:: 1 + values.size // 10**6]
+        if values.min() > CT_AIR or values.max() < CT_BONE or (some != np.rint(some)).any():
+            return False
+    return bool(cases)
 
 
 def _collect_foreground(
@@ -525,6 +542,10 @@ def _choose_batch(
 ) -> int:
     """Return the number of labeled patches of a step."""
     if config.train.batch != "auto":
+        if config.train.batch == 1 and config.noise.labeled_mixing != "none":
+            reasons.append(
+                "batch 1: labeled patches are not mixed with each other, as one is alone"
+            )
         return config.train.batch
     if len(patch_size) == 3:
         return 2

@@ -12,11 +12,11 @@ import sys
 import time
 
 ARMS = {
-    "one thread": {"OMP_NUM_THREADS": "1"},
-    "all threads, spinning": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "{cores}"},
-    "all threads, as OpenMP waits": {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": "{cores}"},
-    "all threads, passive": {"OMP_NUM_THREADS": "{cores}"},
-    "as medssl chooses": {},
+    "one": {"OMP_NUM_THREADS": "1"},
+    "spinning": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "{cores}"},
+    "default": {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": "{cores}"},
+    "passive": {"OMP_NUM_THREADS": "{cores}"},
+    "medssl": {},
 }
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     """Run all arms beside a competitor, and without one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each line")
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--spin", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
         measure(given.seconds)
     else:
         for is_busy in (True, False):
-            compare(given.seconds, given.arms.split(","), is_busy)
+            compare(given.seconds, given.arms, is_busy)
 
 
 def compare(seconds: float, arms: list[str], is_busy: bool) -> None:
@@ -93,9 +93,8 @@ def compare(seconds: float, arms: list[str], is_busy: bool) -> None:
                 rival.wait()
         threads, rate = done.stdout.split()
         reference = reference or float(rate)
-        print(
-            f"  {name:<30} {threads} threads {float(rate):6.2f} steps/s {float(rate) / reference:5.2f}"
-        )
+        ratio = float(rate) / reference
+        print(f"  {name:<10} {threads} threads {float(rate):6.2f} steps/s {ratio:5.2f}", flush=True)
 
 
 if __name__ == "__main__":

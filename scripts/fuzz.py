@@ -245,6 +245,7 @@ def fuzz(target: str, count: int, start: int) -> None:
                 path.unlink()
             TARGETS[target](data, folder)
 
+        logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             run()

@@ -8,6 +8,7 @@ pixel. What is written holds pixels, nothing else of the file it came from.
 import json
 import math
 import re
+import struct
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,10 @@ _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channe
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
 
-_UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError)
+_UNREADABLE = (  # all that Pillow says of damaged files
+    *(OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError),
+    *(TypeError, LookupError, AttributeError, RuntimeError, struct.error),
+)
 
 
 def count_channels(path: Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import logging
 import struct
 import tempfile
 import warnings

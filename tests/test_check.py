@@ -608,3 +608,15 @@ def test_a_label_that_a_model_made_is_named_and_does_not_validate(scans, part):
     assert not [
         text for text in (*scans.check().warnings, *scans.check().problems) if "model" in text
     ]
+
+
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_a_label_that_is_an_image_is_named_and_hides_no_other_fault(scans, labels):
+    scans.add("labeled")
+    name = scans.add("labeled", label=(20 * make_image(0)).astype(np.int16))
+    other = scans.add("labeled", label=make_label(-1, np.int16))
+    problems = scans.check(labels).problems
+    assert len(problems) == 2, problems
+    assert problems[0].startswith(f"{name}: its label holds ")
+    assert "is it an image?" in problems[0]
+    assert f"-1 is not declared: {other}" in problems[1]

@@ -456,3 +456,18 @@ def test_pages_of_a_label_have_one_palette(tmp_path):
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(InputError, match=r"a\.tif: .* in page 1 and .* in page 2"):
         read_label(tmp_path / "a.tif", (0, 1, 2), None)
+
+
+def test_most_pictures_say_whether_a_set_is_in_colour_and_a_damaged_one_nothing(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"")
+    save(folder / "b.png", draw((5, 7, 3)))
+    for name in "cde":
+        save(folder / f"{name}.png", draw())
+    (tmp_path / "labels").mkdir()
+    save(tmp_path / "labels" / "c.png", draw())
+    assert read_dataset(tmp_path).channels == ("",)
+    for name in "cd":
+        save(folder / f"{name}.png", draw((5, 7, 3)))
+    assert read_dataset(tmp_path).channels == ("red", "green", "blue")

@@ -340,21 +340,31 @@ def _check_classes(
 def _check_values(
     dataset: Dataset, facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None
 ) -> list[str]:
-    """Name the label values that nobody declared, with their cases."""
+    """Name the label values that nobody declared, with their cases, and labels that are images."""
+    declared = set(dataset.labels or ())
     where: dict[int, list[str]] = defaultdict(list)
+    images = []
     for seen in facts:
-        for value, count in (seen.num_voxels or {}).items():
+        values = seen.num_voxels or {}
+        if len(set(values) - declared) > _MAX_CLASSES:
+            images.append(
+                f"{seen.case_id}: its label holds {len(values)} different values, from "
+                f"{min(values)} to {max(values)}: is it an image? Give the label in its place"
+            )
+            continue
+        for value, count in values.items():
             where[value].append(f"{seen.case_id} ({count} voxels)")
     if dataset.labels is None and len(where) > _MAX_CLASSES:
         return [
+            *images,
             f"the labels hold {len(where)} different values, from {min(where)} to {max(where)}: "
             f"are they images? Check the paths, or name the classes (at most {IGNORE - 1} beside "
-            "the background) by data.labels"
+            "the background) by data.labels",
         ]
     known = set(labels) | {0, ignore}
     if dataset.labels is None:  # 255 and negative values mean something else in half of all sets
         known -= {value for value in where if (value == IGNORE or value < 0) and value != ignore}
-    return [
+    return images + [
         f"label value {value} is not declared: {', '.join(cases)}; "
         f"{_offer(value, set(where), known - {None})}"
         for value, cases in sorted(where.items())

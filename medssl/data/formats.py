@@ -4,6 +4,7 @@ Medical Segmentation Decathlon and nnU-Net v2 folders, `images/ labels/ [unlabel
 of cases (CSV or JSON). Only names and lists are read here: no scan is opened.
 """
 
+import contextlib
 import csv
 import difflib
 import io
@@ -40,6 +41,7 @@ Part = Literal["labeled", "unlabeled", "val", "test"]
 PARTS: tuple[Part, ...] = ("labeled", "unlabeled", "val", "test")
 
 _COLOURS = ("red", "green", "blue")
+_MOST_OPENED = 25  # pictures whose headers tell the kind of all
 _MAX_HINTS = 20  # missing files for which a near name is looked for
 _MAX_ID_BYTES = 200  # of 255 that a file name may have, with `_uncertainty.nii.gz` and a prefix
 _LISTS = ("cases.csv", "cases.json")
@@ -550,15 +552,19 @@ def _read_folders(root: Path) -> Dataset:
 
 
 def _name_channels(cases: Sequence[Case], num_channels: int) -> tuple[str, ...]:
-    """Return empty names, or those of colours where the first picture, by its header, is in colour.
+    """Return empty names, or those of colours where most pictures, by their headers, are in colour.
 
     Scans keep their channels in the number of files; pictures in the file itself.
     """
-    first = cases[0].images[0] if cases else None
-    if num_channels == 1 and first is not None and is_picture(first) and first.is_file():
+    pictures = [case.images[0] for case in cases if is_picture(case.images[0])]
+    if num_channels == 1 and pictures:
         from medssl.data.pictures import count_channels  # heavy: only where there are pictures
 
-        if count_channels(first) == len(_COLOURS):
+        counts: Counter[int] = Counter()
+        for path in pictures[:: -(-len(pictures) // _MOST_OPENED)]:
+            with contextlib.suppress(InputError):  # it is named when it is read
+                counts[count_channels(path)] += 1
+        if counts[len(_COLOURS)] > counts.total() / 2:
             return _COLOURS
     return ("",) * num_channels
 

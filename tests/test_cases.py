@@ -265,7 +265,7 @@ def test_json_list_declares_channels_labels_and_ignore(tmp_path):
         ("case_id,image,subject\nx,a.nii.gz,p\n", "did you mean 'patient_id'?"),
         ("case_id,image,mask_file\nx,a.nii.gz,gone.nii.gz\n", "did you mean 'label'?"),
         ("case_id,image,image2\nx,a.nii.gz,b.nii.gz\n", "did you mean 'image_2'?"),
-        ("case_id,image,partition\nx,a.nii.gz,test\n", "did you mean 'split'?"),
+        ("case_id,image,partition\nx,a.nii.gz,Test\n", "did you mean 'split'?"),
         ("case_id,scan\nx,a.nii.gz\n", "did you mean 'image'?"),
         ("id,image\nx,a.nii.gz\n", "there is no column 'case_id'"),
         ("case_id,image,image_2\nx,a.nii.gz,b.nii.gz\n", "without a gap"),
@@ -441,7 +441,10 @@ def test_a_column_that_holds_another_contrast_in_some_case_is_told(tmp_path, her
 def test_a_draft_never_overwrites_a_file_and_lies_beside_its_scans_by_relative_paths(tmp_path):
     root = touch(tmp_path / "set", "p1.nii.gz", "p1_seg.nii.gz")
     (tmp_path / "mine.csv").write_text("mine")
-    for name, problem in (("mine.csv", "is there already"), ("mine.txt", "does not end in .csv")):
+    for name, problem in (
+        *[("mine.csv", "is there already"), ("mine.txt", "does not end in .csv")],
+        ("none/mine.csv", "there is no folder"),
+    ):
         with pytest.raises(InputError, match=problem):
             write_draft(root, tmp_path / name)
     assert (tmp_path / "mine.csv").read_text() == "mine"

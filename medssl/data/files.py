@@ -476,6 +476,8 @@ def write_draft(root: Path, file: Path) -> str:
     if file.suffix.lower() != ".csv" or os.path.lexists(file):
         what = "is there already" if os.path.lexists(file) else "does not end in .csv"
         raise InputError(f"--draft {file}: {what}; name a new .csv file")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"--draft {file}: there is no folder {file.parent}; make it first")
     if not root.is_dir():
         raise InputError(f"{root}: is no folder; --draft makes a list of the scans in a folder")
     cases, _ = recognize_tree(root, keep_scans(walk_files(root)))

@@ -722,12 +722,13 @@ def _find_slip(column: str, missing: Sequence[str], values: set[str], root: Path
     if channel and ("image" in missing or channel[1]):
         return f"image_{channel[1]}" if channel[1] and "image" not in missing else "image"
     tokens = {*re.split(r"[^a-z0-9]+", column.lower()), column.lower()}
+    words = {value.lower() for value in values}
     for known in missing:
         names = {known, *_OTHER_WORDS[known]}
         fits = {
             "image": bool(tokens & names) and _are_scans(values, root),
             "label": bool(tokens & names) and any(map(_names_scan, values)),
-            "split": column.lower() in names and values <= {*PARTS, *_SPLIT_WORDS},
+            "split": column.lower() in names and words <= {*PARTS, *_SPLIT_WORDS},
         }
         near = difflib.SequenceMatcher(None, word, known.replace("_", "")).ratio() >= 0.8
         if near or fits.get(known, column.lower() in names):

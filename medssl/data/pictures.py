@@ -10,7 +10,7 @@ import math
 import re
 import struct
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,8 +157,7 @@ def compare_colours(files: Mapping[str, Mapping[int, Colour]]) -> list[str]:
 
 def _find_repeated(colours: Mapping[int, Colour]) -> set[Colour]:
     """Return the colours that several values of one file have: there the index decides."""
-    found = list(colours.values())
-    return {colour for colour in found if found.count(colour) > 1}
+    return {colour for colour, count in Counter(colours.values()).items() if count > 1}
 
 
 def _iterate_label(path: Path) -> Iterator[tuple[NDArray[Any], dict[int, Colour]]]:

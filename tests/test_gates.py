@@ -239,7 +239,17 @@ def test_a_model_fails_if_most_of_its_pseudo_labels_were_refused():
     assert judge(review(), refused, review(), review()).passed
     gate = judge(review(), refused, refused)
     assert not gate.passed
-    assert "2 of 3 pseudo-labels were refused (first reason: lost organ)" in gate.reasons[0]
+    assert "2 of 3 pseudo-labels were refused (2 lost organ)" in gate.reasons[0]
+
+
+def test_reasons_that_differ_in_a_number_alone_are_counted_as_one():
+    unsure = [
+        replace(review(), accepted=False, reason=f"confidence 0.{number} is below 0.3")
+        for number in (11, 12, 25)
+    ]
+    lost = review(classes_of(0, 5))
+    gate = judge(review(), *unsure, lost)
+    assert "(3 confidence is below 0.3, 1 lost organ)" in gate.reasons[0]
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.03, False), (0.05, True), (0.9, True)])

@@ -6,6 +6,8 @@ that the next student would agree with; nothing later would notice. Axes: I J K 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -287,10 +289,11 @@ def judge_model(
     reasons = []
     accepted = [review for review in reviews if review.accepted]
     if len(accepted) < LEAST_ACCEPTED * len(reviews):
-        first = next(review.reason for review in reviews if not review.accepted)
+        kinds = Counter(_name_kind(review.reason) for review in reviews if not review.accepted)
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         reasons.append(
             f"{len(reviews) - len(accepted)} of {len(reviews)} pseudo-labels were refused "
-            f"(first reason: {first}){_advise(first)}"
+            f"({listed}){_advise(kinds.most_common(1)[0][0])}"
         )
     for index, prior in expectation.share.items():
         share = float(np.mean([review.share[index] for review in reviews]))
@@ -307,6 +310,11 @@ def judge_model(
     if with_student is not None and with_student < LEAST_AGREEMENT:
         reasons.append(f"mean Dice {with_student:.2f} of student and average: it did not settle")
     return Gate(not reasons, tuple(reasons))
+
+
+def _name_kind(reason: str) -> str:
+    """Return a reason without the number that is each scan's own."""
+    return re.sub(r"^confidence [\d.]+", "confidence", reason)
 
 
 def _advise(reason: str) -> str:

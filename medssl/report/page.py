@@ -362,10 +362,14 @@ def _show_annotate(run: RunFiles, sources: Sources, names: Names) -> dict[str, A
         for place, row in enumerate(ranked[:NUM_THUMBNAILS], 1)
     ]
     problems = {picture.problem for picture in pictures}
+    shared = {row["why"] for row in rows}
     note = (
         f"From the review of round {last.index}: {len(rows)} of "
         f"{sentences.count(len(ranked), 'unlabeled scan')}, the most uncertain first."
     )
+    if len(shared) == 1 and len(rows) > 1:  # what all have in common is said once
+        note += f" Of all of them: {shared.pop()}."
+        rows = [{**row, "why": ""} for row in rows]
     if len(problems) == 1 and "" not in problems:  # the same for all: say it once
         note += f" No pictures: {problems.pop().removeprefix('No picture: ')}"
         pictures = []

@@ -364,7 +364,9 @@ class Objective(nn.Module):
         return self.thresholds.weigh(q) * sure
 
     def _mix_labeled(self, known: Patches, generator: torch.Generator) -> Patches:
-        """Return labeled patches mixed among themselves."""
+        """Return labeled patches mixed among themselves, one alone as it is."""
+        if len(known.image) < 2:
+            return known
         noise = self.config.noise
         boxes = draw(noise.labeled_mixing, noise.labeled_mixing_probability, known, generator)
         return mix(known, fit(known, len(known.image), shift=1), boxes)

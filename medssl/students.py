@@ -97,13 +97,7 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
             "filter.uncertainty.source=flips: this plan mirrors along no axis (plan.flips=[]), so "
             "there is one prediction only; take mc_dropout, ensemble or none"
         )
-    later = range(1, config.train.rounds + 1)
-    fewest = min(count_unlabeled(config, plan.batch, index) for index in later)
-    if config.noise.mixing == "cutmix" and fewest < 2:
-        raise InputError(
-            "noise.mixing=cutmix mixes unlabeled patches, and a step has one; set train.batch=2 or "
-            "train.unlabeled_ratio=2"
-        )
+    _check_patches(config, plan)
     tuning, section = config.train.fine_tune, config.losses.pseudo_label
     if tuning.share:
         freeze_encoder(build_network(plan.network), tuning.frozen_levels)
@@ -126,6 +120,28 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
         loss(logits, torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8))
     except (ValueError, TypeError) as error:
         raise InputError(f"losses.pseudo_label: {error}") from error
+
+
+def _check_patches(config: Config, plan: Plan) -> None:
+    """Refuse steps that have too few patches to mix, and students that never see a label."""
+    later = range(1, config.train.rounds + 1)
+    fewest = min(count_unlabeled(config, plan.batch, index) for index in later)
+    alone = config.train.schedule == "pretrain"  # without labeled patches to mix with
+    mixing = config.noise.mixing
+    if fewest < 2 and (mixing == "cutmix" or (alone and mixing != "none")):
+        raise InputError(
+            f"noise.mixing={mixing} mixes unlabeled patches, and a step has one; set train.batch=2 "
+            "or train.unlabeled_ratio=2"
+        )
+    share = config.train.fine_tune.share
+    for index in later:
+        steps = at_round(plan.steps, index)
+        if alone and round(steps * (1 - share)) >= steps:
+            raise InputError(
+                f"train.fine_tune.share={share:g} of the {steps} steps of round {index} is "
+                "none, and with train.schedule=pretrain labels are seen in the fine-tune only; set "
+                f"train.fine_tune.share={max(0.2, 1 / steps):g} or give more steps"
+            )
 
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:

@@ -1,3 +1,14 @@
 """medssl: segment medical scans when only a few are annotated."""
 
+import os as _os
+
+# Read when torch and numpy are loaded. Threads that spin while they wait take the core from the
+# very thread that they wait for, where another program shares it; BLAS has little to do here.
+for _name, _value in (
+    ("OMP_WAIT_POLICY", "PASSIVE"),
+    ("KMP_BLOCKTIME", "0"),
+    ("OPENBLAS_NUM_THREADS", "1"),
+):
+    _os.environ.setdefault(_name, _value)
+
 __version__ = "0.1.0"

@@ -57,7 +57,15 @@ RunOrModel = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
-_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC}
+_UNWRITABLE = {
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.ENAMETOOLONG,
+}
 
 
 def main() -> None:
@@ -217,9 +225,10 @@ def _train(
     prepared = prepare(resolved, reload, None if restart or dry_run else folder)
     if cross_check:
         list_folds(prepared, cross_check)
+    if dry_run:
+        print(f"settings given, `medssl config` lists all:\n{render(prepared.resolved, True)}\n")
     print(_describe_plan(prepared, folder, 1 + cross_check), flush=True)
     if dry_run:
-        print("\n" + render(prepared.resolved))
         return None
     stop = StopFlag(folder, max_hours)
     with lock_run(folder), stop.catch_signals():
@@ -297,10 +306,9 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Segment scans; masks have the input's grid and the original label values."""
-    from medssl.plan import choose_device
     from medssl.predict import load_model, predict_files
 
-    loaded = load_model(model, choose_device(device))
+    loaded = load_model(model, _take_device(device))
     predict_files(loaded, inputs, out, probs=probs, uncertainty=uncertainty, report=print)
 
 
@@ -327,10 +335,9 @@ def evaluate(
     model, wanted = _find_wanted_round(model, data, round_index)
     from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
     from medssl.evaluate import render as render_summary
-    from medssl.plan import choose_device
     from medssl.runs import lock_run, read_json
 
-    chosen = choose_device(device)
+    chosen = _take_device(device)
     if data is None:
         if out is not None:
             raise InputError(
@@ -357,6 +364,16 @@ def evaluate(
     settings = load_config(None, overrides or []).config.data
     summary = evaluate_data(model, data, out, data=settings, tolerance=tolerance, device=chosen)
     print(render_summary(summary))
+
+
+def _take_device(name: str) -> str:
+    """Return the device, and compute with as many threads as cores are free."""
+    import torch
+
+    from medssl.plan import choose_device, choose_threads
+
+    torch.set_num_threads(choose_threads())
+    return choose_device(name)
 
 
 def _find_wanted_round(

@@ -721,17 +721,18 @@ def _parse_yaml(text: str) -> Any:
     """
     depth = 0
     for event in yaml.parse(text, Loader=_PlainLoader):
-        wrong = None
+        wrong, tag = None, getattr(event, "tag", None)
+        where: Any = event.start_mark
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             wrong = "anchors (&) and aliases (*) are not read: write the value out, or quote it"
-        elif getattr(event, "tag", None):
-            wrong = f"tags such as {_show(event.tag)} are not read here: write the value alone"
+        elif tag:
+            wrong = f"tags such as {_show(tag)} are not read here: write the value alone"
         elif depth > MOST_NESTED:
             wrong = f"more than {MOST_NESTED} brackets or sections are nested"
         if wrong:
-            raise yaml.constructor.ConstructorError(None, None, wrong, event.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, wrong, where)
     return yaml.load(text, Loader=_PlainLoader)
 
 
@@ -831,15 +832,24 @@ def describe_terms(config: Config) -> str:
     return f"{' + '.join(parts)}; {', '.join([f'teacher {teacher}', *extra, rounds])}"
 
 
-def render(resolved: Resolved) -> str:
-    """Return the configuration as text, one dotted key a line with its source."""
+def render(resolved: Resolved, only_given: bool = False) -> str:
+    """Return the configuration as text, one dotted key a line with its source.
+
+    Args:
+        resolved: The configuration.
+        only_given: Leave out defaults, and what the preset or the plan decided.
+    """
     values = _flatten(dump(resolved.config))
+    if only_given:
+        sources = {key: resolved.sources.get(key, "default") for key in values}
+        own = [k for k, source in sources.items() if not source.startswith(("default", "method"))]
+        values = {key: values[key] for key in own if sources[key] != "plan"}
     shown = {
         key: yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
         for key, value in values.items()
     }
     shown = {key: text.replace("\n...\n", "").strip() for key, text in shown.items()}
-    width = max(len(f"{key}: {text}") for key, text in shown.items())
+    width = max((len(f"{key}: {text}") for key, text in shown.items()), default=0)
     width = min(width, 72)
     return "\n".join(
         f"{f'{key}: {text}':<{width}}  # {resolved.sources.get(key, 'default')}"

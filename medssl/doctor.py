@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from medssl.machine import count_cores, count_free_cores
 from medssl.runs import describe_provenance
 
 LOW_DISK_GB = 5.0
@@ -20,12 +20,15 @@ def examine() -> tuple[str, bool]:
     """Return a report in text, and whether training can run here."""
     import torch
 
+    from medssl.plan import choose_threads
+
     lines = []
     facts = describe_provenance("auto", torch.get_num_threads())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines.append(f"python     {facts['python']} ({sys.executable})")
     lines.append(f"packages   {versions}")
-    lines.append(f"processor  {os.cpu_count()} cores, {torch.get_num_threads()} threads used")
+    cores = f"{count_cores()} cores, {count_free_cores():.1f} of them free"
+    lines.append(f"processor  {cores}, {choose_threads()} threads used")
     lines.append(f"bfloat16   {'yes' if _has_bfloat16() else 'no: training is slower on it'}")
     lines.append(f"cards      {', '.join(_list_cards()) or 'none that torch sees'}")
     lines.append(f"driver     {_ask_driver() or 'nvidia-smi is not there'}")

@@ -23,6 +23,7 @@ from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
 from medssl.data.files import is_picture
 from medssl.data.io import read_geometry, read_image, read_label
+from medssl.machine import count_cores, count_free_cores
 from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
@@ -48,6 +49,9 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, False): 6,
     (True, True): 7,
 }
+_OWN_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
+CT_SCANS = 2  # that are looked at
+CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of the tube lower
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
@@ -143,7 +147,9 @@ def make_plan(
         steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
         reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
-    threads = torch.get_num_threads()
+    threads = choose_threads()
+    if threads < _OWN_THREADS:
+        reasons.append(f"{threads} of {_OWN_THREADS} threads: what other programs leave free")
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
@@ -211,13 +217,27 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {name}: not available here ({str(error).splitlines()[0]}); leave it out "
             "(auto), or give cpu, cuda, cuda:1; `medssl doctor` says what there is"
         ) from error
     return name
+
+
+def choose_threads(recorded: int | None = None) -> int:
+    """Return the threads to compute with: those asked for, else as many as cores are free.
+
+    Two threads on one free core wait for each other at every step.
+
+    Args:
+        recorded: Those of a run that goes on, which would give other bits with others.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return _OWN_THREADS
+    most = min(_OWN_THREADS, count_cores())
+    return min(most, max(1, recorded or round(count_free_cores())))
 
 
 def _choose_slice_axis(
@@ -340,8 +360,13 @@ def _choose_normalization(
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     result = []
     for index, (name, kind) in enumerate(zip(channels, kinds, strict=True)):
-        is_guess = not name and has_spacing and config.plan.normalization == "auto"
-        hint = "; for CT in Hounsfield units plan.normalization=ct" if is_guess else ""
+        is_guess = kind == "zscore" and has_spacing and config.plan.normalization == "auto"
+        hint = "" if name or not is_guess else "; for CT in Hounsfield units plan.normalization=ct"
+        if is_guess and _look_like_ct(labeled[:CT_SCANS], index, len(channels)):
+            hint = (
+                "; but it looks like CT, with the air and bone of Hounsfield units: if it is, "
+                "plan.normalization=ct"
+            )
         reasons.append(f"channel {index} ({name or 'unknown'}): normalization {kind}{hint}")
         if kind == "zscore":
             result.append(Normalization(kind="zscore"))
@@ -352,6 +377,16 @@ def _choose_normalization(
         mean, std = float(clipped.mean()), max(float(clipped.std()), 1e-3)
         result.append(Normalization(kind="ct", low=low, high=high, mean=mean, std=std))
     return tuple(result)
+
+
+def _look_like_ct(cases: Sequence[Case], channel: int, num_channels: int) -> bool:
+    """Return whether scans hold whole numbers from those of air to those of bone."""
+    for case in cases:
+        values = read_image(case.images, num_channels).array[channel]
+        some = values.reshape(-1)[:: 1 + values.size // 10**6]
+        if values.min() > CT_AIR or values.max() < CT_BONE or (some != np.rint(some)).any():
+            return False
+    return bool(cases)
 
 
 def _collect_foreground(
@@ -506,6 +541,10 @@ def _choose_batch(
 ) -> int:
     """Return the number of labeled patches of a step."""
     if config.train.batch != "auto":
+        if config.train.batch == 1 and config.noise.labeled_mixing != "none":
+            reasons.append(
+                "batch 1: labeled patches are not mixed with each other, as one is alone"
+            )
         return config.train.batch
     if len(patch_size) == 3:
         return 2
@@ -658,7 +697,8 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
 def has_bfloat16(device: str) -> bool:
     """Return whether a device computes in bfloat16 natively; emulated it is slower than float32."""
     if device.startswith("cuda"):
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device == "cpu" and has_cpu_bfloat16()
 
 
@@ -675,7 +715,7 @@ def _choose_workers(config: Config, on_gpu: bool) -> int:
     """Return the number of loader processes; on a CPU they would take cores from the network."""
     if config.train.workers != "auto":
         return config.train.workers
-    return min(8, max(1, (os.cpu_count() or 2) - 1)) if on_gpu else 0
+    return min(8, max(1, count_cores() - 1)) if on_gpu else 0
 
 
 def _estimate_disk(

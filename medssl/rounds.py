@@ -32,7 +32,7 @@ from medssl.data.formats import read_dataset
 from medssl.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
 from medssl.estimate import estimate_run
 from medssl.networks.build import explain_out_of_memory
-from medssl.plan import Plan, choose_device, make_plan, resolve
+from medssl.plan import Plan, choose_device, choose_threads, make_plan, resolve
 from medssl.predict import ModelInfo, describe_model
 from medssl.runs import (
     CaseCounter,
@@ -94,10 +94,11 @@ def prepare(
     if run_dir is not None and (run_dir / "plan.json").is_file():
         plan = read_record(run_dir / "plan.json", Plan)
         device = choose_device(config.train.device)
-        now = {"device": device, "threads": torch.get_num_threads()}
+        now = {"device": device, "threads": choose_threads(plan.threads)}
         if config.train.workers != "auto":
             now["workers"] = config.train.workers
         plan = plan.model_copy(update=now)
+        torch.set_num_threads(plan.threads)
     else:
         checked = check_dataset(dataset, splits, config.data.ignore, CaseCounter("check"))
         checked.raise_problems()
@@ -105,6 +106,7 @@ def prepare(
             print(f"warning: {warning}", file=sys.stderr)
         labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
+        torch.set_num_threads(plan.threads)
         rounds = config.train.rounds if unlabeled else 0
         check_settings(config, plan, len(splits.val))
         plan = plan.model_copy(update={"estimate": estimate_run(plan, config, rounds)})

@@ -1,10 +1,13 @@
 # The rules of the house, held by a walk over the syntax trees: nothing is imported to check it.
 # Each rule is a function (module, source) -> problems, with a control that has to go red.
 import ast
+import functools
+import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "__init__",
     "config",
+    "machine",
     "runs",
     "tracking",
     "losses",
@@ -151,6 +155,30 @@ def find_heavy_imports(module: str, source: str) -> list[str]:
     ]
 
 
+def find_undeclared_imports(module: str, source: str) -> list[str]:
+    """Imports of packages that pyproject.toml does not name; what comes along today may not."""
+    declared, providers = read_dependencies()
+    own = {"medssl", "study", *sys.stdlib_module_names}
+    return [
+        f"{module}:{line} imports {name}, which is no dependency"
+        for line, name in all_imports(module, source)
+        if (package := name.split(".")[0]) not in own
+        and not declared & {normalize(found) for found in providers.get(package, [package])}
+    ]
+
+
+@functools.cache
+def read_dependencies() -> tuple[set[str], Mapping[str, list[str]]]:
+    """What pyproject.toml names, and which distributions are installed for each import."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {normalize(re.split(r"[^\w.-]", text)[0]) for text in project["dependencies"]}
+    return declared, importlib.metadata.packages_distributions()
+
+
+def normalize(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def find_unsafe_loading(module: str, source: str) -> list[str]:
     tree = ast.parse(source)
     aliases = dict(local_names(tree))
@@ -257,6 +285,10 @@ def test_only_tracking_knows_mlflow():
     check(find_mlflow_imports, "medssl", "scripts")
 
 
+def test_every_package_that_is_imported_is_declared():
+    check(find_undeclared_imports, "medssl", "scripts")
+
+
 def test_what_the_command_line_needs_at_once_imports_nothing_heavy():
     check(find_heavy_imports, "medssl")
     modules = {module.removesuffix(".__init__") for module, _ in python_files("medssl")}
@@ -338,6 +370,8 @@ RED = [
     (find_heavy_imports, "medssl.cli", "import monai.data as data"),
     (find_heavy_imports, "medssl.cli", "if TYPE_CHECKING:\n    from nibabel import Nifti1Image"),
     (find_heavy_imports, "medssl.data.cases", "try:\n    import torch\nexcept ImportError: ..."),
+    (find_undeclared_imports, "medssl.train", "import requests"),
+    (find_undeclared_imports, "medssl.train", "def f():\n    from click.core import Group"),
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path)"),
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path, weights_only=False)"),
     (find_unsafe_loading, "medssl.train", "import torch as t\nt.load(path, weights_only=flag)"),
@@ -377,6 +411,7 @@ GREEN = [
     (find_heavy_imports, "medssl.cli", "def train():\n    import torch"),
     (find_heavy_imports, "medssl.data.cases", "import numpy as np"),
     (find_heavy_imports, "medssl.train", "import torch"),
+    (find_undeclared_imports, "medssl.train", "import yaml\nfrom PIL import Image\nimport re"),
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path, weights_only=True)"),
     (find_unsafe_loading, "medssl.train", "import numpy as np\nnp.load(p, allow_pickle=False)"),
     (find_unsafe_loading, "medssl.train", "import json\njson.load(file)\nnetwork.eval()"),

@@ -223,6 +223,13 @@ def test_render_shows_every_key_with_its_source(tmp_path):
     assert "losses.entropy.ramp.end: 0.25" in text
 
 
+def test_render_leaves_out_what_nobody_gave(tmp_path):
+    resolved = load_config(tmp_path, ["train.lr=0.5"], plan={"train.steps": 7})
+    lines = render(resolved, only_given=True).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["data.root", "train.lr"]
+    assert render(load_config(), only_given=True) == ""
+
+
 def test_what_render_prints_is_the_same_configuration_again(tmp_path):
     names = ", ".join(f"{value}: 'structure number {value}, höher'" for value in range(1, 60))
     given = [f"data.labels={{{names}}}", "train.steps=[" + "1000, " * 20 + "7]", "seed=3"]

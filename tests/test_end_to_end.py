@@ -142,6 +142,8 @@ def test_a_dry_run_plans_anew_whatever_lies_in_the_run_folder(data: Path, finish
     given = ("labeled=3", "test=3", "plan.patch_size=[16,24,16]", "steps=7", "network.depth=3")
     text = medssl("train", data, *given, "--dry-run", "--run", finished)
     assert "patch 16x24x16" in text
+    assert "train.steps: 7" in text
+    assert len(text.splitlines()) < 40
     assert "7 steps" in text
     assert (finished / "plan.json").read_bytes() == before
     copied = shutil.copytree(data, finished.parent / "cohort v1.2")

@@ -14,7 +14,9 @@ from medssl.data.formats import Case, Dataset, read_dataset
 from medssl.networks.build import build_network
 from medssl.plan import (
     Plan,
+    _choose_workers,
     choose_device,
+    choose_threads,
     count_unlabeled,
     describe_student,
     make_plan,
@@ -22,6 +24,7 @@ from medssl.plan import (
 )
 from medssl.runs import read_json, write_json
 from medssl.sides import find_mirrored
+from medssl.students import check_settings
 
 LABELS = {0: "background", 3: "organ", 7: "lesion"}
 
@@ -182,6 +185,106 @@ def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):
 
 
 @pytest.mark.parametrize(
+    ("air", "bone", "step", "channel", "says"),
+    [
+        (-1024, 3071, 1, "", True),
+        (-1000, 900, 1, "CT venous", True),
+        (-3024, 1500, 1, "image", True),
+        (0, 3071, 1, "", False),
+        (-1024, 3071, 1.3, "", False),  # no whole numbers
+        (-900, 100, 1, "", False),
+    ],
+)
+def test_what_looks_like_ct_is_said_and_not_decided(scans, air, bone, step, channel, says):
+    (case,) = scans.add().labeled
+    values = np.linspace(air, bone, 20 * 18 * 16).reshape(20, 18, 16)
+    image = (np.rint(values) * step).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), case.images[0])
+    plan = scans.plan(channels=(channel,))
+    text = "\n".join(plan.reasons)
+    assert ("looks like CT" in text) is says
+    assert plan.preprocessing.normalization[0].kind == "zscore"
+    given = scans.plan("plan.normalization=zscore", channels=(channel,))
+    assert "looks like CT" not in "\n".join(given.reasons)
+
+
+def test_a_patch_that_is_alone_is_mixed_with_none_and_the_plan_says_so(scans):
+    text = "labeled patches are not mixed"
+    scans.add()
+    assert text in "\n".join(scans.plan("train.batch=1").reasons)
+    assert text not in "\n".join(scans.plan("train.batch=2").reasons)
+    off = scans.plan("train.batch=1", "noise.labeled_mixing=none")
+    assert text not in "\n".join(off.reasons)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.schedule=pretrain", "train.fine_tune.share=0.004"], "labels are seen in the fine"),
+        (["train.schedule=pretrain", "train.fine_tune.share=0.5", "noise.mixing=copy_paste",
+          "train.batch=1"], "a step has one"),
+        (["noise.mixing=cutmix", "train.batch=1"], "a step has one"),
+    ],
+)  # fmt: skip
+def test_students_that_see_no_label_or_mix_with_themselves_are_refused(scans, overrides, words):
+    given = ["method=classic", "steps=100", *overrides]
+    plan = scans.add().add(labeled=False).plan(*given)
+    with pytest.raises(InputError, match=words):
+        check_settings(load_config(overrides=given).config, plan, 0)
+
+
+def test_a_fine_tune_of_one_step_is_one(scans):
+    given = ["method=classic", "steps=100", "train.schedule=pretrain"]
+    plan = scans.add().add(labeled=False).plan(*given, "train.fine_tune.share=0.01")
+    config = load_config(overrides=[*given, "train.fine_tune.share=0.01"]).config
+    check_settings(config, plan, 0)
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """Eight cores of which a test says how many are free; torch would take all."""
+
+    def use(free, count=8):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        monkeypatch.setattr("medssl.plan._OWN_THREADS", 8)
+        monkeypatch.setattr("medssl.plan.count_cores", lambda: count)
+        monkeypatch.setattr("medssl.plan.count_free_cores", lambda: free)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("free", "count", "threads"), [(8.0, 8, 8), (5.2, 8, 5), (0.1, 8, 1), (7.0, 2, 2)]
+)
+def test_threads_are_as_many_as_cores_are_free(scans, cores, free, count, threads):
+    cores(free, count)
+    plan = scans.add().plan()
+    assert plan.threads == choose_threads() == threads
+    says = "what other programs leave free" in "\n".join(plan.reasons)
+    assert says is (threads < 8)
+
+
+def test_a_run_goes_on_with_its_threads_where_there_are_as_many_cores(cores):
+    cores(1.0)
+    assert choose_threads(recorded=4) == 4
+    cores(1.0, count=2)
+    assert choose_threads(recorded=4) == 2
+
+
+def test_the_user_s_number_of_threads_stands(cores, monkeypatch):
+    cores(1.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert choose_threads() == choose_threads(recorded=2) == 8
+
+
+def test_loaders_of_a_gpu_take_the_cores_of_this_process_but_one(cores):
+    config = load_config().config
+    for count, workers in ((1, 1), (2, 1), (5, 4), (64, 8)):
+        cores(0.0, count)
+        assert _choose_workers(config, on_gpu=True) == workers
+
+
+@pytest.mark.parametrize(
     ("name", "sided"),
     [
         ("kidney_left", True), ("Right Kidney", True), ("LeftKidney", True), ("kidneyRight", True),
@@ -255,8 +358,9 @@ def test_sets_without_sides_are_mirrored_whichever_cases_are_labeled(name):
 
 
 def test_an_unknown_device_is_refused_and_names_the_doctor():
-    with pytest.raises(InputError, match="medssl doctor"):
-        choose_device("abacus")
+    for name in ("abacus", "meta", "cpu:x"):
+        with pytest.raises(InputError, match="medssl doctor"):
+            choose_device(name)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,0 +1,92 @@
+import os
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from medssl import machine
+
+Core = namedtuple("Core", "user nice system idle iowait")
+
+
+def write(root, name, text):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.fixture
+def affinity(monkeypatch):
+    return lambda cores: monkeypatch.setattr(machine, "_list_cores", lambda: cores)
+
+
+def test_cores_are_those_of_the_affinity(tmp_path, affinity):
+    affinity([3, 5, 8])
+    assert machine.count_cores(tmp_path) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_a_process_that_is_bound_to_a_core_has_one():
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+        "from medssl.machine import count_cores; print(count_cores())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"sys/fs/cgroup/cpu.max": "200000 100000"}, 2),
+        ({"sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "max 100000"}, 16),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 16),
+        ({"proc/self/cgroup": "0::/jobs/job7/step\n",
+          "sys/fs/cgroup/jobs/job7/cpu.max": "400000 100000"}, 4),
+        ({"proc/self/cgroup": "4:cpu,cpuacct:/job7\n1:memory:/other\n",
+          "sys/fs/cgroup/cpu/job7/cpu.cfs_quota_us": "500000",
+          "sys/fs/cgroup/cpu/job7/cpu.cfs_period_us": "100000"}, 5),
+        ({"proc/self/cgroup": "nonsense\n", "sys/fs/cgroup/cpu.max": "many"}, 16),
+    ],
+)  # fmt: skip
+def test_cores_are_within_the_quota_of_the_container_or_job(tmp_path, affinity, files, cores):
+    affinity(list(range(16)))
+    for name, text in files.items():
+        write(tmp_path, name, text)
+    assert machine.count_cores(tmp_path) == cores
+
+
+def test_free_is_what_is_idle_or_gives_way_on_the_cores_of_this_process(monkeypatch, affinity):
+    idle, busy = Core(0, 0, 0, 100, 0), Core(90, 0, 10, 0, 0)
+    niced, waiting = Core(0, 100, 0, 0, 0), Core(0, 0, 0, 40, 60)
+    use = [busy, idle, niced, waiting, idle]
+    monkeypatch.setattr(machine.psutil, "cpu_times_percent", lambda **given: use)
+    affinity([0, 1, 2, 3])
+    for niced, grouped, free in (
+        (False, False, 3),
+        (True, False, 2),
+        (False, True, 2),
+    ):
+        monkeypatch.setattr(machine, "_is_niced", lambda niced=niced: niced)
+        monkeypatch.setattr(machine, "_has_autogroups", lambda grouped=grouped: grouped)
+        assert machine.count_free_cores() == pytest.approx(free)
+
+
+WAITING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS")
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_threads_wait_passively_unless_the_user_says_otherwise(given):
+    environment = {key: value for key, value in os.environ.items() if key not in WAITING}
+    code = f"import medssl, os, sys; print(*(os.environ[k] for k in {WAITING}))"
+    code += "; assert not {'torch', 'numpy'} & set(sys.modules)"  # they read it when loaded
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | given, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [given.get("OMP_WAIT_POLICY", "PASSIVE"), "0", "1"]

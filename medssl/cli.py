@@ -323,10 +323,9 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Segment scans; masks have the input's grid and the original label values."""
-    from medssl.plan import choose_device
     from medssl.predict import load_model, predict_files
 
-    loaded = load_model(model, choose_device(device))
+    loaded = load_model(model, _take_device(device))
     predict_files(loaded, inputs, out, probs=probs, uncertainty=uncertainty, report=print)
 
 
@@ -353,10 +352,9 @@ def evaluate(
     model, wanted = _find_wanted_round(model, data, round_index)
     from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
     from medssl.evaluate import render as render_summary
-    from medssl.plan import choose_device
     from medssl.runs import lock_run, read_json
 
-    chosen = choose_device(device)
+    chosen = _take_device(device)
     if data is None:
         if out is not None:
             raise InputError(
@@ -383,6 +381,16 @@ def evaluate(
     settings = load_config(None, overrides or []).config.data
     summary = evaluate_data(model, data, out, data=settings, tolerance=tolerance, device=chosen)
     print(render_summary(summary))
+
+
+def _take_device(name: str) -> str:
+    """Return the device, and compute with as many threads as cores are free."""
+    import torch
+
+    from medssl.plan import choose_device, choose_threads
+
+    torch.set_num_threads(choose_threads())
+    return choose_device(name)
 
 
 def _find_wanted_round(

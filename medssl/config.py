@@ -721,17 +721,18 @@ def _parse_yaml(text: str) -> Any:
     """
     depth = 0
     for event in yaml.parse(text, Loader=_PlainLoader):
-        wrong = None
+        wrong, tag = None, getattr(event, "tag", None)
+        where: Any = event.start_mark
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             wrong = "anchors (&) and aliases (*) are not read: write the value out, or quote it"
-        elif getattr(event, "tag", None):
-            wrong = f"tags such as {_show(event.tag)} are not read here: write the value alone"
+        elif tag:
+            wrong = f"tags such as {_show(tag)} are not read here: write the value alone"
         elif depth > MOST_NESTED:
             wrong = f"more than {MOST_NESTED} brackets or sections are nested"
         if wrong:
-            raise yaml.constructor.ConstructorError(None, None, wrong, event.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, wrong, where)
     return yaml.load(text, Loader=_PlainLoader)
 
 

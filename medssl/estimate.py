@@ -37,9 +37,27 @@ from medssl.students import (
 )
 from medssl.train import train
 
-TRIED_STEPS = 4  # of which the last ones are timed
+TRIED_STEPS = 4  # at least, of which the last ones are timed
+MOST_TRIED = 24
 TIMED_STEPS = 2
+TRIED_SECONDS = 3.0  # for as long as more steps are tried: of a few a busy machine may slow all
 LEAST_BYTES = 250  # of a training step for each voxel of its patches: no network gets by with less
+
+
+class _Enough(StopFlag):
+    """Stops after a few steps, of quick ones after a few seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._steps = 0
+        self._until = 0.0
+
+    def is_set(self) -> bool:
+        """Return whether enough steps have been tried."""
+        if not self._steps:
+            self._until = time.monotonic() + TRIED_SECONDS
+        self._steps += 1
+        return self._steps >= TRIED_STEPS and time.monotonic() > self._until
 
 
 def estimate_run(plan: Plan, config: Config, rounds: int) -> dict[str, float]:
@@ -109,7 +127,7 @@ def _find_largest_round(plan: Plan, config: Config) -> int:
 
 
 def _try_steps(plan: Plan, config: Config, index: int, folder: Path) -> float:
-    """Train a few steps in a folder; return the seconds that one of the last took."""
+    """Train a few steps in a folder; return the seconds that one takes after the first ones."""
     spec = describe_student(plan, config, index) if index else plan.network
     labeled = [make_case(plan, folder / f"labeled_{number}", number) for number in range(2)]
     unlabeled: list[UnlabeledCase] = []
@@ -125,22 +143,21 @@ def _try_steps(plan: Plan, config: Config, index: int, folder: Path) -> float:
     loss = config.losses.pseudo_label
     if index and loss.transition == "held_out":  # measured after round 0
         objective.losses["pseudo_label"] = build_loss(loss, torch.eye(plan.num_classes))
-    section = config.train.model_copy(
-        update={"log_every": TIMED_STEPS, "checkpoint_every": TRIED_STEPS}
-    )
+    section = config.train.model_copy(update={"log_every": 1, "checkpoint_every": MOST_TRIED})
     sampling = choose_sampling(config, plan, index, config.train.seed)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train(
             objective,
             PatchDataset(labeled, unlabeled, sampling),
             config.model_copy(update={"train": section}),
-            plan.model_copy(update={"steps": TRIED_STEPS}),
+            plan.model_copy(update={"steps": MOST_TRIED}),
             folder,
             index,
-            StopFlag(folder, None),
+            _Enough(folder),
         )
     lines = [entry["metrics"] for entry in Journal(folder / "metrics.jsonl").read()]
-    return 1.0 / float(lines[-1]["monitors/steps_per_second"])
+    rates = [float(line["monitors/steps_per_second"]) for line in lines]
+    return 1.0 / float(np.median(rates[TRIED_STEPS - TIMED_STEPS :]))
 
 
 def _build(spec: NetworkSpec) -> SegmentationNetwork:

@@ -23,11 +23,12 @@ def count_cores(root: Path = Path("/")) -> int:
 def count_free_cores() -> float:
     """Return how many of the cores of this process nobody uses now, from a short look.
 
-    What runs at a lower priority than this process is out of its way, and counts as free.
+    What runs at a lower priority than this process is out of its way, and counts as free, unless
+    priorities hold within a session only.
     """
     use = psutil.cpu_times_percent(interval=SAMPLE_SECONDS, percpu=True)
     cores = [use[index] for index in _list_cores() if index < len(use)]
-    yielding = 0 if _is_niced() else 1
+    yielding = 0 if _is_niced() or _has_autogroups() else 1
     free = sum(
         core.idle + getattr(core, "iowait", 0.0) + yielding * getattr(core, "nice", 0.0)
         for core in cores
@@ -45,6 +46,14 @@ def _list_cores() -> list[int]:
 def _is_niced() -> bool:
     """Return whether this process gives way to others."""
     return hasattr(os, "getpriority") and os.getpriority(os.PRIO_PROCESS, 0) > 0
+
+
+def _has_autogroups(root: Path = Path("/")) -> bool:
+    """Return whether sessions share the cores evenly, however low the priorities in them are."""
+    try:
+        return (root / "proc/sys/kernel/sched_autogroup_enabled").read_text().strip() == "1"
+    except OSError:
+        return False
 
 
 def _find_groups(root: Path) -> list[Path]:

@@ -2,7 +2,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the load of the machine would decide it
+
+import nibabel as nib  # after the number of threads
 import numpy as np
 import pytest
 

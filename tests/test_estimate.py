@@ -68,6 +68,23 @@ def test_a_step_costs_what_the_objective_costs(tiny_plan, monkeypatch):
     assert measure_step(tiny_plan, configure(), 0) > max(0.2, quick)
 
 
+def test_a_step_that_another_program_held_up_does_not_count(tiny_plan, monkeypatch):
+    monkeypatch.setattr(estimate, "TRIED_SECONDS", 0.5)
+    quick = measure_step(tiny_plan, configure(), 0)
+    real, count = estimate.Objective.after_step, 0
+
+    def stumble(objective):
+        nonlocal count
+        count += 1
+        time.sleep(2.0 if count == 4 else 0.0)
+        real(objective)
+
+    monkeypatch.setattr(estimate.Objective, "after_step", stumble)
+    monkeypatch.setattr(estimate, "TRIED_STEPS", 8)
+    assert measure_step(tiny_plan, configure(), 0) < max(0.5, 5 * quick)
+    assert count >= 8
+
+
 def test_a_made_up_scan_has_every_class(tiny_plan, tmp_path):
     case = make_case(tiny_plan, tmp_path / "case", 0)
     assert case.image().shape == (1, 8, 8, 8)

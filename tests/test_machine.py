@@ -67,10 +67,14 @@ def test_free_is_what_is_idle_or_gives_way_on_the_cores_of_this_process(monkeypa
     use = [busy, idle, niced, waiting, idle]
     monkeypatch.setattr(machine.psutil, "cpu_times_percent", lambda **given: use)
     affinity([0, 1, 2, 3])
-    monkeypatch.setattr(machine, "_is_niced", lambda: False)
-    assert machine.count_free_cores() == pytest.approx(3)
-    monkeypatch.setattr(machine, "_is_niced", lambda: True)
-    assert machine.count_free_cores() == pytest.approx(2)
+    for niced, grouped, free in (
+        (False, False, 3),
+        (True, False, 2),
+        (False, True, 2),
+    ):
+        monkeypatch.setattr(machine, "_is_niced", lambda niced=niced: niced)
+        monkeypatch.setattr(machine, "_has_autogroups", lambda grouped=grouped: grouped)
+        assert machine.count_free_cores() == pytest.approx(free)
 
 
 WAITING = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "OPENBLAS_NUM_THREADS")

@@ -709,3 +709,20 @@ def test_labels_never_touch(wanted: list[float], gap: float) -> None:
     places = _spread(wanted, gap)
     assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(places))
     assert not places or places[-1] <= 1 + 1e-9
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_reason_that_all_scans_have_is_said_once(run: Path) -> None:
+    path = run / "round_2" / "review.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {"accepted": "0", "reason": "lost lesion", "agreement": "0.9"}
+        row |= {key: "0.9" for key in row if key.startswith("coverage/")}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    html = report(run).html
+    assert html.count("not used for training (lost lesion)") == 1
+    assert "Of all of them: not used for training (lost lesion)." in html

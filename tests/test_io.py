@@ -451,6 +451,14 @@ def test_a_grid_that_no_scanner_makes_is_refused_with_its_value(tmp_path, row, c
         read_label_values(path)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_place_beyond_all_numbers_is_refused_without_a_warning(tmp_path):
+    scan = make_scan(change(UPRIGHT, r0c0=1e200), kind=nib.Nifti2Image)
+    nib.save(scan, tmp_path / "scan.nii")
+    with pytest.raises(InputError, match=r"1e\+200"):
+        read_geometry(tmp_path / "scan.nii")
+
+
 def test_fine_and_coarse_scans_are_taken(tmp_path):
     for sizes, unit in (((0.5, 0.5, 60), 3), ((4, 4, 4e-2), 3), ((1.5e-3, 1e-3, 0.2), 2)):
         affine = np.diag([*sizes, 1])

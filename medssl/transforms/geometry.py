@@ -76,6 +76,7 @@ def check_affine(affine: Affine) -> None:
         raise ValueError(f"the affine flattens the volume: {affine.tolist()}")
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def check_grid(shape: Shape, affine: Affine) -> None:
     """Refuse a grid that no scanner makes, before anything is computed on it.
 

@@ -407,7 +407,7 @@ def _check_evaluation(
         if wanted is not None and f"round_{wanted}" not in find_rounds(model):
             known = ", ".join(r.removeprefix("round_") for r in find_rounds(model)) or "none"
             raise InputError(f"{model}: round {wanted} is not done; done are: {known}")
-        resolve_model(model)
+        resolve_model(model if wanted is None else model / f"round_{wanted}")
         return DataSection()
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")

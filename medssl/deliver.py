@@ -43,7 +43,7 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
         if predict_unlabeled:
             message += (
                 "; so --predict-unlabeled has written no masks: if you want them all the same, "
-                f"medssl predict {run.folder} SCANS --out DIR"
+                "medssl predict RUN SCANS --out DIR"
             )
         _summarize(run, "round_0", message)
         set_status(run.folder, "stopped_by_gate")

@@ -83,7 +83,7 @@ def evaluate_model(
 
     Returns:
         The content of ``summary.json``. A scan that cannot be read or segmented is in no figure;
-        ``failed`` names it and says why.
+        ``failed`` names it.
 
     Raises:
         InputError: No case has a label, or labels are unreadable, hold values that the model
@@ -288,7 +288,7 @@ def _measure(
     names = {index: name for index, name in info.labels.items() if index > 0}
     rows: list[Row] = []
     flags: dict[str, list[str]] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     tolerances: list[float] = []
     for number, case in enumerate(cases, 1):
         try:
@@ -316,7 +316,7 @@ def _measure(
     summary = summarize(rows)
     extent = {"low": min(tolerances), "high": max(tolerances)}
     unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
-    about = {f"surface_tolerance_{unit}": extent, "flags": flags, "failed": failed}
+    about = {f"surface_tolerance_{unit}": extent, "flags": flags, "failed": list(failed)}
     return rows, {**summary, **about}
 
 
@@ -433,10 +433,9 @@ def render(summary: Mapping[str, Any]) -> str:
             f"  {entry['num_missed']:>6}  {entry['num_false_alarms']:>6}  {entry['num_absent']:>6}"
         )
     lines.append(f"{'mean over classes':<{width}}  {format_estimate(summary['dice'])}")
-    failed = summary.get("failed") or {}
+    failed = list(summary.get("failed") or ())
     if failed:
-        lines.append(f"{len(failed)} more cases could not be measured and are in no figure:")
-        lines += [f"  {case_id}: {why}" for case_id, why in failed.items()]
+        lines.append(f"not measured, and in no figure: {len(failed)} cases: {shorten(failed)}")
     if "statement" in summary:
         means = summary["rounds"].items()
         lines.append(", ".join(f"{n}: {'n/a' if d is None else f'{d:.3f}'}" for n, d in means))

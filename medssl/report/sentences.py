@@ -287,6 +287,12 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
             f"Validation labels count as labels: there is no validation case, so the run has "
             f"{count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."
         )
+    failed = run.evaluation.get("failed")
+    if isinstance(failed, list) and failed:
+        details.append(
+            f"{count(len(failed), 'test case')} could not be measured and "
+            f"{'is' if len(failed) == 1 else 'are'} in no figure: {', '.join(map(str, failed))}."
+        )
     if patients:
         details.append(patients)
     details += [str(note) for note in run.evaluation.get("notes") or ()]

@@ -19,6 +19,7 @@ import typer
 
 from medssl import __version__
 from medssl.config import (
+    DataSection,
     InputError,
     Resolved,
     describe_terms,
@@ -56,6 +57,9 @@ RunOrModel = Annotated[
     Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, or a model folder.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files in --out that medssl did not write.")
+]
 
 _UNWRITABLE = {
     errno.EROFS,
@@ -97,6 +101,12 @@ def _parse_amount(text: str) -> float:
     if not 0 <= value < math.inf:
         raise typer.BadParameter(f"{text!r} is no number from 0 on")
     return value
+
+
+def _check_device(name: str) -> None:
+    """Refuse what cannot be the name of a device, before torch is imported to look for it."""
+    if not re.fullmatch(r"(auto|cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise InputError(f"device {name}: give auto, cpu, cuda or cuda:1")
 
 
 def _print_version(wanted: bool) -> None:
@@ -209,7 +219,7 @@ def train(
         cross_check=cross_check,
     )
     if outcome is not None:
-        raise SystemExit(EXIT_CODES[outcome.status])
+        raise SystemExit(FAILED if outcome.unsegmented else EXIT_CODES[outcome.status])
 
 
 def _train(
@@ -225,16 +235,11 @@ def _train(
     cross_check: int = 0,
 ) -> Outcome | None:
     """Prepare, print the plan, run all rounds, and print what to do next."""
-    from medssl.data.cases import read_dataset, split_cases
     from medssl.runs import StopFlag, lock_run
 
-    data = resolved.config.data
-    root = data.root
-    if root is None:
-        raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
-    split_cases(read_dataset(root, data.format, data.labels), data, resolved.config.validation)
-    from medssl.cross_check import cross_check as check_folds
-    from medssl.cross_check import list_folds  # slow to import: after the quick mistakes
+    root = _check_training(resolved, cross_check, round_0)
+    from medssl.cross_check import cross_check as check_folds  # slow to import: after the mistakes
+    from medssl.cross_check import list_folds
     from medssl.rounds import prepare, run_training
 
     place = root.resolve()
@@ -273,6 +278,25 @@ def _train(
         print(f"evaluate:  medssl evaluate {folder} OTHER_LABELED_DATA --out evaluation")
     print(f"compare:   medssl ui {folder.parent}")
     return outcome
+
+
+def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) -> Path:
+    """Answer the mistakes that need neither torch nor a scan; return where the data is."""
+    from medssl.data.cases import read_dataset, split_cases, take
+
+    data = resolved.config.data
+    if data.root is None:
+        raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
+    dataset = read_dataset(data.root, data.format, data.labels)
+    splits = split_cases(dataset, data, resolved.config.validation)
+    _check_device(resolved.config.train.device)
+    if cross_check:
+        from medssl.cross_check import deal_folds
+
+        deal_folds(take(dataset, splits, "labeled"), cross_check, data.split_seed)
+    if round_0 is not None and not (round_0 / "round_0" / "model" / "done.json").is_file():
+        raise InputError(f"--round-0 {round_0}: there is no finished round 0 in it")
+    return data.root
 
 
 def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
@@ -314,19 +338,33 @@ def _write_report(folder: Path) -> Path:
 @app.command()
 def predict(
     model: RunOrModel,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Files or folders.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="INPUT...", help="Scans, folders, lists.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the masks.")],
     probs: Annotated[bool, typer.Option("--probs", help="Write class probabilities.")] = False,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Write a map of predictive entropy, in nats.")
     ] = False,
+    overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Segment scans; masks have the input's grid and the original label values."""
-    from medssl.predict import load_model, predict_files
+    from medssl.data.predictions import SomeFailedError, plan_predictions
+    from medssl.data.trained import count_model_channels
+
+    _check_device(device)
+    maps = ["probs"] * probs + ["uncertainty"] * uncertainty
+    plan_predictions(inputs, out, count_model_channels(model), maps=maps, overwrite=overwrite)
+    from medssl.predict import load_model, predict_files  # slow to import: after the mistakes
 
     loaded = load_model(model, _take_device(device))
-    predict_files(loaded, inputs, out, probs=probs, uncertainty=uncertainty, report=print)
+    wanted = {"probs": probs, "uncertainty": uncertainty, "overwrite": overwrite}
+    try:
+        predict_files(loaded, inputs, out, **wanted, report=print)
+    except SomeFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(FAILED) from None
 
 
 @app.command()
@@ -346,41 +384,72 @@ def evaluate(
         str | None,
         typer.Option("--round", help="A round of a run, on its own test cases: 0, 1, ... or all."),
     ] = None,
+    overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
+    _check_device(device)
     model, wanted = _find_wanted_round(model, data, round_index)
+    settings = _check_evaluation(model, data, list(overrides or ()), out, wanted)
     from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
-    from medssl.evaluate import render as render_summary
-    from medssl.runs import lock_run, read_json
+    from medssl.evaluate import render as render_summary  # slow to import: after the quick mistakes
+    from medssl.runs import lock_run
 
     chosen = _take_device(device)
-    if data is None:
-        if out is not None:
-            raise InputError(
-                "--out is for other scans: a run keeps its evaluation in RUN/evaluation"
-            )
-        is_run = (model / "run.json").is_file()
-        with lock_run(model) if is_run else contextlib.nullcontext():
-            if wanted is None:
-                summary = evaluate_run(model, tolerance=tolerance, device=chosen)
-            else:
-                summary = evaluate_round(model, wanted, tolerance=tolerance, device=chosen)
-        if round_index == "all":
-            for path in sorted((model / "evaluation").glob("round_*/summary.json")):
-                print(f"{path.parent.name}: {render_summary(read_json(path))}\n")
-        print(render_summary(summary))
-        print(f"report: {_write_report(model)}")
-        _sync_quietly(model)
+    given: dict[str, Any] = {"tolerance": tolerance, "device": chosen}
+    if data is not None and out is not None:
+        summary = evaluate_data(model, data, out, data=settings, overwrite=overwrite, **given)
+        _finish_evaluation(render_summary(summary), summary)
         return
+    is_run = (model / "run.json").is_file()
+    with lock_run(model) if is_run else contextlib.nullcontext():
+        if wanted is None:
+            summary = evaluate_run(model, overwrite=overwrite, **given)
+        else:
+            summary = evaluate_round(model, wanted, **given)
+    if round_index == "all":
+        from medssl.data.trained import read_object
+
+        for path in sorted((model / "evaluation").glob("round_*/summary.json")):
+            print(f"{path.parent.name}: {render_summary(read_object(path))}\n")
+    text = f"{render_summary(summary)}\nreport: {_write_report(model)}"
+    _sync_quietly(model)
+    _finish_evaluation(text, summary)
+
+
+def _check_evaluation(
+    model: Path, data: Path | None, overrides: list[str], out: Path | None, wanted: int | None
+) -> DataSection:
+    """Answer all mistakes that need neither torch nor a scan; return how the data is read."""
+    from medssl.data.cases import read_dataset
+    from medssl.data.trained import check_out, find_rounds, open_test_cases, resolve_model
+
+    if data is None and out is not None:
+        raise InputError("--out is for other scans: a run keeps its evaluation in RUN/evaluation")
+    if data is None:
+        open_test_cases(model, lambda text: None)
+        if wanted is not None and f"round_{wanted}" not in find_rounds(model):
+            known = ", ".join(r.removeprefix("round_") for r in find_rounds(model)) or "none"
+            raise InputError(f"{model}: round {wanted} is not done; done are: {known}")
+        resolve_model(model if wanted is None else model / f"round_{wanted}")
+        return DataSection()
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
-    for text in overrides or ():
+    for text in overrides:
         if not text.startswith("data."):
             raise InputError(f"{text}: only data.KEY=VALUE says how to read DATA")
-    settings = load_config(None, overrides or []).config.data
-    summary = evaluate_data(model, data, out, data=settings, tolerance=tolerance, device=chosen)
-    print(render_summary(summary))
+    settings = load_config(None, overrides).config.data
+    resolve_model(model)
+    check_out(out)
+    read_dataset(data, settings.format, settings.labels)
+    return settings
+
+
+def _finish_evaluation(text: str, summary: Mapping[str, Any]) -> None:
+    """Print what was measured; cases that could not be measured are an exit code of 1."""
+    print(text)
+    if summary.get("failed"):
+        raise SystemExit(FAILED)
 
 
 def _take_device(name: str) -> str:
@@ -491,20 +560,30 @@ def demo(
 ) -> None:
     """Run the main job on made-up 3D scans: train, predict, evaluate, report."""
     from medssl.data.phantoms import write_phantoms
+    from medssl.data.predictions import plan_predictions
+
+    data, run = out / "phantoms", out / "runs" / "demo"
+    if not (data / "cases.csv").is_file():
+        foreign = [
+            path for path in data.rglob("*") if path.is_file() and "organs_" not in path.name
+        ]
+        if foreign:
+            raise InputError(
+                f"{data}: holds files that are no demo's, such as {foreign[0]}; give another --out"
+            )
+        print(f"drawing 4 labeled, 16 unlabeled and 12 test phantoms in {data}")
+        write_phantoms(data, shape=DEMO_SHAPE)
+    scans = sorted((data / "images").glob("*.nii.gz"))[-1:]
+    plan_predictions(scans, out / "masks", 1)  # before anything is trained
     from medssl.evaluate import evaluate_run
     from medssl.evaluate import render as render_summary
     from medssl.predict import load_model, predict_files
 
-    data, run = out / "phantoms", out / "runs" / "demo"
-    if not (data / "cases.csv").is_file():
-        print(f"drawing 4 labeled, 16 unlabeled and 12 test phantoms in {data}")
-        write_phantoms(data, shape=DEMO_SHAPE)
     config = find_configs() / "phantoms.yaml"
     given = [f"data.root={data}", *(overrides or [])]
     outcome = _train(load_config(config, given), lambda plan: load_config(config, given, plan), run)
     if outcome is None or outcome.status == "interrupted":
         raise SystemExit(INTERRUPTED)
-    scans = sorted((data / "images").glob("*.nii.gz"))[-1:]
     predict_files(load_model(run), scans, out / "masks", report=print)
     summary = evaluate_run(run, report=lambda text: None)
     path = _write_report(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from medssl.config import InputError
+from medssl.data.trained import read_object
 from medssl.metrics import (
     ID_COLUMNS,
     MIN_CASES_FOR_VERDICT,
     Row,
     bootstrap_mean,
+    compare_cases,
+    fill_absent,
     format_estimate,
     judge,
+    mean_known,
     paired_difference,
     read_table,
 )
@@ -77,7 +81,7 @@ def compare(paths: Sequence[str | Path]) -> tuple[str, list[dict[str, Any]]]:
         )
     classes, dropped = _find_classes(arms)
     _check_references(arms, shared, classes)
-    rows = [_compare_arm(arm, arms[0], shared, classes) for arm in arms]
+    rows = _compare_arms(arms, shared, classes)
     notes = [f"{len(shared)} cases, evaluated in all {len(arms)} arms"]
     if num_all > len(shared):
         notes[0] += f"; {num_all - len(shared)} others only in some are left out"
@@ -145,7 +149,21 @@ def _find_table(path: Path) -> Path:
     if not path.exists():
         raise InputError(f"{path}: no such run, round or evaluation folder")
     run = path.parent if path.name.startswith("round_") else path
-    raise InputError(f"{path}: has not been evaluated; run: medssl evaluate {run}")
+    raise InputError(f"{path}: has not been evaluated; {_say_how_to_evaluate(run, path)}")
+
+
+def _say_how_to_evaluate(run: Path, path: Path) -> str:
+    """Return the command that makes a table: not `evaluate RUN` for a run without test cases."""
+    splits = run / "splits.json"
+    if not splits.is_file() or read_object(splits).get("test"):
+        return f"run: medssl evaluate {run}"
+    folds = run / "cross_check"
+    measured = f" (or compare its folds: {folds})" if (folds / "per_case.csv").is_file() else ""
+    return (
+        f"the run has no test cases of its own, so measure it and each other one on labeled scans "
+        f"that are new to all: medssl evaluate {path} DATA --out EVALUATION_OF_{run.name}, and "
+        f"compare these folders: medssl compare EVALUATION_OF_{run.name} ...{measured}"
+    )
 
 
 def _read_cases(path: Path) -> tuple[dict[str, dict[str, Cell]], dict[str, str]]:
@@ -172,17 +190,14 @@ def _average(rows: Sequence[Mapping[str, Cell]]) -> dict[str, Cell]:
     averaged = {}
     for column in (column for column in rows[0] if all(column in row for row in rows)):
         values = [row[column] for row in rows]
-        if any(value is not None for value in values):
-            perfect = 0.0 if column.startswith("hd95") else 1.0
-            values = [perfect if value is None else value for value in values]
-        averaged[column] = _mean(values)
+        filled = fill_absent([[value] for value in values], _find_perfect(column))
+        averaged[column] = mean_known(value for (value,) in filled)
     return averaged
 
 
-def _mean(values: Iterable[Cell]) -> Cell:
-    """Return the mean of the values that are not n/a, n/a if there is none."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def _find_perfect(column: str) -> float:
+    """Return the best value of a metric."""
+    return 0.0 if column.startswith("hd95") else 1.0
 
 
 def _find_classes(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
@@ -221,46 +236,56 @@ def _get_reference(case: Mapping[str, Cell], name: str) -> Cell:
     return case.get(f"reference_ml/{name}", case.get(f"reference_px/{name}"))
 
 
-def _compare_arm(
-    arm: Arm, first: Arm, shared: Sequence[str], classes: Sequence[str]
-) -> dict[str, Any]:
-    """Return the row of an arm."""
-    ours, theirs = (
-        [_mean(a.cases[case_id][f"dice/{name}"] for name in classes) for case_id in shared]
-        for a in (arm, first)
-    )
-    patients = [first.patients[case_id] for case_id in shared]
-    difference = None if arm is first else paired_difference(ours, theirs, patients=patients)
-    estimate = bootstrap_mean(ours, patients=patients)
-    return {
-        "name": arm.name,
-        "num_tables": arm.num_tables,
-        "n": estimate["n"],
-        "dice": estimate,
-        "difference": difference,
-        "verdict": None if difference is None else judge(difference),
-        "classes": {name: _compare_class(arm, first, shared, patients, name) for name in classes},
-    }
+def _compare_arms(
+    arms: Sequence[Arm], shared: Sequence[str], classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the row of each arm."""
+    columns = [f"dice/{name}" for name in classes]
+    tables = [[{c: arm.cases[i][c] for c in columns} for i in shared] for arm in arms]
+    patients = [arms[0].patients[case_id] for case_id in shared]
+    entries = [_compare_class(arms, shared, patients, name) for name in classes]
+    rows = []
+    for index, dice in enumerate(compare_cases(tables)):
+        estimate = bootstrap_mean(dice, patients=patients)
+        ours, theirs = compare_cases([tables[index], tables[0]])
+        difference = paired_difference(ours, theirs, patients=patients) if index else None
+        rows.append(
+            {
+                "name": arms[index].name,
+                "num_tables": arms[index].num_tables,
+                "n": estimate["n"],
+                "dice": estimate,
+                "difference": difference,
+                "verdict": None if difference is None else judge(difference),
+                "classes": {c: e[index] for c, e in zip(classes, entries, strict=True)},
+            }
+        )
+    return rows
 
 
 def _compare_class(
-    arm: Arm, first: Arm, shared: Sequence[str], patients: Sequence[str], name: str
-) -> dict[str, Any]:
-    """Return the entry of a class in the row of an arm."""
+    arms: Sequence[Arm], shared: Sequence[str], patients: Sequence[str], name: str
+) -> list[dict[str, Any]]:
+    """Return the entry of a class in the row of each arm."""
 
-    def get_column(a: Arm, metric: str) -> list[Cell]:
-        return [a.cases[case_id].get(f"{metric}/{name}") for case_id in shared]
+    def get_columns(metric: str) -> list[list[Cell]]:
+        return [[arm.cases[i].get(f"{metric}/{name}") for i in shared] for arm in arms]
 
-    dice, before = get_column(arm, "dice"), get_column(first, "dice")
-    difference = None if arm is first else paired_difference(dice, before, patients=patients)
-    in_mm = all(f"hd95_mm/{name}" in arm.cases[case_id] for case_id in shared)
+    in_mm = all(f"hd95_mm/{name}" in arm.cases[i] for arm in arms for i in shared)
     hd95 = "hd95_mm" if in_mm else "hd95_px"
-    return {
-        "dice": bootstrap_mean(dice, patients=patients),
-        hd95: bootstrap_mean(get_column(arm, hd95), patients=patients),
-        "num_missed": sum(value or 0.0 for value in get_column(arm, "missed")),
-        "difference": difference,
-    }
+    dice, distances, missed = (get_columns(metric) for metric in ("dice", hd95, "missed"))
+    sides = zip(fill_absent(dice), fill_absent(distances, _find_perfect(hd95)), strict=True)
+    return [
+        {
+            "dice": bootstrap_mean(ours, patients=patients),
+            hd95: bootstrap_mean(distance, patients=patients),
+            "num_missed": sum(value or 0.0 for value in missed[index]),
+            "difference": paired_difference(dice[index], dice[0], patients=patients)
+            if index
+            else None,
+        }
+        for index, (ours, distance) in enumerate(sides)
+    ]
 
 
 def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Sequence[str]) -> str:

@@ -11,14 +11,22 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medssl.config import InputError
 from medssl.data.cases import Case, Splits, take
-from medssl.evaluate import evaluate_run, summarize, write_tables
-from medssl.metrics import Row, format_estimate, judge, paired_difference, read_table
-from medssl.rounds import Prepared, run_training
+from medssl.metrics import (
+    Row,
+    compare_cases,
+    format_estimate,
+    judge,
+    paired_difference,
+    read_table,
+)
 from medssl.runs import StopFlag, read_json
+
+if TYPE_CHECKING:
+    from medssl.rounds import Prepared
 
 FOLDER = "cross_check"
 
@@ -99,6 +107,9 @@ def cross_check(
     Raises:
         InputError: The folds cannot be dealt.
     """
+    from medssl.evaluate import evaluate_run, write_tables  # slow: folds are dealt without them
+    from medssl.rounds import run_training
+
     rows: list[Row] = []
     before: list[Row] = []
     delivered = []
@@ -111,8 +122,11 @@ def cross_check(
                 return None
             evaluate_run(folder, device=prepared.plan.device, report=lambda text: None)
         delivered.append(str(read_json(folder / "summary.json")["delivered"]))
-        rows += read_table(folder / "evaluation" / "per_case.csv")
-        before += read_table(folder / "evaluation" / "round_0" / "per_case.csv")
+        ours = read_table(folder / "evaluation" / "per_case.csv")
+        theirs = read_table(folder / "evaluation" / "round_0" / "per_case.csv")
+        ids = {row["case_id"] for row in ours} & {row["case_id"] for row in theirs}
+        rows += [row for row in ours if row["case_id"] in ids]
+        before += [row for row in theirs if row["case_id"] in ids]
     summary = summarize_folds(rows, before, delivered)
     write_tables(run_dir / FOLDER, rows, summary)
     return summary
@@ -128,11 +142,10 @@ def summarize_folds(
         before: Of round 0 of the same folds, in the same order.
         delivered: The round that each fold delivered.
     """
-    ours, theirs = (
-        [None if row["dice"] is None else float(row["dice"]) for row in table]
-        for table in (rows, before)
-    )
+    from medssl.evaluate import summarize
+
     patients = [str(row["patient_id"]) for row in rows]
+    ours, theirs = compare_cases([rows, before])
     paired = paired_difference(ours, theirs, patients=patients)
     students = sum(name != "round_0" for name in delivered)
     verdict = judge(paired) if students else "not measured"

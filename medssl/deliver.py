@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from medssl.data.cache import CachedCase
 from medssl.data.io import write_mask
-from medssl.predict import load_model, predict_probs
+from medssl.metrics import compare_cases, mean_known
+from medssl.networks.build import explain_out_of_memory
+from medssl.predict import Model, explain_failure, load_model, predict_probs
 from medssl.runs import CaseCounter, hash_file, read_json, write_json, write_state
 from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
@@ -20,11 +23,15 @@ MOST_REJECTED = 2  # rounds
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``status`` as in state.json, the round that was delivered, and why."""
+    """How a run ended: ``status`` as in state.json, the round that was delivered, and why.
+
+    ``unsegmented`` are the unlabeled cases for which there should be a mask and is none.
+    """
 
     status: str
     delivered: str | None
     message: str
+    unsegmented: tuple[str, ...] = ()
 
 
 def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: bool) -> Outcome:
@@ -33,11 +40,15 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
         reasons = read_json(run.round_folder(0) / "done.json")["gate"]["reasons"]
         _copy_model(run, 0)
         message = f"the labels-only model did not pass its gate: {'; '.join(reasons)}"
+        if predict_unlabeled:
+            message += (
+                "; so --predict-unlabeled has written no masks: if you want them all the same, "
+                "medssl predict RUN SCANS --out DIR"
+            )
         _summarize(run, "round_0", message)
         set_status(run.folder, "stopped_by_gate")
         return Outcome("stopped_by_gate", "round_0", message)
-    done = {r: read_json(run.round_folder(r) / "done.json")["final"] for r in passed}
-    measured = {r: done[r]["val/dice"] for r in passed if done[r].get("val/dice") is not None}
+    measured = _compare_rounds(run, passed)
     chosen = max(measured, key=lambda r: (measured[r], r)) if measured else passed[-1]
     _copy_model(run, chosen)
     by_gate = 0 < min(MOST_REJECTED, run.num_rounds) <= rejected
@@ -49,11 +60,28 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
     _summarize(run, f"round_{chosen}", message)
     status = "stopped_by_gate" if by_gate else "delivered"
     set_status(run.folder, status)
-    if predict_unlabeled and not _predict_unlabeled(run):
+    failed = _predict_unlabeled(run) if predict_unlabeled else {}
+    if failed is None:
         message += f"; stopped by {run.stop.reason} before all unlabeled scans were segmented: the "
         message += "same command goes on"
         return Outcome("interrupted", f"round_{chosen}", message)
-    return Outcome(status, f"round_{chosen}", message)
+    if predict_unlabeled and not run.unlabeled:
+        message += "; --predict-unlabeled: there is no unlabeled scan"
+    if failed:
+        listed = "".join(f"\n  - {case_id}: {why}" for case_id, why in failed.items())
+        message += f"; {len(failed)} of {len(run.unlabeled)} unlabeled scans got no mask:{listed}"
+    return Outcome(status, f"round_{chosen}", message, tuple(failed))
+
+
+def _compare_rounds(run: Run, passed: Sequence[int]) -> dict[int, float]:
+    """Return the mean dice of the validation cases for rounds side by side; empty without any."""
+    done = {r: read_json(run.round_folder(r) / "done.json") for r in passed}
+    tables = [entry.get("validation") or [] for entry in done.values()]
+    if all(tables):
+        found = [mean_known(dice) for dice in compare_cases(tables)]
+    else:  # of version 0.1.0
+        found = [entry["final"].get("val/dice") for entry in done.values()]
+    return {r: value for r, value in zip(done, found, strict=True) if value is not None}
 
 
 def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:
@@ -94,6 +122,7 @@ def _drop_old_evaluation(run: Run, weights: Path, delivered: Path) -> None:
 def _summarize(run: Run, delivered: str, message: str) -> None:
     """Write summary.json."""
     rounds = []
+    hidden = ("hash", "final", "validation")
     for index in range(run.config.train.rounds + 1):
         path = run.round_folder(index) / "done.json"
         if path.is_file():
@@ -103,7 +132,7 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
                 "kept_cases": final.get("monitors/kept_cases"),
                 "agreement": final.get("monitors/agreement"),
             }
-            rounds.append({k: v for k, v in done.items() if k not in ("hash", "final")})
+            rounds.append({k: v for k, v in done.items() if k not in hidden})
     content = {
         "delivered": delivered,
         "exit": message,
@@ -118,30 +147,38 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
     write_json(run.folder / "summary.json", content)
 
 
-def _predict_unlabeled(run: Run) -> bool:
+def _predict_unlabeled(run: Run) -> dict[str, str] | None:
     """Write the delivered model's masks of all unlabeled cases, in full, on their own grids.
 
     Returns:
-        Whether all are there: it stops between two cases if it is told to.
+        Why cases got none, by case_id; or None if it was told to stop between two of them.
     """
     model = load_model(run.folder, run.plan.device)
     count = CaseCounter("masks of unlabeled scans")
+    failed = {}
     for number, case in enumerate(run.unlabeled):
         count(number, len(run.unlabeled))
         path = run.folder / "unlabeled_masks" / f"{case.case_id}{case.mask_suffix}"
         if path.is_file():
             continue
         if run.stop.is_set():
-            return False
-        image = to_tensor(case, run.plan.device)
-        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
-        probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]
-        native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
-        classes = native.argmax(0).astype(np.uint8)
-        values, header = run.plan.label_values, case.native_header
-        place = (path, classes, case.native_affine, values)
-        write_mask(*place, header=header, origin="prediction")
-    return True
+            return None
+        try:
+            _segment(run, model, case, path)
+        except Exception as error:  # whatever it is, it is this case's: the others go on
+            failed[case.case_id] = explain_failure(error)
+    return failed
+
+
+@explain_out_of_memory("the scan does not fit the memory; use a machine with more")
+def _segment(run: Run, model: Model, case: CachedCase, path: Path) -> None:
+    """Write the mask of a case."""
+    image = to_tensor(case, run.plan.device)
+    size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
+    probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]
+    native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
+    place = (native.argmax(0).astype(np.uint8), case.native_affine, run.plan.label_values)
+    write_mask(path, *place, header=case.native_header, origin="prediction")
 
 
 def set_status(run_dir: Path, status: str) -> None:

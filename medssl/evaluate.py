@@ -16,11 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.config import DataSection, InputError, load_config
-from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
+from medssl.config import DataSection, InputError
+from medssl.data.cases import Case, Dataset, read_dataset
 from medssl.data.files import is_picture, name_mask_suffix
-from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_label, write_mask
+from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_image, read_label, write_mask
 from medssl.data.pictures import compare_colours, read_colours
+from medssl.data.predictions import protect_files, read_files, record_predictions
+from medssl.data.trained import (
+    check_out,
+    find_rounds,
+    find_trained_on,
+    hash_voxels,
+    open_test_cases,
+    read_object,
+    shorten,
+    split_by_label,
+)
 from medssl.metrics import (
     MIN_CASES_FOR_VERDICT,
     ClassMetrics,
@@ -28,14 +39,16 @@ from medssl.metrics import (
     Row,
     bootstrap_mean,
     case_metrics,
+    compare_cases,
     format_estimate,
     judge,
     mean_dice,
+    mean_known,
     paired_difference,
     surface_tolerance,
 )
-from medssl.predict import Model, ModelInfo, load_model, predict_case
-from medssl.runs import hash_file, hash_json, read_json, write_json, write_text
+from medssl.predict import Model, ModelInfo, explain_failure, load_model, predict_case
+from medssl.runs import hash_file, hash_json, write_json, write_text
 from medssl.transforms.geometry import affines_differ, grid_spacing
 
 Report = Callable[[str], object]
@@ -49,6 +62,7 @@ def evaluate_model(
     ignore: int | None = None,
     tolerance: float | None = None,
     about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Predict cases, compare with their labels, and write the tables.
@@ -65,22 +79,29 @@ def evaluate_model(
         tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing) of each case. In
             pictures the unit is the pixel, and None takes one.
         about: What else the summary is to hold, such as the name of the data set.
+        overwrite: Replace what stands in the folder and no evaluation wrote.
         report: Takes a line of progress.
 
     Returns:
-        The content of ``summary.json``.
+        The content of ``summary.json``. A scan that cannot be read or segmented is in no figure;
+        ``failed`` names it.
 
     Raises:
         InputError: No case has a label, or labels are unreadable, hold values that the model
-            does not know, or lie on another grid than their scan: all such cases at once.
-        FloatingPointError: The network gave non-finite logits; names the case.
+            does not know, or lie on another grid than their scan: all such cases at once; or no
+            scan could be segmented, or files would be replaced that no evaluation wrote.
     """
-    labeled, unlabeled = _split_by_label(cases, report)
+    labeled, unlabeled = split_by_label(cases, report)
+    tables = ["per_case.csv", "summary.json"]
+    masks = [_name_mask(case) for case in labeled]
+    scans = [image for case in labeled for image in case.images]
+    protect_files(out, [*tables, *masks], overwrite, scans)
     _check_labels(labeled, model.info, ignore)
     _remove_tables(out)
-    rows, summary = _measure(model, labeled, ignore, tolerance, out / "predictions", report)
+    rows, summary = _measure(model, labeled, ignore, tolerance, out, report)
     summary = {**(about or {}), **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
+    record_predictions(out, [out / name for name in tables])
     return summary
 
 
@@ -92,6 +113,7 @@ def evaluate_data(
     data: DataSection | None = None,
     tolerance: float | None = None,
     device: str = "cpu",
+    overwrite: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Evaluate a run, one of its rounds, or a model folder on the labeled cases of a data set.
@@ -107,24 +129,24 @@ def evaluate_data(
         data: How to read it: ``format``, ``labels``, ``ignore``; None takes the defaults.
         tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
         device: Torch device.
+        overwrite: Replace what stands in the folder and no evaluation wrote.
         report: Takes a line of progress.
 
     Raises:
         InputError: The label map of the data is not the model's, there is no case to evaluate, or
             ``out`` is where a run has tables of its own.
     """
-    home = out.resolve()
-    if any((folder / "run.json").is_file() for folder in (home, *home.parents)):
-        raise InputError(f"--out {out}: the tables would replace those of a run; name a new folder")
+    check_out(out)
     data = data or DataSection()
     model = load_model(path, device)
     dataset = read_dataset(root, data.format, data.labels)
     ignore = dataset.ignore if data.ignore is None else data.ignore
     _check_label_map(model, dataset, ignore)
-    seen, notes = _find_trained_on(path, dataset)
+    channels = len(dataset.channels)
+    seen, notes = find_trained_on(path, dataset, lambda case: _hash_scan(case, channels))
     cases = [case for case in dataset.cases if case.case_id not in seen]
     if seen:
-        report(f"{len(seen)} cases are left out: the run was trained on them: {_shorten(seen)}")
+        report(f"{len(seen)} cases are left out: the run was trained on them: {shorten(seen)}")
     if not any(case.label is not None for case in cases):
         trained = f" ({len(seen)} the run was trained on)" if seen else ""
         raise InputError(
@@ -135,7 +157,14 @@ def evaluate_data(
         report(note)
     about = {"model": str(path), "dataset": dataset.name, "trained_on": seen, "remarks": notes}
     return evaluate_model(
-        model, cases, out, ignore=ignore, tolerance=tolerance, about=about, report=report
+        model,
+        cases,
+        out,
+        ignore=ignore,
+        tolerance=tolerance,
+        about=about,
+        overwrite=overwrite,
+        report=report,
     )
 
 
@@ -161,8 +190,8 @@ def evaluate_round(
     Raises:
         InputError: The run has no test cases, or no such round that is done.
     """
-    name, done = f"round_{index}", _find_rounds(run_dir)
-    dataset, ignore, labeled, unlabeled = _open_test_cases(run_dir, report)
+    name, done = f"round_{index}", find_rounds(run_dir)
+    dataset, ignore, labeled, unlabeled = open_test_cases(run_dir, report)
     if name not in done:
         known = ", ".join(entry.removeprefix("round_") for entry in done) or "none"
         raise InputError(f"{run_dir}: round {index} is not done; done are: {known}")
@@ -177,27 +206,12 @@ def evaluate_round(
     return summary
 
 
-def _open_test_cases(
-    run_dir: Path, report: Report
-) -> tuple[Dataset, int | None, list[Case], list[str]]:
-    """Return the data set of a run, its ignore value, and its test cases with and without label."""
-    splits, data = _read_splits(run_dir)
-    if not splits.test:
-        raise InputError(
-            f"{run_dir}: the run has no test cases; train with test=N, or give labeled scans that "
-            f"are new to it: medssl evaluate {run_dir} DATA --out DIR"
-        )
-    dataset = _read_run_dataset(data)
-    ignore = dataset.ignore if data.ignore is None else data.ignore
-    labeled, unlabeled = _split_by_label(take_test_with_labels(dataset, splits), report)
-    return dataset, ignore, labeled, unlabeled
-
-
 def evaluate_run(
     run_dir: Path,
     *,
     tolerance: float | None = None,
     device: str = "cpu",
+    overwrite: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Evaluate the delivered model and every round of a run on the run's own test cases.
@@ -209,6 +223,7 @@ def evaluate_run(
         run_dir: The run folder.
         tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
         device: Torch device.
+        overwrite: Replace masks of an earlier evaluation that were changed since.
         report: Takes a line of progress.
 
     Returns:
@@ -218,13 +233,17 @@ def evaluate_run(
     Raises:
         InputError: The run has no test cases or has delivered no model.
     """
-    dataset, ignore, labeled, unlabeled = _open_test_cases(run_dir, report)
-    run_summary = read_json(run_dir / "summary.json")
-    if read_json(run_dir / "state.json")["status"] not in ("delivered", "stopped_by_gate"):
+    dataset, ignore, labeled, unlabeled = open_test_cases(run_dir, report)
+    run_summary = read_object(run_dir / "summary.json")
+    if "delivered" not in run_summary:
+        raise InputError(f"{run_dir / 'summary.json'}: damaged: names no delivered round")
+    if read_object(run_dir / "state.json").get("status") not in ("delivered", "stopped_by_gate"):
         report(f"{run_dir}: the run is not finished; this measures the model that it has so far")
-    paths = {"model": run_dir, **{name: run_dir / name for name in _find_rounds(run_dir)}}
+    paths = {"model": run_dir, **{name: run_dir / name for name in find_rounds(run_dir)}}
     hashes = {name: _hash_model(path) for name, path in paths.items()}
     out = run_dir / "evaluation"
+    if read_files(out):  # 0.1.0 kept no record
+        protect_files(out, [_name_mask(case) for case in labeled], overwrite)
     folders = {name: out if name == "model" else out / name for name in paths}
     _check_labels(labeled, load_model(run_dir, device).info, ignore)
     for folder in folders.values():
@@ -233,13 +252,13 @@ def evaluate_run(
     for name, path in paths.items():
         if hashes[name] not in measured:  # the delivered model is mostly one of the rounds
             report(f"{path}: {len(labeled)} test cases")
-            masks = out / "predictions" if name == "model" else None
+            masks = out if name == "model" else None
             model = load_model(path, device)
             measured[hashes[name]] = _measure(model, labeled, ignore, tolerance, masks, report)
-    dice = {name: _column(measured[value][0], "dice") for name, value in hashes.items()}
+    tables = {name: measured[value][0] for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],
-        **_compare_to_baseline(run_summary, dice, [case.patient_id for case in labeled]),
+        **_compare_to_baseline(run_summary, tables),
     }
     for name in reversed(paths):  # that of the delivered model, with the verdict, comes last
         rows, summary = measured[hashes[name]]
@@ -249,17 +268,6 @@ def evaluate_run(
             summary |= verdict
         write_tables(folders[name], rows, summary)
     return summary
-
-
-def _split_by_label(cases: Sequence[Case], report: Report) -> tuple[list[Case], list[str]]:
-    """Return the cases with a label, and the case_ids of the others, which are said."""
-    labeled = [case for case in cases if case.label is not None]
-    unlabeled = [case.case_id for case in cases if case.label is None]
-    if unlabeled:
-        report(f"{len(unlabeled)} cases have no label and are left out: {_shorten(unlabeled)}")
-    if not labeled:
-        raise InputError(f"none of {len(cases)} cases has a label to compare a prediction with")
-    return labeled, unlabeled
 
 
 def _remove_tables(folder: Path) -> None:
@@ -273,20 +281,23 @@ def _measure(
     cases: Sequence[Case],
     ignore: int | None,
     tolerance: float | None,
-    masks: Path | None,
+    out: Path | None,
     report: Report,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Predict and measure cases; write the masks into a folder where one is given."""
+    """Predict and measure cases; write masks into predictions/ of a folder where one is given."""
     info = model.info
     names = {index: name for index, name in info.labels.items() if index > 0}
     rows: list[Row] = []
     flags: dict[str, list[str]] = {}
+    failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     tolerances: list[float] = []
     for number, case in enumerate(cases, 1):
         try:
             prediction = predict_case(model, case.images)
-        except (FloatingPointError, InputError) as error:
-            raise type(error)(f"{case.case_id}: {error}") from error
+        except Exception as error:  # whatever it is, it is this case's: the others are measured
+            failed[case.case_id] = explain_failure(error)
+            report(f"[{number}/{len(cases)}] {case.case_id}: not measured: {failed[case.case_id]}")
+            continue
         label, affine = _read_label(case, info.label_values, ignore)
         spacing = None if is_picture(case.images[0]) else grid_spacing(affine)
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
@@ -295,15 +306,34 @@ def _measure(
         rows.append(tabulate(case, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
-        if masks is not None:
-            path = masks / f"{case.case_id}{name_mask_suffix(case.images[0])}"
-            values, header = info.label_values, prediction.header
-            write_mask(path, prediction.mask, prediction.affine, values, header=header)
+        if out is not None:
+            path = out / _name_mask(case)
+            place = (prediction.mask, prediction.affine, info.label_values)
+            write_mask(path, *place, header=prediction.header, origin="prediction")
+            record_predictions(out, [path])
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
+    if not rows:
+        listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
+        raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")
     summary = summarize(rows)
     extent = {"low": min(tolerances), "high": max(tolerances)}
     unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
-    return rows, {**summary, f"surface_tolerance_{unit}": extent, "flags": flags}
+    about = {f"surface_tolerance_{unit}": extent, "flags": flags, "failed": list(failed)}
+    return rows, {**summary, **about}
+
+
+def _name_mask(case: Case) -> str:
+    """Return the place of a case's mask in the folder of an evaluation."""
+    return f"predictions/{case.case_id}{name_mask_suffix(case.images[0])}"
+
+
+def _hash_scan(case: Case, num_channels: int) -> list[str]:
+    """Return the hashes of a scan's channels; none of one that cannot be read."""
+    try:
+        volume = read_image(case.images, num_channels)
+    except InputError:
+        return []
+    return hash_voxels(volume.array, volume.affine)
 
 
 def tabulate(
@@ -352,7 +382,8 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
             "Intervals: percentile bootstrap over patients with all of their cases (10,000 "
             "resamples), which assumes independent patients.",
             "A missed structure and a false alarm count as dice 0 and hd95 = diagonal of the "
-            "image; a class absent in reference and prediction is n/a and in no mean.",
+            "image; a class absent in reference and prediction is n/a and in no mean, but beside a "
+            "model with a false alarm there it counts as dice 1.",
         ],
     }
 
@@ -404,6 +435,9 @@ def render(summary: Mapping[str, Any]) -> str:
             f"  {entry['num_missed']:>6}  {entry['num_false_alarms']:>6}  {entry['num_absent']:>6}"
         )
     lines.append(f"{'mean over classes':<{width}}  {format_estimate(summary['dice'])}")
+    failed = list(summary.get("failed") or ())
+    if failed:
+        lines.append(f"not measured, and in no figure: {len(failed)} cases: {shorten(failed)}")
     if "statement" in summary:
         means = summary["rounds"].items()
         lines.append(", ".join(f"{n}: {'n/a' if d is None else f'{d:.3f}'}" for n, d in means))
@@ -440,12 +474,6 @@ def _describe(metrics: Mapping[int, ClassMetrics], names: Mapping[int, str]) -> 
     text = "no class is present" if dice is None else f"dice {dice:.3f}"
     missed = [name for index, name in names.items() if metrics[index].missed]
     return f"{text}, missed: {', '.join(missed)}" if missed else text
-
-
-def _shorten(case_ids: Sequence[str]) -> str:
-    """Return the first few of many case_ids."""
-    more = f" and {len(case_ids) - 5} more" if len(case_ids) > 5 else ""
-    return ", ".join(case_ids[:5]) + more
 
 
 def _read_label(
@@ -508,64 +536,6 @@ def _check_label_map(model: Model, dataset: Dataset, ignore: int | None) -> None
         )
 
 
-def _find_trained_on(path: Path, dataset: Dataset) -> tuple[list[str], list[str]]:
-    """Return the cases of a data set that the run of a model was trained on, and remarks.
-
-    A case is the same one where a scan file is; one that only bears the same case_id is not
-    left out but remarked.
-    """
-    resolved = path.resolve()
-    runs = [p for p in (resolved, *resolved.parents[:3]) if (p / "splits.json").is_file()]
-    if not runs:
-        return [], [
-            f"{path} lies in no run that says which cases it was trained on: if some of these are "
-            "among them, this is no test"
-        ]
-    splits, data = _read_splits(runs[0])
-    trained = {*splits.labeled, *splits.unlabeled, *splits.val}
-    try:
-        original = _read_run_dataset(data).cases
-    except InputError:  # the data of the run is no longer where it was
-        original = ()
-    files = {i.resolve() for case in original if case.case_id in trained for i in case.images}
-    seen = [c.case_id for c in dataset.cases if any(i.resolve() in files for i in c.images)]
-    alike = [c.case_id for c in dataset.cases if c.case_id in trained and c.case_id not in seen]
-    remark = (
-        f"{len(alike)} cases bear the case_id of a case that the run was trained on "
-        f"({_shorten(alike)}): if they are the same scans, this is no test"
-    )
-    return seen, [remark] if alike else []
-
-
-def _read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
-    """Return the splits of a run, and how and where its data is read."""
-    path = run_dir / "splits.json"
-    if not path.is_file():
-        raise InputError(
-            f"{run_dir}: is no run, and only a run has test cases of its own; give the run, or "
-            f"labeled scans: medssl evaluate {run_dir} DATA --out DIR"
-        )
-    content = read_json(path)
-    data = load_config(run_dir / "config.yaml").config.data
-    try:
-        splits, root = Splits.from_json(content), Path(content["dataset"]["root"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!r})") from error
-    return splits, data.model_copy(update={"root": root})
-
-
-def _read_run_dataset(data: DataSection) -> Dataset:
-    """Read the data set of a run."""
-    assert data.root is not None, "splits.json names the root"
-    return read_dataset(data.root, data.format, data.labels)
-
-
-def _find_rounds(run_dir: Path) -> list[str]:
-    """Return the names of the rounds that are done, in order."""
-    done = [path.parent.name for path in run_dir.glob("round_*/done.json")]
-    return sorted(done, key=lambda name: int(name.removeprefix("round_")))
-
-
 def _hash_model(folder: Path) -> str:
     """Return a hash of the weights of a run's or round's model."""
     files = sorted(
@@ -579,23 +549,24 @@ def _hash_model(folder: Path) -> str:
 
 
 def _compare_to_baseline(
-    run_summary: Mapping[str, Any],
-    dice: Mapping[str, Sequence[float | None]],
-    patients: Sequence[str],
+    run_summary: Mapping[str, Any], tables: Mapping[str, Sequence[Row]]
 ) -> dict[str, Any]:
-    """Return means of all rounds, and the paired difference of the delivered model to round 0.
+    """Return means of all rounds side by side, and the paired difference to round 0.
 
     Args:
         run_summary: The run's ``summary.json``.
-        dice: Mean dice of each case, by round, and of the delivered model as ``model``.
-        patients: The patient of each case.
+        tables: The rows of each round, and of the delivered model as ``model``.
     """
     delivered = str(run_summary["delivered"])
-    rounds = {name: bootstrap_mean(v)["mean"] for name, v in dice.items() if name != "model"}
-    students = [name for name in rounds if name != "round_0"]
+    ids = [{str(row["case_id"]) for row in rows} for rows in tables.values()]
+    shared = set.intersection(*ids)
+    aligned = {n: [r for r in rows if r["case_id"] in shared] for n, rows in tables.items()}
+    dice = dict(zip(aligned, compare_cases(list(aligned.values())), strict=True))
+    rounds = {name: mean_known(values) for name, values in dice.items() if name != "model"}
     paired = None
-    if students:
-        paired = paired_difference(dice["model"], dice["round_0"], patients=patients)
+    if any(name != "round_0" for name in rounds) and "round_0" in rounds and shared:
+        ours, theirs = compare_cases([aligned["model"], aligned["round_0"]])
+        paired = paired_difference(ours, theirs, patients=_find_patients(aligned["model"]))
     verdict = judge(paired)
     steps = (run_summary.get("baseline") or {}).get("steps")
     baseline = f"round_0 (labels only{f', {steps} steps' if steps else ''})"
@@ -604,6 +575,8 @@ def _compare_to_baseline(
     else:
         why = f" of {paired['num_patients']} patients" * (paired["num_patients"] < paired["n"])
         why += f", a verdict needs {MIN_CASES_FOR_VERDICT}" * (verdict == "not measured")
+        num_lost = len(set.union(*ids) - shared)
+        why += f"; {num_lost} more that some round could not segment are left out" * (num_lost > 0)
         statement = (
             f"{verdict}: dice of the delivered model ({delivered}) minus {baseline}: "
             f"{format_estimate(paired, '+')} on {paired['n']} test cases{why}"

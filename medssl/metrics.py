@@ -10,9 +10,11 @@ Policy, where a structure is absent in the reference, in the prediction, or in b
 | absent | absent | n/a | n/a | n/a | 0 |
 
 A false alarm costs what a miss costs, as in the BraTS challenges; n/a is None here and an empty
-cell in a table. In a paired difference an n/a on one side is a dice of 1, since the other side has
-a false alarm there; on both sides the case says nothing. Ignored voxels (255 in the reference)
-count nowhere.
+cell in a table. Of one model alone an n/a is in no mean (`mean_known`). Where models stand side by
+side, the n/a of one where another has a value is perfect (dice 1, hd95 0), since the other has a
+false alarm there; where all have n/a the class says nothing (`fill_absent`). This is done class by
+class, before the mean over classes (`compare_cases`): see docs/metrics.md. Ignored voxels (255 in
+the reference) count nowhere.
 
 An axis of a single voxel counts for nothing but the volume: a slice has an outline, not a surface
 on both of its faces. Axes: I J K are voxel axes.
@@ -21,10 +23,11 @@ on both of its faces. Axes: I J K are voxel axes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,8 +140,46 @@ def surface_tolerance(spacing: Sequence[float] | None) -> float:
 
 def mean_dice(metrics: dict[int, ClassMetrics]) -> float | None:
     """Return the mean Dice over the classes present in reference or prediction, None if none is."""
-    values = [m.dice for m in metrics.values() if m.dice is not None]
-    return float(np.mean(values)) if values else None
+    return mean_known(m.dice for m in metrics.values())
+
+
+def mean_known(values: Values) -> float | None:
+    """Return the mean of what one model has alone: an n/a (None, NaN) is in no mean."""
+    array = _to_array(values)
+    known = array[np.isfinite(array)]
+    return float(known.mean()) if len(known) else None
+
+
+def fill_absent(arms: Sequence[Values], perfect: float = 1.0) -> list[list[float | None]]:
+    """Return values of the same cases for models that stand side by side.
+
+    Args:
+        arms: For each model one value a case; None or NaN: n/a.
+        perfect: What the n/a of a model is where another one has a value, and so a false alarm.
+    """
+    table = np.array([_to_array(arm) for arm in arms])
+    filled = np.where(np.isnan(table) & np.isfinite(table).any(axis=0), perfect, table)
+    return [[None if np.isnan(v) else v for v in arm] for arm in filled.tolist()]
+
+
+def compare_cases(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[float | None]]:
+    """Return the dice of each case, the mean over classes, for models that stand side by side.
+
+    Args:
+        tables: For each model the rows of the same cases in the same order, with ``dice/<class>``
+            of the classes that all of them have, or only ``dice``.
+
+    Raises:
+        ValueError: If the numbers of cases differ.
+    """
+    first = tables[0][0] if tables and tables[0] else {}
+    classes = [c for c in first if c.startswith("dice/") and all(c in t[0] for t in tables)]
+    means: list[list[float | None]] = [[] for _ in tables]
+    for rows in zip(*tables, strict=True):
+        columns = [[row[column] for column in classes or ["dice"]] for row in rows]
+        for arm, values in zip(means, fill_absent(columns), strict=True):
+            arm.append(mean_known(values))
+    return means
 
 
 def _measure_class(
@@ -242,7 +283,8 @@ def paired_difference(
     """Return the mean of a - b over cases, with the 95 % interval of the paired bootstrap.
 
     Args:
-        a: The dice of each case, averaged over seeds before; None or NaN: n/a.
+        a: The dice of each case, averaged over seeds before; None or NaN: n/a. A mean over classes
+            is that of ``compare_cases``.
         b: The same cases in the same order; see the policy above for n/a. Pairs without a value on
             both sides are left out and counted.
         seed: Of the resampling.
@@ -258,8 +300,7 @@ def paired_difference(
     left, right = _to_array(a), _to_array(b)
     if left.shape != right.shape:
         raise ValueError(f"pairs need the same cases, got {len(left)} and {len(right)}")
-    alarm = np.isfinite(left) != np.isfinite(right)
-    left, right = (np.where(alarm & np.isnan(side), 1.0, side) for side in (left, right))
+    left, right = (_to_array(side) for side in fill_absent((left.tolist(), right.tolist())))
     estimate, means = _estimate(left - right, seed, patients)
     if len(means) == 0:
         return {**estimate, "p": None}
@@ -382,14 +423,16 @@ def read_table(path: Path) -> list[Row]:
         InputError: The file is missing, is no such table, or holds something else than numbers.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        text = path.read_text(encoding="utf-8")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+        if not rows or not text.endswith("\n") or any(None in row.values() for row in rows):
+            raise ValueError("it holds no case, or is cut off")
         return [
             {"case_id": row["case_id"], "patient_id": row.get("patient_id") or row["case_id"]}
             | {k: float(v) if v else None for k, v in row.items() if k not in ID_COLUMNS}
             for row in rows
         ]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise InputError(
             f"{path}: not a table of medssl evaluate ({type(error).__name__}: {error}); run "
             "medssl evaluate again"

@@ -7,22 +7,22 @@ along its slice axis are a batch, and their logits are stacked to a volume again
 from __future__ import annotations
 
 import itertools
-import re
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medssl.config import InputError
-from medssl.data.files import KINDS, is_picture, keep_scans, name_mask_suffix, strip_suffix
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
@@ -30,7 +30,16 @@ from medssl.data.io import (
     write_map,
     write_mask,
 )
-from medssl.data.pictures import count_channels
+from medssl.data.predictions import (
+    SomeFailedError,
+    name_map_suffix,
+    plan_predictions,
+    record_predictions,
+)
+from medssl.data.predictions import (
+    find_scans as find_scans,  # where it was before
+)
+from medssl.data.trained import resolve_model
 from medssl.networks.build import (
     NetworkSpec,
     SegmentationNetwork,
@@ -42,11 +51,14 @@ from medssl.networks.noise import sample_dropout
 from medssl.plan import OVERLAP, Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
 from medssl.runs import read_record, seed_from, write_file, write_json
-from medssl.transforms.geometry import Header, Volume, to_native
+from medssl.transforms.geometry import Header, Volume, cache_grid, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
 
 MC_PASSES = 8
+Size = Annotated[int, Field(ge=1, le=4096)]  # of a window, in voxels
+Axis = Annotated[int, Field(ge=0, le=2)]
+Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
 SLICES = 8  # windows of slices that go through a network in 2D at once
 
 
@@ -68,11 +80,11 @@ class ModelInfo(BaseModel):
     channels: tuple[str, ...]
     palette: dict[int, tuple[int, int, int]] = {}
     preprocessing: Preprocessing
-    patch_size: tuple[int, ...]
+    patch_size: tuple[Size, ...]
     slice_axis: Literal[0, 1, 2] | None = None
     has_spacing: bool = True
-    flips: tuple[int, ...]
-    precision: str
+    flips: tuple[Axis, ...]
+    precision: Precision
     intensity_range: tuple[tuple[float, float], ...] = ()
     spacing_range: tuple[tuple[float, float], ...] = ()
     provenance: dict[str, Any] = {}
@@ -91,6 +103,18 @@ class ModelInfo(BaseModel):
             raise ValueError(
                 f"patch_size {self.patch_size} does not fit slice_axis {self.slice_axis}"
             )
+        strides = [math.prod(steps) for steps in zip(*self.network.strides, strict=True)]
+        bad = [size for size, step in zip(self.patch_size, strides, strict=False) if size % step]
+        if bad or len(strides) not in (0, len(self.patch_size)):
+            raise ValueError(f"patch_size {self.patch_size} does not fit the strides {strides}")
+        if sorted(self.labels) != list(range(len(self.labels))):
+            raise ValueError(f"labels are named 0, 1, ..., got {sorted(self.labels)}")
+        for name, values in (("flips", self.flips), ("label_values", self.label_values)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {values}: one stands twice")
+        for low, high in (*self.intensity_range, *self.spacing_range):
+            if not -math.inf < low <= high < math.inf:
+                raise ValueError(f"a range goes from {low} to {high}")
         return self
 
 
@@ -155,22 +179,6 @@ def _unshare(network: SegmentationNetwork) -> dict[str, Tensor]:
             seen[value.data_ptr()] = key
             result[key] = value
     return result
-
-
-def resolve_model(path: Path) -> Path:
-    """Return the model folder of a run, one of its rounds, or a model folder itself.
-
-    Raises:
-        InputError: There is none; says what stands there instead.
-    """
-    for folder in (path, path / "model"):
-        if (folder / "model.json").is_file():
-            return folder
-    if not path.exists():
-        raise InputError(f"{path}: no such run or model folder")
-    rounds = sorted(p.parent.parent.name for p in path.glob("round_*/model/model.json"))
-    hint = f"; finished rounds: {', '.join(rounds)} (use {path / rounds[-1]})" if rounds else ""
-    raise InputError(f"{path}: holds no model (model/model.json){hint}")
 
 
 def load_model(path: Path, device: str = "cpu") -> Model:
@@ -370,6 +378,7 @@ def predict_case(
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
     volume = read_image(images, len(model.info.channels))
+    _refuse_huge_grid(model.info, volume)
     prepared = preprocess_image(volume, model.info.preprocessing)
     tensor = torch.from_numpy(prepared.array)[None].to(model.device)
     flips = model.info.flips if test_time_flips else ()
@@ -389,6 +398,21 @@ def predict_case(
         flags=_find_flags(model.info, volume),
         header=volume.header,
     )
+
+
+def _refuse_huge_grid(info: ModelInfo, volume: Volume) -> None:
+    """Refuse a scan whose spacing makes more voxels of it than the memory holds."""
+    shape, _ = cache_grid(volume.shape, volume.affine, info.preprocessing.spacing)
+    voxels = math.prod(float(size) for size in shape)
+    needed = 4.0 * voxels * (len(info.channels) + 2 * len(info.label_values)) / 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if needed > memory:
+        spacing = " x ".join(f"{step:.3g}" for step in volume.spacing)
+        raise InputError(
+            f"its spacing of {spacing} mm makes {voxels:.3g} voxels at the model's, which need "
+            f"{needed:.3g} GB of {memory:.0f} GB of memory; correct the spacing in the header, or "
+            "cut the scan"
+        )
 
 
 def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float32]:
@@ -430,6 +454,7 @@ def predict_files(
     *,
     probs: bool = False,
     uncertainty: bool = False,
+    overwrite: bool = False,
     report: Callable[[str], object] = print,
 ) -> None:
     """Segment files and folders of scans; one mask each, and predictions.json.
@@ -437,85 +462,63 @@ def predict_files(
     Args:
         model: A loaded model.
         inputs: NIfTI files or pictures, or folders of them; with several channels, files that end
-            in _0000, _0001, ..., one 4D file, or pictures in colour.
+            in _0000, _0001, ..., one 4D file, or pictures in colour. Data sets and lists of cases
+            as `medssl train` reads them.
         out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for. The
-            mask of a picture has its format (PNG for a JPEG), its maps are TIFF files.
+            mask of a picture has its format (PNG for a JPEG), its maps are TIFF files. What stands
+            there and was not written by a prediction, or was changed since, is not replaced.
         probs: Write class probabilities, (I, J, K, num_classes); a TIFF has the pages (C, K).
         uncertainty: Write the predictive entropy of MC dropout, in nats.
+        overwrite: Replace what stands there all the same; scans never are.
         report: Is told of every file.
 
     Raises:
-        InputError: No scan was found, or some could not be segmented: all of these are named
-            after the others were written.
+        SomeFailedError: Some scans could not be segmented: all of these are named after the others
+            were written.
+        InputError: No scan was found or could be segmented, or files would be replaced.
     """
-    scans = find_scans(inputs, len(model.info.channels))
-    problems, flags = [], {}
-    for name, images in scans.items():
-        target = out / f"{name}{name_mask_suffix(images[0])}"
-        maps = ".tiff" if is_picture(images[0]) else ".nii.gz"
-        if target.resolve() in {image.resolve() for image in images}:
-            problems.append(f"{target}: would overwrite its own scan; give another --out")
-            continue
+    maps = ["probs"] * probs + ["uncertainty"] * uncertainty
+    channels = len(model.info.channels)
+    plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite)
+    for note in plan.notes:
+        report(f"note: {note}")
+    problems = list(plan.problems)
+    for name, images in plan.scans.items():
         try:
             found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
-        except (InputError, FloatingPointError) as error:
-            problems.append(f"{images[0]}: {error}")
+        except Exception as error:  # whatever it is, it is this scan's: the others go on
+            problems.append(f"{images[0]}: {explain_failure(error)}")
+            report(f"{images[0]}: no mask, see below")
             continue
-        if probs:
-            array = np.moveaxis(found.probs, 0, -1)
-            write_map(out / f"{name}_probs{maps}", array, found.affine, found.header)
-        if found.uncertainty is not None:
-            path = out / f"{name}_uncertainty{maps}"
-            write_map(path, found.uncertainty, found.affine, found.header)
-        values = model.info.label_values
-        write_mask(target, found.mask, found.affine, values, header=found.header)
-        flags[name] = list(found.flags)
-        report(f"{target}" + "".join(f"\n  note: {flag}" for flag in found.flags))
-    labels = {str(v): model.info.labels[i] for i, v in enumerate(model.info.label_values)}
-    if flags:
-        content = {"labels": labels, "model": model.info.provenance, "flags": flags}
-        write_json(out / "predictions.json", content)
+        _write_prediction(model.info, plan.masks[name], name, found, probs)
+        report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
     if problems:
+        total = len(plan.scans) + len(plan.problems)
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise InputError(f"{len(problems)} of {len(scans)} scans were not segmented:\n{listed}")
+        kind = SomeFailedError if len(problems) < total else InputError
+        raise kind(f"{len(problems)} of {total} scans were not segmented:\n{listed}")
 
 
-def find_scans(inputs: Sequence[Path], num_channels: int) -> dict[str, tuple[Path, ...]]:
-    """Return the image files of each scan by its name.
+def explain_failure(error: Exception) -> str:
+    """Return what went wrong with a scan; of what nobody foresaw, the kind of error too."""
+    foreseen = isinstance(error, InputError | FloatingPointError)
+    return str(error) if foreseen else f"{type(error).__name__}: {error}"
 
-    Raises:
-        InputError: A path does not exist, holds no scan, or two scans share a name.
-    """
-    problems: list[str] = []
-    files: list[Path] = []
-    for path in inputs:
-        found = keep_scans(sorted(path.iterdir())) if path.is_dir() else [path]
-        found = [file for file in found if not file.name.startswith(".")]
-        if not path.exists():
-            problems.append(f"{path}: no such file or folder")
-        elif not found or any(strip_suffix(file.name) is None for file in found):
-            problems.append(f"{path}: no scan that is read, {KINDS}")
-        else:
-            files += found
-    scans: dict[str, dict[str, list[Path]]] = {}
-    for file in files:
-        name = strip_suffix(file.name) or file.name
-        channel = ""
-        is_whole = is_picture(file) and count_channels(file) == num_channels
-        if num_channels > 1 and re.search(r"_\d{4}$", name) and not is_whole:
-            name, channel = name[:-5], name[-4:]
-        scans.setdefault(name, {}).setdefault(channel, []).append(file)
-    wanted = {f"{channel:04d}" for channel in range(num_channels)}
-    for name, split in scans.items():
-        listed = ", ".join(str(file) for same in split.values() for file in same)
-        if any(len(same) > 1 for same in split.values()):
-            problems.append(
-                f"{name}: two scans of one name, of which one mask would be left: {listed}"
-            )
-        elif set(split) not in ({""}, wanted):
-            problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
-    if problems:
-        raise InputError("\n".join(problems))
-    return {
-        name: tuple(split[channel][0] for channel in sorted(split)) for name, split in scans.items()
-    }
+
+def _write_prediction(
+    info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool
+) -> None:
+    """Write the maps and then the mask of a scan, and record them."""
+    out = mask.parent
+    suffix = name_map_suffix(mask)
+    files = [mask]
+    if probs:
+        files.append(out / f"{name}_probs{suffix}")
+        write_map(files[-1], np.moveaxis(found.probs, 0, -1), found.affine, found.header)
+    if found.uncertainty is not None:
+        files.append(out / f"{name}_uncertainty{suffix}")
+        write_map(files[-1], found.uncertainty, found.affine, found.header)
+    place = (found.mask, found.affine, info.label_values)
+    write_mask(mask, *place, header=found.header, origin="prediction")
+    labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
+    record_predictions(out, files, labels=labels, model=info.provenance, flags={name: found.flags})

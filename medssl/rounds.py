@@ -29,6 +29,7 @@ from medssl.data.cache import CachedCase, build_cache
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.formats import read_dataset
+from medssl.data.trained import write_trained_on
 from medssl.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
 from medssl.estimate import estimate_run
 from medssl.networks.build import explain_out_of_memory
@@ -170,6 +171,8 @@ def run_training(
     if restart and run_dir.exists():
         shutil.rmtree(run_dir)
     _open_folder(prepared, run_dir, run_hash)
+    metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
+    write_trained_on(run_dir, metas)
     if round_0 is not None and not taken:
         _take_over_round_0(round_0, run_dir)
     mirror = None
@@ -308,9 +311,11 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
         config = dump(prepared.resolved.config)
         write_json(run_dir / "plan.json", plan.model_dump(mode="json"))
         write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        source = prepared.resolved.config.data.root or dataset.root
         about = {
             "name": dataset.name,
             "root": str(dataset.root.resolve()),
+            "source": str(source.resolve()),
             "num_cases": len(dataset.cases),
         }
         write_json(run_dir / "splits.json", {**splits.to_json(), "dataset": about})

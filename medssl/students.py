@@ -6,9 +6,10 @@ Axes: C channels, I J K voxel axes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from medssl.config import IGNORE, Config, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
 from medssl.losses.robust import estimate_transition
+from medssl.metrics import Row, mean_known
 from medssl.networks.build import SegmentationNetwork, build_network
 from medssl.networks.noise import freeze_encoder
 from medssl.objective import Objective, build_loss, list_options, load_objective
@@ -225,14 +227,16 @@ def _train_model(
 
 
 @torch.no_grad()
-def _compare_with_average(run: Run, objective: Objective, kept: Sequence[UnlabeledCase]) -> float:
+def _compare_with_average(
+    run: Run, objective: Objective, kept: Sequence[UnlabeledCase]
+) -> float | None:
     """Return the mean Dice of the class maps of student and average on a few unlabeled scans.
 
     A student that ran away from its average was still changing when its round ended.
     """
     objective.eval()
     chosen = [kept[place].cached for place in np.linspace(0, len(kept) - 1, COMPARED).astype(int)]
-    agreements = []
+    agreements: list[float | None] = []
     for case in {case.case_id: case for case in chosen}.values():
         image = to_tensor(case, run.plan.device)
         window = (run.plan.patch_size, run.plan.precision, (), run.plan.slice_axis)
@@ -240,8 +244,9 @@ def _compare_with_average(run: Run, objective: Objective, kept: Sequence[Unlabel
             predict_probs(network, image, *window)[0].argmax(0).cpu().numpy()
             for network in (objective.student, objective.predictor)
         ]
-        agreements.append(measure_agreement(maps[0], maps[1], range(1, run.plan.num_classes)))
-    return float(np.mean(agreements))
+        both = measure_agreement(maps[0], maps[1], range(1, run.plan.num_classes))
+        agreements.append(both if maps[0].any() or maps[1].any() else None)
+    return mean_known(agreements)
 
 
 def _start_warm(network: SegmentationNetwork, teacher: Model) -> None:
@@ -412,11 +417,16 @@ def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampli
     )
 
 
-@torch.no_grad()
 def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
     """Return val/dice of the validation cases on the cache grid."""
+    return average_validation(measure_validation(run, network))
+
+
+@torch.no_grad()
+def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
+    """Return ``case_id``, ``dice/<class>`` and ``dice`` of each validation case, None for n/a."""
     network.eval()
-    per_class: dict[str, list[float]] = {name: [] for name in run.class_names[1:]}
+    rows: list[Row] = []
     for case in run.val:
         label = case.label()
         if label is None:
@@ -426,12 +436,20 @@ def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
         probs = predict_probs(network, image, size, precision, slice_axis=axis)
         classes = probs[0].argmax(0).cpu().numpy()
         classes[label == IGNORE] = IGNORE
-        for class_index, name in enumerate(run.class_names[1:], start=1):
-            if (label == class_index).any() or (classes == class_index).any():
-                dice = measure_agreement(classes, label, [class_index])
-                per_class[name].append(dice)
-    means = {f"val/dice/{name}": float(np.mean(v)) for name, v in per_class.items() if v}
-    return {**means, "val/dice": float(np.mean(list(means.values())))} if means else {}
+        dice: dict[str, float | None] = {}
+        for index, name in enumerate(run.class_names[1:], start=1):
+            is_there = bool((label == index).any() or (classes == index).any())
+            dice[name] = measure_agreement(classes, label, [index]) if is_there else None
+        named = {f"dice/{name}": value for name, value in dice.items()}
+        rows.append({"case_id": case.case_id, **named, "dice": mean_known(dice.values())})
+    return rows
+
+
+def average_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return val/dice and val/dice/<class>, the means over the cases that have a value."""
+    columns = [column for column in (rows[0] if rows else ()) if column.startswith("dice")]
+    means = {f"val/{column}": mean_known(row[column] for row in rows) for column in columns}
+    return {column: value for column, value in means.items() if value is not None}
 
 
 def expect(run: Run) -> Expectation:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from medssl.data.cache import CachedCase
+from medssl.metrics import mean_known
 from medssl.predict import (
     Model,
     load_model,
@@ -37,14 +38,15 @@ from medssl.runs import (
 from medssl.students import (
     Run,
     StopRequested,
+    average_validation,
     count_members,
     expect,
     is_glance,
     load_members,
+    measure_validation,
     needs_stability,
     predict_members,
     to_tensor,
-    validate,
 )
 from medssl.train import find_model_folder
 
@@ -181,11 +183,12 @@ def _finish_round(
         metrics["monitors/kept_cases"] = float(sum(review.accepted for review in reviews))
         metrics["monitors/uncertainty"] = float(np.mean([r.uncertainty for r in reviews]))
         for name in run.class_names[1:]:
-            shares = [review.coverage_per_class[name] for review in reviews]
-            metrics[f"monitors/pseudo_coverage/{name}"] = float(np.mean(shares))
-    agreements = [r.agreement for r in reviews if r.agreement is not None]
-    if agreements:
-        metrics["monitors/agreement"] = float(np.mean(agreements))
+            coverage = mean_known(review.coverage_per_class[name] for review in reviews)
+            if coverage is not None:
+                metrics[f"monitors/pseudo_coverage/{name}"] = coverage
+    agreement = mean_known(review.agreement for review in reviews)
+    if agreement is not None:
+        metrics["monitors/agreement"] = agreement
     with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
     if with_student is not None:
         metrics["monitors/agreement_with_average"] = with_student
@@ -194,8 +197,8 @@ def _finish_round(
     if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark
         journal.append(index, run.count_steps(index), metrics)
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
-    if run.val:
-        values |= validate(run, load_model(folder, run.plan.device).network)
+    rows = measure_validation(run, load_model(folder, run.plan.device).network) if run.val else []
+    values |= average_validation(rows)
     model_done = read_json(folder / "model" / "done.json")
     content = {
         "hash": run.hash,
@@ -207,6 +210,7 @@ def _finish_round(
         "num_labeled": len(run.labeled),
         "num_unlabeled": model_done["num_kept"],
         "final": values,
+        "validation": rows,
     }
     write_json(folder / "done.json", content)
     write_state(run.folder, "running", index, run.count_steps(index))

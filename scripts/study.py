@@ -40,7 +40,14 @@ from typing import Any
 
 from medssl.compare import compare
 from medssl.config import Config, at_round, load_config
-from medssl.metrics import DrawDifference, adjust_holm, draw_difference, read_table
+from medssl.metrics import (
+    DrawDifference,
+    adjust_holm,
+    compare_cases,
+    draw_difference,
+    mean_known,
+    read_table,
+)
 from medssl.plan import Plan, count_unlabeled
 from medssl.runs import read_json, read_record, write_text
 
@@ -263,8 +270,11 @@ def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-Arm = dict[int, dict[str, float]]
-"""Draw -> case_id -> Dice."""
+Row = dict[str, float | None]
+"""The columns `dice` and `dice/<class>` of a case; None is n/a."""
+
+Arm = dict[int, dict[str, Row]]
+"""Draw -> case_id -> row."""
 
 
 def read_arms(path: Path) -> tuple[dict[str, Arm], dict[str, str]]:
@@ -272,8 +282,8 @@ def read_arms(path: Path) -> tuple[dict[str, Arm], dict[str, str]]:
     arms: dict[str, Arm] = {}
     patients: dict[str, str] = {}
     for row in read_rows(path):
-        value = float(row["dice"]) if row["dice"] else math.nan
-        arms.setdefault(row["arm"], {}).setdefault(int(row["draw"]), {})[row["case_id"]] = value
+        dice = {k: float(v) if v else None for k, v in row.items() if k.startswith("dice")}
+        arms.setdefault(row["arm"], {}).setdefault(int(row["draw"]), {})[row["case_id"]] = dice
         patients[row["case_id"]] = row["patient_id"]
     return arms, patients
 
@@ -286,7 +296,11 @@ def compare_arms(
     if not draws:
         return None
     cases = sorted(ours[draws[0]])
-    table = [[ours[draw][case] - theirs[draw][case] for case in cases] for draw in draws]
+    table = []
+    for draw in draws:
+        a, b = compare_cases([[arm[draw][case] for case in cases] for arm in (ours, theirs)])
+        pairs = zip(a, b, strict=True)
+        table.append([None if x is None or y is None else x - y for x, y in pairs])
     return draw_difference(table, [patients[case] for case in cases]), len(draws)
 
 
@@ -294,19 +308,20 @@ def pick_better(arms: Mapping[str, Arm]) -> tuple[str, Arm] | None:
     """Return the better of labels alone and shadow run, by their mean over the recipe's draws."""
     found = {name: arms[name] for name in ("labels", "shadow") if name in arms}
     shared = set.intersection(*(set(arm) for arm in found.values())) if found else set()
-    means = {
-        name: sum(mean_of(arm[draw]) for draw in shared) / len(shared)
-        for name, arm in found.items()
-        if shared
-    }
+    means = {name: 0.0 for name in found if shared}
+    for draw in shared:
+        cases = sorted(next(iter(found.values()))[draw])
+        sides = compare_cases([[arm[draw][case] for case in cases] for arm in found.values()])
+        for name, dice in zip(found, sides, strict=True):
+            means[name] += (mean_known(dice) or 0.0) / len(shared)
     best = max(means, key=lambda name: means[name], default=None)
     return None if best is None else (best, found[best])
 
 
-def mean_of(cases: Mapping[str, float]) -> float:
-    """Return the mean of the values that are not n/a."""
-    known = [value for value in cases.values() if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
+def mean_of(cases: Mapping[str, Row]) -> float:
+    """Return the mean Dice of an arm alone: n/a is in no mean; NaN where all is."""
+    found = mean_known(row["dice"] for row in cases.values())
+    return math.nan if found is None else found
 
 
 def tabulate(path: Path) -> list[dict[str, Any]]:

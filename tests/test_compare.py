@@ -205,3 +205,59 @@ def test_comparing_imports_neither_torch_nor_monai() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+def write_classes(folder: Path, organ: float, lesion: float | None) -> Path:
+    """Write a per_case.csv of ten cases that have no lesion."""
+    alarm = "" if lesion is None else str(lesion)
+    dice = (organ + (lesion or 0.0)) / 2 if lesion is not None else organ
+    lines = ["case_id,dice/organ,dice/lesion,hd95_mm/organ,hd95_mm/lesion,dice"]
+    distance = "" if lesion is None else "40"
+    lines += [f"case{i},{organ},{alarm},3,{distance},{dice}" for i in range(10)]
+    folder.mkdir()
+    (folder / "per_case.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_headline_pairs_classes_before_their_mean(tmp_path: Path) -> None:
+    a = write_classes(tmp_path / "a", 0.90, 0.0)
+    b = write_classes(tmp_path / "b", 0.44, None)
+    row = compare([a, b])[1][1]
+    differences = [entry["difference"]["mean"] for entry in row["classes"].values()]
+    assert differences == pytest.approx([-0.46, 1.00])
+    assert row["difference"]["mean"] == pytest.approx(0.27)
+    assert row["verdict"] == "gain"
+    assert compare([b, a])[1][1]["difference"]["mean"] == pytest.approx(-0.27)
+
+
+def test_the_means_side_by_side_differ_by_the_difference(tmp_path: Path) -> None:
+    a = write_classes(tmp_path / "a", 0.90, 0.0)
+    b = write_classes(tmp_path / "b", 0.44, None)
+    first, second = compare([a, b])[1]
+    assert second["dice"]["mean"] - first["dice"]["mean"] == pytest.approx(0.27)
+    lesion = second["classes"]["lesion"]
+    assert (lesion["dice"]["mean"], lesion["hd95_mm"]["mean"]) == (1.0, 0.0)
+
+
+def test_another_arm_changes_no_difference(tmp_path: Path) -> None:
+    a = write_classes(tmp_path / "a", 0.5, None)
+    b = write_classes(tmp_path / "b", 0.7, None)
+    c = write_classes(tmp_path / "c", 0.6, 0.0)
+    alone = compare([a, b])[1][1]["difference"]
+    assert compare([a, b, c])[1][1]["difference"] == alone
+    assert alone["mean"] == pytest.approx(0.2)
+
+
+def test_a_run_without_test_cases_is_not_sent_in_a_circle(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "splits.json").write_text('{"test": []}')
+    with pytest.raises(InputError) as error:
+        compare([a, run])
+    assert f"medssl evaluate {run} DATA --out EVALUATION_OF_run" in str(error.value)
+    assert "medssl compare EVALUATION_OF_run" in str(error.value)
+    write_table(run / "cross_check", BASE)
+    with pytest.raises(InputError, match=f"its folds: {run / 'cross_check'}"):
+        compare([a, run])
+    assert len(compare([a, run / "cross_check"])[1]) == 2

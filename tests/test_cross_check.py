@@ -105,3 +105,15 @@ def test_the_gain_out_of_fold_is_paired_and_needs_students():
     none = summarize_folds(make_rows(before), make_rows(before), ["round_0"] * 3)
     assert none["verdict"] == "not measured"
     assert "minus labels only" not in none["statement"]
+
+
+def test_out_of_fold_too_classes_are_paired_before_their_mean():
+    def rows(organ, lesion):
+        mean = organ if lesion is None else (organ + lesion) / 2
+        (row,) = make_rows([mean])
+        more = {key.replace("organ", "lesion"): 1.0 for key in row if "/" in key}
+        row = {**row, **more, "dice/organ": organ, "dice/lesion": lesion}
+        return [{**row, "case_id": f"c{i}", "patient_id": f"p{i}"} for i in range(9)]
+
+    found = summarize_folds(rows(0.44, None), rows(0.90, 0.0), ["round_1"])
+    assert found["paired"]["mean"] == pytest.approx(0.27)

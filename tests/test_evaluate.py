@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -250,20 +253,27 @@ def test_cases_without_any_label_are_refused(data: Path, model: Any, tmp_path: P
         evaluate_model(model, cases, tmp_path, report=quiet)
 
 
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException, shift: int | None = None
+) -> None:
+    """Let the prediction of a case fail, for the model of a shift or for all."""
+    predict = evaluate.predict_case
+
+    def fail(model: Any, images: tuple[Path, ...]) -> Prediction:
+        if name in images[0].name and shift in (None, model.shift):
+            raise error
+        return predict(model, images)
+
+    monkeypatch.setattr(evaluate, "predict_case", fail)
+
+
 def test_an_interrupted_evaluation_leaves_no_table(
     data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cases = read_dataset(data).cases
     evaluate_model(model, cases, tmp_path / "out", report=quiet)
-    predict = evaluate.predict_case
-
-    def fail(model: Any, images: tuple[Path, ...]) -> Prediction:
-        if "case05" in images[0].name:
-            raise FloatingPointError("the network gave logits that are not finite")
-        return predict(model, images)
-
-    monkeypatch.setattr(evaluate, "predict_case", fail)
-    with pytest.raises(FloatingPointError, match="case05: the network"):
+    fail_at(monkeypatch, "case05", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
         evaluate_model(model, cases, tmp_path / "out", report=quiet)
     assert not (tmp_path / "out" / "per_case.csv").exists()
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -516,3 +526,172 @@ def test_a_real_model_folder_is_evaluated_end_to_end(data: Path, tmp_path: Path)
     expected = case_metrics(prediction, draw_label(0), (1.0, 2.0, 0.5), 3)
     assert rows[0]["dice/organ"] == pytest.approx(expected[1].dice, rel=1e-5)
     assert rows[0]["hd95_mm/organ"] == pytest.approx(expected[1].hd95_mm, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("damaged"), FloatingPointError("not finite"), ZeroDivisionError("odd")]
+)
+def test_a_case_that_fails_is_named_and_the_figures_of_the_others_stand(
+    data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_at(monkeypatch, "case05", error)
+    lines: list[str] = []
+    summary = evaluate_model(model, read_dataset(data).cases, tmp_path / "out", report=lines.append)
+    assert summary["failed"] == ["case05"]
+    assert (summary["num_cases"], summary["dice"]["mean"]) == (11, 1.0)
+    assert len(read_table(tmp_path / "out" / "per_case.csv")) == 11
+    assert any("case05: not measured" in line and str(error) in line for line in lines)
+    assert "not measured, and in no figure: 1 cases: case05" in render(summary)
+    assert str(error) not in (tmp_path / "out" / "summary.json").read_text()  # may hold names
+
+
+def test_an_evaluation_of_which_every_case_fails_is_an_error(
+    data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "case", InputError("damaged"))
+    with pytest.raises(InputError, match="none of 12 cases could be measured"):
+        evaluate_model(model, read_dataset(data).cases, tmp_path / "out", report=quiet)
+
+
+def test_a_case_that_fails_is_in_no_round_of_a_comparison(
+    data: Path, model: Any, make_run: RunMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([1, 0])
+    fail_at(monkeypatch, "case05", InputError("damaged"), shift=1)  # round 0 alone
+    summary = evaluate_run(run, report=quiet)
+    assert summary["num_cases"] == 9
+    assert summary["paired"]["n"] == 8
+    assert "1 more that some round could not segment are left out" in summary["statement"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "per_case.csv", "predictions/case03.nii.gz"])
+def test_a_folder_with_files_of_somebody_is_not_evaluated_into(
+    data: Path, model: Any, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("made by hand")
+    cases = read_dataset(data).cases
+    with pytest.raises(InputError, match=rf"{Path(name).name}.*--overwrite"):
+        evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    assert path.read_text() == "made by hand"
+    assert model.predicted == []
+    evaluate_model(model, cases, tmp_path / "out", overwrite=True, report=quiet)
+    evaluate_model(model, cases, tmp_path / "out", report=quiet)
+
+
+def test_a_corrected_mask_of_a_run_s_evaluation_is_kept(model: Any, make_run: RunMaker) -> None:
+    run = make_run([1, 0])
+    evaluate_run(run, report=quiet)
+    evaluate_run(run, report=quiet)
+    corrected = run / "evaluation" / "predictions" / "case05.nii.gz"
+    corrected.write_bytes(b"corrected by a person")
+    with pytest.raises(InputError, match=r"changed after it: predictions/case05\.nii\.gz"):
+        evaluate_run(run, report=quiet)
+    assert corrected.read_bytes() == b"corrected by a person"
+    evaluate_run(run, overwrite=True, report=quiet)
+
+
+def test_rounds_are_paired_class_by_class_before_the_mean() -> None:
+    def rows(organ: float, tumor: float | None) -> list[Row]:
+        dice = organ if tumor is None else (organ + tumor) / 2
+        cells: Row = {"dice/organ": organ, "dice/tumor": tumor, "dice": dice}
+        return [{"case_id": f"c{i}", "patient_id": f"p{i}", **cells} for i in range(10)]
+
+    tables = {"round_0": rows(0.90, 0.0), "round_1": rows(0.44, None), "model": rows(0.44, None)}
+    found = evaluate._compare_to_baseline({"delivered": "round_1"}, tables)
+    assert found["paired"]["mean"] == pytest.approx(0.27)
+    assert found["rounds"]["round_1"] - found["rounds"]["round_0"] == pytest.approx(0.27)
+    assert found["verdict"] == "gain"
+
+
+@pytest.mark.parametrize("source", [True, False])
+def test_a_run_of_a_list_of_any_name_is_evaluated_on_its_test_cases(
+    data: Path, model: Any, make_run: RunMaker, source: bool
+) -> None:
+    run = make_run([1, 0])
+    ids = [f"case{i:02d}" for i in range(12)]
+    rows = [f"{i},images/{i}.nii.gz,labels/{i}.nii.gz" for i in ids]
+    text = ["case_id,image,label", *rows, "case12,images/case12.nii.gz,"]
+    (data / "my draft.csv").write_text("\n".join(text) + "\n")
+    (data / "labels").rename(data / "masks")
+    (data / "my draft.csv").write_text("\n".join(text).replace("labels/", "masks/") + "\n")
+    splits = json.loads((run / "splits.json").read_text())
+    if source:
+        splits["dataset"]["source"] = str(data / "my draft.csv")
+    else:  # of version 0.1.0: config.yaml alone names the list
+        config = "data:\n  root: scans/my draft.csv\n  labels: {3: organ, 7: tumor}\n"
+        (run / "config.yaml").write_text(config)
+    (run / "splits.json").write_text(json.dumps(splits))
+    assert evaluate_run(run, report=quiet)["num_cases"] == 9
+    summary = evaluate_data(run, data / "my draft.csv", data.parent / "out", report=quiet)
+    assert summary["trained_on"] == ["case00", "case01", "case02", "case12"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "null", '{"delivered": "round_', "{}"])
+@pytest.mark.parametrize("name", ["summary.json", "splits.json"])
+def test_any_damaged_file_of_a_run_is_an_error_of_the_input(
+    model: Any, make_run: RunMaker, name: str, content: str
+) -> None:
+    run = make_run([1, 0])
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(name)):
+        evaluate_run(run, report=quiet)
+
+
+MISTAKES = [
+    ("evaluate RUN --out x", "--out is for other scans"),
+    ("evaluate RUN --round 7", "round 7 is not done; done are: 0, 1"),
+    ("evaluate RUN --round last", "give a number"),
+    ("evaluate RUN DATA", "--out is missing"),
+    ("evaluate RUN DATA steps=3 --out x", "only data.KEY=VALUE"),
+    ("evaluate RUN DATA data.lables.1=x --out x", "lables"),
+    ("evaluate RUN DATA/nothing --out x", "no such file or folder"),
+    ("evaluate RUN DATA --out RUN/out", "name a new folder"),
+    ("evaluate RUN --device gpu", "device gpu: give auto"),
+    ("evaluate DATA", "is no run"),
+    ("evaluate nothing DATA --out x", "no such run or model folder"),
+    ("predict RUN DATA/nothing --out x", "no such file or folder"),
+    ("predict DATA DATA --out x", "holds no model"),
+    ("predict RUN DATA/images --out DATA/images", "overwrite its own scan"),
+    ("predict RUN DATA/images --out DATA/labels", "12 files that no prediction wrote"),
+    ("train DATA --dry-run --cross-check 1", "give 2 to 12 folds"),
+    ("train DATA --dry-run --round-0 DATA", "no finished round 0"),
+    ("train DATA --dry-run train.device=gpu", "device gpu: give auto"),
+    ("compare RUN DATA", "has not been evaluated"),
+    ("report DATA", "is no run folder"),
+]
+ANSWER = """
+import sys
+from medssl.cli import main
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["medssl", *line.split("\\t")]
+    try:
+        main()
+    except SystemExit as end:
+        loaded = sorted({"torch", "monai", "mlflow"} & set(sys.modules))
+        print("ended with", end.code, loaded, file=sys.stderr, flush=True)
+"""
+
+
+def test_mistakes_are_answered_before_torch_is_imported(data: Path, make_run: RunMaker) -> None:
+    run = make_run([1, 0])
+    (run / "run.json").write_text("{}")
+    (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
+    lines = [
+        text.replace(" ", "\t").replace("RUN", str(run)).replace("DATA", str(data))
+        for text, _ in MISTAKES
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWER],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        cwd=data.parent,
+        check=True,
+    )
+    answers = re.split(r"ended with (.*)\n", done.stderr)
+    assert len(answers) == 2 * len(MISTAKES) + 1, done.stderr
+    for (text, words), said, end in zip(MISTAKES, answers[::2], answers[1::2], strict=False):
+        assert words in said, (text, said)
+        assert end == "2 []", text

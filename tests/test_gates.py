@@ -286,3 +286,23 @@ def test_a_model_that_its_own_student_contradicts_fails(dice, passes):
     gate = judge_model([review()], EXPECTATION, NAMES, dice)
     assert gate.passed == passes
     assert passes or "0.20 of student and average" in gate.reasons[0]
+
+
+def test_a_class_that_is_not_there_is_neither_trusted_nor_distrusted():
+    found = review(classes_of(20, 0))
+    assert found.coverage_per_class == {"organ": 1.0, "lesion": None}
+    assert found.to_row()["coverage/lesion"] is None
+
+
+def test_classes_that_neither_round_has_do_not_hide_a_contradiction():
+    agreement = {"organ": 0.1, "lesion": None}
+    probs = one_hot(classes_of())
+    found = review_case(
+        "a", probs, np.zeros((10, 10, 1), np.float32), agreement, 0.5, NAMES, EXPECTATION,
+        FilterSection(),
+    )  # fmt: skip
+    assert found.agreement == 0.1
+    assert found.to_row()["agreement/lesion"] is None
+    assert "mean Dice 0.10" in " ".join(judge(found).reasons)
+    nothing = replace(found, agreement=None)
+    assert "mean Dice" not in " ".join(judge(nothing).reasons)

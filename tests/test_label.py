@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from medssl.pseudo import label
 from medssl.pseudo.gates import drop_islands, expect_from
+from medssl.pseudo.store import write_pseudo_label
 
 
 def to_probs(classes, num_classes=3):
@@ -40,3 +42,16 @@ def test_a_class_in_two_pieces_in_one_labeled_case_is_not_single():
     split[9:12, 9:12, 9:12] = 2
     assert expect_from([one_piece()], 3).single == {1, 2}
     assert expect_from([one_piece(), split], 3).single == {1}
+
+
+def test_a_class_that_neither_pseudo_label_has_is_not_an_agreement(tmp_path):
+    organ = np.zeros((4, 4, 4), int)
+    organ[:2] = 1
+    moved = np.roll(organ, 2, 0)
+    doubt = np.zeros(organ.shape, np.float32)
+    write_pseudo_label(tmp_path / "before", to_probs(moved), doubt, "teacher")
+    names = {0: "background", 1: "organ", 2: "lesion"}
+    assert label._compare(to_probs(organ), tmp_path / "before", names) == {
+        "organ": 0.0,
+        "lesion": None,
+    }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +18,19 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import bootstrap
 
 from medssl import metrics
+from medssl.config import InputError
 from medssl.metrics import (
     adjust_holm,
     bootstrap_mean,
     case_metrics,
+    compare_cases,
     draw_difference,
+    fill_absent,
     judge,
     mean_dice,
+    mean_known,
     paired_difference,
+    read_table,
     surface_tolerance,
 )
 
@@ -507,3 +514,45 @@ def test_holm_adjusts_in_order_and_never_falls():
     assert adjust_holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert adjust_holm([0.9, 0.8]) == [1.0, 1.0]
     assert adjust_holm([]) == []
+
+
+def test_models_side_by_side_are_compared_class_by_class_before_the_mean() -> None:
+    first = [{"dice/a": 0.90, "dice/b": 0.0, "dice": 0.45}] * 10  # a false alarm of b
+    second = [{"dice/a": 0.44, "dice/b": None, "dice": 0.44}] * 10
+    ours, theirs = compare_cases([second, first])
+    assert ours == pytest.approx([(0.44 + 1) / 2] * 10)
+    assert theirs == pytest.approx([0.45] * 10)
+    assert paired_difference(ours, theirs)["mean"] == pytest.approx((-0.46 + 1.0) / 2)
+    assert mean_known(row["dice"] for row in second) == pytest.approx(0.44)  # alone
+
+
+def test_a_class_that_no_model_finds_says_nothing_side_by_side() -> None:
+    rows = [{"dice/a": 0.5, "dice/b": None, "dice": 0.5}]
+    assert compare_cases([rows, rows, rows]) == [[0.5]] * 3
+    nothing = [{"dice/a": None, "dice": None}]
+    assert compare_cases([nothing, nothing]) == [[None], [None]]
+    assert fill_absent([[None, math.nan], [3.5, None]], perfect=0.0) == [[0.0, None], [3.5, None]]
+    assert mean_known([None, math.nan]) is None
+
+
+@given(st.lists(st.tuples(*[st.one_of(st.none(), st.floats(0, 1))] * 4), min_size=1, max_size=6))
+def test_the_difference_of_means_side_by_side_is_the_mean_difference(cells: Any) -> None:
+    tables = [
+        [{"dice/a": row[i], "dice/b": row[i + 1], "dice": None} for row in cells] for i in (0, 2)
+    ]
+    ours, theirs = compare_cases(tables)
+    assert [a is None for a in ours] == [b is None for b in theirs]
+    if any(a is not None for a in ours):
+        difference = paired_difference(ours, theirs)["mean"]
+        expected = (mean_known(ours) or 0.0) - (mean_known(theirs) or 0.0)
+        assert difference == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "5\n", "null\n", "case_id,dice/a,dice\n", "case_id,dice/a,dice\nx,0.5",
+             "case_id,dice/a,dice\nx,0.51,0.5", "case_id,dice/a,dice\nx,0.5\n"],
+)  # fmt: skip
+def test_a_table_that_is_cut_off_is_refused_not_read_as_na(tmp_path: Path, text: str) -> None:
+    (tmp_path / "per_case.csv").write_text(text)
+    with pytest.raises(InputError, match=r"per_case\.csv"):
+        read_table(tmp_path / "per_case.csv")

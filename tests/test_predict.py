@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 from medssl import predict
+from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
+from medssl.data.predictions import SomeFailedError
+from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
 from medssl.predict import (
     Model,
@@ -183,8 +187,19 @@ def test_cut_off_weights_are_refused(saved):
         {"labels": {"0": "background"}},
         {"channels": ["CT", "MRI"]},
         {"network": {"name": "other"}},
+        {"flips": [9]},
+        {"flips": [0, 0]},
+        {"flips": [-1]},
+        {"precision": "banana"},
+        {"patch_size": [0, -1, 16]},
+        {"patch_size": [16, 16]},
+        {"patch_size": [15, 16, 16]},
+        {"patch_size": [1000000, 16, 16]},
+        {"label_values": [0, 1, 1]},
+        {"labels": {"0": "a", "1": "b", "7": "c"}},
+        {"intensity_range": [[5.0, 1.0]]},
     ],
-    ids=lambda change: next(iter(change)),
+    ids=str,
 )
 def test_a_description_of_another_kind_is_refused(saved, change):
     path = saved / "model" / "model.json"
@@ -202,6 +217,17 @@ def test_a_bfloat16_model_runs_in_float32_where_bfloat16_is_emulated(saved, monk
     assert load_model(saved).info.precision == "bfloat16"
     monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: False)
     assert load_model(saved).info.precision == "float32"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"5", b"null", b'{"network": {'])
+@pytest.mark.parametrize("name", ["model.json", "weights.safetensors"])
+def test_any_damaged_file_of_a_model_folder_is_an_error_of_the_input(saved, name, content):
+    (saved / "model" / name).write_bytes(content)
+    with pytest.raises(InputError, match=str(saved)):
+        load_model(saved)
+    if name == "model.json":
+        with pytest.raises(InputError, match=r"model\.json"):
+            count_model_channels(saved)
 
 
 @pytest.mark.parametrize("name", AFFINES)
@@ -324,6 +350,66 @@ def test_a_scan_that_the_network_has_no_memory_for_is_named_and_the_others_are_s
     with pytest.raises(InputError, match=r"1 of 2 scans .*\n.*large\.nii: .*does not fit"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
     assert (tmp_path / "out" / "small.nii.gz").exists()
+
+
+def test_whatever_goes_wrong_with_a_scan_the_others_get_their_masks(oracle, tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_scan(tmp_path / "scans" / f"{name}.nii")
+    real = predict.predict_case
+
+    def fail(model, images, **options):
+        if images[0].name == "b.nii":
+            raise ZeroDivisionError("nobody foresaw this")
+        return real(model, images, **options)
+
+    monkeypatch.setattr(predict, "predict_case", fail)
+    told = []
+    with pytest.raises(SomeFailedError, match=r"1 of 3 .*\n.*b\.nii: ZeroDivisionError: nobody"):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=told.append)
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
+    assert any("b.nii: no mask" in line for line in told)
+    assert set(read_json(tmp_path / "out" / "predictions.json")["flags"]) == {"a", "c"}
+
+
+def test_a_spacing_that_makes_a_huge_grid_is_refused_before_memory_is_taken(oracle, tmp_path):
+    write_scan(tmp_path / "a.nii", np.diag([1e5, 1e5, 1e5, 1]))
+    with pytest.raises(InputError, match=r"spacing of 1e\+05 x .* GB of memory"):
+        predict_case(oracle, (tmp_path / "a.nii",))
+
+
+def test_one_bad_scan_is_exit_code_1_and_a_summary_by_name(saved, tmp_path):
+    write_scan(tmp_path / "scans" / "good.nii")
+    (tmp_path / "scans" / "bad.nii").write_bytes(b"no scan")
+    command = ["predict", str(saved), str(tmp_path / "scans"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, command)
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.output
+    assert "1 of 2 scans were not segmented" in result.output
+    assert "bad.nii: cannot be read" in result.output
+    assert (tmp_path / "out" / "good.nii.gz").exists()
+
+
+def test_nothing_is_computed_where_a_manual_mask_would_be_replaced(oracle, tmp_path, monkeypatch):
+    write_scan(tmp_path / "scans" / "a.nii.gz")
+    write_scan(tmp_path / "labels" / "a.nii.gz")
+    before = (tmp_path / "labels" / "a.nii.gz").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.delattr(predict, "predict_case")
+        with pytest.raises(InputError, match=r"nothing was computed.*a\.nii\.gz"):
+            predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels")
+    assert (tmp_path / "labels" / "a.nii.gz").read_bytes() == before
+    quiet = {"report": lambda text: None}
+    predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels", overwrite=True, **quiet)
+    predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels", **quiet)
+    assert (tmp_path / "labels" / "a.nii.gz").read_bytes() != before
+
+
+def test_a_second_call_adds_to_what_the_first_one_wrote(oracle, tmp_path):
+    for name in ("a", "b"):
+        write_scan(tmp_path / f"{name}.nii")
+        predict_files(
+            oracle, [tmp_path / f"{name}.nii"], tmp_path / "out", report=lambda text: None
+        )
+    assert set(read_json(tmp_path / "out" / "predictions.json")["flags"]) == {"a", "b"}
 
 
 def test_a_scan_is_never_overwritten_by_its_mask(oracle, tmp_path):

@@ -28,8 +28,14 @@ from medssl.metrics import paired_difference
 from medssl.pseudo.overlays import CLASS_COLORS, render_overlay, write_overlay
 from medssl.report import figures, overlays, write_report
 from medssl.report.figures import _spread, draw_pairs
-from medssl.report.read import read_run
-from medssl.report.sentences import Names, choose_names, count_steps, write_verdict
+from medssl.report.read import pair_dice, read_run
+from medssl.report.sentences import (
+    Names,
+    choose_names,
+    count_steps,
+    explain_row,
+    write_verdict,
+)
 from medssl.runs import Journal
 
 VALUES = (0, 1, 4)
@@ -726,3 +732,20 @@ def test_a_reason_that_all_scans_have_is_said_once(run: Path) -> None:
     html = report(run).html
     assert html.count("not used for training (lost lesion)") == 1
     assert "Of all of them: not used for training (lost lesion)." in html
+
+
+def test_a_class_that_is_not_there_is_not_called_distrusted() -> None:
+    row = {"coverage/organ": "0.6", "coverage/lesion": "", "volume_ml/lesion": "0.0"}
+    assert explain_row(row, ["organ", "lesion"], Names({})) == "only 60% of organ is trusted"
+    old = {**row, "coverage/lesion": "0.0000"}  # as version 0.1.0 wrote it
+    assert "lesion" not in explain_row(old, ["organ", "lesion"], Names({}))
+    there = {**old, "volume_ml/lesion": "1.5"}
+    assert explain_row(there, ["organ", "lesion"], Names({})) == "only 0% of lesion is trusted"
+
+
+def test_before_and_after_are_paired_class_by_class() -> None:
+    before = [{"case_id": "a", "dice/x": 0.90, "dice/y": 0.0, "dice": 0.45}]
+    after = [{"case_id": "a", "dice/x": 0.44, "dice/y": None, "dice": 0.44}]
+    more: Any = [{"case_id": "b", "dice/x": None, "dice/y": None, "dice": None}]
+    first, second = pair_dice([*before, *more], [*more, *after])
+    assert (first, second) == ({"a": 0.45}, {"a": pytest.approx(0.72)})

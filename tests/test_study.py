@@ -147,3 +147,16 @@ def test_the_report_says_what_the_committed_study_found(study):
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     for row in study.tabulate(ROOT / "docs" / "acdc_3.csv"):
         assert f"| {row['arm']} | {row['draws']} | {row['dice']} |" in text
+
+
+def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):
+    path = tmp_path / "s.csv"
+    lines = ["draw,arm,case_id,patient_id,dice/a,dice/b,dice"]
+    for i in range(3):
+        lines += [f"0,labels,c{i},p{i},0.90,0.0,0.45", f"0,shadow,c{i},p{i},0.44,,0.44"]
+    path.write_text("\n".join(lines) + "\n")
+    arms, patients = study.read_arms(path)
+    found, _ = study.compare_arms(arms["shadow"], arms["labels"], patients)
+    assert found["mean"] == pytest.approx(0.27)
+    assert study.pick_better(arms)[0] == "shadow"
+    assert study.mean_of(arms["shadow"][0]) == pytest.approx(0.44)  # alone

@@ -21,6 +21,7 @@ from medssl.config import IGNORE, InputError
 from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.formats import Case
 from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
+from medssl.data.trained import hash_voxels
 from medssl.runs import hash_file, hash_json, read_json, seed_from, write_file, write_json
 from medssl.transforms.geometry import (
     Affine,
@@ -153,6 +154,7 @@ def _open_image(
     if (
         meta is not None
         and meta.get("sources") == sources
+        and "voxels" in meta  # 0.1.0 kept none
         and _is_whole(entry / "image.npy", np.float16, (num_channels, *meta["shape"]))
     ):
         return meta
@@ -160,6 +162,7 @@ def _open_image(
     image = preprocess_image(volume, recipe)
     meta = {
         "sources": sources,
+        "voxels": hash_voxels(volume.array, volume.affine),
         "shape": image.shape,
         "affine": image.affine.tolist(),
         "native_shape": volume.shape,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medssl.config import IGNORE, FilterSection
+from medssl.metrics import mean_known
 from medssl.pseudo.thresholds import find_lowest
 from medssl.pseudo.uncertainty import find_limit
 
@@ -50,8 +51,9 @@ class CaseReview:
 
     ``confidence`` is that of ``measure_confidence``; ``uncertainty`` (nats) the mean over predicted
     foreground; ``agreement`` the mean Dice with the round before, ``stability`` that with earlier
-    checkpoints of the same training, or None; ``coverage`` are accepted fractions. Volumes of
-    pictures, which have no spacing, are areas in pixels.
+    checkpoints of the same training, or None; ``coverage`` are accepted fractions. Of a class that
+    is not there they are n/a (None): nothing to trust is no distrust. Volumes of pictures, which
+    have no spacing, are areas in pixels.
     """
 
     case_id: str
@@ -61,8 +63,8 @@ class CaseReview:
     uncertainty: float
     agreement: float | None
     coverage: float
-    coverage_per_class: dict[str, float]
-    agreement_per_class: dict[str, float]
+    coverage_per_class: dict[str, float | None]
+    agreement_per_class: dict[str, float | None]
     volume_ml: dict[str, float]
     share: dict[int, float] = field(repr=False)
     stability: float | None = None
@@ -191,7 +193,7 @@ def review_case(
     case_id: str,
     probs: NDArray[np.float32],
     uncertainty: NDArray[np.float32],
-    agreement: Mapping[str, float],
+    agreement: Mapping[str, float | None],
     voxel_ml: float | None,
     names: Mapping[int, str],
     expectation: Expectation,
@@ -203,7 +205,8 @@ def review_case(
         case_id: The case.
         probs: (num_classes, I, J, K).
         uncertainty: (I, J, K), nats.
-        agreement: Dice of each class with the pseudo-label of the round before; empty without one.
+        agreement: Dice of each class with the pseudo-label of the round before, None for a class
+            that neither has; empty without one.
         voxel_ml: Volume of a voxel of this grid in ml; None counts pixels.
         names: Class names by index.
         expectation: What the labeled cases lead one to expect.
@@ -223,11 +226,11 @@ def review_case(
         reason=reason,
         confidence=confidence,
         uncertainty=float(uncertainty[where].mean()),
-        agreement=float(np.mean(list(agreement.values()))) if agreement else None,
+        agreement=mean_known(agreement.values()),
         agreement_per_class=dict(agreement),
         coverage=float(trusted.mean()),
         coverage_per_class={
-            names[i]: float(trusted[m].mean()) if m.any() else 0.0 for i, m in kept.items()
+            names[i]: float(trusted[m].mean()) if m.any() else None for i, m in kept.items()
         },
         volume_ml={
             names[i]: float(m.sum()) * (1.0 if voxel_ml is None else voxel_ml)
@@ -302,11 +305,9 @@ def judge_model(
             reasons.append(
                 f"{names[index]} covers {share:.3%} of the volumes, {prior:.3%} in labeled cases"
             )
-    agreements = [review.agreement for review in reviews if review.agreement is not None]
-    if agreements and float(np.mean(agreements)) < LEAST_AGREEMENT:
-        reasons.append(
-            f"mean Dice {np.mean(agreements):.2f} with the pseudo-labels of the round before"
-        )
+    agreement = mean_known(review.agreement for review in reviews)
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        reasons.append(f"mean Dice {agreement:.2f} with the pseudo-labels of the round before")
     if with_student is not None and with_student < LEAST_AGREEMENT:
         reasons.append(f"mean Dice {with_student:.2f} of student and average: it did not settle")
     return Gate(not reasons, tuple(reasons))

@@ -123,12 +123,15 @@ def _show_image(case: CachedCase) -> NDArray[np.float32]:
 
 def _compare(
     probs: NDArray[np.float32], before: Path, names: Mapping[int, str]
-) -> dict[str, float]:
-    """Return the Dice of each foreground class with an earlier pseudo-label."""
+) -> dict[str, float | None]:
+    """Return the Dice of each foreground class with an earlier pseudo-label, None for n/a."""
     classes = probs.argmax(0)
     earlier = read_pseudo_label(before)[0].argmax(0)
+    there = {*np.unique(classes).tolist(), *np.unique(earlier).tolist()}
     return {
-        name: measure_agreement(classes, earlier, [index]) for index, name in names.items() if index
+        name: measure_agreement(classes, earlier, [index]) if index in there else None
+        for index, name in names.items()
+        if index
     }
 
 

@@ -116,7 +116,7 @@ def measure_agreement(
 ) -> float:
     """Return the mean Dice of two class maps over the classes that either of them has.
 
-    1 where both are empty.
+    1 where both are empty: cases are ranked by it. Means over cases leave such ones out.
     """
     values = []
     for index in classes:

@@ -18,6 +18,7 @@ from medssl.config import InputError
 from medssl.data.cases import Case, read_dataset
 from medssl.data.files import name_mask_suffix
 from medssl.data.io import find_untrusted_value, read_image, read_label
+from medssl.data.trained import find_data
 from medssl.pseudo.overlays import render_overlay
 from medssl.report.read import RunFiles, number
 
@@ -48,12 +49,13 @@ class Overlay:
 def find_sources(run: RunFiles) -> Sources:
     """Read the data set of a run again, without the labels that are not evaluation's."""
     data = run.config.get("data") or {}
-    root = (run.splits.get("dataset") or {}).get("root") or data.get("root")
-    if not root:
+    about = {"root": data.get("root"), **(run.splits.get("dataset") or {})}
+    if not (about["root"] or about.get("source")):
         return Sources({}, 1, "neither splits.json nor config.yaml say where the scans are")
     labels = {int(value): str(name) for value, name in (data.get("labels") or {}).items()}
     try:
-        dataset = read_dataset(Path(str(root)), str(data.get("format") or "auto"), labels or None)
+        root = find_data(about, data.get("root"))
+        dataset = read_dataset(root, str(data.get("format") or "auto"), labels or None)
     except (InputError, OSError, ValueError):
         return Sources({}, 1, "the data set is no longer where it was when the run was made")
     test = set(run.list_part("test")) if run.evaluation else set()

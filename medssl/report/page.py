@@ -15,10 +15,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from medssl.metrics import mean_known
 from medssl.pseudo.overlays import CLASS_COLORS
 from medssl.report import figures, overlays, sentences
 from medssl.report.overlays import Overlay, Sources
-from medssl.report.read import RoundFiles, RunFiles, mean, number, read_run
+from medssl.report.read import RoundFiles, RunFiles, number, pair_dice, read_run
 from medssl.report.sentences import Names, format_number
 from medssl.runs import write_text
 
@@ -182,11 +183,11 @@ def _tabulate_classes(run: RunFiles) -> list[dict[str, str]]:
 def _show_pairs(run: RunFiles, names: Names) -> Picture:
     """Return the dot plot of Dice per case, labels only against delivered."""
     title = "Every test case, before and after"
-    before = run.rounds[0].dice if run.rounds and run.rounds[0].index == 0 else {}
-    after = run.dice
-    shared = sorted(set(before) & set(after))
+    first = run.rounds[0].rows if run.rounds and run.rounds[0].index == 0 else ()
+    before, after = pair_dice(first, run.rows)
+    shared = sorted(before)
     if shared and run.delivered == "round_0":
-        average = mean([after[case_id] for case_id in shared])
+        average = mean_known([after[case_id] for case_id in shared])
         why = (
             f"The delivered model is round 0 itself, so before and after are one: mean Dice "
             f"{average:.3f} on {sentences.count(len(shared), 'test case')}."
@@ -199,8 +200,8 @@ def _show_pairs(run: RunFiles, names: Names) -> Picture:
     worse = sum(after[case_id] < before[case_id] for case_id in shared)
     caption = (
         f"{better} of {sentences.count(len(shared), 'test case')} are better than with labels "
-        f"only, {worse} worse. Mean Dice {mean([before[c] for c in shared]):.3f} with labels "
-        f"only, {mean([after[c] for c in shared]):.3f} delivered."
+        f"only, {worse} worse. Mean Dice {mean_known(before.values()):.3f} with labels "
+        f"only, {mean_known(after.values()):.3f} delivered."
     )
     return Picture(title, caption, _embed(figures.draw_pairs(before, after, names.case)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from medssl.config import InputError
-from medssl.metrics import Row, read_table
+from medssl.metrics import Row, compare_cases, read_table
 from medssl.runs import Journal, read_json
 
 Point = tuple[int, float]
@@ -29,7 +29,7 @@ class RoundFiles:
     """What one round left behind.
 
     ``curves`` maps a metric's name to its points in order of steps; ``review`` are the rows of
-    review.csv, numbers as text; ``dice`` is the mean Dice of each test case.
+    review.csv, numbers as text; ``rows`` those of the test cases.
     """
 
     index: int
@@ -37,7 +37,7 @@ class RoundFiles:
     done: Mapping[str, Any]
     review: tuple[Mapping[str, str], ...]
     curves: Mapping[str, tuple[Point, ...]]
-    dice: Mapping[str, float]
+    rows: tuple[Row, ...]
 
     @property
     def name(self) -> str:
@@ -156,10 +156,19 @@ def number(value: object) -> float | None:
     return result if math.isfinite(result) else None
 
 
-def mean(values: list[float | None]) -> float | None:
-    """Return the mean of what is there."""
-    kept = [value for value in values if value is not None]
-    return sum(kept) / len(kept) if kept else None
+def pair_dice(
+    ours: Sequence[Row], theirs: Sequence[Row]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the Dice of two models side by side, by case_id, of the cases that both have."""
+    tables = [{str(row["case_id"]): row for row in rows} for rows in (ours, theirs)]
+    shared = [case_id for case_id in tables[0] if case_id in tables[1]]
+    first, second = compare_cases([[table[case_id] for case_id in shared] for table in tables])
+    known = [
+        (case_id, a, b)
+        for case_id, a, b in zip(shared, first, second, strict=True)
+        if a is not None and b is not None
+    ]
+    return {case_id: a for case_id, a, _ in known}, {case_id: b for case_id, _, b in known}
 
 
 def _read(path: Path, read: Callable[[Path], Any], kind: type, default: T, damaged: list[str]) -> T:
@@ -210,7 +219,7 @@ def _read_rounds(folder: Path, damaged: list[str]) -> tuple[RoundFiles, ...]:
                 done=_read(home / "done.json", read_json, dict, {}, damaged),
                 review=tuple(_read(home / "review.csv", _read_review, list, [], damaged)),
                 curves={name: tuple(points) for name, points in curves.get(index, {}).items()},
-                dice=_take_dice(_read(table, read_table, list, [], damaged)),
+                rows=tuple(_read(table, read_table, list, [], damaged)),
             )
         )
     return tuple(rounds)

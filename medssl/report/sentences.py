@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from medssl.metrics import MIN_CASES_FOR_VERDICT
-from medssl.report.read import RoundFiles, RunFiles, mean, number
+from medssl.metrics import MIN_CASES_FOR_VERDICT, mean_known
+from medssl.report.read import RoundFiles, RunFiles, number
 
 MISSING = "–"
 EVIDENCE = (
@@ -64,7 +64,7 @@ def choose_names(run: RunFiles, share: bool) -> Names:
         known.update(run.list_part(part))
     for entry in run.rounds:
         known.update(row["case_id"] for row in entry.review)
-        known.update(entry.dice)
+        known.update(str(row["case_id"]) for row in entry.rows)
     pseudonyms = {str(key): str(name) for key, name in run.pseudonyms.items()}
     for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
         pseudonyms[case_id] = f"case_{index:03d}"
@@ -287,6 +287,12 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
             f"Validation labels count as labels: there is no validation case, so the run has "
             f"{count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."
         )
+    failed = run.evaluation.get("failed")
+    if isinstance(failed, list) and failed:
+        details.append(
+            f"{count(len(failed), 'test case')} could not be measured and "
+            f"{'is' if len(failed) == 1 else 'are'} in no figure: {', '.join(map(str, failed))}."
+        )
     if patients:
         details.append(patients)
     details += [str(note) for note in run.evaluation.get("notes") or ()]
@@ -341,12 +347,12 @@ def _describe_round(run: RunFiles, entry: RoundFiles, names: Names) -> RoundRow:
     final = known.get("final") or {}
     accepted = [number(row.get("accepted")) for row in entry.review]
     kept = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
-    coverage = mean([number(row.get("coverage")) for row in entry.review])
+    coverage = mean_known([number(row.get("coverage")) for row in entry.review])
     agreement = number(final.get("monitors/agreement"))
     if agreement is None:
         agreement = number(known.get("agreement"))
     if agreement is None:
-        agreement = mean([number(row.get("agreement")) for row in entry.review])
+        agreement = mean_known([number(row.get("agreement")) for row in entry.review])
     test = number((run.evaluation.get("rounds") or {}).get(entry.name))
     curve = entry.curves.get("val/dice")
     val = number(final.get("val/dice")) or (curve[-1][1] if curve else None)
@@ -386,7 +392,8 @@ def explain_row(row: Mapping[str, str], classes: Iterable[str], names: Names) ->
     if agreement is not None and agreement < 0.8:
         reasons.append(f"it changed since the round before: Dice {agreement:.2f}")
     coverage = {name: number(row.get(f"coverage/{name}")) for name in classes}
-    known = {name: value for name, value in coverage.items() if value is not None}
+    sizes = {n: number(row.get(f"volume_ml/{n}") or row.get(f"area_px/{n}")) for n in coverage}
+    known = {n: value for n, value in coverage.items() if value is not None and sizes[n] != 0}
     if known:
         name = min(known, key=lambda key: known[key])
         if known[name] < 0.7:

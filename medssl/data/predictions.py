@@ -1,0 +1,378 @@
+"""The folder of predictions: which scans go in, which files come out, and what may be replaced.
+
+`predictions.json` says of every file that predictions wrote the hash of its bytes. A file that it
+does not name, or that has been changed since, is somebody's work: it is never replaced unasked.
+"""
+
+import contextlib
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medssl.config import InputError
+from medssl.data.files import (
+    KINDS,
+    find_unread,
+    is_picture,
+    keep_scans,
+    name_mask_suffix,
+    strip_suffix,
+    walk_files,
+)
+from medssl.data.formats import read_dataset
+from medssl.runs import hash_file, read_json, write_json
+
+RECORD = "predictions.json"
+OVERWRITE = "--overwrite"
+_LISTS = ("cases.csv", "cases.json", "dataset.json")
+_NUM_SHOWN = 5
+
+Scans = dict[str, tuple[Path, ...]]
+"""The image files of each scan, by its name."""
+
+
+class SomeFailedError(InputError):
+    """Some scans failed, and are named; what was done for all others stands."""
+
+
+@dataclass(frozen=True)
+class PlannedPredictions:
+    """What a call of `predict` reads and writes.
+
+    `problems` name the scans that cannot be read as asked for, `notes` what is left out.
+    """
+
+    scans: Scans
+    masks: dict[str, Path]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan_predictions(
+    inputs: Sequence[Path],
+    out: Path,
+    num_channels: int,
+    *,
+    maps: Sequence[str] = (),
+    overwrite: bool = False,
+) -> PlannedPredictions:
+    """Say which scans are read and which files are written, before anything is computed.
+
+    Args:
+        inputs: Scans, folders of scans, data sets or lists of cases.
+        out: Folder of the masks.
+        num_channels: Channels of the model.
+        maps: What else is written of each scan: `probs`, `uncertainty`.
+        overwrite: Whether files that no prediction wrote may be replaced; scans never are.
+
+    Raises:
+        InputError: No scan was found, masks would lie among their scans, or files that no
+            prediction wrote would be replaced.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    scans = find_scans(inputs, num_channels, problems, notes)
+    _refuse_folder_of_scans(out, scans)
+    targets = {
+        name: [
+            f"{name}{name_mask_suffix(images[0])}",
+            *(f"{name}_{map_name}{name_map_suffix(images[0])}" for map_name in maps),
+        ]
+        for name, images in scans.items()
+    }
+    for name in _find_twins(targets):
+        listed = ", ".join(str(path) for path in scans.pop(name))
+        problems.append(f"{listed}: another scan of this call has its file {targets.pop(name)[0]}")
+    if not scans:
+        raise InputError("\n".join(problems))
+    written = [file for files in targets.values() for file in files]
+    protect_files(out, written, overwrite, [p for paths in scans.values() for p in paths])
+    masks = {name: out / files[0] for name, files in targets.items()}
+    return PlannedPredictions(scans, masks, tuple(problems), tuple(notes))
+
+
+def name_map_suffix(image: Path) -> str:
+    """Return the suffix of a map of numbers: TIFF for a picture, else NIfTI."""
+    return ".tiff" if is_picture(image) else ".nii.gz"
+
+
+def _refuse_folder_of_scans(out: Path, scans: Scans) -> None:
+    """Refuse to write masks where scans lie."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; name a folder for the masks")
+    folders = {path.parent for images in scans.values() for path in images}
+    if any(out.is_dir() and os.path.samefile(folder, out) for folder in folders):
+        raise InputError(
+            f"--out {out}: scans lie there, and a mask would overwrite its own scan or be taken "
+            "for another one; name another folder"
+        )
+
+
+def _find_twins(targets: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the scans of which a file bears the name of one of an earlier scan."""
+    taken: set[str] = set()
+    twins = []
+    for name, files in targets.items():
+        keys = {_fold(file) for file in files}
+        if keys & taken:
+            twins.append(name)
+        else:
+            taken |= keys
+    return twins
+
+
+def _fold(name: str) -> str:
+    """Return a name as file systems compare it that know no case, or one form of an accent."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def protect_files(
+    out: Path, files: Iterable[str], overwrite: bool = False, scans: Sequence[Path] = ()
+) -> None:
+    """Refuse to replace what no prediction wrote, or a person has changed since.
+
+    Args:
+        out: The folder.
+        files: Names, relative to it, of the files that will be written.
+        overwrite: Whether they may be replaced in spite.
+        scans: Files that are never replaced.
+
+    Raises:
+        InputError: Some would be replaced; says how many, the first of them, and the flag.
+    """
+    if not out.is_dir():
+        return
+    identities = {_identify(path) for path in scans} - {None}
+    own = read_files(out)
+    foreign, inputs = [], []
+    for path in _find_standing(out, files):
+        name = path.relative_to(out).as_posix()
+        if _identify(path) in identities or (path.is_dir() and not path.is_symlink()):
+            inputs.append(name)
+        elif path.is_symlink() or own.get(name) != hash_file(path):
+            foreign.append(name)
+    if inputs:
+        raise InputError(
+            f"{out}: would replace what is a scan or a folder: {_list(inputs)}; name another folder"
+        )
+    if (out / RECORD).exists() and not _is_record(out):
+        foreign.append(RECORD)
+    if foreign and not overwrite:
+        count = "1 file" if len(foreign) == 1 else f"{len(foreign)} files"
+        raise InputError(
+            f"{out}: nothing was computed, for it would replace {count} that no prediction wrote, "
+            f"or that were changed after it: {_list(foreign)}; name another folder, or give "
+            f"{OVERWRITE} to replace them"
+        )
+
+
+def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:
+    """Return what stands in a folder under these names, in whatever case, form or format."""
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        path = Path(file)
+        wanted[path.parent.as_posix()].add(_fold(strip_suffix(path.name) or path.name))
+    return [
+        path
+        for folder, stems in wanted.items()
+        if (out / folder).is_dir()
+        for path in sorted((out / folder).iterdir())
+        if _fold(strip_suffix(path.name) or path.name) in stems
+    ]
+
+
+def _identify(path: Path) -> tuple[int, int] | None:
+    """Return what is the same for all names of a file, or nothing where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _list(names: Sequence[str]) -> str:
+    """Return the first few of some names."""
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(sorted(names)[:_NUM_SHOWN]) + more
+
+
+def _read_record(out: Path) -> dict[str, Any]:
+    """Return the record of a folder; empty where there is none that a prediction wrote."""
+    content = None
+    with contextlib.suppress(InputError):
+        content = read_json(out / RECORD)
+    if not isinstance(content, dict) or "labels" not in content:
+        return {}
+    parts = (content.get(key, {}) for key in ("labels", "flags", "files", "scans"))
+    return content if all(isinstance(part, dict) for part in parts) else {}
+
+
+def _is_record(out: Path) -> bool:
+    """Tell whether the record of a folder was written by a prediction."""
+    return bool(_read_record(out))
+
+
+def read_files(out: Path) -> dict[str, str]:
+    """Return the hash of each file of a folder that predictions wrote, as they wrote it."""
+    return {str(name): str(value) for name, value in _read_record(out).get("files", {}).items()}
+
+
+def record_predictions(
+    out: Path,
+    files: Iterable[Path],
+    *,
+    labels: Mapping[str, str] | None = None,
+    model: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Add files to the record of a folder; what it says of others stands.
+
+    Args:
+        out: The folder.
+        files: What was written into it.
+        labels: Name of each label value.
+        model: Where the model comes from.
+        flags: By scan, what lies outside of the training range.
+    """
+    record = _read_record(out)
+    hashes = {path.relative_to(out).as_posix(): hash_file(path) for path in files}
+    flags = flags or {}
+    content = {
+        "labels": dict(labels if labels is not None else record.get("labels", {})),
+        "model": dict(model if model is not None else record.get("model", {})),
+        "flags": {**record.get("flags", {}), **flags},
+        "scans": {**record.get("scans", {}), **{name: dict(model or {}) for name in flags}},
+        "files": {**record.get("files", {}), **hashes},
+    }
+    write_json(out / RECORD, content)
+
+
+def find_scans(
+    inputs: Sequence[Path],
+    num_channels: int,
+    problems: list[str] | None = None,
+    notes: list[str] | None = None,
+) -> Scans:
+    """Return the image files of each scan by its name.
+
+    A folder is a data set if it has a list, a dataset.json or a folder `images`; else the scans
+    that lie in it are taken. With several channels these end in _0000, _0001, ..., or one file has
+    all of them.
+
+    Args:
+        inputs: Scans, folders of scans, data sets or lists of cases.
+        num_channels: Channels of the model.
+        problems: Gets what is wrong with single scans or inputs; None: it is an error.
+        notes: Gets what is left out.
+
+    Raises:
+        InputError: There is no scan at all.
+    """
+    found: list[str] = [] if problems is None else problems
+    notes = [] if notes is None else notes
+    scans: Scans = {}
+    files: list[Path] = []
+    for path in inputs:
+        try:
+            if _is_dataset(path):
+                _add_cases(path, num_channels, scans, found)
+            else:
+                files += _list_files(path, found, notes)
+        except InputError as error:
+            found.append(str(error))
+    _group_files(files, num_channels, scans, found)
+    if not scans or (found and problems is None):
+        raise InputError("\n".join(found))
+    return scans
+
+
+def _is_dataset(path: Path) -> bool:
+    """Tell whether a path is a list, or the folder of a data set."""
+    if not path.is_dir():
+        return path.is_file() and path.suffix.lower() in (".csv", ".json")
+    return (path / "images").is_dir() or any((path / name).is_file() for name in _LISTS)
+
+
+def _add_cases(path: Path, num_channels: int, scans: Scans, problems: list[str]) -> None:
+    """Add the cases of a data set, with or without a label."""
+    for case in read_dataset(path).cases:
+        if len(case.images) not in (1, num_channels):
+            problems.append(
+                f"{case.case_id}: the model wants {num_channels} channels, the data set has "
+                f"{len(case.images)}: {', '.join(str(image) for image in case.images)}"
+            )
+        else:
+            _add_scan(case.case_id, case.images, scans, problems)
+
+
+def _add_scan(name: str, images: tuple[Path, ...], scans: Scans, problems: list[str]) -> None:
+    """Add a scan; two of one name are a problem, but for the same files given twice."""
+    known = scans.setdefault(name, images)
+    if [path.resolve() for path in known] != [path.resolve() for path in images]:
+        listed = ", ".join(str(path) for path in (*known, *images))
+        problems.append(f"{name}: two scans of one name, of which one mask would be left: {listed}")
+
+
+def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]:
+    """Return the scans of an input: a file, or a folder without what is hidden in it."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        if strip_suffix(path.name) is None:
+            raise InputError(f"{path}: no scan that is read, {KINDS}")
+        return [path]
+    problems += [f"{path.parent / problem}" for problem in find_unread(path)]
+    visible = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and p.is_file()]
+    files = keep_scans(visible)
+    below = [file for file in keep_scans(walk_files(path)) if file.parent != path]
+    if not files:
+        hint = f"; some lie in folders below it: name {below[0].parent}" if below else ""
+        raise InputError(f"{path}: no scan that is read, {KINDS}{hint}")
+    if below:
+        notes.append(f"{path}: folders below it are not read, such as {below[0].parent}")
+    previews = [file for file in visible if strip_suffix(file.name) and file not in files]
+    if previews:
+        names = _list([file.name for file in previews])
+        notes.append(f"{path}: pictures beside scans are left out: {names}")
+    return files
+
+
+def _group_files(
+    files: Sequence[Path], num_channels: int, scans: Scans, problems: list[str]
+) -> None:
+    """Add scans of files, which have all channels or end in the number of one."""
+    groups: dict[str, dict[str, list[Path]]] = {}
+    for file in {os.path.abspath(path): path for path in files}.values():
+        name = strip_suffix(file.name) or file.name
+        channel = ""
+        if num_channels > 1 and re.search(r"_\d{4}$", name) and not _is_whole(file, num_channels):
+            name, channel = name[:-5], name[-4:]
+        groups.setdefault(name, {}).setdefault(channel, []).append(file)
+    wanted = {f"{channel:04d}" for channel in range(num_channels)}
+    for name, split in groups.items():
+        listed = ", ".join(str(file) for same in split.values() for file in same)
+        if any(len(same) > 1 for same in split.values()):
+            problems.append(
+                f"{name}: two scans of one name, of which one mask would be left: {listed}"
+            )
+        elif set(split) not in ({""}, wanted):
+            problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
+        else:
+            images = tuple(split[channel][0] for channel in sorted(split))
+            _add_scan(name, images, scans, problems)
+
+
+def _is_whole(file: Path, num_channels: int) -> bool:
+    """Tell whether a picture has all channels by itself; one that is damaged has not."""
+    if not is_picture(file):
+        return False
+    from medssl.data.pictures import count_channels  # heavy: only where there are pictures
+
+    with contextlib.suppress(InputError):
+        return count_channels(file) == num_channels
+    return False

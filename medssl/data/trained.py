@@ -1,0 +1,271 @@
+"""What a run folder says of its model and its data, and which scans a run was trained on.
+
+A scan is known again by its files and by its voxels: a copy under another name, in another folder
+or format is the same scan, and measuring a model on it is no test.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medssl.config import DataSection, InputError, load_config
+from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
+from medssl.runs import hash_file, read_json, write_json
+
+RECORD = "trained_on.json"
+
+
+def resolve_model(path: Path) -> Path:
+    """Return the model folder of a run, one of its rounds, or a model folder itself.
+
+    Raises:
+        InputError: There is none; says what stands there instead.
+    """
+    for folder in (path, path / "model"):
+        if (folder / "model.json").is_file():
+            return folder
+    if not path.exists():
+        raise InputError(f"{path}: no such run or model folder")
+    rounds = sorted(p.parent.parent.name for p in path.glob("round_*/model/model.json"))
+    hint = f"; finished rounds: {', '.join(rounds)} (use {path / rounds[-1]})" if rounds else ""
+    raise InputError(f"{path}: holds no model (model/model.json){hint}")
+
+
+def count_model_channels(path: Path) -> int:
+    """Return the channels of a model by its description alone.
+
+    Raises:
+        InputError: There is no model, or its description is damaged.
+    """
+    file = resolve_model(path) / "model.json"
+    channels = read_object(file).get("channels")
+    if not isinstance(channels, list) or not channels:
+        raise InputError(f"{file}: damaged: names no channels; restore it, or train anew")
+    return len(channels)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        InputError: It is missing, damaged, or holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path}: damaged: expected an object with keys, got {str(content)[:40]!r}; restore or "
+            "delete it"
+        )
+    return content
+
+
+def read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
+    """Return the splits of a run, and how and where its data is read.
+
+    Raises:
+        InputError: It is no run, or its files are damaged.
+    """
+    path = run_dir / "splits.json"
+    if not path.is_file():
+        raise InputError(
+            f"{run_dir}: is no run, and only a run has test cases of its own; give the run, or "
+            f"labeled scans: medssl evaluate {run_dir} DATA --out DIR"
+        )
+    content = read_object(path)
+    data = load_config(run_dir / "config.yaml").config.data
+    try:
+        splits, root = Splits.from_json(content), find_data(content["dataset"], data.root)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged, or of another version ({error!r})") from error
+    return splits, data.model_copy(update={"root": root})
+
+
+def find_data(about: Mapping[str, Any], given: Path | str | None) -> Path:
+    """Return the list or folder that a run was made from.
+
+    Args:
+        about: What splits.json says of the data set; before version 0.2 the folder of a list.
+        given: ``data.root``, as the user wrote it.
+    """
+    if about.get("source"):
+        return Path(str(about["source"]))
+    root = Path(str(about["root"]))
+    listed = root / Path(str(given)).name if given else root
+    return listed if listed.is_file() else root
+
+
+def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> list[str]:
+    """Return a hash of each channel that is not constant: the same in every file format.
+
+    Args:
+        array: The scan as it is read (C, I, J, K); its axes are turned to RAS+ first, so that a
+            copy whose axes another program has flipped is known again.
+        affine: Affine (4, 4).
+    """
+    import nibabel as nib  # heavy: only where scans are read
+
+    way = nib.orientations.io_orientation(affine)
+    hashes = []
+    for channel in array:
+        turned = np.asarray(nib.orientations.apply_orientation(channel, way), dtype=np.float32)
+        if turned.min() < turned.max():
+            digest = hashlib.sha256(repr(turned.shape).encode())
+            digest.update((turned + 0.0).tobytes())  # no negative zero
+            hashes.append(digest.hexdigest())
+    return hashes
+
+
+def write_trained_on(run_dir: Path, scans: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep by what the scans of a run are known again.
+
+    Args:
+        run_dir: The run folder.
+        scans: By case_id, the hashes of files (`sources`) and channels (`voxels`).
+    """
+    kept = {
+        case_id: {key: list(scan[key]) for key in ("sources", "voxels")}
+        for case_id, scan in scans.items()
+    }
+    write_json(run_dir / RECORD, kept)
+
+
+def find_trained_on(
+    path: Path, dataset: Dataset, read: Callable[[Case], Iterable[str]]
+) -> tuple[list[str], list[str]]:
+    """Return the cases of a data set that the run of a model was trained on, and remarks.
+
+    A case is the same one where a file of it is, or has the same bytes or voxels; one that only
+    bears the same case_id is not left out but remarked.
+
+    Args:
+        path: A run, one of its rounds, or a model folder in it.
+        dataset: The cases.
+        read: Returns the hashes of a case's channels.
+    """
+    resolved = path.resolve()
+    runs = [p for p in (resolved, *resolved.parents[:3]) if (p / "splits.json").is_file()]
+    if not runs:
+        return [], [
+            f"{path} lies in no run that says which cases it was trained on: if some of these are "
+            "among them, this is no test"
+        ]
+    splits, data = read_splits(runs[0])
+    trained = {*splits.labeled, *splits.unlabeled, *splits.val}
+    files, remarks = _find_files(data, trained), []
+    hashes, voxels = _read_hashes(runs[0])
+    if not hashes:
+        remarks.append(
+            f"{runs[0]}: keeps no hashes of the scans that it was trained on (medssl 0.1.0 kept "
+            "none): copies of these under other names would not be noticed"
+        )
+
+    def is_seen(case: Case) -> bool:
+        if any(image.resolve() in files for image in case.images):
+            return True
+        if case.label is None or not hashes:
+            return False
+        return any(hash_file(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
+
+    seen = [case.case_id for case in dataset.cases if is_seen(case)]
+    alike = [c.case_id for c in dataset.cases if c.case_id in trained and c.case_id not in seen]
+    if alike:
+        remarks.insert(
+            0,
+            f"{len(alike)} cases bear the case_id of a case that the run was trained on "
+            f"({shorten(alike)}): if they are the same scans, this is no test",
+        )
+    return seen, remarks
+
+
+def _find_files(data: DataSection, trained: set[str]) -> set[Path]:
+    """Return the scan files of the cases that a run was trained on, where they still are."""
+    assert data.root is not None, "splits.json names the root"
+    try:
+        cases = read_dataset(data.root, data.format, data.labels).cases
+    except InputError:  # the data of the run is no longer where it was
+        return set()
+    return {image.resolve() for c in cases if c.case_id in trained for image in c.images}
+
+
+def _read_hashes(run_dir: Path) -> tuple[set[str], set[str]]:
+    """Return the hashes of the files and of the channels that a run was trained on."""
+    path = run_dir / RECORD
+    if not path.is_file():
+        return set(), set()
+    try:
+        scans = [dict(scan) for scan in read_object(path).values()]
+        found = [
+            {str(value) for scan in scans for value in scan[key]} for key in ("sources", "voxels")
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: damaged ({error!r}); start the same medssl train again"
+        ) from error
+    return found[0], found[1]
+
+
+def shorten(case_ids: Sequence[str]) -> str:
+    """Return the first few of many case_ids."""
+    more = f" and {len(case_ids) - 5} more" if len(case_ids) > 5 else ""
+    return ", ".join(case_ids[:5]) + more
+
+
+def find_rounds(run_dir: Path) -> list[str]:
+    """Return the names of the rounds that are done, in order; a copy of one is none."""
+    done = [path.parent.name for path in run_dir.glob("round_*/done.json")]
+    found = [name for name in done if re.fullmatch(r"round_\d+", name)]
+    return sorted(found, key=lambda name: int(name.removeprefix("round_")))
+
+
+def open_test_cases(
+    run_dir: Path, report: Callable[[str], object]
+) -> tuple[Dataset, int | None, list[Case], list[str]]:
+    """Return the data set of a run, its ignore value, and its test cases with and without label.
+
+    Raises:
+        InputError: It is no run, has no test cases, or its data is no longer where it was.
+    """
+    splits, data = read_splits(run_dir)
+    if not splits.test:
+        raise InputError(
+            f"{run_dir}: the run has no test cases of its own; measure it on labeled scans that "
+            f"are new to it: medssl evaluate {run_dir} DATA --out DIR (several runs on one DATA, "
+            "each with its own DIR, then: medssl compare DIR DIR), or train anew with test=N"
+        )
+    assert data.root is not None, "splits.json names the root"
+    dataset = read_dataset(data.root, data.format, data.labels)
+    ignore = dataset.ignore if data.ignore is None else data.ignore
+    labeled, unlabeled = split_by_label(take_test_with_labels(dataset, splits), report)
+    return dataset, ignore, labeled, unlabeled
+
+
+def split_by_label(
+    cases: Sequence[Case], report: Callable[[str], object]
+) -> tuple[list[Case], list[str]]:
+    """Return the cases with a label, and the case_ids of the others, which are said.
+
+    Raises:
+        InputError: No case has one.
+    """
+    labeled = [case for case in cases if case.label is not None]
+    unlabeled = [case.case_id for case in cases if case.label is None]
+    if unlabeled:
+        report(f"{len(unlabeled)} cases have no label and are left out: {shorten(unlabeled)}")
+    if not labeled:
+        raise InputError(f"none of {len(cases)} cases has a label to compare a prediction with")
+    return labeled, unlabeled
+
+
+def check_out(out: Path) -> None:
+    """Refuse a folder of tables in which a run has tables of its own.
+
+    Raises:
+        InputError: It is, or lies in, a run folder.
+    """
+    home = out.resolve()
+    if any((folder / "run.json").is_file() for folder in (home, *home.parents)):
+        raise InputError(f"--out {out}: the tables would replace those of a run; name a new folder")

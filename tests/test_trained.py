@@ -1,0 +1,117 @@
+"""A run remembers its list and its scans: copies under other names are known again."""
+
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from medssl import rounds
+from medssl.config import load_config
+from medssl.data.cases import read_dataset
+from medssl.data.io import read_image
+from medssl.data.phantoms import write_phantoms
+from medssl.data.trained import find_data, find_rounds, find_trained_on, hash_voxels, read_splits
+from medssl.deliver import Outcome
+from medssl.report import overlays
+from medssl.report.read import read_run
+from medssl.runs import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, stop_at):
+    """A run of a list that is not called cases.csv, as far as to its first round."""
+    folder = tmp_path_factory.mktemp("listed")
+    data = folder / "scans"
+    write_phantoms(data, num_labeled=2, num_unlabeled=1, num_test=2, shape=(24, 24, 24))
+    (data / "cases.csv").rename(data / "my draft.csv")
+    given = ["tracking.uri=none", "plan.patch_size=[16,16,16]", "steps=2"]
+    resolved = load_config(data / "my draft.csv", given)
+    reload = lambda plan: load_config(data / "my draft.csv", given, plan)  # noqa: E731
+    prepared = rounds.prepare(resolved, reload, None)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rounds, "_run_rounds", lambda *_: Outcome("delivered", None, ""))
+        rounds.run_training(prepared, folder / "runs" / "a", stop_at(None))
+    return folder / "runs" / "a"
+
+
+def hash_scan(case):
+    volume = read_image(case.images, 1)
+    return hash_voxels(volume.array, volume.affine)
+
+
+def test_a_run_reads_its_own_list_again(run):
+    _, data = read_splits(run)
+    assert data.root.name == "my draft.csv"
+    sources = overlays.find_sources(read_run(run))
+    assert not sources.problem
+    assert len(sources.cases) == 5
+
+
+def test_the_list_of_a_run_of_version_0_1_0_is_found_beside_its_scans(tmp_path):
+    (tmp_path / "x.csv").touch()
+    about = {"root": str(tmp_path)}
+    assert find_data(about, "elsewhere/x.csv") == tmp_path / "x.csv"
+    assert find_data(about, "elsewhere") == tmp_path
+    assert find_data(about, None) == tmp_path
+
+
+def convert(source, target, how):
+    """Write a scan under another name, in another format or with its axes turned."""
+    image = nib.load(source)
+    if how == "bytes":
+        shutil.copyfile(source, target)
+    elif how == "turned":
+        nib.save(nib.as_closest_canonical(image), target)
+    else:
+        nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float64), image.affine), target)
+
+
+@pytest.mark.parametrize(
+    ("how", "suffix"), [("bytes", ".nii.gz"), ("converted", ".nii"), ("turned", ".nii")]
+)
+def test_copies_of_what_a_run_was_trained_on_are_known_again(run, tmp_path, how, suffix):
+    original = read_dataset(run.parents[1] / "scans" / "my draft.csv")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    part = {case.case_id: case.split for case in original.cases}
+    labels = [c.label for c in original.cases if c.label]
+    names = {}
+    for index, case in enumerate(original.cases):
+        names[f"other{index}"] = part[case.case_id]
+        convert(case.images[0], tmp_path / "images" / f"other{index}{suffix}", how)
+        shutil.copyfile(labels[0], tmp_path / "labels" / f"other{index}.nii.gz")
+    seen, remarks = find_trained_on(run / "model", read_dataset(tmp_path), hash_scan)
+    assert seen == [name for name, split in names.items() if split != "test"]
+    assert remarks == []
+
+
+def test_a_run_without_hashes_says_that_copies_go_unnoticed(run, tmp_path):
+    shutil.copytree(run, tmp_path / "runs" / "old")
+    old = tmp_path / "runs" / "old"
+    (old / "trained_on.json").unlink()
+    data = read_dataset(run.parents[1] / "scans" / "my draft.csv")
+    seen, remarks = find_trained_on(old, data, hash_scan)
+    assert len(seen) == 3  # by their files
+    assert any("would not be noticed" in remark for remark in remarks)
+
+
+def test_blank_channels_make_no_two_scans_the_same():
+    affine = np.eye(4)
+    first, second = np.zeros((2, 2, 3, 3, 3), np.float32)
+    first[1, 0, 0, 0], second[1, 1, 1, 1] = 1.0, 1.0
+    assert not set(hash_voxels(first, affine)) & set(hash_voxels(second, affine))
+    assert hash_voxels(first[:1], affine) == []
+
+
+def test_a_copy_of_a_round_is_no_round(tmp_path):
+    for name in ("round_0", "round_10", "round_2", "round_1_old"):
+        write_json(tmp_path / name / "done.json", {})
+    assert find_rounds(tmp_path) == ["round_0", "round_2", "round_10"]
+
+
+def test_the_hashes_name_every_case_that_is_trained_on(run):
+    splits, _ = read_splits(run)
+    known = read_json(run / "trained_on.json")
+    assert set(known) == {*splits.labeled, *splits.unlabeled, *splits.val}
+    assert all(scan["sources"] and scan["voxels"] for scan in known.values())

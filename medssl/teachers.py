@@ -26,7 +26,10 @@ from medssl.pseudo.store import measure_agreement
 from medssl.pseudo.uncertainty import combine, entropy_of
 from medssl.runs import (
     Journal,
+    ModelMark,
+    RoundMark,
     hash_file,
+    hash_files,
     hash_json,
     is_done,
     read_json,
@@ -53,7 +56,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     """Pseudo-label the unlabeled cases with the model of a round, and judge it by them."""
     folder = run.round_folder(index)
     if is_done(folder, run.hash):
-        gate = read_json(folder / "done.json")["gate"]
+        gate = read_json(folder / "done.json", RoundMark)["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
     if not run.num_rounds:  # nobody reads what a model without students says of all scans
         gate = Gate(True, ("not judged: no student learns from it",))
@@ -85,7 +88,8 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     )
     if reviews is None:
         raise StopRequested
-    with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
+    model_done = read_json(folder / "model" / "done.json", ModelMark)
+    with_student = model_done.get("agreement_with_average")
     gate = judge_model(reviews, expectation, run.plan.labels, with_student)
     _finish_round(run, index, teacher, reviews, gate)
     return gate
@@ -186,7 +190,8 @@ def _finish_round(
     agreements = [r.agreement for r in reviews if r.agreement is not None]
     if agreements:
         metrics["monitors/agreement"] = float(np.mean(agreements))
-    with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
+    model_done = read_json(folder / "model" / "done.json", ModelMark)
+    with_student = model_done.get("agreement_with_average")
     if with_student is not None:
         metrics["monitors/agreement_with_average"] = with_student
     own = [e for e in journal.read() if e["round"] == index]
@@ -196,7 +201,6 @@ def _finish_round(
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
     if run.val:
         values |= validate(run, load_model(folder, run.plan.device).network)
-    model_done = read_json(folder / "model" / "done.json")
     content = {
         "hash": run.hash,
         "round": index,
@@ -207,6 +211,7 @@ def _finish_round(
         "num_labeled": len(run.labeled),
         "num_unlabeled": model_done["num_kept"],
         "final": values,
+        "files": hash_files(folder, "review.csv") if reviews else {},
     }
     write_json(folder / "done.json", content)
     write_state(run.folder, "running", index, run.count_steps(index))

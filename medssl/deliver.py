@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from medssl.data.io import write_mask
-from medssl.predict import load_model, predict_probs
-from medssl.runs import CaseCounter, hash_file, read_json, write_json, write_state
+from medssl.predict import check_weights, load_model, predict_probs
+from medssl.runs import (
+    CaseCounter,
+    RoundMark,
+    State,
+    hash_file,
+    list_rounds,
+    read_json,
+    write_file,
+    write_json,
+    write_state,
+)
 from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
 
@@ -30,13 +41,13 @@ class Outcome:
 def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: bool) -> Outcome:
     """Deliver the best validated round, or the last one that passed its gate."""
     if not passed:
-        reasons = read_json(run.round_folder(0) / "done.json")["gate"]["reasons"]
+        reasons = read_json(run.round_folder(0) / "done.json", RoundMark)["gate"]["reasons"]
         _copy_model(run, 0)
         message = f"the labels-only model did not pass its gate: {'; '.join(reasons)}"
         _summarize(run, "round_0", message)
         set_status(run.folder, "stopped_by_gate")
         return Outcome("stopped_by_gate", "round_0", message)
-    done = {r: read_json(run.round_folder(r) / "done.json")["final"] for r in passed}
+    done = {r: read_json(run.round_folder(r) / "done.json", RoundMark)["final"] for r in passed}
     measured = {r: done[r]["val/dice"] for r in passed if done[r].get("val/dice") is not None}
     chosen = max(measured, key=lambda r: (measured[r], r)) if measured else passed[-1]
     _copy_model(run, chosen)
@@ -70,19 +81,20 @@ def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:
 def _copy_model(run: Run, index: int) -> None:
     """Copy the model of a round to model/; model.json comes last."""
     source, target = run.round_folder(index) / "model", run.folder / "model"
+    check_weights(source)
     _drop_old_evaluation(run, source / "weights.safetensors", target / "weights.safetensors")
-    target.mkdir(parents=True, exist_ok=True)
     (target / "model.json").unlink(missing_ok=True)
     for name in ("weights.safetensors", "model.json"):
-        shutil.copyfile(source / name, target / f".{name}")
-        (target / f".{name}").replace(target / name)
+        write_file(target / name, functools.partial(shutil.copyfile, source / name))
 
 
 def _drop_old_evaluation(run: Run, weights: Path, delivered: Path) -> None:
     """Remove what `evaluate` measured before the run went on: it is not the result of this one."""
     evaluation = run.folder / "evaluation"
-    measured = {path.parent.name for path in evaluation.glob("round_*/summary.json")}
-    done = {path.parent.name for path in run.folder.glob("round_*/done.json")}
+    measured, done = (
+        {path.name for path in list_rounds(folder).values() if (path / mark).is_file()}
+        for folder, mark in ((evaluation, "summary.json"), (run.folder, "done.json"))
+    )
     same = delivered.is_file() and hash_file(weights) == hash_file(delivered)
     if evaluation.is_dir() and not (same and measured == done):
         print(
@@ -97,13 +109,13 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
     for index in range(run.config.train.rounds + 1):
         path = run.round_folder(index) / "done.json"
         if path.is_file():
-            done = read_json(path)
+            done = read_json(path, RoundMark)
             final = done["final"]
             done |= {
                 "kept_cases": final.get("monitors/kept_cases"),
                 "agreement": final.get("monitors/agreement"),
             }
-            rounds.append({k: v for k, v in done.items() if k not in ("hash", "final")})
+            rounds.append({k: v for k, v in done.items() if k not in ("hash", "final", "files")})
     content = {
         "delivered": delivered,
         "exit": message,
@@ -145,5 +157,5 @@ def _predict_unlabeled(run: Run) -> bool:
 def set_status(run_dir: Path, status: str) -> None:
     """Change the status and leave the checkpoint's place as it is."""
     path = run_dir / "state.json"
-    state = read_json(path) if path.is_file() else {"round": 0, "step": 0}
+    state = read_json(path, State) if path.is_file() else {"round": 0, "step": 0}
     write_state(run_dir, status, state["round"], state["step"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -70,10 +72,15 @@ def _holds_bool(value: object) -> bool:
     return any(_holds_bool(item) for item in inside)
 
 
+def _expand_home(path: Path) -> Path:
+    """Return a path in which `~` is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 class DataSection(Section):
     """Where the scans are and which of them are labeled, unlabeled and test cases."""
 
-    root: Path | None = None
+    root: Annotated[Path, AfterValidator(_expand_home)] | None = None
     format: Literal["auto", "decathlon", "nnunet", "folders", "list"] = "auto"
     labels: dict[int, str] | None = None
     ignore: int | None = None

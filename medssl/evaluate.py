@@ -34,7 +34,16 @@ from medssl.metrics import (
     surface_tolerance,
 )
 from medssl.predict import Model, load_model, predict_case
-from medssl.runs import hash_file, hash_json, read_json, write_json, write_text
+from medssl.runs import (
+    Delivered,
+    State,
+    hash_file,
+    hash_json,
+    list_rounds,
+    read_json,
+    write_json,
+    write_text,
+)
 from medssl.transforms.geometry import affines_differ, grid_spacing
 
 Report = Callable[[str], object]
@@ -218,8 +227,8 @@ def evaluate_run(
         InputError: The run has no test cases or has delivered no model.
     """
     dataset, ignore, labeled, unlabeled = _open_test_cases(run_dir, report)
-    run_summary = read_json(run_dir / "summary.json")
-    if read_json(run_dir / "state.json")["status"] not in ("delivered", "stopped_by_gate"):
+    run_summary = read_json(run_dir / "summary.json", Delivered)
+    if read_json(run_dir / "state.json", State)["status"] not in ("delivered", "stopped_by_gate"):
         report(f"{run_dir}: the run is not finished; this measures the model that it has so far")
     paths = {"model": run_dir, **{name: run_dir / name for name in _find_rounds(run_dir)}}
     hashes = {name: _hash_model(path) for name, path in paths.items()}
@@ -556,8 +565,7 @@ def _read_run_dataset(data: DataSection) -> Dataset:
 
 def _find_rounds(run_dir: Path) -> list[str]:
     """Return the names of the rounds that are done, in order."""
-    done = [path.parent.name for path in run_dir.glob("round_*/done.json")]
-    return sorted(done, key=lambda name: int(name.removeprefix("round_")))
+    return [p.name for p in list_rounds(run_dir).values() if (p / "done.json").is_file()]
 
 
 def _hash_model(folder: Path) -> str:

@@ -18,7 +18,7 @@ from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
 from medssl.pseudo.label import weigh_cases
 from medssl.pseudo.store import read_pseudo_label
-from medssl.runs import Journal, hash_file, read_json, write_json
+from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
 from medssl.tracking.folder import read_folder
 
 SMALL = [
@@ -583,11 +583,11 @@ def test_a_restart_that_was_killed_as_it_deleted_is_made_up_for(start, tmp_path,
     def die(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        start("rounds=0", "steps=4", restart=True)
-    monkeypatch.setattr(runs.shutil, "rmtree", shutil.rmtree)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "shutil", SimpleNamespace(rmtree=die))
+        with pytest.raises(KeyboardInterrupt):
+            start("rounds=0", "steps=4", restart=True)
+    assert is_half_deleted(elsewhere)
     start("rounds=0", "steps=4", restart=True)
     assert folder.is_symlink()
     assert read_json(folder / "round_0" / "done.json")["steps"] == 4

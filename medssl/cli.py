@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -28,6 +30,7 @@ from medssl.config import (
     load_config,
     render,
 )
+from medssl.runs import FULL, describe_full_disk, list_rounds
 
 if TYPE_CHECKING:
     from medssl.deliver import Outcome
@@ -67,7 +70,6 @@ _UNWRITABLE = {
     errno.EPERM,
     errno.EEXIST,
     errno.ENOTDIR,
-    errno.ENOSPC,
     errno.ENAMETOOLONG,
 }
 
@@ -76,12 +78,19 @@ def main() -> None:
     """Run the command line; a user's mistake is a message and exit code 2, not a traceback."""
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(monai|torch|ignite|mlflow)(\..*)?")
+    for stream in (sys.stdout, sys.stderr):  # no name is a reason to stop, whatever the terminal
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=True)
+        app([_expand_home(text) for text in sys.argv[1:]], standalone_mode=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except OSError as error:
+        if error.errno in FULL:
+            where = Path(error.filename or Path.cwd())
+            print(f"error: {describe_full_disk(error.errno, where)}", file=sys.stderr)
+            raise SystemExit(BAD_INPUT) from None
         if error.errno not in _UNWRITABLE:
             raise
         place = error.filename or "the output folder"
@@ -90,6 +99,13 @@ def main() -> None:
     except FloatingPointError as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None
+
+
+def _expand_home(text: str) -> str:
+    """Return an argument in which `~` is the home folder also where no shell sees to it."""
+    return re.sub(
+        r"(^|[=,]|sqlite:///)(~[\w.-]*)(?=/)", lambda m: m[1] + os.path.expanduser(m[2]), text
+    )
 
 
 def _parse_amount(text: str) -> float:
@@ -253,23 +269,30 @@ def _train(
     if dry_run:
         return None
     stop = StopFlag(folder, max_hours)
-    with lock_run(folder), stop.catch_signals():
-        outcome = run_training(prepared, folder, stop, restart, predict_unlabeled, round_0)
-        folds = None
+    folds: Mapping[str, Any] | None = None
+
+    def finish(outcome: Outcome) -> Outcome:
+        nonlocal folds
         if cross_check and outcome.status in ("delivered", "stopped_by_gate"):
             folds = check_folds(prepared, folder, stop, cross_check)
             if folds is None:
                 message = f"{outcome.message}; stopped by {stop.reason} before all folds were "
                 message += "measured: the same command goes on"
                 outcome = replace(outcome, status="interrupted", message=message)
+        _write_report(folder)
+        return outcome
+
+    with lock_run(folder), stop.catch_signals():
+        outcome = run_training(
+            prepared, folder, stop, restart, predict_unlabeled, round_0, finish=finish
+        )
     if outcome.delivered is None:
         print(f"\n{outcome.message}")
         return outcome
-    report_path = _write_report(folder)
     print(f"\n{outcome.message}")
     if folds is not None:
         print(f"measured:  {folds['statement']}")
-    print(f"report:    {report_path}")
+    print(f"report:    {folder / 'report.html'}")
     scan = "SCAN.nii.gz" if prepared.plan.has_spacing else "PICTURE.png"
     print(f"predict:   medssl predict {folder} {scan} --out masks")
     if prepared.splits.test:
@@ -393,7 +416,7 @@ def evaluate(
     settings = _check_evaluation(model, data, list(overrides or ()), out, wanted)
     from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
     from medssl.evaluate import render as render_summary  # slow to import: after the quick mistakes
-    from medssl.runs import lock_run
+    from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
     given: dict[str, Any] = {"tolerance": tolerance, "device": chosen}
@@ -408,10 +431,9 @@ def evaluate(
         else:
             summary = evaluate_round(model, wanted, **given)
     if round_index == "all":
-        from medssl.data.trained import read_object
-
-        for path in sorted((model / "evaluation").glob("round_*/summary.json")):
-            print(f"{path.parent.name}: {render_summary(read_object(path))}\n")
+        for folder in list_rounds(model / "evaluation").values():
+            if (folder / "summary.json").is_file():
+                print(f"{folder.name}: {render_summary(read_json(folder / 'summary.json'))}\n")
     text = f"{render_summary(summary)}\nreport: {_write_report(model)}"
     _sync_quietly(model)
     _finish_evaluation(text, summary)

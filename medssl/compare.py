@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from medssl.config import InputError
-from medssl.data.trained import read_object
 from medssl.metrics import (
     ID_COLUMNS,
     MIN_CASES_FOR_VERDICT,
@@ -25,6 +24,7 @@ from medssl.metrics import (
     paired_difference,
     read_table,
 )
+from medssl.runs import read_json
 
 Cell = float | None
 NAME_WIDTH = 22  # of a table's first column
@@ -155,7 +155,7 @@ def _find_table(path: Path) -> Path:
 def _say_how_to_evaluate(run: Path, path: Path) -> str:
     """Return the command that makes a table: not `evaluate RUN` for a run without test cases."""
     splits = run / "splits.json"
-    if not splits.is_file() or read_object(splits).get("test"):
+    if not splits.is_file() or read_json(splits).get("test"):
         return f"run: medssl evaluate {run}"
     folds = run / "cross_check"
     measured = f" (or compare its folds: {folds})" if (folds / "per_case.csv").is_file() else ""

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,15 @@ def _holds_bool(value: object) -> bool:
     return any(_holds_bool(item) for item in inside)
 
 
+def _expand_home(path: Path) -> Path:
+    """Return a path in which `~` is the home folder."""
+    return Path(os.path.expanduser(path))
+
+
 class DataSection(Section):
     """Where the scans are and which of them are labeled, unlabeled and test cases."""
 
-    root: Path | None = None
+    root: Annotated[Path, AfterValidator(_expand_home)] | None = None
     format: Literal["auto", "decathlon", "nnunet", "folders", "list"] = "auto"
     labels: dict[int, str] | None = None
     ignore: Annotated[int, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,18 @@ from medssl.data.cache import CachedCase
 from medssl.data.io import write_mask
 from medssl.metrics import compare_cases, mean_known
 from medssl.networks.build import explain_out_of_memory
-from medssl.predict import Model, explain_failure, load_model, predict_probs
-from medssl.runs import CaseCounter, hash_file, read_json, write_json, write_state
+from medssl.predict import Model, check_weights, explain_failure, load_model, predict_probs
+from medssl.runs import (
+    CaseCounter,
+    RoundMark,
+    State,
+    hash_file,
+    list_rounds,
+    read_json,
+    write_file,
+    write_json,
+    write_state,
+)
 from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
 
@@ -37,7 +48,7 @@ class Outcome:
 def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: bool) -> Outcome:
     """Deliver the best validated round, or the last one that passed its gate."""
     if not passed:
-        reasons = read_json(run.round_folder(0) / "done.json")["gate"]["reasons"]
+        reasons = read_json(run.round_folder(0) / "done.json", RoundMark)["gate"]["reasons"]
         _copy_model(run, 0)
         message = f"the labels-only model did not pass its gate: {'; '.join(reasons)}"
         if predict_unlabeled:
@@ -75,7 +86,7 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
 
 def _compare_rounds(run: Run, passed: Sequence[int]) -> dict[int, float]:
     """Return the mean dice of the validation cases for rounds side by side; empty without any."""
-    done = {r: read_json(run.round_folder(r) / "done.json") for r in passed}
+    done = {r: read_json(run.round_folder(r) / "done.json", RoundMark) for r in passed}
     tables = [entry.get("validation") or [] for entry in done.values()]
     if all(tables):
         found = [mean_known(dice) for dice in compare_cases(tables)]
@@ -98,19 +109,20 @@ def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:
 def _copy_model(run: Run, index: int) -> None:
     """Copy the model of a round to model/; model.json comes last."""
     source, target = run.round_folder(index) / "model", run.folder / "model"
+    check_weights(source)
     _drop_old_evaluation(run, source / "weights.safetensors", target / "weights.safetensors")
-    target.mkdir(parents=True, exist_ok=True)
     (target / "model.json").unlink(missing_ok=True)
     for name in ("weights.safetensors", "model.json"):
-        shutil.copyfile(source / name, target / f".{name}")
-        (target / f".{name}").replace(target / name)
+        write_file(target / name, functools.partial(shutil.copyfile, source / name))
 
 
 def _drop_old_evaluation(run: Run, weights: Path, delivered: Path) -> None:
     """Remove what `evaluate` measured before the run went on: it is not the result of this one."""
     evaluation = run.folder / "evaluation"
-    measured = {path.parent.name for path in evaluation.glob("round_*/summary.json")}
-    done = {path.parent.name for path in run.folder.glob("round_*/done.json")}
+    measured, done = (
+        {path.name for path in list_rounds(folder).values() if (path / mark).is_file()}
+        for folder, mark in ((evaluation, "summary.json"), (run.folder, "done.json"))
+    )
     same = delivered.is_file() and hash_file(weights) == hash_file(delivered)
     if evaluation.is_dir() and not (same and measured == done):
         print(
@@ -122,11 +134,11 @@ def _drop_old_evaluation(run: Run, weights: Path, delivered: Path) -> None:
 def _summarize(run: Run, delivered: str, message: str) -> None:
     """Write summary.json."""
     rounds = []
-    hidden = ("hash", "final", "validation")
+    hidden = ("hash", "final", "files", "validation")
     for index in range(run.config.train.rounds + 1):
         path = run.round_folder(index) / "done.json"
         if path.is_file():
-            done = read_json(path)
+            done = read_json(path, RoundMark)
             final = done["final"]
             done |= {
                 "kept_cases": final.get("monitors/kept_cases"),
@@ -184,5 +196,5 @@ def _segment(run: Run, model: Model, case: CachedCase, path: Path) -> None:
 def set_status(run_dir: Path, status: str) -> None:
     """Change the status and leave the checkpoint's place as it is."""
     path = run_dir / "state.json"
-    state = read_json(path) if path.is_file() else {"round": 0, "step": 0}
+    state = read_json(path, State) if path.is_file() else {"round": 0, "step": 0}
     write_state(run_dir, status, state["round"], state["step"])

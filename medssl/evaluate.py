@@ -28,7 +28,6 @@ from medssl.data.trained import (
     find_trained_on,
     hash_voxels,
     open_test_cases,
-    read_object,
     shorten,
     split_by_label,
 )
@@ -48,7 +47,15 @@ from medssl.metrics import (
     surface_tolerance,
 )
 from medssl.predict import Model, ModelInfo, explain_failure, load_model, predict_case
-from medssl.runs import hash_file, hash_json, write_json, write_text
+from medssl.runs import (
+    Delivered,
+    State,
+    hash_file,
+    hash_json,
+    read_json,
+    write_json,
+    write_text,
+)
 from medssl.transforms.geometry import affines_differ, grid_spacing
 
 Report = Callable[[str], object]
@@ -234,10 +241,8 @@ def evaluate_run(
         InputError: The run has no test cases or has delivered no model.
     """
     dataset, ignore, labeled, unlabeled = open_test_cases(run_dir, report)
-    run_summary = read_object(run_dir / "summary.json")
-    if "delivered" not in run_summary:
-        raise InputError(f"{run_dir / 'summary.json'}: damaged: names no delivered round")
-    if read_object(run_dir / "state.json").get("status") not in ("delivered", "stopped_by_gate"):
+    run_summary = read_json(run_dir / "summary.json", Delivered)
+    if read_json(run_dir / "state.json", State)["status"] not in ("delivered", "stopped_by_gate"):
         report(f"{run_dir}: the run is not finished; this measures the model that it has so far")
     paths = {"model": run_dir, **{name: run_dir / name for name in find_rounds(run_dir)}}
     hashes = {name: _hash_model(path) for name, path in paths.items()}

@@ -50,11 +50,19 @@ from medssl.networks.build import (
 from medssl.networks.noise import sample_dropout
 from medssl.plan import OVERLAP, Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
-from medssl.runs import read_record, seed_from, write_file, write_json
+from medssl.runs import (
+    hash_file,
+    hash_files,
+    read_record,
+    seed_from,
+    write_file,
+    write_json,
+)
 from medssl.transforms.geometry import Header, Volume, cache_grid, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
 
+WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
 Size = Annotated[int, Field(ge=1, le=4096)]  # of a window, in voxels
 Axis = Annotated[int, Field(ge=0, le=2)]
@@ -166,7 +174,9 @@ def describe_model(plan: Plan, provenance: dict[str, Any], **ranges: Any) -> Mod
 def save_model(folder: Path, network: SegmentationNetwork, info: ModelInfo) -> None:
     """Write a model folder; model.json comes last, so that its existence means whole."""
     weights = {key: value.detach().cpu().contiguous() for key, value in _unshare(network).items()}
-    write_file(folder / "weights.safetensors", lambda path: save_file(weights, path))
+    write_file(folder / WEIGHTS, lambda path: save_file(weights, path))
+    about = {**info.provenance, **hash_files(folder, WEIGHTS)}
+    info = info.model_copy(update={"provenance": about})
     write_json(folder / "model.json", info.model_dump(mode="json"))
 
 
@@ -181,6 +191,24 @@ def _unshare(network: SegmentationNetwork) -> dict[str, Tensor]:
     return result
 
 
+def check_weights(folder: Path) -> ModelInfo:
+    """Return what stands in model.json, if the weights beside it are those that it was written for.
+
+    Raises:
+        InputError: They have changed since, or one of the two cannot be read.
+    """
+    info, path = read_record(folder / "model.json", ModelInfo), folder / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; copy the whole model folder again")
+    if info.provenance.get(WEIGHTS) not in (None, hash_file(path)):
+        raise InputError(
+            f"{path}: not the weights that this model was saved with: truncated or changed since; "
+            "copy the model again; of a round, delete its model folder: the same medssl train "
+            "command makes it anew from its checkpoint"
+        )
+    return info
+
+
 def load_model(path: Path, device: str = "cpu") -> Model:
     """Load a model for prediction.
 
@@ -192,12 +220,12 @@ def load_model(path: Path, device: str = "cpu") -> Model:
         InputError: There is no model, or it is damaged or of another format.
     """
     folder = resolve_model(path)
-    info = read_record(folder / "model.json", ModelInfo)
+    info = check_weights(folder)
     if info.precision == "bfloat16" and not has_bfloat16(device):
         info = info.model_copy(update={"precision": "float32"})
     try:
         network = build_network(info.network)
-        weights = load_file(folder / "weights.safetensors")
+        weights = load_file(folder / WEIGHTS)
         missing, unknown = network.load_state_dict(weights, strict=False)
     except Exception as error:  # safetensors and torch have no common error class
         raise InputError(f"{folder}: the weights cannot be read: {error}") from error

@@ -5,6 +5,7 @@ Every stage reads files and writes files, its done mark last; the same command g
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from medssl.config import (
     list_changes,
     load_config,
 )
-from medssl.data.cache import CachedCase, build_cache
+from medssl.data.cache import CachedCase, build_cache, read_sources
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.formats import read_dataset
@@ -38,19 +39,27 @@ from medssl.predict import ModelInfo, describe_model
 from medssl.runs import (
     CaseCounter,
     Journal,
+    ModelMark,
+    State,
     StopFlag,
+    delete_run,
     describe_provenance,
+    find_changed,
+    hash_file,
     hash_json,
+    is_begun,
+    is_half_deleted,
+    is_remnant,
     make_pseudonyms,
     read_json,
     read_record,
+    remove_leftovers,
     write_json,
-    write_state,
     write_text,
 )
 from medssl.students import Run, StopRequested, check_settings, train_round
 from medssl.teachers import label_and_judge
-from medssl.tracking import Mirror, default_uri
+from medssl.tracking import Mirror, check_uri, choose_store
 
 STUDENT_KEYS = (
     "method", "objective", "teacher.source", "teacher.probs", "teacher.ensemble", "views",
@@ -90,10 +99,11 @@ def prepare(
     config = resolved.config
     if config.data.root is None:
         raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
+    check_uri(config.tracking.uri)
     dataset = read_dataset(config.data.root, config.data.format, config.data.labels)
     splits = split_cases(dataset, config.data, config.validation)
-    if run_dir is not None and (run_dir / "plan.json").is_file():
-        plan = read_record(run_dir / "plan.json", Plan)
+    if run_dir is not None and is_begun(run_dir) and (run_dir / "plan.json").is_file():
+        plan = _read_plan(run_dir)
         device = choose_device(config.train.device)
         now = {"device": device, "threads": choose_threads(plan.threads)}
         if config.train.workers != "auto":
@@ -119,6 +129,17 @@ def prepare(
     return Prepared(dataset, splits, plan, reload(resolve(plan)))
 
 
+def _read_plan(run_dir: Path) -> Plan:
+    """Read the plan of a run, unless it is not the one that the run was begun with."""
+    path = run_dir / "plan.json"
+    if read_json(run_dir / "run.json").get("plan") not in (None, hash_file(path)):
+        raise InputError(
+            f"{path}: not the plan that this run was begun with; restore it, or start over with "
+            "--restart"
+        )
+    return read_record(path, Plan)
+
+
 def run_training(
     prepared: Prepared,
     run_dir: Path,
@@ -127,6 +148,7 @@ def run_training(
     predict_unlabeled: bool = False,
     round_0: Path | None = None,
     cache: Path | None = None,
+    finish: Callable[[Outcome], Outcome] = lambda outcome: outcome,
 ) -> Outcome:
     """Run all rounds and deliver a model, or go on where the same command was stopped.
 
@@ -138,11 +160,13 @@ def run_training(
         predict_unlabeled: Write the delivered model's masks of the unlabeled cases.
         round_0: A run whose labels-only model is taken over in place of training it again.
         cache: Folder of the preprocessed scans; that beside the run folder if none is given.
+        finish: What else is made of a run that has ended, before MLflow gets it for the last time.
 
     Raises:
         InputError: The folder holds another run, or a stage refused its input.
     """
     config, plan, splits = prepared.resolved.config, prepared.plan, prepared.splits
+    remove_leftovers(run_dir)
     if restart:
         _check_restart(run_dir, round_0)
         (run_dir / "STOP").unlink(missing_ok=True)
@@ -160,7 +184,7 @@ def run_training(
     except StopRequested:
         message = f"stopped by {stop.reason} while scans were cached; the same command goes on"
         return Outcome("interrupted", None, message)
-    sources = {case_id: _read_sources(entry) for case_id, entry in cached.items()}
+    sources = {case_id: read_sources(entry) for case_id, entry in cached.items()}
     run_hash = hash_json([hash_config(config), splits.to_json(), sources])
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
     first = {**plan.model_dump(mode="json", include=about), "steps": at_round(plan.steps, 0)}
@@ -168,8 +192,8 @@ def run_training(
     taken = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
     if round_0 is not None and not taken:
         _check_round_0(round_0, first_hash)
-    if restart and run_dir.exists():
-        shutil.rmtree(run_dir)
+    if restart or is_half_deleted(run_dir):
+        delete_run(run_dir)
     _open_folder(prepared, run_dir, run_hash)
     metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
     write_trained_on(run_dir, metas)
@@ -177,7 +201,7 @@ def run_training(
         _take_over_round_0(round_0, run_dir)
     mirror = None
     if config.tracking.uri != "none":
-        uri = default_uri(run_dir.parent) if config.tracking.uri == "auto" else config.tracking.uri
+        uri = choose_store(run_dir.parent, config.tracking.uri)
         name = config.tracking.experiment
         mirror = Mirror(run_dir, uri, prepared.dataset.name if name == "auto" else name)
     labeled, unlabeled, val = (
@@ -197,21 +221,25 @@ def run_training(
         notify=mirror.notify if mirror else lambda: None,
     )
     try:
+        return finish(_run_or_say_why(run, predict_unlabeled))
+    finally:
+        if mirror:
+            mirror.close()
+
+
+def _run_or_say_why(run: Run, predict_unlabeled: bool) -> Outcome:
+    """Run all rounds; where that fails, the state says so."""
+    try:
         with explain_out_of_memory(
             "out of memory; lower train.batch, train.unlabeled_ratio or plan.patch_size, or make "
             "plan.spacing coarser"
         ):
-            outcome = _run_rounds(run, predict_unlabeled)
-    except KeyboardInterrupt:
-        set_status(run_dir, "interrupted")
+            return _run_rounds(run, predict_unlabeled)
+    except (Exception, KeyboardInterrupt) as error:
+        is_stopped = isinstance(error, KeyboardInterrupt)
+        with contextlib.suppress(InputError, OSError):  # a full disk: the first error is to be told
+            set_status(run.folder, "interrupted" if is_stopped else "failed")
         raise
-    except Exception:
-        set_status(run_dir, "failed")
-        raise
-    finally:
-        if mirror:
-            mirror.close()
-    return outcome
 
 
 def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
@@ -235,14 +263,6 @@ def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
     except StopRequested:
         return deliver_interrupted(run, passed)
     return deliver(run, passed, rejected, predict_unlabeled)
-
-
-def _read_sources(case: CachedCase) -> list[object]:
-    """Return the hashes of the files that a cached case was made from."""
-    sources: list[object] = [read_json(case.folder / "meta.json")["sources"]]
-    if case.label_folder is not None:
-        sources.append(read_json(case.label_folder / "label.json"))
-    return sources
 
 
 def _describe(
@@ -270,7 +290,11 @@ def _check_round_0(source: Path, first_hash: str) -> None:
     path = source / "round_0" / "model" / "done.json"
     if not path.is_file():
         raise InputError(f"--round-0 {source}: there is no finished round 0 in it")
-    if read_json(path)["hash"] != first_hash:
+    mark = read_json(path, ModelMark)
+    changed = find_changed(path.parent, mark)
+    if changed:
+        raise InputError(f"--round-0 {source}: {changed[0]} has changed since its round 0 ended")
+    if mark["hash"] != first_hash:
         raise InputError(
             f"--round-0 {source}: its round 0 had other data, network, plan or training settings; "
             "leave the option out, or give both runs the same"
@@ -298,33 +322,41 @@ def _take_over_round_0(source: Path, run_dir: Path) -> None:
 def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
     """Write what describes a run, or refuse a folder that holds another one."""
     path = run_dir / "run.json"
-    if path.is_file():
-        if read_json(path) != {"hash": run_hash}:
-            raise InputError(
-                f"{run_dir} holds another run: {_find_difference(prepared, run_dir)}; give another "
-                "--run, or --restart to delete it and start over"
-            )
-    else:
-        if run_dir.is_dir() and any(run_dir.iterdir()) and not (run_dir / "plan.json").is_file():
-            raise InputError(f"{run_dir} is not empty and holds no run; give another --run")
-        splits, dataset, plan = prepared.splits, prepared.dataset, prepared.plan
-        config = dump(prepared.resolved.config)
-        write_json(run_dir / "plan.json", plan.model_dump(mode="json"))
-        write_text(run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        source = prepared.resolved.config.data.root or dataset.root
-        about = {
-            "name": dataset.name,
-            "root": str(dataset.root.resolve()),
-            "source": str(source.resolve()),
-            "num_cases": len(dataset.cases),
-        }
-        write_json(run_dir / "splits.json", {**splits.to_json(), "dataset": about})
-        case_ids = [case.case_id for case in dataset.cases]
-        make_pseudonyms(run_dir, dataset.root, case_ids)
-        write_json(run_dir / "provenance.json", describe_provenance(plan.device, plan.threads))
-        write_state(run_dir, "running", 0, 0)
-        write_json(path, {"hash": run_hash})
-    if read_json(run_dir / "state.json")["status"] != "delivered":
+    is_new = not path.is_file()
+    if is_new and not is_remnant(run_dir):
+        raise InputError(f"{run_dir} is not empty and holds no run; give another --run")
+    if not is_new and read_json(path).get("hash") != run_hash:
+        raise InputError(
+            f"{run_dir} holds another run: {_find_difference(prepared, run_dir)}; give another "
+            "--run, or --restart to delete it and start over"
+        )
+    run_dir.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
+    splits, dataset, plan = prepared.splits, prepared.dataset, prepared.plan
+    source = prepared.resolved.config.data.root or dataset.root
+    about = {
+        "name": dataset.name,
+        "root": str(dataset.root.resolve()),
+        "source": str(source.resolve()),
+        "num_cases": len(dataset.cases),
+    }
+    case_ids = [case.case_id for case in dataset.cases]
+    config = yaml.safe_dump(dump(prepared.resolved.config), sort_keys=False)
+    provenance = describe_provenance(plan.device, plan.threads)
+    described: dict[str, Callable[[Path], object]] = {
+        "config.yaml": lambda to: write_text(to, config),
+        "splits.json": lambda to: write_json(to, {**splits.to_json(), "dataset": about}),
+        "pseudonyms.json": lambda to: make_pseudonyms(run_dir, dataset.root, case_ids),
+        "provenance.json": lambda to: write_json(to, provenance),
+        "plan.json": lambda to: write_json(to, plan.model_dump(mode="json")),
+    }
+    for name, write in described.items():  # one that was damaged and deleted comes back
+        if is_new or not (run_dir / name).is_file():
+            write(run_dir / name)
+            is_new = is_new or name == "plan.json"
+    if is_new:
+        write_json(path, {"hash": run_hash, "plan": hash_file(run_dir / "plan.json")})
+    state = run_dir / "state.json"
+    if not state.is_file() or read_json(state, State)["status"] != "delivered":
         set_status(run_dir, "running")
 
 
@@ -346,7 +378,7 @@ def _find_difference(prepared: Prepared, run_dir: Path) -> str:
 
 def _check_restart(run_dir: Path, round_0: Path | None) -> None:
     """Refuse to delete what is no run, or what is still needed."""
-    if run_dir.exists() and not (run_dir / "run.json").is_file():
+    if not is_begun(run_dir) and not is_remnant(run_dir):
         raise InputError(f"{run_dir} holds no run that could be started over; nothing was deleted")
     if round_0 is not None and round_0.resolve() == run_dir.resolve():
         raise InputError(f"--round-0 {round_0}: --restart would delete it; name another run")

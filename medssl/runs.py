@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import signal
@@ -21,11 +22,142 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+import yaml
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from medssl.config import InputError
 
 Record = TypeVar("Record", bound=BaseModel)
+
+
+class Shape(BaseModel):
+    """What a JSON file of a run must hold, key by key; others may stand beside them."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class State(Shape):
+    """state.json: the last checkpoint."""
+
+    status: str
+    round: int
+    step: int
+
+
+class GateMark(Shape):
+    """How a gate judged a round."""
+
+    passed: bool
+    reasons: list[str]
+
+
+class RoundMark(Shape):
+    """done.json of a round."""
+
+    hash: str
+    round: int
+    steps: int
+    seconds: float
+    gate: GateMark
+    final: dict[str, float | None]
+
+
+class ModelMark(Shape):
+    """done.json of a model of a round."""
+
+    hash: str
+    num_kept: int
+    agreement_with_average: float | None = None
+
+
+class RoundLine(Shape):
+    """What a page may say of a round: what is there is of its kind."""
+
+    round: int = 0
+    gate: dict[str, Any] | None = None
+    final: dict[str, float | None] = {}
+
+
+class RunSummary(Shape):
+    """summary.json: what came of a run."""
+
+    delivered: str = ""
+    rounds: list[RoundLine] = []
+    baseline: dict[str, int] = {}
+    exit: str = ""
+
+
+class Delivered(RunSummary):
+    """summary.json of a run that delivers."""
+
+    delivered: str
+
+
+class Described(Shape):
+    """Any of the files that describe a run: what is there is of its kind."""
+
+    versions: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    label_values: list[int] = []
+    reasons: list[str] = []
+    dataset: dict[str, Any] = {}
+    labeled: list[str] = []
+    unlabeled: list[str] = []
+    val: list[str] = []
+    test: list[str] = []
+
+
+class Measured(Shape):
+    """evaluation/summary.json, or that of a cross-check."""
+
+    rounds: dict[str, float | None] = {}
+    paired: dict[str, Any] | None = None
+    dice: dict[str, Any] = {}
+    classes: dict[str, dict[str, dict[str, Any] | float | None]] = {}
+    notes: list[str] = []
+
+
+class _Sections(Shape):
+    """config.yaml."""
+
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    losses: dict[str, dict[str, Any]] = {}
+    tracking: dict[str, str] = {}
+    views: list[str] = []
+
+
+class Named(RootModel[dict[str, str]]):
+    """pseudonyms.json."""
+
+
+SHAPES: dict[str, type[BaseModel]] = {
+    "plan.json": Described,
+    "splits.json": Described,
+    "provenance.json": Described,
+    "state.json": State,
+    "summary.json": RunSummary,
+    "evaluation/summary.json": Measured,
+    "cross_check/summary.json": Measured,
+    "pseudonyms.json": Named,
+}
+"""What those who only tell of a run read of it."""
+
+
+class Entry(Shape):
+    """A line of metrics.jsonl."""
+
+    round: int
+    step: int
+    time: float
+    metrics: dict[str, float | None]
+
+
+FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "files may not become so large here",
+}
 
 
 def write_file(path: Path, write: Callable[[Path], object], mode: int | None = None) -> None:
@@ -39,33 +171,98 @@ def write_file(path: Path, write: Callable[[Path], object], mode: int | None = N
     Raises:
         InputError: The disk is full; names the folder and the free space.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name}")
     try:
-        if mode is not None:
-            temporary.touch(mode=mode)
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(_describe_full_disk(path, temporary)) from error
+        with tell_full_disk(path, temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if mode is not None:
+                temporary.touch(mode=mode)
+            write(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def _describe_full_disk(path: Path, temporary: Path) -> str:
+@contextlib.contextmanager
+def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn what comes of a full disk into one sentence.
+
+    Args:
+        path: The file that is written.
+        temporary: The one that is written first. Some libraries hide what the disk said in errors
+            of their own; then the disk is asked again, by a few more bytes of this file.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        reason = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if reason is None and temporary is not None:
+            reason = _ask_disk(temporary)
+        if reason not in FULL:
+            raise
+        raise InputError(describe_full_disk(reason, path, temporary)) from error
+
+
+def _ask_disk(temporary: Path) -> int | None:
+    """Return the error that the disk has for a few more bytes of a file, or None."""
+    try:
+        with temporary.open("ab") as file:
+            file.write(bytes(2**16))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def describe_full_disk(reason: int, path: Path, temporary: Path | None = None) -> str:
     """Say which disk is full and that the previous file stands."""
-    free = shutil.disk_usage(path.parent).free / 2**20
-    written = temporary.stat().st_size / 2**20 if temporary.exists() else 0.0
+    folder = next(home for home in path.absolute().parents if home.is_dir())
+    free = shutil.disk_usage(folder).free / 2**20
+    begun = ""
+    if temporary is not None and temporary.exists():
+        begun = f" after {temporary.stat().st_size / 2**20:.1f} MiB of it were written"
     return (
-        f"{path}: the disk is full: {free:.1f} MiB free after {written:.1f} MiB of it were "
-        f"written; the previous version is untouched; free space on {path.parent} and start the "
-        "same command again"
+        f"{path}: {FULL[reason]}: {free:.1f} MiB free{begun}; the previous version is untouched; "
+        f"free space on {folder} and start the same command again"
     )
+
+
+_TEMPORARY = re.compile(r"\.(\d{1,9})\.[0-9a-f]{8}\..+")
+_ABANDONED_S = 3600.0
+
+
+def remove_leftovers(folder: Path, is_shared: bool = False) -> None:
+    """Remove the temporary files of processes of this program that were killed.
+
+    Args:
+        folder: Where to look, in all folders below it too.
+        is_shared: Whether another machine may be writing there: files of the last hour then stay.
+    """
+    for path in folder.rglob(".*"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or _is_running(int(found[1])):
+            continue
+        with contextlib.suppress(OSError):
+            if not is_shared or time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                path.unlink()
+
+
+def _is_running(number: int) -> bool:
+    """Return whether there is a process of this number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,18 +287,74 @@ def _replace_nonfinite(content: Any) -> Any:
     return content
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+_ANEW = "restore it, or delete it and start the command again that wrote it, which makes it anew"
+
+
+def read_json(path: Path, shape: type[BaseModel] | None = None, repair: str = _ANEW) -> Any:
+    """Read a JSON file that holds an object, as all files of a run do.
+
+    Args:
+        path: The file.
+        shape: What must stand in it.
+        repair: What to do if it is damaged.
+
+    Returns:
+        The object, as it stands there.
 
     Raises:
-        InputError: It is missing or damaged.
+        InputError: It is missing or damaged, or may not be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; is this a medssl run or model folder?") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: cannot be read: {error}; restore or delete it") from error
+    except PermissionError as error:
+        raise InputError(
+            f"{path}: you may not read it; it belongs to {_find_owner(path)}: ask for leave, or "
+            "work in a folder of your own"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; mend the disk") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, no JSON ({error}); {repair}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: damaged: it holds {str(content)[:40]!r} only; {repair}")
+    if shape is not None:
+        try:
+            shape.model_validate(content)
+        except ValidationError as error:
+            raise InputError(
+                f"{path}: damaged, or of another version: {_list_problems(error)}; {repair}"
+            ) from error
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the config.yaml of a run as it stands there; its sections are mappings.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        _Sections.model_validate(content)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {_ANEW}") from error
+    config: dict[str, Any] = content
+    return config
+
+
+def _find_owner(path: Path) -> str:
+    """Return who owns a file, as far as it can be known."""
+    try:
+        return path.owner()
+    except (KeyError, OSError, NotImplementedError):
+        return "another user"
+
+
+def _list_problems(error: ValidationError) -> str:
+    """Return the places where a content is not of its shape."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
@@ -113,11 +366,20 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     try:
         return kind.model_validate(read_json(path))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}" for e in error.errors())
         raise InputError(
-            f"{path}: not as this version of medssl writes it: {problems}; use the version that it "
-            "was made with, or train anew with another --run"
+            f"{path}: not as this version of medssl writes it: {_list_problems(error)}; use the "
+            "version that it was made with, or train anew with another --run"
         ) from error
+
+
+def list_rounds(run_dir: Path) -> dict[int, Path]:
+    """Return the folders of a run's rounds, in order; a copy like `round_1 old` is none."""
+    named = {
+        int(path.name.removeprefix("round_")): path
+        for path in run_dir.glob("round_*")
+        if re.fullmatch(r"round_(0|[1-9][0-9]{0,5})", path.name)
+    }
+    return dict(sorted(named.items()))
 
 
 @contextlib.contextmanager
@@ -171,6 +433,28 @@ def seed_from(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def hash_files(folder: Path, *names: str) -> dict[str, str]:
+    """Return the hashes of files of a folder, for the mark that says they are whole."""
+    return {name: hash_file(folder / name) for name in names}
+
+
+def find_changed(folder: Path, mark: Mapping[str, Any]) -> list[Path]:
+    """Return the files that are not what a mark's ``files``, of ``hash_files``, says.
+
+    A mark of 0.1.0 says nothing of files.
+    """
+    said = mark.get("files")
+    changed = []
+    for name, digest in (said if isinstance(said, dict) else {}).items():
+        try:
+            is_same = hash_file(folder / name) == digest
+        except OSError:
+            is_same = False
+        if not is_same:
+            changed.append(folder / name)
+    return changed
+
+
 def is_done(folder: Path, stage_hash: str) -> bool:
     """Return whether a stage has been completed with this hash.
 
@@ -199,7 +483,7 @@ class Journal:
         entry = {"round": round_index, "step": step, "time": time.time()}
         line = json.dumps({**entry, "metrics": _replace_nonfinite(dict(metrics))})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
+        with tell_full_disk(self.path), self.path.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 line = (
@@ -208,14 +492,11 @@ class Journal:
             file.write((line + "\n").encode())
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all entries; a line that a kill cut short is left out."""
+        """Return all entries; a line that a kill cut short, or that is damaged, is left out."""
         if not self.path.is_file():
             return []
-        entries = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
-        return entries
+        entries = map(parse_entry, self.path.read_bytes().split(b"\n"))
+        return [entry for entry in entries if entry is not None]
 
     def cut(self, round_index: int, step: int) -> None:
         """Drop what came after a checkpoint, so that a resumed run writes nothing twice."""
@@ -223,6 +504,16 @@ class Journal:
         kept = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
         if len(kept) < len(entries) or self.path.is_file():
             write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def parse_entry(line: bytes) -> dict[str, Any] | None:
+    """Return an entry of the journal, or None for a line that holds none."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        Entry.model_validate(entry)
+    except (ValueError, RecursionError):
+        return None
+    return entry
 
 
 REPORT_SECONDS = 10.0
@@ -288,6 +579,48 @@ class StopFlag:
                 signal.signal(number, handler)
 
 
+_DELETING = ".deleting"
+_OWN = re.compile(
+    r"(config\.yaml|(plan|provenance|splits|pseudonyms|state|summary|run|tracking)\.json|"
+    r"metrics\.jsonl|report(_share)?\.html|round_\d+|evaluation|cross_check|unlabeled_masks)"
+)
+_BESIDE = re.compile(r"model|STOP|\.tracking\.lock|\.deleting")
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Return whether a folder holds a run, and may go on: not one that is being deleted."""
+    return (run_dir / "run.json").is_file() and not (run_dir / _DELETING).exists()
+
+
+def is_remnant(run_dir: Path) -> bool:
+    """Return whether a folder holds what a run left that was killed as it began or was deleted.
+
+    That is nothing, or only what a run writes; of a model alone nobody knows.
+    """
+    names = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
+    ours = [name for name in names if _OWN.fullmatch(name) or name == _DELETING]
+    return not names or (bool(ours) and all(n in ours or _BESIDE.fullmatch(n) for n in names))
+
+
+def delete_run(run_dir: Path) -> None:
+    """Delete what a run folder holds, which may be a link; after a kill, go on with it."""
+    if not run_dir.is_dir():
+        return
+    mark = run_dir / _DELETING
+    mark.touch()
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path != mark:
+            path.unlink()
+    mark.unlink()
+
+
+def is_half_deleted(run_dir: Path) -> bool:
+    """Return whether a kill came while this run was deleted."""
+    return (run_dir / _DELETING).exists()
+
+
 def write_state(run_dir: Path, status: str, round_index: int, step: int) -> None:
     """Record the last checkpoint; nothing beyond it is mirrored to MLflow."""
     content = {"status": status, "round": round_index, "step": step}
@@ -298,10 +631,18 @@ def make_pseudonyms(run_dir: Path, data_root: Path, case_ids: Iterable[str]) -> 
     """Return, and keep in the run folder with mode 600, a pseudonym for each case.
 
     The salt is drawn once per data set and kept beside the runs, so that two runs on the same
-    data agree.
+    data agree. Where it is another user's, and so not to be read, one's own is kept.
     """
     salts_path = run_dir.parent / ".pseudonym_salts.json"
-    salts = read_json(salts_path) if salts_path.is_file() else {}
+    if salts_path.is_file() and not os.access(salts_path, os.R_OK):
+        print(
+            f"note: {salts_path} belongs to {_find_owner(salts_path)} and is for them alone: cases "
+            "have other pseudonyms in your runs than in theirs",
+            file=sys.stderr,
+        )
+        salts_path = run_dir.parent / f".pseudonym_salts.{os.getuid()}.json"
+    repair = "restore it; without it cases have other pseudonyms in new runs than in old ones"
+    salts = read_json(salts_path, repair=repair) if salts_path.is_file() else {}
     key = str(data_root.resolve())
     if key not in salts:
         salts[key] = secrets.token_hex(16)

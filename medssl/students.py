@@ -23,12 +23,30 @@ from medssl.networks.build import SegmentationNetwork, build_network
 from medssl.networks.noise import freeze_encoder
 from medssl.objective import Objective, build_loss, list_options, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student
-from medssl.predict import Model, ModelInfo, load_model, predict_probs, save_model
+from medssl.predict import (
+    WEIGHTS,
+    Model,
+    ModelInfo,
+    check_weights,
+    load_model,
+    predict_probs,
+    save_model,
+)
 from medssl.pseudo.gates import Expectation, expect_from
 from medssl.pseudo.label import read_review, weigh_cases
-from medssl.pseudo.store import draw_probs, measure_agreement
+from medssl.pseudo.store import draw_probs, is_whole, measure_agreement
 from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
-from medssl.runs import StopFlag, is_done, seed_from, write_json
+from medssl.runs import (
+    ModelMark,
+    RoundMark,
+    StopFlag,
+    find_changed,
+    hash_files,
+    is_done,
+    read_json,
+    seed_from,
+    write_json,
+)
 from medssl.train import find_model_folder, train
 
 TRANSPORT_STEPS = 500
@@ -148,11 +166,9 @@ def _check_patches(config: Config, plan: Plan) -> None:
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:
     """Train the models of a round: one, or an ensemble if another round follows."""
-    kept = [] if teacher is None else _choose_cases(run, index, teacher)
-    for member in range(count_members(run, index)):
-        folder = find_model_folder(run.folder, index, member)
-        if is_done(folder / "model", run.round_hash(index)):
-            continue
+    wanted = [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
+    kept = [] if teacher is None or not wanted else _choose_cases(run, index, teacher)
+    for member in wanted:
         name = f"round {index}" + (f", model {member + 1} of the ensemble" if member else "")
         if teacher is None:
             print(f"{name}: {len(run.labeled)} labeled cases alone, the honest baseline")
@@ -162,6 +178,26 @@ def train_round(run: Run, index: int, teacher: int | None) -> None:
                 f"pseudo-labeled cases of round {teacher}"
             )
         _train_model(run, index, member, teacher, kept)
+
+
+def _is_trained(run: Run, index: int, member: int) -> bool:
+    """Return whether a model of a round is done, and as it was when it was.
+
+    Raises:
+        InputError: It has changed since, or it is of another configuration.
+    """
+    folder = find_model_folder(run.folder, index, member) / "model"
+    if not is_done(folder, run.round_hash(index)):
+        return False
+    changed = find_changed(folder, read_json(folder / "done.json", ModelMark))
+    if changed:
+        raise InputError(
+            f"{', '.join(map(str, changed))}: changed or removed since round {index} was trained; "
+            f"restore it, or delete {folder}: the same command makes it anew from its "
+            "checkpoint"
+        )
+    check_weights(folder)
+    return True
 
 
 def count_members(run: Run, index: int) -> int:
@@ -220,7 +256,13 @@ def _train_model(
     save_model(folder / "model", objective.predictor.eval(), info)
     if steps < planned:
         raise StopRequested
-    done = {"hash": run.round_hash(index), "round": index, "steps": steps, "num_kept": len(kept)}
+    done: dict[str, Any] = {
+        "hash": run.round_hash(index),
+        "round": index,
+        "steps": steps,
+        "num_kept": len(kept),
+        "files": hash_files(folder / "model", "model.json", WEIGHTS),
+    }
     if kept:
         done["agreement_with_average"] = _compare_with_average(run, objective, kept)
     write_json(folder / "model" / "done.json", done)
@@ -376,14 +418,27 @@ def _ask(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.
 def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
     """Return the pseudo-labeled cases that the student of a round learns from."""
     source, section = run.round_folder(teacher), run.config.filter.case
+    offline = "previous_round" in run.config.teacher.source
     rows = {row["case_id"]: row for row in read_review(source)}
     accepted = [row for row in rows.values() if row["accepted"] == "1"]
+    changed = find_changed(source, read_json(source / "done.json", RoundMark))
+    if rows.keys() != {case.case_id for case in run.unlabeled}:
+        changed = [source / "review.csv"]
+    for case in run.unlabeled if offline else ():
+        folder = source / "pseudo_labels" / case.case_id
+        if case.case_id in rows and not is_whole(folder, (run.plan.num_classes, *case.shape)):
+            changed.append(folder)
+    if changed:
+        raise InputError(
+            f"{', '.join(map(str, changed))}: changed or removed since round {teacher} "
+            f"labeled its cases; restore it, or delete {source / 'done.json'}: the same command "
+            "then labels anew what is damaged"
+        )
     share = at_round(section.stable, index - 1)
     if share < 1.0:
         accepted.sort(key=lambda row: (-float(row["stability"]), row["case_id"]))
         accepted = accepted[: max(1, round(share * len(accepted)))]
     weights = weigh_cases(accepted, section, run.class_names[1:])
-    offline = "previous_round" in run.config.teacher.source
     return [
         UnlabeledCase(
             case,

@@ -27,7 +27,10 @@ from medssl.pseudo.store import measure_agreement
 from medssl.pseudo.uncertainty import combine, entropy_of
 from medssl.runs import (
     Journal,
+    ModelMark,
+    RoundMark,
     hash_file,
+    hash_files,
     hash_json,
     is_done,
     read_json,
@@ -55,7 +58,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     """Pseudo-label the unlabeled cases with the model of a round, and judge it by them."""
     folder = run.round_folder(index)
     if is_done(folder, run.hash):
-        gate = read_json(folder / "done.json")["gate"]
+        gate = read_json(folder / "done.json", RoundMark)["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
     if not run.num_rounds:  # nobody reads what a model without students says of all scans
         gate = Gate(True, ("not judged: no student learns from it",))
@@ -87,7 +90,8 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     )
     if reviews is None:
         raise StopRequested
-    with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
+    model_done = read_json(folder / "model" / "done.json", ModelMark)
+    with_student = model_done.get("agreement_with_average")
     gate = judge_model(reviews, expectation, run.plan.labels, with_student)
     _finish_round(run, index, teacher, reviews, gate)
     return gate
@@ -189,7 +193,8 @@ def _finish_round(
     agreement = mean_known(review.agreement for review in reviews)
     if agreement is not None:
         metrics["monitors/agreement"] = agreement
-    with_student = read_json(folder / "model" / "done.json").get("agreement_with_average")
+    model_done = read_json(folder / "model" / "done.json", ModelMark)
+    with_student = model_done.get("agreement_with_average")
     if with_student is not None:
         metrics["monitors/agreement_with_average"] = with_student
     own = [e for e in journal.read() if e["round"] == index]
@@ -199,7 +204,6 @@ def _finish_round(
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
     rows = measure_validation(run, load_model(folder, run.plan.device).network) if run.val else []
     values |= average_validation(rows)
-    model_done = read_json(folder / "model" / "done.json")
     content = {
         "hash": run.hash,
         "round": index,
@@ -211,6 +215,7 @@ def _finish_round(
         "num_unlabeled": model_done["num_kept"],
         "final": values,
         "validation": rows,
+        "files": hash_files(folder, "review.csv") if reviews else {},
     }
     write_json(folder / "done.json", content)
     write_state(run.folder, "running", index, run.count_steps(index))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -257,18 +258,24 @@ def _load(
     if not path.is_file():
         return 0, Sums(float)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the check sums
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
         content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
+        if content["identity"] != identity:
+            raise InputError(
+                f"{path}: made with another plan or configuration; give another --run, or --restart"
+            )
+        objective.load_state_dict(content["objective"])
+        optimizer.load_state_dict(content["optimizer"])
+        return int(content["step"]), Sums(float, content["pending"])
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged file, with unsafe advice
         raise InputError(
-            f"{path}: the checkpoint cannot be read ({error}); delete it to redo this round"
+            f"{path}: cannot be read: damaged, or none of medssl ({type(error).__name__}); "
+            "delete it, and this part of the run is trained anew"
         ) from error
-    if content.get("identity") != identity:
-        raise InputError(
-            f"{path}: made with another plan or configuration; give another --run, or --restart"
-        )
-    objective.load_state_dict(content["objective"])
-    optimizer.load_state_dict(content["optimizer"])
-    return content["step"], Sums(float, content["pending"])
 
 
 class Progress:

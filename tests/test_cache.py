@@ -1,5 +1,7 @@
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
 
 import nibabel as nib
@@ -218,6 +220,42 @@ def test_a_damaged_file_is_silently_made_again(tmp_path, name, damage):
     if name.endswith(".npy"):
         assert path.read_bytes() == whole
     assert set(found.class_voxels()) == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["image.npy", "label.npy", "class_voxels.npz", "meta.json"])
+def test_a_file_of_the_same_size_and_kind_with_other_content_is_not_believed(tmp_path, name):
+    case = write_case(tmp_path / "data")
+    entry = build([case], tmp_path)["a"]
+    folder = entry.folder if name in ("image.npy", "meta.json") else entry.label_folder
+    path = folder / name
+    content = path.read_bytes()
+    if name == "meta.json":
+        path.write_bytes(content.replace(b"-20.0", b"-30.0"))
+    else:
+        path.write_bytes(content[:-4] + bytes(byte ^ 1 for byte in content[-4:]))
+    assert path.read_bytes() != content
+    again = build([case], tmp_path)["a"]
+    assert path.read_bytes() == content
+    np.testing.assert_array_equal(again.native_affine, AFFINE)
+
+
+def test_a_cached_scan_that_vanishes_while_it_is_used_is_named(tmp_path):
+    entry = build([write_case(tmp_path / "data")], tmp_path)["a"]
+    shutil.rmtree(entry.folder)
+    for read in (entry.image, entry.label, entry.class_voxels):
+        with pytest.raises(InputError, match=r"cannot be read.*the same command makes it anew"):
+            read()
+
+
+def test_what_a_kill_left_in_the_cache_is_removed_once_it_is_old(tmp_path):
+    case = write_case(tmp_path / "data")
+    folder = build([case], tmp_path)["a"].folder
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
+    left = folder / f".{gone}.0123abcd.image.npy"
+    left.touch()
+    os.utime(left, (0, 0))
+    build([case], tmp_path)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("name", ["meta.json", "label.json"])

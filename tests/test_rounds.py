@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medssl import rounds, students, teachers
+from medssl import rounds, runs, students, teachers
 from medssl.config import InputError, list_methods, load_config
 from medssl.data.phantoms import write_phantoms
+from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
 from medssl.pseudo.label import weigh_cases
 from medssl.pseudo.store import read_pseudo_label
-from medssl.runs import Journal, hash_file, read_json, write_json
+from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
+from medssl.tracking.folder import read_folder
 
 SMALL = [
     "method=classic",
@@ -544,3 +547,107 @@ def test_cases_are_weighed_by_accepted_share_and_by_the_rarity_of_their_classes(
     assert weigh_cases(rows, balanced, names) == {"a": 1.0, "b": 1.0, "c": 3.0}
     covered = section.model_copy(update={"draw": "coverage"})
     assert weigh_cases(rows, covered, names) == {"a": 0.5, "b": 1.0, "c": 1.0}
+
+
+def test_a_plan_of_a_start_that_was_killed_is_not_taken_over(start, tmp_path, monkeypatch):
+    real = rounds.write_json
+
+    def die(path, content):
+        if path.name == "run.json":
+            raise KeyboardInterrupt
+        real(path, content)
+
+    monkeypatch.setattr(rounds, "write_json", die)
+    folder = tmp_path / "runs" / "run"
+    with pytest.raises(KeyboardInterrupt):
+        start("rounds=0", taken=folder)
+    assert (folder / "plan.json").is_file()
+    monkeypatch.setattr(rounds, "write_json", real)
+    start("rounds=0", "plan.patch_size=[8,8,8]", taken=folder)
+    assert read_json(folder / "plan.json")["patch_size"] == [8, 8, 8]
+    assert load_config(folder / "config.yaml").config.plan.patch_size == (8, 8, 8)
+    plan = read_json(folder / "plan.json")
+    write_json(folder / "plan.json", {**plan, "steps": 3})
+    with pytest.raises(InputError, match=r"plan\.json: not the plan that this run was begun with"):
+        start("rounds=0", "plan.patch_size=[8,8,8]", taken=folder)
+
+
+def test_a_restart_that_was_killed_as_it_deleted_is_made_up_for(start, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "runs").mkdir()
+    folder = tmp_path / "runs" / "run"
+    folder.symlink_to(elsewhere)
+    start("rounds=0")
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "shutil", SimpleNamespace(rmtree=die))
+        with pytest.raises(KeyboardInterrupt):
+            start("rounds=0", "steps=4", restart=True)
+    assert is_half_deleted(elsewhere)
+    start("rounds=0", "steps=4", restart=True)
+    assert folder.is_symlink()
+    assert read_json(folder / "round_0" / "done.json")["steps"] == 4
+
+
+@pytest.mark.parametrize("how", ["cut", "flip"])
+def test_weights_that_have_changed_are_not_delivered_and_come_back_from_the_checkpoint(start, how):
+    folder = start("rounds=0")
+    path = folder / "round_0" / "model" / "weights.safetensors"
+    before = path.read_bytes()
+    path.write_bytes(before[:-8] + (b"" if how == "cut" else bytes([1, 2, 3, 4, 5, 6, 7, 8])))
+    with pytest.raises(InputError, match=r"weights\.safetensors: changed or removed.*delete"):
+        start("rounds=0")
+    with pytest.raises(InputError, match=r"weights\.safetensors: not the weights"):
+        load_model(folder / "round_0")
+    shutil.rmtree(path.parent)
+    start("rounds=0")
+    assert path.read_bytes() == before
+    delivered = folder / "model" / "weights.safetensors"
+    delivered.write_bytes(before[:-8])
+    start("rounds=0")
+    assert delivered.read_bytes() == before
+
+
+def test_a_pseudo_label_or_review_that_has_changed_is_not_learned_from(start):
+    folder = start()
+    shutil.rmtree(folder / "round_1")  # it is to be trained again
+    label = next((folder / "round_0" / "pseudo_labels").iterdir())
+    review = folder / "round_0" / "review.csv"
+    saved = {path: path.read_bytes() for path in (review, label / "probs.npy")}
+    for path, content in saved.items():
+        path.write_bytes(content[:-3] + b"0.1")
+        with pytest.raises(InputError, match=rf"{path if path == review else label}"):
+            start()
+        path.write_bytes(content)
+    review.write_bytes(saved[review].rpartition(b"\n")[0].rpartition(b"\n")[0] + b"\n")
+    with pytest.raises(InputError, match=r"review\.csv"):
+        start()
+    (folder / "round_0" / "done.json").unlink()
+    (label / "probs.npy").write_bytes(b"")
+    start()
+    assert (label / "probs.npy").read_bytes() == saved[label / "probs.npy"]
+
+
+def test_a_copy_of_a_round_inside_the_run_is_none(start, tmp_path):
+    folder = start("rounds=0")
+    shutil.copytree(folder / "round_0", folder / "round_1_old")
+    shutil.copytree(folder / "round_0", folder / "round_0 copy")
+    start("rounds=0")
+    assert list(read_folder(folder).rounds) == [0]
+
+
+def test_a_full_disk_at_the_end_does_not_hide_what_came_first(start, monkeypatch):
+    def fail(*_):
+        raise FloatingPointError("the first error")
+
+    def full(*_):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(rounds, "_run_rounds", fail)
+    monkeypatch.setattr(rounds, "set_status", lambda home, s: s == "running" or full())
+    with pytest.raises(FloatingPointError, match="the first error"):
+        start("rounds=0")

@@ -2,26 +2,43 @@ import errno
 import json
 import math
 import os
+import resource
 import signal
 import stat
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from medssl import runs
 from medssl.config import InputError
 from medssl.runs import (
     CaseCounter,
     Journal,
+    State,
     StopFlag,
+    delete_run,
     describe_provenance,
+    find_changed,
     hash_file,
+    hash_files,
     hash_json,
+    is_begun,
     is_done,
+    is_half_deleted,
+    is_remnant,
+    list_rounds,
     make_pseudonyms,
     read_json,
+    remove_leftovers,
     seed_from,
     write_file,
     write_json,
@@ -93,6 +110,69 @@ def test_other_errors_of_the_disk_are_not_taken_for_a_full_one(tmp_path):
         write_file(tmp_path / "some.txt", fail)
 
 
+@pytest.fixture
+def small_files():
+    """Let no file of this process become larger than 128 KiB: as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(2**20)),
+        lambda path: np.save(path.open("wb"), np.zeros(2**20)),
+        lambda path: np.savez(path.open("wb"), a=np.zeros(2**20)),
+        lambda path: torch.save(torch.zeros(2**20), path),
+        lambda path: save_file({"a": torch.zeros(2**20)}, path),
+    ],
+    ids=["bytes", "npy", "npz", "torch", "safetensors"],
+)
+def test_a_full_disk_is_one_sentence_whichever_library_runs_into_it(tmp_path, small_files, write):
+    path = tmp_path / "some.bin"
+    path.write_text("old")
+    with pytest.raises(InputError, match=r"some\.bin: files may not become so large here: .* MiB"):
+        write_file(path, write)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["some.bin"]
+
+
+def test_a_full_disk_is_told_by_the_journal_too(tmp_path, small_files):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append(0, 1, {"a": 1.0})
+    with pytest.raises(InputError, match=r"metrics\.jsonl: .*start the same command again"):
+        journal.append(0, 2, {str(index): 0.5 for index in range(20_000)})
+    assert [entry["step"] for entry in journal.read()] == [1]
+
+
+def test_an_error_of_the_writer_itself_stays_what_it_is(tmp_path):
+    def fail(temporary):
+        raise RuntimeError("not of the disk")
+
+    with pytest.raises(RuntimeError, match="not of the disk"):
+        write_file(tmp_path / "some.txt", fail)
+
+
+def test_what_a_kill_left_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "round_0").mkdir()
+    die_while_writing(tmp_path / "round_0" / "checkpoint.pt")
+    (left,) = (tmp_path / "round_0").iterdir()
+    others = [f".{os.getpid()}.0123abcd.plan.json", ".hidden", ".123.x.y", "plan.json"]
+    for name in others:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, is_shared=True)
+    assert left.exists(), "another machine may be writing it"
+    os.utime(left, (time.time() - 7200,) * 2)
+    remove_leftovers(tmp_path, is_shared=True)
+    assert not left.exists()
+    die_while_writing(tmp_path / "round_0" / "checkpoint.pt")
+    remove_leftovers(tmp_path)
+    assert not list((tmp_path / "round_0").iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == {*others, "round_0"}
+
+
 def test_numbers_that_json_does_not_know_become_null(tmp_path):
     write_json(tmp_path / "a.json", {"x": math.nan, "y": [math.inf, 1.5], 3: (-math.inf,)})
     assert read_json(tmp_path / "a.json") == {"x": None, "y": [None, 1.5], "3": [None]}
@@ -103,6 +183,29 @@ def test_a_damaged_json_file_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(InputError, match=r"a\.json"):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '"text"', "[" * 100_000])
+def test_a_json_file_that_holds_no_object_is_damaged(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(InputError, match=r"a\.json: damaged.*delete it and start the command"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "change", [{"round": "1"}, {"step": None}, {"status": 3}, {"step": True}], ids=str
+)
+def test_a_json_file_of_another_shape_names_the_key(tmp_path, change):
+    content = {"status": "running", "round": 1, "step": 2, "more": []}
+    write_json(tmp_path / "state.json", content)
+    assert read_json(tmp_path / "state.json", State) == content
+    write_json(tmp_path / "state.json", {**content, **change})
+    with pytest.raises(InputError, match=rf"state\.json: damaged.* {next(iter(change))}: "):
+        read_json(tmp_path / "state.json", State)
+    del content[next(iter(change))]
+    write_json(tmp_path / "state.json", content)
+    with pytest.raises(InputError, match=next(iter(change))):
+        read_json(tmp_path / "state.json", State)
 
 
 def test_a_missing_json_file_asks_for_a_run_folder(tmp_path):
@@ -151,6 +254,95 @@ def test_the_journal_gives_back_what_was_appended(tmp_path):
     assert (entry["round"], entry["step"]) == (0, 5)
     assert entry["metrics"] == {"losses/total": 1.5, "x": None}
     assert isinstance(entry["time"], float)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"5",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b'{"round": 0, "step": [], "time": 1.0, "metrics": {}}',
+        b"[",
+    ],
+)
+def test_a_damaged_line_of_the_journal_is_left_out_and_the_others_stay(tmp_path, line):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.append(0, 1, {"a": 1.0})
+    with journal.path.open("ab") as file:
+        file.write(line + b"\n")
+    journal.append(0, 2, {"a": 2.0})
+    assert [entry["step"] for entry in journal.read()] == [1, 2]
+    journal.cut(0, 2)
+    assert [entry["step"] for entry in journal.read()] == [1, 2]
+
+
+def test_rounds_are_the_folders_of_exactly_their_names(tmp_path):
+    for name in ("round_10", "round_2", "round_2_old", "round_2 copy", "round_02", "round_²"):
+        (tmp_path / name).mkdir()
+    assert list_rounds(tmp_path) == {2: tmp_path / "round_2", 10: tmp_path / "round_10"}
+
+
+def test_a_file_that_has_changed_since_its_mark_is_found(tmp_path):
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+    mark = {"files": hash_files(tmp_path, *"abc")}
+    assert find_changed(tmp_path, mark) == []
+    (tmp_path / "b").write_text("B")
+    (tmp_path / "c").unlink()
+    assert find_changed(tmp_path, mark) == [tmp_path / "b", tmp_path / "c"]
+    assert find_changed(tmp_path, {}) == []
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_run_is_deleted_also_through_a_link(tmp_path, is_link):
+    home = tmp_path / "home"
+    write_json(home / "round_0" / "done.json", {})
+    write_json(home / "run.json", {})
+    (home / "data").symlink_to(tmp_path)
+    run = tmp_path / "run" if is_link else home
+    if is_link:
+        run.symlink_to(home)
+    delete_run(run)
+    assert list(home.iterdir()) == []
+    assert run.is_symlink() == is_link
+
+
+def test_a_kill_while_a_run_is_deleted_is_seen_and_made_up_for(tmp_path, monkeypatch):
+    for name in ("run.json", "plan.json", "round_0/done.json"):
+        write_json(tmp_path / name, {})
+    assert is_begun(tmp_path)
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        delete_run(tmp_path)
+    monkeypatch.undo()
+    assert is_half_deleted(tmp_path)
+    assert is_remnant(tmp_path)
+    assert not is_begun(tmp_path)
+    delete_run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], True),
+        (["plan.json"], True),
+        (["round_0", "model", "metrics.jsonl"], True),
+        (["model"], False),
+        (["plan.json", "thesis.docx"], False),
+        (["images", "labels"], False),
+    ],
+)
+def test_only_what_a_run_writes_is_taken_for_the_rest_of_one(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert is_remnant(tmp_path) is expected
 
 
 def test_the_journal_is_cut_back_to_the_checkpoint(tmp_path):
@@ -226,6 +418,34 @@ def test_what_leads_back_from_pseudonyms_is_for_the_owner_alone(tmp_path):
     make_pseudonyms(tmp_path / "run", tmp_path / "data", ["anna"])
     for path in (tmp_path / ".pseudonym_salts.json", tmp_path / "run" / "pseudonyms.json"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def run_as_other_user(code, folder):
+    """Run code as a user who may write in a folder but owns none of its files."""
+    if os.getuid():
+        pytest.skip("only root can become another user")
+    head = (
+        "import os\nfrom pathlib import Path\nfrom medssl.runs import make_pseudonyms, read_json\n"
+    )
+    code = f"{head}os.setuid(54321)\nhome = Path({str(folder)!r})\n{code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_second_user_of_a_folder_keeps_salts_of_their_own():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        make_pseudonyms(folder / "run", folder / "data", ["anna"])
+        before = (folder / ".pseudonym_salts.json").read_bytes()
+        code = "print(make_pseudonyms(home / 'theirs', home / 'data', ['anna'])['anna'])\n"
+        found = [run_as_other_user(code, folder) for _ in range(2)]
+        assert found[0].returncode == 0, found[0].stderr
+        assert found[0].stdout == found[1].stdout
+        assert "for them alone" in found[0].stderr
+        assert "delete" not in found[0].stderr
+        assert (folder / ".pseudonym_salts.json").read_bytes() == before
+        told = run_as_other_user("read_json(home / 'run' / 'pseudonyms.json')", folder)
+        assert "you may not read it; it belongs to" in told.stderr
 
 
 def test_provenance_names_versions_and_machine():

@@ -4,13 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from medssl.config import InputError
 from medssl.pseudo import store
 from medssl.pseudo.store import (
     has_pseudo_label,
+    is_whole,
     measure_agreement,
     read_pseudo_label,
     write_pseudo_label,
 )
+from medssl.runs import write_json
 
 SHAPE = (5, 4, 3)
 
@@ -31,10 +34,10 @@ def test_a_pseudo_label_comes_back_within_its_precision(tmp_path):
 
 
 def test_a_pseudo_label_belongs_to_the_teacher_that_made_it(tmp_path):
-    assert not has_pseudo_label(tmp_path / "a", "t")
+    assert not has_pseudo_label(tmp_path / "a", "t", (3, *SHAPE))
     write_pseudo_label(tmp_path / "a", *draw(), "t")
-    assert has_pseudo_label(tmp_path / "a", "t")
-    assert not has_pseudo_label(tmp_path / "a", "other")
+    assert has_pseudo_label(tmp_path / "a", "t", (3, *SHAPE))
+    assert not has_pseudo_label(tmp_path / "a", "other", (3, *SHAPE))
 
 
 @pytest.mark.parametrize("last", ["probs.npy", "uncertainty.npy", "class_voxels.npz"])
@@ -50,8 +53,42 @@ def test_a_kill_while_writing_leaves_no_pseudo_label_that_looks_whole(tmp_path, 
     monkeypatch.setattr(store, "write_file", die)
     with pytest.raises(KeyboardInterrupt):
         write_pseudo_label(tmp_path / "a", *draw(1), "new")
-    assert not has_pseudo_label(tmp_path / "a", "new")
-    assert not has_pseudo_label(tmp_path / "a", "old")
+    assert not has_pseudo_label(tmp_path / "a", "new", (3, *SHAPE))
+    assert not has_pseudo_label(tmp_path / "a", "old", (3, *SHAPE))
+
+
+@pytest.mark.parametrize("name", ["probs.npy", "uncertainty.npy", "class_voxels.npz", "meta.json"])
+@pytest.mark.parametrize("how", ["overwrite", "cut", "remove", "flip"])
+def test_a_pseudo_label_that_has_changed_is_not_whole(tmp_path, name, how):
+    shape = (3, *SHAPE)
+    write_pseudo_label(tmp_path / "a", *draw(), "t")
+    assert is_whole(tmp_path / "a", shape)
+    path = tmp_path / "a" / name
+    content = path.read_bytes()
+    if how == "remove":
+        path.unlink()
+    elif how == "overwrite":
+        path.write_bytes(b"[]" if name == "meta.json" else content[:-4] + b"\1\1\1\1")
+    else:
+        middle = len(content) // 2
+        flipped = bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes(content[:middle] + flipped * (how == "flip"))
+    assert not is_whole(tmp_path / "a", shape)
+    assert not has_pseudo_label(tmp_path / "a", "t", shape)
+
+
+def test_a_pseudo_label_of_another_grid_is_not_whole_even_without_hashes(tmp_path):
+    write_pseudo_label(tmp_path / "a", *draw(), "t")
+    write_json(tmp_path / "a" / "meta.json", {"teacher": "t", "stability": None})
+    assert is_whole(tmp_path / "a", (3, *SHAPE))
+    assert not is_whole(tmp_path / "a", (4, *SHAPE))
+    np.save(tmp_path / "a" / "probs.npy", np.zeros((3, 2, 2, 2), np.uint8))
+    assert not is_whole(tmp_path / "a", (3, *SHAPE))
+
+
+def test_a_pseudo_label_that_is_gone_is_named_with_its_repair(tmp_path):
+    with pytest.raises(InputError, match=r"probs\.npy: cannot be read.*done\.json"):
+        read_pseudo_label(tmp_path / "a")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -288,6 +288,136 @@ def test_what_is_not_finite_is_dropped_and_counted(runs: Path) -> None:
     assert found == [("monitors/nonfinite", 3.0), ("val/a", 1.0)]
 
 
+@pytest.mark.parametrize("name", ["moved", "what? 100%20 #1 ärzte"])
+def test_a_folder_of_runs_that_is_renamed_keeps_the_artifacts_of_all_its_runs(
+    runs: Path, name: str
+) -> None:
+    sync(write_run(runs / "first"))
+    moved = runs.with_name(name)
+    runs.rename(moved)
+    sync(write_run(moved / "second", draw=1))
+    assert not runs.exists()
+    assert [path.name for path in moved.parent.iterdir()] == [name], "a stray folder or database"
+    client = store.connect(default_uri(moved))
+    for run in ("first", "second"):
+        parent = read_json(moved / run / "tracking.json")["own store"]["parent"]
+        assert {"config.yaml", "model"} <= {file.path for file in client.list_artifacts(parent)}
+        path = client.download_artifacts(parent, "plan.json", str(moved.parent))
+        assert json.loads(Path(path).read_text())["batch"] == 2
+    assert str(runs) not in str(ask(moved, "select artifact_uri from runs"))
+    assert str(runs) not in str(ask(moved, "select source, storage_location from model_versions"))
+
+
+def test_files_that_mlflow_has_lost_are_sent_again(runs: Path) -> None:
+    run = write_run(runs / "mine")
+    sync(run)
+    before = sorted(path.name.split("%")[0] for path in (runs / "mlartifacts").rglob("*"))
+    counts = ask(runs, "select count(*) from metrics")
+    shutil.rmtree(runs / "mlartifacts")
+    sync(run)
+    names = {path.name for path in (runs / "mlartifacts").rglob("*")}
+    assert {"config.yaml", "model.json", "plan.json"} <= names
+    assert before
+    assert ask(runs, "select count(*) from metrics") == counts
+    assert ask(runs, "select count(*) from model_versions") == [(1,)]
+
+
+def make_half(path: Path, statement: str) -> None:
+    """Leave a store as a kill of its first start leaves it, or as a disk does."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.executescript(statement)
+
+
+@pytest.mark.parametrize(
+    "statement", ["drop table model_versions", "delete from alembic_version", "drop table runs"]
+)
+def test_a_store_that_was_half_made_is_made_anew(runs: Path, statement: str) -> None:
+    make_half(runs / "mlflow.db", f"pragma foreign_keys = off; {statement}")
+    run = write_run(runs / "mine", rounds=1)
+    sync(run)
+    assert count_points(runs) == count_journal(run)
+    assert not list(runs.glob(".mlflow.db.new*"))
+
+
+def test_a_store_with_runs_that_mlflow_does_not_take_is_named_and_kept(runs: Path) -> None:
+    run = write_run(runs / "mine", rounds=1)
+    sync(run)
+    make_half(runs / "mlflow.db", "update alembic_version set version_num = '0'")
+    before = (runs / "mlflow.db").read_bytes()
+    with pytest.raises(InputError, match=r"mlflow\.db: MLflow cannot use this store.*medssl sync"):
+        sync(run)
+    assert (runs / "mlflow.db").read_bytes() == before
+    (runs / "mlflow.db").write_bytes(b"no database at all" * 100)
+    for read in (lambda: sync(run), lambda: serve(runs, port=find_port())):
+        with pytest.raises(InputError, match=r"mlflow\.db: MLflow cannot use this store"):
+            read()
+
+
+def test_a_kill_while_a_store_is_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "delete_experiment", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.connect(default_uri(tmp_path))
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_tracking_uri_of_the_environment_is_said_and_not_followed(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert store.choose_store(runs, "auto") == default_uri(runs)
+    told = capsys.readouterr().err
+    assert "MLFLOW_TRACKING_URI is set and not followed" in told
+    assert "tracking.uri=$MLFLOW_TRACKING_URI" in told
+    assert store.choose_store(runs, "http://server:5000") == "http://server:5000"
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "uri", ["~/mlflow.db", "file:///x/mlruns", "runs/mlflow.db", "sqlite:x.db"]
+)
+def test_what_is_no_store_is_refused_with_what_is_one(uri: str) -> None:
+    with pytest.raises(InputError, match=r"no MLflow store; give auto .*sqlite:////FOLDER/"):
+        store.check_uri(uri)
+
+
+def test_the_home_folder_of_an_address_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/" + "home/anna")
+    assert store._find_file("sqlite:///~/a/mlflow.db") == Path("/" + "home/anna/a/mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tracking.json", "[]"),
+        ("tracking.json", '{"own store": {"parent": 5}}'),
+        ("splits.json", '{"dataset": []}'),
+        ("summary.json", '{"delivered": "round_0", "rounds": [5]}'),
+        ("evaluation/summary.json", '{"rounds": []}'),
+        ("round_1/done.json", "[]"),
+        ("pseudonyms.json", '{"a": 1}'),
+        ("state.json", "null"),
+        ("config.yaml", "data: [1"),
+        ("config.yaml", "- 1"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_with_its_repair(
+    runs: Path, name: str, content: str
+) -> None:
+    run = write_run(runs / "mine", rounds=2)
+    (run / "evaluation").mkdir()
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}: .*(delete it|medssl sync)"):
+        sync(run)
+
+
 def test_a_run_that_was_deleted_in_mlflow_comes_back_whole(runs: Path) -> None:
     run = write_run(runs / "mine")
     sync(run)

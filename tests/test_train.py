@@ -1,10 +1,14 @@
 import pickle
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 
 from medssl.config import InputError
+from medssl.data.cache import CachedCase
+from medssl.data.loaders import iterate_batches
 from medssl.networks.build import build_network
 from medssl.objective import Objective
 from medssl.runs import Journal, StopFlag, read_json
@@ -255,6 +259,48 @@ def test_a_stop_writes_a_checkpoint_after_the_current_step(start, tmp_path):
         "round": 1,
         "step": 3,
     }
+
+
+def flip_one_bit_of_a_weight(path):
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content = bytearray(path.read_bytes())
+    start = content.index(largest.filename.encode()) + len(largest.filename)
+    content[start + largest.file_size // 2] ^= 64
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_one_bit_of_a_weight,
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: torch.save({"step": 4}, path),
+        lambda path: torch.save([1], path),
+        lambda path: torch.save({**torch.load(path, weights_only=True), "objective": {}}, path),
+        lambda path: path.write_bytes(pickle.dumps({"identity": print})),
+    ],
+    ids=["flip", "cut", "keys", "list", "weights", "pickle"],
+)
+def test_a_damaged_checkpoint_is_named_and_no_unsafe_way_is_advised(
+    whole, train_in, tmp_path, damage
+):
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run" / "round_1" / "checkpoint.pt")
+    with pytest.raises(InputError, match=r"checkpoint\.pt: cannot be read: damaged") as caught:
+        train_in(tmp_path / "run")
+    assert "weights_only" not in str(caught.value)
+    assert "trust" not in str(caught.value)
+
+
+def test_a_loader_that_finds_its_scan_gone_says_so_without_a_traceback(make_dataset, monkeypatch):
+    def vanish(self):
+        raise InputError("image.npy: is gone")
+
+    monkeypatch.setattr(CachedCase, "image", vanish)
+    with pytest.raises(InputError) as caught:
+        list(iterate_batches(make_dataset(0), 0, 2, 1, pin_memory=False))
+    assert str(caught.value) == "image.npy: is gone"
 
 
 def test_a_file_named_stop_ends_the_loop(start, tmp_path):

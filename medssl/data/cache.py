@@ -3,7 +3,8 @@
 Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_id>/<hash of the
 scan's bytes>/`, in which each reading of a label has a folder of its own: another scan of the same
 name, another label map or a corrected label never changes what a run is reading. The image is
-described by `meta.json`, the label by `label.json`; each is written last, so what exists is whole.
+described by `meta.json`, the label by `label.json`; each is written last, with the hashes of its
+files, which are held against them when a run starts: what has changed is made anew.
 Every file is replaced, never overwritten: several processes may build one entry, and maps that are
 open stay valid.
 """
@@ -22,7 +23,17 @@ from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.formats import Case
 from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
 from medssl.data.trained import hash_voxels
-from medssl.runs import hash_file, hash_json, read_json, seed_from, write_file, write_json
+from medssl.runs import (
+    find_changed,
+    hash_file,
+    hash_files,
+    hash_json,
+    read_json,
+    remove_leftovers,
+    seed_from,
+    write_file,
+    write_json,
+)
 from medssl.transforms.geometry import (
     Affine,
     Header,
@@ -80,18 +91,15 @@ class CachedCase:
 
     def image(self) -> NDArray[np.float16]:
         """Map the image (C, I, J, K), float16."""
-        return _map(self.folder / "image.npy")
+        return map_array(self.folder / "image.npy")
 
     def label(self) -> NDArray[np.uint8] | None:
         """Map the classes (I, J, K), 255 = ignore; None for an unlabeled case."""
-        return None if self.label_folder is None else _map(self.label_folder / "label.npy")
+        return None if self.label_folder is None else map_array(self.label_folder / "label.npy")
 
     def class_voxels(self) -> dict[int, NDArray[np.int32]]:
         """Return up to 10,000 voxels (n, 3) of each foreground class that the label has."""
-        if self.label_folder is None:
-            return {}
-        with np.load(self.label_folder / "class_voxels.npz", allow_pickle=False) as stored:
-            return {int(index): stored[index] for index in stored.files}
+        return {} if self.label_folder is None else read_class_voxels(self.label_folder)
 
 
 def build_cache(
@@ -124,6 +132,7 @@ def build_cache(
     entries = folder / hash_json(key)[:16]
     cached: dict[str, CachedCase] = {}
     problems: list[str] = []
+    remove_leftovers(entries, is_shared=True)
     for index, case in enumerate(cases):
         try:
             if Path(case.case_id).name != case.case_id:
@@ -150,13 +159,9 @@ def _open_image(
     entry: Path, case: Case, sources: list[str], recipe: Preprocessing, num_channels: int
 ) -> dict[str, Any]:
     """Return the description of a cached image, made anew if it is not whole."""
-    meta = _read(entry / "meta.json")
-    if (
-        meta is not None
-        and meta.get("sources") == sources
-        and "voxels" in meta  # 0.1.0 kept none
-        and _is_whole(entry / "image.npy", np.float16, (num_channels, *meta["shape"]))
-    ):
+    meta = _read_mark(entry / "meta.json")
+    known = meta is not None and "voxels" in meta  # 0.1.0 kept none
+    if meta and known and meta["sources"] == sources and not find_changed(entry, meta):
         return meta
     volume = read_image(case.images, num_channels)
     image = preprocess_image(volume, recipe)
@@ -173,7 +178,7 @@ def _open_image(
     }
     (entry / "meta.json").unlink(missing_ok=True)
     _save(entry / "image.npy", _halve(image))
-    write_json(entry / "meta.json", meta)
+    _write_mark(entry / "meta.json", meta, "image.npy")
     return meta
 
 
@@ -186,7 +191,6 @@ def _open_label(
     ignore: int | None,
 ) -> Path:
     """Return the folder of a label and its voxel lists, made anew if they are not whole."""
-    shape: Shape = tuple(meta["shape"])
     made_from = {
         "source": _hash_source(path),
         "label_values": list(label_values),
@@ -195,21 +199,19 @@ def _open_label(
         "native_affine": meta["native_affine"],
     }
     folder = entry / f"label_{hash_json(made_from)[:16]}"
-    stored = folder / "label.npy"
-    voxels = folder / "class_voxels.npz"
-    is_current = _read(folder / "label.json") == made_from
-    if is_current and _is_whole(stored, np.uint8, shape) and _is_archive(voxels):
+    mark = _read_mark(folder / "label.json")
+    if mark is not None and made_from.items() <= mark.items() and not find_changed(folder, mark):
         return folder
     classes, affine = read_label(path, label_values, ignore)
     native = np.asarray(meta["native_affine"])
     _compare(path, classes.shape, affine, tuple(meta["native_shape"]), native)
     # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
-    label = preprocess_label(classes, native, shape, np.asarray(meta["affine"]))
+    label = preprocess_label(classes, native, tuple(meta["shape"]), np.asarray(meta["affine"]))
     (folder / "label.json").unlink(missing_ok=True)
-    _save(stored, label)
+    _save(folder / "label.npy", label)
     found: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
-    write_file(voxels, lambda temporary: np.savez(temporary, **found))
-    write_json(folder / "label.json", made_from)
+    write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **found))
+    _write_mark(folder / "label.json", made_from, "label.npy", "class_voxels.npz")
     return folder
 
 
@@ -278,37 +280,62 @@ def _hash_source(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}): is it there?") from error
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return a description, or None if it is missing or damaged."""
+def _write_mark(path: Path, content: dict[str, Any], *names: str) -> None:
+    """Write a description with the hashes of the files that it is of, and its own."""
+    content = {**content, "files": hash_files(path.parent, *names)}
+    write_json(path, {**content, "digest": hash_json(content)})
+
+
+def _read_mark(path: Path) -> dict[str, Any] | None:
+    """Return a description as it was written; None if it is missing, damaged or of 0.1.0."""
     try:
-        content = read_json(path)
+        content: dict[str, Any] = read_json(path)
     except InputError:
         return None
-    return content if isinstance(content, dict) else None
+    digest = content.pop("digest", None)
+    return content if digest == hash_json(content) else None
 
 
-def _map(path: Path) -> NDArray[Any]:
-    """Map an array file, read-only."""
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+def read_sources(case: CachedCase) -> list[object]:
+    """Return what a cached case was made from: hashes of files, and how the label was read."""
+    found = [read_json(case.folder / "meta.json")["sources"]]
+    if case.label_folder is not None:
+        label = read_json(case.label_folder / "label.json")
+        found.append({k: v for k, v in label.items() if k not in ("files", "digest")})
+    return found
+
+
+_GONE = (
+    "cannot be read: damaged, or removed while it was used; the same command makes it anew and "
+    "goes on from the last checkpoint"
+)
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """Map an array file, read-only.
+
+    Raises:
+        InputError: It is gone or damaged.
+    """
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: {_GONE}") from error
     return array
 
 
-def _is_whole(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> bool:
-    """Tell whether an array file holds all of its bytes (mapping a shorter one raises)."""
-    try:
-        array = _map(path)
-    except (OSError, ValueError, EOFError):
-        return False
-    return array.dtype == dtype and array.shape == shape
+def read_class_voxels(folder: Path) -> dict[int, NDArray[np.int32]]:
+    """Return the voxels (n, 3) of each foreground class that are kept with a label.
 
-
-def _is_archive(path: Path) -> bool:
-    """Tell whether an archive of arrays is whole, by its own check sums."""
+    Raises:
+        InputError: They are gone or damaged.
+    """
+    path = folder / "class_voxels.npz"
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, EOFError, zipfile.BadZipFile):
-        return False
+        with np.load(path, allow_pickle=False) as stored:
+            return {int(index): stored[index] for index in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: {_GONE}") from error
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from medssl.config import IGNORE, RandAugmentSection
-from medssl.data.cache import CachedCase
+from medssl.config import IGNORE, InputError, RandAugmentSection
+from medssl.data.cache import CachedCase, map_array, read_class_voxels
 from medssl.runs import seed_from
 from medssl.transforms.intensity import apply_seeded, build_intensity, build_occlusion
 from medssl.transforms.randaugment import (
@@ -151,7 +151,7 @@ class PatchDataset(Dataset[Batch]):
         """Cut one unlabeled patch with its weak and strong views and its pseudo-label."""
         case = self.unlabeled[self._choose(len(self.unlabeled), "unlabeled", step, index)]
         seed = self._seed(step, index, "unlabeled")
-        voxels = _load_class_voxels(case.folder) if case.folder else {}
+        voxels = read_class_voxels(case.folder) if case.folder else {}
         section = self.sampling.randaugment
         rng = np.random.default_rng(seed + 1)
         operations = draw_operations(rng, section.num_operations, section.magnitude)
@@ -166,8 +166,8 @@ class PatchDataset(Dataset[Batch]):
             patch["strong_2"] = self._disturb(weak, others, seed + 2) * inside
         if case.folder is None:
             return patch
-        probs = np.load(case.folder / "probs.npy", mmap_mode="r", allow_pickle=False)
-        doubt = np.load(case.folder / "uncertainty.npy", mmap_mode="r", allow_pickle=False)
+        probs = map_array(case.folder / "probs.npy")
+        doubt = map_array(case.folder / "uncertainty.npy")
         sampled = draw.sample(probs, nearest=False)
         total = sampled.sum(0, keepdim=True)
         patch["probs"] = torch.where(total > 0, sampled / total.clamp(min=1.0), sampled)
@@ -237,12 +237,6 @@ class PatchDataset(Dataset[Batch]):
         return seed_from(sampling.seed, sampling.round_index, step, index, purpose)
 
 
-def _load_class_voxels(folder: Path) -> dict[int, object]:
-    """Read the foreground voxels of a pseudo-label."""
-    with np.load(folder / "class_voxels.npz", allow_pickle=False) as archive:
-        return {int(name): archive[name] for name in archive.files}
-
-
 def is_fine_tune(first_step: int | None, step: int) -> bool:
     """Return whether a step belongs to the fine-tune at the end of a round."""
     return first_step is not None and step >= first_step
@@ -270,4 +264,7 @@ def iterate_batches(
         prefetch_factor=4 if num_workers else None,
         persistent_workers=False,
     )
-    yield from loader
+    try:
+        yield from loader
+    except InputError as error:  # a worker's comes with its traceback
+        raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error

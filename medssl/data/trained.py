@@ -5,7 +5,6 @@ or format is the same scan, and measuring a model on it is no test.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from medssl.config import DataSection, InputError, load_config
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
-from medssl.runs import hash_file, read_json, write_json
+from medssl.runs import hash_file, list_rounds, read_json, write_json
 
 RECORD = "trained_on.json"
 
@@ -30,7 +29,8 @@ def resolve_model(path: Path) -> Path:
             return folder
     if not path.exists():
         raise InputError(f"{path}: no such run or model folder")
-    rounds = sorted(p.parent.parent.name for p in path.glob("round_*/model/model.json"))
+    folders = list_rounds(path).values()
+    rounds = [p.name for p in folders if (p / "model" / "model.json").is_file()]
     hint = f"; finished rounds: {', '.join(rounds)} (use {path / rounds[-1]})" if rounds else ""
     raise InputError(f"{path}: holds no model (model/model.json){hint}")
 
@@ -42,25 +42,10 @@ def count_model_channels(path: Path) -> int:
         InputError: There is no model, or its description is damaged.
     """
     file = resolve_model(path) / "model.json"
-    channels = read_object(file).get("channels")
+    channels = read_json(file).get("channels")
     if not isinstance(channels, list) or not channels:
         raise InputError(f"{file}: damaged: names no channels; restore it, or train anew")
     return len(channels)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        InputError: It is missing, damaged, or holds something else.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{path}: damaged: expected an object with keys, got {str(content)[:40]!r}; restore or "
-            "delete it"
-        )
-    return content
 
 
 def read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
@@ -75,7 +60,7 @@ def read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
             f"{run_dir}: is no run, and only a run has test cases of its own; give the run, or "
             f"labeled scans: medssl evaluate {run_dir} DATA --out DIR"
         )
-    content = read_object(path)
+    content = read_json(path)
     data = load_config(run_dir / "config.yaml").config.data
     try:
         splits, root = Splits.from_json(content), find_data(content["dataset"], data.root)
@@ -197,7 +182,7 @@ def _read_hashes(run_dir: Path) -> tuple[set[str], set[str]]:
     if not path.is_file():
         return set(), set()
     try:
-        scans = [dict(scan) for scan in read_object(path).values()]
+        scans = [dict(scan) for scan in read_json(path).values()]
         found = [
             {str(value) for scan in scans for value in scan[key]} for key in ("sources", "voxels")
         ]
@@ -216,9 +201,7 @@ def shorten(case_ids: Sequence[str]) -> str:
 
 def find_rounds(run_dir: Path) -> list[str]:
     """Return the names of the rounds that are done, in order; a copy of one is none."""
-    done = [path.parent.name for path in run_dir.glob("round_*/done.json")]
-    found = [name for name in done if re.fullmatch(r"round_\d+", name)]
-    return sorted(found, key=lambda name: int(name.removeprefix("round_")))
+    return [p.name for p in list_rounds(run_dir).values() if (p / "done.json").is_file()]
 
 
 def open_test_cases(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.config import IGNORE, CaseFilterSection, FilterSection
+from medssl.config import IGNORE, CaseFilterSection, FilterSection, InputError
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
@@ -83,7 +83,7 @@ def label_cases(
         if should_stop():
             return None
         target = folder / "pseudo_labels" / case.case_id
-        if not has_pseudo_label(target, teacher_hash):
+        if not has_pseudo_label(target, teacher_hash, (len(names), *case.shape)):
             raw = predict(case)
             found = raw.probs
             if section.components == "largest":
@@ -168,9 +168,25 @@ def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
 
 
 def read_review(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of the review.csv of a round."""
-    with (folder / "review.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    """Return the rows of the review.csv of a round.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    path = folder / "review.csv"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, strict=True))
+        for row in rows:
+            if None in row or not all(isinstance(cell, str) for cell in row.values()):
+                raise ValueError(f"the row of {row['case_id']} has too few or too many cells")
+            float(row["accepted"])
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(
+            f"{path}: damaged ({type(error).__name__}: {error}); restore it, or delete "
+            f"{folder / 'done.json'} and start the same medssl train command: it is written anew"
+        ) from error
+    return rows
 
 
 def weigh_cases(

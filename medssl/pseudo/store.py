@@ -14,9 +14,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medssl.runs import read_json, seed_from, write_file, write_json
+from medssl.config import InputError
+from medssl.runs import (
+    Shape,
+    find_changed,
+    hash_files,
+    read_json,
+    seed_from,
+    write_file,
+    write_json,
+)
 
 MOST_VOXELS = 5_000  # per class, kept to place patches on
+_ARRAYS = ("probs.npy", "uncertainty.npy", "class_voxels.npz")
+
+
+class Meta(Shape):
+    """meta.json of a pseudo-label."""
+
+    teacher: str
+    stability: float | None = None
 
 
 def write_pseudo_label(
@@ -48,7 +65,8 @@ def write_pseudo_label(
     _save(folder / "uncertainty.npy", uncertainty.astype(np.float16))
     named: dict[str, Any] = {str(index): found for index, found in voxels.items()}
     write_file(folder / "class_voxels.npz", lambda path: _save_archive(path, named))
-    write_json(folder / "meta.json", {"teacher": teacher, "stability": stability})
+    files = hash_files(folder, *_ARRAYS)
+    write_json(folder / "meta.json", {"teacher": teacher, "stability": stability, "files": files})
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:
@@ -79,22 +97,44 @@ def _draw_class_voxels(probs: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]
     return result
 
 
-def has_pseudo_label(folder: Path, teacher: str) -> bool:
-    """Return whether a whole pseudo-label of this teacher stands here."""
-    path = folder / "meta.json"
-    return path.is_file() and read_json(path)["teacher"] == teacher
+def has_pseudo_label(folder: Path, teacher: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a whole pseudo-label (num_classes, I, J, K) of this teacher stands here."""
+    return is_whole(folder, shape) and read_json(folder / "meta.json")["teacher"] == teacher
+
+
+def is_whole(folder: Path, shape: tuple[int, ...]) -> bool:
+    """Return whether a pseudo-label (num_classes, I, J, K) is as it was when it was written."""
+    try:
+        meta = read_json(folder / "meta.json", Meta)
+        probs, uncertainty = (_open(folder / name) for name in _ARRAYS[:2])
+    except InputError:
+        return False
+    is_shaped = (probs.shape, uncertainty.shape) == (shape, shape[1:])
+    is_typed = probs.dtype == np.uint8 and uncertainty.dtype == np.float16
+    return is_shaped and is_typed and not find_changed(folder, meta)
+
+
+def _open(path: Path) -> NDArray[Any]:
+    """Map an array of a pseudo-label."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path}: cannot be read: damaged, or removed while it was used; delete the done.json "
+            "of its round: the same command then makes it anew"
+        ) from error
+    return array
 
 
 def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return probs (num_classes, I, J, K) and uncertainty (I, J, K) of a pseudo-label."""
-    probs = np.load(folder / "probs.npy", allow_pickle=False).astype(np.float32) / 255
-    uncertainty = np.load(folder / "uncertainty.npy", allow_pickle=False).astype(np.float32)
-    return probs, uncertainty
+    probs = _open(folder / "probs.npy").astype(np.float32)
+    return probs / np.float32(255), _open(folder / "uncertainty.npy").astype(np.float32)
 
 
 def read_stability(folder: Path) -> float | None:
     """Return the stability that stands with a pseudo-label, if it was measured."""
-    value: float | None = read_json(folder / "meta.json").get("stability")
+    value: float | None = read_json(folder / "meta.json", Meta).get("stability")
     return value
 
 
@@ -103,7 +143,7 @@ def draw_probs(folders: Sequence[Path], num_voxels: int = 100_000) -> Tensor:
     each = max(1, num_voxels // len(folders))
     drawn = []
     for folder in folders:
-        probs = np.load(folder / "probs.npy", mmap_mode="r", allow_pickle=False)
+        probs = _open(folder / "probs.npy")
         rng = np.random.default_rng(seed_from("draw_probs", folder.name))
         places = rng.integers(int(np.prod(probs.shape[1:])), size=each)
         drawn.append(np.asarray(probs.reshape(len(probs), -1)[:, places].T, dtype=np.float32))

@@ -9,14 +9,22 @@ import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from medssl.config import InputError
 from medssl.metrics import Row, compare_cases, read_table
-from medssl.runs import Journal, read_json
+from medssl.runs import (
+    SHAPES,
+    Described,
+    Journal,
+    RoundLine,
+    Shape,
+    list_rounds,
+    read_config,
+    read_json,
+)
 
 Point = tuple[int, float]
 """A step and a value."""
@@ -122,13 +130,18 @@ def read_run(folder: Path) -> RunFiles:
     damaged: list[str] = []
 
     def load(name: str) -> dict[str, Any]:
-        return _read(folder / name, read_json, dict, {}, damaged)
+        shape = SHAPES.get(name, Shape) if name != "state.json" else Shape
+        return _read(folder / name, partial(read_json, shape=shape), dict, {}, damaged)
+
+    def load_model(home: str) -> dict[str, Any]:
+        path = folder / home / "model.json"
+        return _read(path, partial(read_json, shape=Described), dict, {}, damaged)
 
     plan, evaluation = load("plan.json"), load("evaluation/summary.json")
-    model = plan or load("model/model.json") or load("round_0/model/model.json")
+    model = plan or load_model("model") or load_model("round_0/model")
     return RunFiles(
         folder=folder,
-        config=_read(folder / "config.yaml", _read_yaml, dict, {}, damaged),
+        config=_read(folder / "config.yaml", read_config, dict, {}, damaged),
         plan=plan,
         provenance=load("provenance.json"),
         splits=load("splits.json"),
@@ -139,7 +152,7 @@ def read_run(folder: Path) -> RunFiles:
         cross_check=load("cross_check/summary.json"),
         rows=tuple(_read(folder / "evaluation/per_case.csv", read_table, list, [], damaged)),
         rounds=_read_rounds(folder, damaged),
-        classes={int(key): str(name) for key, name in (model.get("labels") or {}).items()},
+        classes={int(k): str(v) for k, v in (model.get("labels") or {}).items() if k.isdecimal()},
         label_values=tuple(int(value) for value in model.get("label_values") or ()),
         damaged=tuple(damaged),
     )
@@ -177,18 +190,13 @@ def _read(path: Path, read: Callable[[Path], Any], kind: type, default: T, damag
         return default
     try:
         content = read(path)
-    except (InputError, OSError, ValueError, yaml.YAMLError, csv.Error):
+    except (InputError, OSError, ValueError, csv.Error):
         content = None
     if not isinstance(content, kind):
         inside = path.parent.name if path.parent.name.startswith(("round_", "eval")) else ""
         damaged.append(f"{inside}/{path.name}" if inside else path.name)
         return default
     return content  # type: ignore[return-value]  # isinstance above: mypy cannot tie it to T
-
-
-def _read_yaml(path: Path) -> Any:
-    """Read a YAML file."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def _read_review(path: Path) -> list[dict[str, str]]:
@@ -203,20 +211,17 @@ def _read_review(path: Path) -> list[dict[str, str]]:
 def _read_rounds(folder: Path, damaged: list[str]) -> tuple[RoundFiles, ...]:
     """Read every round that has a folder or a line in the journal."""
     curves = _read_curves(folder / "metrics.jsonl")
-    indices = set(curves)
-    for path in folder.glob("round_*"):
-        suffix = path.name.removeprefix("round_")
-        if path.is_dir() and suffix.isdigit():
-            indices.add(int(suffix))
     rounds = []
-    for index in sorted(indices):
+    for index in sorted({*curves, *list_rounds(folder)}):
         home = folder / f"round_{index}"
         table = folder / "evaluation" / home.name / "per_case.csv"
         rounds.append(
             RoundFiles(
                 index=index,
                 folder=home,
-                done=_read(home / "done.json", read_json, dict, {}, damaged),
+                done=_read(
+                    home / "done.json", partial(read_json, shape=RoundLine), dict, {}, damaged
+                ),
                 review=tuple(_read(home / "review.csv", _read_review, list, [], damaged)),
                 curves={name: tuple(points) for name, points in curves.get(index, {}).items()},
                 rows=tuple(_read(table, read_table, list, [], damaged)),
@@ -229,8 +234,6 @@ def _read_curves(path: Path) -> dict[int, dict[str, list[Point]]]:
     """Return round -> metric -> points; of a step that stands twice the later line counts."""
     found: dict[int, dict[str, dict[int, float]]] = {}
     for entry in Journal(path).read():
-        if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict):
-            continue
         index, step = number(entry.get("round")), number(entry.get("step"))
         if index is None or step is None:
             continue

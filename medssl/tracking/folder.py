@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from medssl.config import InputError
-from medssl.runs import read_json
+from medssl.runs import SHAPES, RoundLine, list_rounds, parse_entry, read_config, read_json
 
 _FINISHED = ("delivered", "stopped_by_gate")
 
@@ -49,9 +46,12 @@ class RunFolder:
     @property
     def rounds(self) -> dict[int, dict[str, Any]]:
         """Return what each completed round has recorded, in order."""
-        found = {int(p.parent.name[6:]): p for p in self.path.glob("round_[0-9]*/done.json")}
         summaries = {entry["round"]: entry for entry in self.summary.get("rounds", [])}
-        rounds = {r: {**summaries.get(r, {}), **read_json(found[r])} for r in sorted(found)}
+        rounds = {}
+        for index, folder in list_rounds(self.path).items():
+            if (folder / "done.json").is_file():
+                done = read_json(folder / "done.json", RoundLine)
+                rounds[index] = {**summaries.get(index, {}), **done}
         for done in rounds.values():
             for key in ("agreement", "kept_cases"):
                 done.setdefault(key, done.get("final", {}).get(f"monitors/{key}"))
@@ -62,17 +62,17 @@ def read_folder(path: Path) -> RunFolder:
     """Read a run folder.
 
     Raises:
-        InputError: It has no config.yaml: it is none.
+        InputError: It has no config.yaml: it is none; or a file of it is damaged.
     """
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path}: no run folder (it has no config.yaml); name one, as runs/mine")
 
     def read(name: str) -> dict[str, Any]:
-        return dict(read_json(path / name)) if (path / name).is_file() else {}
+        return dict(read_json(path / name, SHAPES[name])) if (path / name).is_file() else {}
 
     return RunFolder(
         path=path,
-        config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {},
+        config=read_config(path / "config.yaml"),
         plan=read("plan.json"),
         splits=read("splits.json"),
         provenance=read("provenance.json"),
@@ -98,21 +98,12 @@ def read_points(folder: RunFolder, offset: int) -> Iterator[tuple[dict[str, Any]
         file.seek(offset)
         for line in file:
             offset += len(line)
-            entry = _parse_line(line)
+            entry = parse_entry(line) if line.endswith(b"\n") else None
             if entry is None:
                 continue
             if not folder.is_finished and (entry["round"], entry["step"]) > last:
                 return
             yield entry, offset
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | None:
-    """Return a journal entry, or None for a line that was cut short."""
-    try:
-        entry: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return entry if line.endswith(b"\n") else None
 
 
 def is_finite(value: object) -> bool:

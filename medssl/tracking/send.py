@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from medssl.config import InputError
-from medssl.runs import hash_file, hash_json, lock, read_json, write_json
+from medssl.runs import Shape, hash_file, hash_json, list_rounds, lock, read_json, write_json
 from medssl.tracking.folder import RunFolder, is_finite, read_folder, read_points
 from medssl.tracking.note import describe, write_note
 from medssl.tracking.scrub import (
@@ -34,6 +34,7 @@ from medssl.tracking.scrub import (
 from medssl.tracking.store import (
     ENVIRONMENT,
     choose,
+    choose_store,
     connect,
     default_uri,
     find_experiment,
@@ -74,21 +75,36 @@ def sync(run_dir: Path, uri: str | None = None, experiment: str | None = None) -
     """
     folder = read_folder(run_dir.resolve())
     configured = folder.config.get("tracking", {})
-    uri = choose(uri, configured.get("uri")) or default_uri(folder.path.parent)
+    uri = choose_store(folder.path.parent, uri, configured.get("uri"))
     name = choose(experiment, configured.get("experiment")) or folder.dataset
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         with lock(folder.path / ".tracking.lock"):
             _send_all(folder, uri, name)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise InputError(
             f"MLflow at {hide_password(uri)} did not take {folder.path.name}: {reason}; nothing "
             f"is lost: `medssl sync {run_dir}` uploads it later"
         ) from error
+
+
+_FORGET = (
+    "delete it, and what MLflow has of this run: `medssl sync` then sends the whole run once more"
+)
+
+
+class _Record(Shape):
+    """What tracking.json says of a store."""
+
+    parent: str
+    children: dict[str, str]
+    offset: int
+    sent: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,16 +148,35 @@ def _send_all(folder: RunFolder, uri: str, experiment: str) -> None:
 def _open_target(folder: RunFolder, uri: str, experiment: str) -> _Target:
     """Connect, and find or make the parent run."""
     path = folder.path / "tracking.json"
-    records = read_json(path) if path.is_file() else {}
+    records = read_json(path, repair=_FORGET) if path.is_file() else {}
     # a store that moves with the folder is still the same store
     key = "own store" if uri == default_uri(folder.path.parent) else hide_password(uri)
     client = connect(uri)
-    if key not in records or not is_there(client, records[key]["parent"]):
+    if key not in records or not is_there(client, _check_record(path, records[key])["parent"]):
         records[key] = {"children": {}, "offset": 0, "sent": {}}
         records[key]["parent"] = _make_parent(client, folder, uri, experiment)
         write_json(path, records)
+    record = _check_record(path, records[key])
+    if key == "own store" and not _has_artifacts(folder.path.parent, record["parent"]):
+        record["sent"] = {k: v for k, v in record["sent"].items() if k in ("params", "version")}
     save = lambda: write_json(path, records)  # noqa: E731 one expression, used once
-    return _Target(client, folder, make_scrub(folder), records[key], save)
+    return _Target(client, folder, make_scrub(folder), record, save)
+
+
+def _check_record(path: Path, record: Any) -> dict[str, Any]:
+    """Return the record of a store, if it is one."""
+    try:
+        _Record.model_validate(record)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged; {_FORGET}") from error
+    checked: dict[str, Any] = record
+    return checked
+
+
+def _has_artifacts(runs_folder: Path, parent: str) -> bool:
+    """Return whether the files that a run was sent with are beside its store."""
+    root = runs_folder / "mlartifacts"
+    return any(root.glob(f"*/{parent}"))
 
 
 def _make_parent(client: Any, folder: RunFolder, uri: str, experiment: str) -> str:
@@ -353,7 +388,8 @@ def _send_overlays(target: _Target) -> None:
     """
     from PIL import Image
 
-    for path in sorted(target.folder.path.glob("round_[0-9]*/overlays/*.png")):
+    rounds = list_rounds(target.folder.path).values()
+    for path in (path for folder in rounds for path in sorted(folder.glob("overlays/*.png"))):
         pseudonym = target.folder.pseudonyms.get(path.stem)
         if pseudonym is None:
             continue

@@ -17,7 +17,13 @@ from pathlib import Path
 from types import FrameType
 
 from medssl.config import InputError
-from medssl.tracking.store import ENVIRONMENT, VIEW, default_uri
+from medssl.tracking.store import (
+    ENVIRONMENT,
+    UNUSED,
+    VIEW,
+    explain_store,
+    follow_move,
+)
 
 
 def serve(runs_folder: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
@@ -37,15 +43,17 @@ def serve(runs_folder: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
     _check_store(runs_folder)
     _check_port(host, port)
     folder = runs_folder.resolve()
+    follow_move(folder / "mlflow.db")
     command = [
-        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(folder)),
+        *(sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"),
         *("--artifacts-destination", (folder / "mlartifacts").as_uri()),
         *("--host", host, "--port", str(port), "--workers", "1"),
     ]
     with tempfile.TemporaryFile("w+") as messages, _sigterm_as_interrupt():
         process = subprocess.Popen(
             command,
-            env={**os.environ, **ENVIRONMENT},
+            env={k: v for k, v in os.environ.items() if k not in UNUSED} | ENVIRONMENT,
+            cwd=folder,
             stdout=messages,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # it and its workers are one group, which we end
@@ -96,8 +104,11 @@ def _list_experiments(folder: Path) -> list[tuple[int, str]]:
         "select experiment_id, name from experiments where lifecycle_stage = 'active' "
         "order by last_update_time desc limit 5"
     )
-    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store:
-        return list(store.execute(query))
+    try:
+        with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as store:
+            return list(store.execute(query))
+    except sqlite3.Error as error:
+        raise InputError(explain_store(folder / "mlflow.db", error)) from error
 
 
 @contextlib.contextmanager

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import sqlite3
+import sys
 import time
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from medssl.config import InputError
 from medssl.runs import lock
 
 VIEW = "medssl"
@@ -25,9 +31,76 @@ ENVIRONMENT = {
 """Set before mlflow is imported, unless the person has set them; telemetry is off always."""
 
 
+UNUSED = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+"""What other programs send their runs to; ours are of patients, and go where medssl is told."""
+
+
 def default_uri(runs_folder: Path) -> str:
     """Return the store of a folder of runs: sqlite, absolute; made at its first use."""
-    return f"sqlite:///{runs_folder.resolve() / 'mlflow.db'}"
+    return _to_uri(runs_folder.resolve() / "mlflow.db")
+
+
+def _to_uri(path: Path) -> str:
+    """Return the address of a sqlite file: in it `?` begins a query, and `%` may begin a code."""
+    plain = f"sqlite:///{path}"
+    if not re.search("[%?]", plain):
+        return plain
+    from sqlalchemy.engine import make_url
+
+    for uri in (plain, plain.replace("%", "%25").replace("?", "%3F")):
+        if make_url(uri).database == str(path):
+            return uri
+    raise InputError(f"{path}: MLflow cannot keep a store there; rename the folder, without % or ?")
+
+
+@contextlib.contextmanager
+def _remove_strays(uri: str) -> Iterator[None]:
+    """Remove the folders that mlflow makes of an address as it stands, codes and all."""
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    strays = [stray for stray in (folder, *folder.parents) if not stray.exists()]
+    try:
+        yield
+    finally:
+        for stray in strays:
+            with contextlib.suppress(OSError):
+                stray.rmdir()
+
+
+def _find_file(uri: str) -> Path | None:
+    """Return the file of a sqlite store; None for a server."""
+    if not uri.startswith("sqlite:"):
+        return None
+    text = urllib.parse.unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    return Path(text).expanduser().resolve()
+
+
+def check_uri(uri: str) -> None:
+    """Refuse what is no store.
+
+    Raises:
+        InputError: It is neither auto, none nor an address that MLflow takes.
+    """
+    is_known = uri in ("auto", "none", "databricks") or uri.startswith("sqlite:///")
+    if not is_known and not re.match(r"(?!file:|sqlite:)[\w+.-]+://", uri):
+        raise InputError(
+            f"tracking.uri={uri}: no MLflow store; give auto (mlflow.db beside the run), none, "
+            "http://SERVER:PORT or sqlite:////FOLDER/mlflow.db"
+        )
+
+
+def choose_store(runs_folder: Path, *given: str | None) -> str:
+    """Return the store that was chosen, or that of the folder of runs."""
+    chosen = choose(*given)
+    if chosen is not None:
+        check_uri(chosen)
+        return chosen
+    if os.environ.get(UNUSED[0]):
+        print(
+            f"note: {UNUSED[0]} is set and not followed: nothing of patients leaves unasked; "
+            f"runs go to {runs_folder / 'mlflow.db'}; tracking.uri=${UNUSED[0]} sends them there",
+            file=sys.stderr,
+        )
+    return default_uri(runs_folder)
 
 
 def choose(*values: str | None) -> str | None:
@@ -38,28 +111,114 @@ def choose(*values: str | None) -> str | None:
 def connect(uri: str) -> Any:
     """Return a client; a sqlite store is made by one process while the others wait."""
     from mlflow import MlflowClient
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    if not uri.startswith("sqlite:"):
+    path = _find_file(uri)
+    if path is None:
         return MlflowClient(uri, registry_uri=uri)
-    path = Path(uri.removeprefix("sqlite:///")).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.with_name(f".{path.name}.lock")):
-        is_new = not path.is_file()
-        if is_new:  # by hand, as mlflow would note down the current folder
-            SqlAlchemyStore(uri, _place_artifacts(uri))
+    uri = _to_uri(path)
+    with lock(path.with_name(f".{path.name}.lock")), _remove_strays(uri):
+        if not path.is_file() or not _opens(path):
+            _make_store(path)
+        follow_move(path)
         client = MlflowClient(uri, registry_uri=uri)
-        if is_new:
-            client.delete_experiment("0")  # "Default", which nobody asked for
-        client.search_registered_models(max_results=1)  # makes the registry's tables too
+        client.search_registered_models(max_results=1)  # opens the registry too
     return client
 
 
-def _place_artifacts(uri: str) -> str | None:
-    """Return where a sqlite store's artifacts go; None for a server, which knows itself."""
-    if not uri.startswith("sqlite:"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()
+def _opens(path: Path) -> bool:
+    """Return whether MLflow takes a store; one without runs that it does not take may go.
+
+    Raises:
+        InputError: It has runs, and MLflow does not take it.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    (num_runs, has_tables), uri = _look_into(path), _to_uri(path)
+    if not num_runs and not has_tables:
+        return False  # a kill came while an older version of medssl made it
+    try:
+        SqlAlchemyStore(uri, _place_artifacts(path))
+    except Exception as error:  # of MLflow, SQLAlchemy and Alembic: they have no common class
+        if num_runs:
+            raise InputError(explain_store(path, error)) from error
+        SqlAlchemyStore._get_or_create_engine(uri).dispose()  # it still holds the old file
+        return False
+    return True
+
+
+def _look_into(path: Path) -> tuple[int, bool]:
+    """Return the number of runs in a store, and whether it has all tables that we know of."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=20)) as store:
+            tables = {name for (name,) in store.execute("select name from sqlite_master")}
+            query = "select count(*) from runs"
+            num_runs = int(store.execute(query).fetchone()[0]) if "runs" in tables else 0
+            return num_runs, {table for table, _ in _PLACES} <= tables
+    except sqlite3.Error as error:
+        raise InputError(explain_store(path, error)) from error
+
+
+def explain_store(path: Path, error: Exception) -> str:
+    """Say that a store cannot be used, and what to do: the run folders hold all that it does."""
+    reason = str(error).strip().splitlines()[0][:300]
+    return (
+        f"{path}: MLflow cannot use this store ({reason}); if no other program holds it, move it "
+        "away: `medssl sync RUN` makes it anew from each run folder, which holds everything"
+    )
+
+
+def _make_store(path: Path) -> None:
+    """Make a store under another name, so that a kill leaves none that is half made."""
+    from mlflow import MlflowClient
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    new = path.with_name(f".{path.name}.new")
+    for left in path.parent.glob(f"{new.name}*"):
+        left.unlink()
+    uri = _to_uri(new)
+    store = SqlAlchemyStore(uri, _place_artifacts(path))  # else mlflow notes the current folder
+    client = MlflowClient(uri, registry_uri=uri)
+    client.delete_experiment("0")  # "Default", which nobody asked for
+    client.search_registered_models(max_results=1)  # makes the registry's tables too
+    store.engine.dispose()
+    new.replace(path)
+
+
+_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
+)
+
+
+def follow_move(path: Path) -> None:
+    """Let a store find its artifacts beside it: MLflow notes their folders in full, and these move.
+
+    Raises:
+        InputError: It cannot be used.
+    """
+    new = f"{_place_artifacts(path)}/"
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=20)) as store, store:
+            found = store.execute("select artifact_location from experiments").fetchall()
+            roots = {str(place).rpartition("/mlartifacts/")[0] for (place,) in found}
+            for old in (f"{root}/mlartifacts/" for root in roots if root.startswith("file:")):
+                for table, column in _PLACES if old != new else ():
+                    store.execute(
+                        f"update {table} set {column} = ? || substr({column}, ?) "
+                        f"where substr({column}, 1, ?) = ?",
+                        (new, len(old) + 1, len(old), old),
+                    )
+    except sqlite3.Error as error:
+        raise InputError(explain_store(path, error)) from error
+
+
+def _place_artifacts(path: Path) -> str:
+    """Return where the artifacts of a sqlite store go: beside it."""
+    return (path.parent / "mlartifacts").as_uri()
 
 
 def is_there(client: Any, run_id: str) -> bool:
@@ -80,7 +239,8 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        root = _place_artifacts(uri)
+        path = _find_file(uri)
+        root = path and _place_artifacts(path)  # a server knows itself
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
         tags = {
             "mlflow.experimentKind": "custom_model_development",

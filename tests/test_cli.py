@@ -1,0 +1,71 @@
+"""What every command has in common: home folders, terminals, disks that are full."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from medssl import cli
+from medssl.config import load_config
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("~/runs/a", "HOME/runs/a"),
+        ("--run=~/runs/a", "--run=HOME/runs/a"),
+        ("data.root=~/scans", "data.root=HOME/scans"),
+        ("tracking.uri=sqlite:///~/mlflow.db", "tracking.uri=sqlite:///HOME/mlflow.db"),
+        ("arm=~/a,~/b", "arm=HOME/a,HOME/b"),
+        ("data.root=~", "data.root=~"),
+        ("a~/b", "a~/b"),
+        ("train.lr=1e-3", "train.lr=1e-3"),
+    ],
+)
+def test_a_home_folder_is_found_where_no_shell_sees_to_it(given, expected, monkeypatch):
+    monkeypatch.setenv("HOME", "/" + "home/anna")
+    assert cli._expand_home(given) == expected.replace("HOME", "/" + "home/anna")
+
+
+def test_the_root_in_a_yaml_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("data: {root: ~/scans}")
+    assert load_config(tmp_path / "a.yaml").config.data.root == tmp_path / "scans"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_name_is_too_much_for_a_terminal(tmp_path, encoding):
+    scans = tmp_path / "médecine_左肾_łódź"
+    scans.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "medssl", "check", str(scans)],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert b"decine_" in done.stderr
+    code = "import sys; from medssl import cli\n"
+    code += "cli.app = lambda *_, **__: print('\\u5de6 \\udce9')\ncli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"\\u5de6 \\udce9\n"
+
+
+def test_a_full_disk_is_told_by_the_command_line_too(monkeypatch, capsys, tmp_path):
+    def fill(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "a" / "b"))
+
+    monkeypatch.setattr(cli, "app", fill)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert f"free space on {tmp_path}" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def find_heavy_imports(module: str, source: str) -> list[str]:
 
 def find_undeclared_imports(module: str, source: str) -> list[str]:
     """Imports of packages that pyproject.toml does not name; what comes along today may not."""
-    declared, providers = read_dependencies()
+    declared, providers = read_dependencies(with_tools=module.startswith("scripts."))
     own = {"medssl", "study", *sys.stdlib_module_names}
     return [
         f"{module}:{line} imports {name}, which is no dependency"
@@ -168,10 +168,11 @@ def find_undeclared_imports(module: str, source: str) -> list[str]:
 
 
 @functools.cache
-def read_dependencies() -> tuple[set[str], Mapping[str, list[str]]]:
+def read_dependencies(with_tools: bool) -> tuple[set[str], Mapping[str, list[str]]]:
     """What pyproject.toml names, and which distributions are installed for each import."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {normalize(re.split(r"[^\w.-]", text)[0]) for text in project["dependencies"]}
+    named = [*project["dependencies"], *(project["optional-dependencies"]["dev"] * with_tools)]
+    declared = {normalize(re.split(r"[^\w.-]", text)[0]) for text in named}
     return declared, importlib.metadata.packages_distributions()
 
 

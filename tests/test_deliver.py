@@ -26,8 +26,9 @@ def run(tmp_path, monkeypatch):
 
 
 def write_round(run, index, rows, **final):
-    gate = {"reasons": ["empty"]}
-    done = {"final": final, "validation": rows, "gate": gate}
+    gate = {"passed": True, "reasons": ["empty"]}
+    mark = {"hash": "", "round": index, "steps": 1, "seconds": 1.0}
+    done = {**mark, "final": final, "validation": rows, "gate": gate}
     write_json(run.round_folder(index) / "done.json", done)
 
 

@@ -150,8 +150,8 @@ def _write_mask(
     mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
     path = folder / "pseudo_masks" / f"{case.case_id}{case.mask_suffix}"
     untrusted = find_untrusted_value(label_values)
-    place = (mask, case.native_affine, label_values, untrusted, case.native_header)
-    write_mask(path, *place, origin="pseudo-mask")
+    place = (mask, case.native_affine, label_values, untrusted)
+    write_mask(path, *place, header=case.native_header, origin="pseudo-mask")
 
 
 def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:

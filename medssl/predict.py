@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ from medssl.runs import (
     write_file,
     write_json,
 )
-from medssl.transforms.geometry import Header, Volume, cache_grid, to_native
+from medssl.transforms.geometry import Header, Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
 
@@ -406,7 +405,6 @@ def predict_case(
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
     volume = read_image(images, len(model.info.channels))
-    _refuse_huge_grid(model.info, volume)
     prepared = preprocess_image(volume, model.info.preprocessing)
     tensor = torch.from_numpy(prepared.array)[None].to(model.device)
     flips = model.info.flips if test_time_flips else ()
@@ -426,21 +424,6 @@ def predict_case(
         flags=_find_flags(model.info, volume),
         header=volume.header,
     )
-
-
-def _refuse_huge_grid(info: ModelInfo, volume: Volume) -> None:
-    """Refuse a scan whose spacing makes more voxels of it than the memory holds."""
-    shape, _ = cache_grid(volume.shape, volume.affine, info.preprocessing.spacing)
-    voxels = math.prod(float(size) for size in shape)
-    needed = 4.0 * voxels * (len(info.channels) + 2 * len(info.label_values)) / 1e9
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if needed > memory:
-        spacing = " x ".join(f"{step:.3g}" for step in volume.spacing)
-        raise InputError(
-            f"its spacing of {spacing} mm makes {voxels:.3g} voxels at the model's, which need "
-            f"{needed:.3g} GB of {memory:.0f} GB of memory; correct the spacing in the header, or "
-            "cut the scan"
-        )
 
 
 def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float32]:

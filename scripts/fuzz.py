@@ -1,37 +1,54 @@
 """Damaged and odd inputs for every reader: only the project's own errors may come out.
 
-    python scripts/fuzz.py --count 20000
+    python scripts/fuzz.py --count 20000                       # an hour on one core
     python scripts/fuzz.py --count 500 --only nifti,pictures --seed 3
 
 The same seed gives the same inputs. What fails is made smaller and printed with its draws. A reader
-must answer every input with a result or an `InputError`; anything else is a failure, and so are
-more memory than the limit and a damaged run folder of which a command changes another file.
+must answer every input with a result or an `InputError`; anything else is a failure, and so is more
+memory than 2 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
+import functools
 import gzip
 import io
 import logging
+import resource
+import shutil
 import struct
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import psutil
+import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from medssl import rounds, students, teachers
+from medssl.compare import compare
 from medssl.config import Config, InputError, dump, load_config
 from medssl.data.io import read_geometry, read_image, read_label, read_label_values
+from medssl.data.phantoms import write_phantoms
+from medssl.evaluate import evaluate_run
+from medssl.predict import load_model
+from medssl.pseudo.gates import Gate
+from medssl.report import write_report
+from medssl.runs import StopFlag
+from medssl.tracking.folder import read_folder, read_points
+from medssl.tracking.note import describe, write_note
+from medssl.tracking.scrub import make_scrub
 
-MOST_BYTES = 6 * 2**30  # of address space, torch with it
+MOST_BYTES = 2 * 2**30  # more than there are before the first input
 ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
 ODD_JSON = ("[]", "5", "null", "{}", '""', "[[]]", '{"a": {}}', "true", "1e999", "-1", "nul", "")
 ODD_YAML = (
@@ -51,6 +68,7 @@ RUN_SETTINGS = [
     "train.batch=2",
     "filter.uncertainty.passes=2",
     "tracking.uri=none",
+    "method=classic",
 ]
 
 Draw = Callable[[st.SearchStrategy], object]
@@ -216,11 +234,88 @@ def fuzz_settings(data: st.DataObject, folder: Path) -> None:
         )
 
 
+RUN_FILES = (
+    *("run.json", "plan.json", "splits.json", "state.json", "summary.json", "provenance.json"),
+    *(
+        "pseudonyms.json",
+        "trained_on.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "round_1/checkpoint.pt",
+    ),
+    *("round_0/done.json", "round_1/done.json", "round_0/model/done.json", "round_0/review.csv"),
+    *("round_1/model/model.json", "model/model.json", "model/weights.safetensors"),
+    *("round_0/model/weights.safetensors", "evaluation/summary.json", "evaluation/per_case.csv"),
+    *("evaluation/predictions.json", "round_0/pseudo_labels/*/probs.npy"),
+    *("round_0/pseudo_labels/*/uncertainty.npy", "round_0/pseudo_labels/*/class_voxels.npz"),
+    *("round_0/pseudo_labels/*/meta.json", "../cache/**/meta.json", "../cache/**/image.npy"),
+)
+
+
+@functools.cache
+def make_run() -> tuple[Path, Path]:
+    """Train and evaluate a tiny run; return its folder and the file of its data."""
+    folder = Path(tempfile.mkdtemp(prefix="medssl_fuzz_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_phantoms(folder / "data", 2, 2, 1, shape=(24, 24, 24))
+    go_on(folder / "data", folder / "runs" / "run")
+    evaluate_run(folder / "runs" / "run", report=lambda text: None)
+    return folder / "runs", folder / "data"
+
+
+def go_on(data: Path, run: Path) -> None:
+    """Train a run, or take it up again; of two steps no gate is asked."""
+    accept = students.read_review
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teachers, "judge_model", lambda *_: Gate(True, ()))
+        patch.setattr(
+            students, "read_review", lambda home: [{**r, "accepted": "1"} for r in accept(home)]
+        )
+        resolved = load_config(data, RUN_SETTINGS)
+        prepared = rounds.prepare(resolved, lambda plan: load_config(data, RUN_SETTINGS, plan), run)
+        rounds.run_training(prepared, run, StopFlag(run))
+
+
+def tell(run: Path) -> None:
+    """Read what MLflow gets."""
+    folder = read_folder(run)
+    describe(folder)
+    write_note(folder, make_scrub(folder))
+    list(read_points(folder, 0))
+
+
+def fuzz_run(data: st.DataObject, folder: Path) -> None:
+    """Damage a file of a run folder and give it to the commands that read it."""
+    whole, source = make_run()
+    runs = Path(shutil.copytree(whole, folder / "runs"))
+    run = runs / "run"
+    pattern = data.draw(st.sampled_from(RUN_FILES), "file")
+    path = next(iter(sorted(run.glob(pattern) if pattern[0] != "." else runs.glob(pattern[3:]))))
+    path.write_bytes(damage(data.draw, path.read_bytes()))
+    commands: dict[str, Callable[[], object]] = {
+        "tell": lambda: tell(run),
+        "compare": lambda: compare([f"a={run}", f"b={run}/round_0"]),
+        "predict": lambda: load_model(run),
+        "report": lambda: write_report(run),
+        "train": lambda: go_on(source, run),
+        "evaluate": lambda: evaluate_run(run, report=lambda text: None),
+    }
+    for name in (
+        *("tell", "compare", "predict"),
+        data.draw(st.sampled_from(sorted(commands)), "command"),
+    ):
+        with suppress(InputError), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            commands[name]()
+
+
 TARGETS: dict[str, Callable[[st.DataObject, Path], None]] = {
     "nifti": fuzz_nifti,
     "pictures": fuzz_pictures,
     "settings": fuzz_settings,
+    "run": fuzz_run,
 }
+SHARES = {"nifti": 0.45, "pictures": 0.35, "settings": 0.15, "run": 0.05}
+"""Of all inputs; those of a run folder take a second each."""
 
 
 def fuzz(target: str, count: int, start: int) -> None:
@@ -243,7 +338,7 @@ def fuzz(target: str, count: int, start: int) -> None:
         @given(st.data())
         def run(data: st.DataObject) -> None:
             for path in folder.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             TARGETS[target](data, folder)
 
         logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)
@@ -259,10 +354,14 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    limit = psutil.Process().memory_info().vms + MOST_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     names = options.only.split(",")
+    total = sum(SHARES[name] for name in names)
     for name in names:
-        fuzz(name, options.count // len(names), options.seed)
-        print(f"{name}: {options.count // len(names)} inputs", flush=True)
+        count = max(1, round(options.count * SHARES[name] / total))
+        fuzz(name, count, options.seed)
+        print(f"{name}: {count} inputs", flush=True)
 
 
 if __name__ == "__main__":

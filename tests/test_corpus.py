@@ -124,7 +124,7 @@ def say_of(row: Row, text: str) -> str:
     return "\n".join(
         f"{before} {line}" if "the same in" in line else line
         for before, line in itertools.pairwise(lines)
-        if row.name in line
+        if row.name.partition(".")[0] in line
     )
 
 

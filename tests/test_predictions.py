@@ -172,3 +172,13 @@ def test_the_images_of_a_data_set_are_scans_and_its_labels_are_none(tmp_path):
     assert [path.parent.name for (path,) in scans.values()] == ["images", "images"]
     shutil.rmtree(data / "labels")
     assert list(find_scans([data / "images"], 1)) == ["a", "b"]
+
+
+def test_a_folder_that_is_called_like_a_scan_and_the_other_form_of_a_name_are_read(tmp_path):
+    folder = tmp_path / "images"
+    touch(folder / "a.nii.gz" / "a.nii.gz", folder / "cœur é.nii.gz", folder / "b.nii.gz")
+    problems, notes = [], []
+    found = find_scans([folder], 1, problems, notes)
+    assert (sorted(found), problems, notes) == (["a", "b", "cœur é"], [], [])
+    assert list(find_scans([folder / "cœur e\u0301.nii.gz"], 1)) == ["cœur é"]
+    assert list(find_scans([folder / "a.nii.gz"], 1)) == ["a"]

@@ -17,6 +17,7 @@ from typing import Any
 from medssl.config import InputError
 from medssl.data.files import (
     KINDS,
+    find_scan,
     find_unread,
     is_picture,
     keep_scans,
@@ -320,6 +321,7 @@ def _add_scan(name: str, images: tuple[Path, ...], scans: Scans, problems: list[
 
 def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]:
     """Return the scans of an input: a file, or a folder without what is hidden in it."""
+    path = find_scan(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if not path.is_dir():
@@ -327,9 +329,12 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
             raise InputError(f"{path}: no scan that is read, {KINDS}")
         return [path]
     problems += [f"{path.parent / problem}" for problem in find_unread(path)]
-    visible = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and p.is_file()]
+    entries = [find_scan(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    visible = [entry for entry in entries if entry.is_file()]
     files = keep_scans(visible)
-    below = [file for file in keep_scans(walk_files(path)) if file.parent != path]
+    below = [
+        file for file in keep_scans(walk_files(path)) if file.parent != path and file not in files
+    ]
     if not files:
         hint = f"; some lie in folders below it: name {below[0].parent}" if below else ""
         raise InputError(f"{path}: no scan that is read, {KINDS}{hint}")

@@ -1,0 +1,23 @@
+"""A few of the inputs of `scripts/fuzz.py`; the script takes as many as there is time for."""
+
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("nifti", 220),
+        ("pictures", 160),
+        ("settings", 90),
+        pytest.param("run", 30, marks=pytest.mark.slow),
+    ],
+)
+def test_only_errors_of_the_input_come_of_damaged_and_odd_inputs(monkeypatch, target, count):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import fuzz
+
+    fuzz.fuzz(target, count, 1)

@@ -235,7 +235,8 @@ def train(
         cross_check=cross_check,
     )
     if outcome is not None:
-        raise SystemExit(FAILED if outcome.unsegmented else EXIT_CODES[outcome.status])
+        is_whole = outcome.status != "delivered" or not outcome.unsegmented
+        raise SystemExit(EXIT_CODES[outcome.status] if is_whole else FAILED)
 
 
 def _train(

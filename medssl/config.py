@@ -59,7 +59,7 @@ PlaneNetwork = Literal[
 """Architectures of segmentation-models-pytorch, all in 2D."""
 NonNegative = Annotated[float, Field(ge=0.0, le=1e6)]
 Positive = Annotated[float, Field(gt=0.0, le=1e6)]
-Millimeters = Annotated[float, Field(gt=0.0, le=1e3)]
+Millimeters = Annotated[float, Field(gt=0.0, le=1e4)]
 Count = Annotated[int, Field(ge=1, le=10**8)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
@@ -719,7 +719,7 @@ def _read_integer(loader: _PlainLoader, node: yaml.ScalarNode) -> int:
 _PlainLoader.add_constructor(_INTEGER, _read_integer)
 
 
-def _parse_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """Return what a YAML text says.
 
     Raises:
@@ -876,7 +876,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             "folder or a list that ends in .csv or .json"
         )
     try:
-        content = _parse_yaml(path.read_text(encoding="utf-8-sig"))
+        content = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: not UTF-8 ({error.reason}); save it with that encoding"
@@ -925,7 +925,7 @@ def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str,
             problems.append(f"{_show(text)}: too long; write it into a YAML file")
         else:
             try:
-                values.update(_spell_out({key: _parse_yaml(value)}, problems))
+                values.update(_spell_out({key: parse_yaml(value)}, problems))
             except yaml.YAMLError as error:
                 problems.append(f"{key}: {_show(value)} cannot be read as a value: {error}")
     return values

@@ -23,7 +23,7 @@ from medssl.metrics import (
     paired_difference,
     read_table,
 )
-from medssl.runs import StopFlag, read_json
+from medssl.runs import Delivered, StopFlag, read_json
 
 if TYPE_CHECKING:
     from medssl.rounds import Prepared
@@ -112,7 +112,8 @@ def cross_check(
 
     rows: list[Row] = []
     before: list[Row] = []
-    delivered = []
+    delivered: list[str] = []
+    failed: list[str] = []
     for number, fold in enumerate(list_folds(prepared, count), start=1):
         folder = run_dir / FOLDER / f"fold_{number}_of_{count}"  # others of another count
         if not (folder / "evaluation" / "summary.json").is_file():
@@ -120,14 +121,18 @@ def cross_check(
             outcome = run_training(fold, folder, stop, cache=run_dir.parent / "cache")
             if outcome.status == "interrupted":
                 return None
-            evaluate_run(folder, device=prepared.plan.device, report=lambda text: None)
-        delivered.append(str(read_json(folder / "summary.json")["delivered"]))
+            device = prepared.plan.device
+            evaluate_run(folder, device=device, report=lambda text: None, overwrite=True)
+        delivered.append(str(read_json(folder / "summary.json", Delivered)["delivered"]))
+        failed += read_json(folder / "evaluation" / "summary.json").get("failed") or []
         ours = read_table(folder / "evaluation" / "per_case.csv")
         theirs = read_table(folder / "evaluation" / "round_0" / "per_case.csv")
         ids = {row["case_id"] for row in ours} & {row["case_id"] for row in theirs}
         rows += [row for row in ours if row["case_id"] in ids]
         before += [row for row in theirs if row["case_id"] in ids]
-    summary = summarize_folds(rows, before, delivered)
+    if failed:
+        report(f"not measured, and in no figure: {', '.join(failed)}")
+    summary = {**summarize_folds(rows, before, delivered), "failed": failed}
     write_tables(run_dir / FOLDER, rows, summary)
     return summary
 

@@ -147,6 +147,8 @@ def evaluate_data(
     data = data or DataSection()
     model = load_model(path, device)
     dataset = read_dataset(root, data.format, data.labels)
+    for note in dataset.notes:
+        report(f"note: {note}")
     ignore = dataset.ignore if data.ignore is None else data.ignore
     _check_label_map(model, dataset, ignore)
     channels = len(dataset.channels)

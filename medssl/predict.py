@@ -50,6 +50,7 @@ from medssl.networks.noise import sample_dropout
 from medssl.plan import OVERLAP, Plan, has_bfloat16
 from medssl.pseudo.uncertainty import combine
 from medssl.runs import (
+    FULL,
     hash_file,
     hash_files,
     read_record,
@@ -63,7 +64,7 @@ from medssl.transforms.spatial import draw_turn, turn_volume
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
-Size = Annotated[int, Field(ge=1, le=4096)]  # of a window, in voxels
+Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
 SLICES = 8  # windows of slices that go through a network in 2D at once
@@ -494,14 +495,19 @@ def predict_files(
     for note in plan.notes:
         report(f"note: {note}")
     problems = list(plan.problems)
+    is_full = False
     for name, images in plan.scans.items():
+        if is_full:
+            problems.append(f"{images[0]}: not tried, since there is no room for its mask")
+            continue
         try:
             found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
+            _write_prediction(model.info, plan.masks[name], name, found, probs)
         except Exception as error:  # whatever it is, it is this scan's: the others go on
             problems.append(f"{images[0]}: {explain_failure(error)}")
             report(f"{images[0]}: no mask, see below")
+            is_full = getattr(error.__cause__, "errno", None) in FULL
             continue
-        _write_prediction(model.info, plan.masks[name], name, found, probs)
         report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
     if problems:
         total = len(plan.scans) + len(plan.problems)

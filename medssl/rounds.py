@@ -117,7 +117,7 @@ def prepare(
             print(f"warning: {warning}", file=sys.stderr)
         labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
-        origins = describe_origins(checked.facts)
+        origins = describe_origins(checked.facts, with_names=False)
         if origins:
             plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})
         torch.set_num_threads(plan.threads)

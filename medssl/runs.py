@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
-from medssl.config import InputError
+from medssl.config import InputError, parse_yaml
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -336,7 +336,7 @@ def read_config(path: Path) -> dict[str, Any]:
         InputError: It is damaged.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
         _Sections.model_validate(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {_ANEW}") from error
@@ -581,7 +581,7 @@ class StopFlag:
 
 _DELETING = ".deleting"
 _OWN = re.compile(
-    r"(config\.yaml|(plan|provenance|splits|pseudonyms|state|summary|run|tracking)\.json|"
+    r"(config\.yaml|(plan|provenance|splits|pseudonyms|state|summary|run|tracking|trained_on)\.json|"
     r"metrics\.jsonl|report(_share)?\.html|round_\d+|evaluation|cross_check|unlabeled_masks)"
 )
 _BESIDE = re.compile(r"model|STOP|\.tracking\.lock|\.deleting")

@@ -77,9 +77,7 @@ def train(
     )
     folder = find_model_folder(run_dir, round_index, member)
     path = folder / "checkpoint.pt"
-    elsewhere = {"estimate", "reasons", "device", "threads", "workers"}  # may change on resuming
-    described = plan.model_dump(mode="json", exclude=elsewhere)
-    identity = hash_json([hash_config(config), described, round_index, member])
+    identity = _identify(config, plan, round_index, member)
     step, pending = _load(path, identity, objective, optimizer, device)
     journal = Journal((folder if member else run_dir) / "metrics.jsonl")
     journal.cut(round_index, step)
@@ -148,6 +146,14 @@ def train(
             break
     progress.close()
     return step
+
+
+def _identify(config: Config, plan: Plan, round_index: int, member: int) -> str:
+    """Return a hash of all that a checkpoint belongs to; that of 0.1.0 stays what it was."""
+    elsewhere = {"estimate", "reasons", "device", "threads", "workers"}  # may change on resuming
+    elsewhere |= set() if plan.palette else {"palette"}
+    described = plan.model_dump(mode="json", exclude=elsewhere)
+    return hash_json([hash_config(config), described, round_index, member])
 
 
 def find_model_folder(run_dir: Path, round_index: int, member: int) -> Path:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from medssl.cli import app
 from medssl.config import IGNORE, DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, split_cases
-from medssl.data.check import CheckResult, check_dataset
+from medssl.data.check import CheckResult, check_dataset, describe_origins
 from medssl.data.io import read_label, write_mask
 
 SHAPE = (6, 7, 5)
@@ -189,7 +189,7 @@ def test_fractions_are_problems_and_rounding_is_noted(scans):
 def test_an_image_in_place_of_a_label_is_recognized(scans):
     values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
     scans.add("labeled", label=values)
-    assert "are they images?" in only(scans.check(None).problems)
+    assert "is it an image?" in only(scans.check(None).problems)
 
 
 def test_non_finite_voxels_are_counted(scans):
@@ -620,3 +620,22 @@ def test_a_label_that_is_an_image_is_named_and_hides_no_other_fault(scans, label
     assert problems[0].startswith(f"{name}: its label holds ")
     assert "is it an image?" in problems[0]
     assert f"-1 is not declared: {other}" in problems[1]
+
+
+def test_a_copy_whose_axes_were_turned_is_known_as_the_same_scan(scans):
+    image = make_image(0)
+    scans.add("labeled", image)
+    flipped = AFFINE.copy()
+    flipped[:3, 3] += AFFINE[:3, 0] * (SHAPE[0] - 1)
+    flipped[:3, 0] *= -1
+    scans.add("test", image[::-1], affine=flipped, label=make_label(), label_affine=flipped)
+    problem = only(scans.check().problems)
+    assert problem.startswith("the same scan, voxel by voxel, is in different parts")
+
+
+def test_what_stands_in_a_plan_of_labels_that_a_model_made_names_no_case(scans):
+    name = scans.add("labeled")
+    write_mask(scans.cases[0].label, make_label(), AFFINE, (0, 1), origin="prediction")
+    facts = scans.check().facts
+    assert name in describe_origins(facts)
+    assert name not in describe_origins(facts, with_names=False)

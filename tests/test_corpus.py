@@ -737,6 +737,7 @@ SETS = [
         lambda r: write_list(r, '{"training": [], "training": []}', "dataset.json"),
         "twice",
     ),
+    Row("json_of_brackets", lambda r: write_list(r, "[" * 100_000, "cases.json"), "JSON"),
     Row("json_is_a_number", lambda r: write_list(r, "5", "dataset.json"), "dataset.json"),
     Row("decathlon", write_decathlon),
     Row(

@@ -347,7 +347,7 @@ def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
         (run / "config.yaml").write_text("data:\n  labels: {3: organ, 7: tumor}\n")
         summary = {"delivered": f"round_{len(shifts) - 1}", "baseline": {"round": 0, "steps": 60}}
         (run / "summary.json").write_text(json.dumps(summary))
-        (run / "state.json").write_text('{"status": "delivered"}')
+        (run / "state.json").write_text('{"status": "delivered", "round": 1, "step": 1}')
         return run
 
     def load(path: Path, device: str) -> SimpleNamespace:
@@ -444,7 +444,7 @@ def test_a_run_that_is_not_finished_is_measured_with_a_remark(
     model: Any, make_run: RunMaker
 ) -> None:
     run = make_run([0])
-    (run / "state.json").write_text('{"status": "interrupted"}')
+    (run / "state.json").write_text('{"status": "interrupted", "round": 1, "step": 1}')
     lines: list[str] = []
     summary = evaluate_run(run, report=lines.append)
     assert any("the run is not finished" in line for line in lines)

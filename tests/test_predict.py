@@ -1,3 +1,4 @@
+import errno
 import gzip
 import itertools
 import pickle
@@ -612,3 +613,33 @@ def test_passes_differ_by_their_dropout_and_repeat_with_their_seed():
         found += take_samples(DroppingOracle(0.5), image, passes=8)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert len({float(probs.sum()) for probs in (p[:, 1] for p in first)}) > 1
+
+
+def test_a_mask_that_cannot_be_written_stops_no_other_and_a_full_disk_is_not_tried_again(
+    oracle, tmp_path, monkeypatch
+):
+    for name in "abc":
+        write_scan(tmp_path / "scans" / f"{name}.nii")
+    real, tried = predict.write_mask, []
+
+    def fail(error):
+        def write(path, *rest, **options):
+            tried.append(path.name)
+            if path.name == "b.nii.gz":
+                raise error
+            return real(path, *rest, **options)
+
+        return write
+
+    too_long = OSError(errno.ENAMETOOLONG, "File name too long")
+    monkeypatch.setattr(predict, "write_mask", fail(too_long))
+    with pytest.raises(SomeFailedError, match=r"1 of 3 .*\n.*b\.nii: OSError.*too long"):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
+    assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
+    full = InputError("the disk is full")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    tried.clear()
+    monkeypatch.setattr(predict, "write_mask", fail(full))
+    with pytest.raises(SomeFailedError, match=r"2 of 3 .*\n.*disk is full\n.*c\.nii: not tried"):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "new", report=lambda text: None)
+    assert tried == ["a.nii.gz", "b.nii.gz"]

@@ -3,9 +3,11 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 
 from medssl.config import InputError
+from medssl.data.io import write_mask
 from medssl.data.predictions import (
     find_scans,
     plan_predictions,
@@ -182,3 +184,18 @@ def test_a_folder_that_is_called_like_a_scan_and_the_other_form_of_a_name_are_re
     assert (sorted(found), problems, notes) == (["a", "b", "cœur é"], [], [])
     assert list(find_scans([folder / "cœur e\u0301.nii.gz"], 1)) == ["cœur é"]
     assert list(find_scans([folder / "a.nii.gz"], 1)) == ["a"]
+
+
+def test_a_mask_that_a_kill_left_unrecorded_is_known_by_its_own_mark(scans, tmp_path):
+    path = tmp_path / "masks" / "case0.nii.gz"
+    classes = np.ones((3, 4, 5), np.uint8)
+    write_mask(path, classes, np.eye(4), (0, 1), origin="prediction")
+    plan_predictions(scans, tmp_path / "masks", 1)
+    write_mask(path, classes, np.eye(4), (0, 1))
+    with pytest.raises(InputError, match=r"1 file .*case0\.nii\.gz"):
+        plan_predictions(scans, tmp_path / "masks", 1)
+
+
+def test_a_folder_that_is_called_like_a_scan_without_suffix_is_not_in_the_way(scans, tmp_path):
+    (tmp_path / "masks" / "case0").mkdir(parents=True)
+    plan_predictions(scans, tmp_path / "masks", 1)

@@ -409,9 +409,10 @@ def test_a_restart_that_is_refused_deletes_nothing(start):
             start("rounds=0", name="base", round_0=round_0, restart=True)
     mine = base.parent / "mine"
     mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="nothing was deleted"):
         start("rounds=0", name="mine", restart=True)
-    assert mine.is_dir()
+    assert (mine / "thesis.txt").is_file()
     assert hash_file(base / "round_0" / "model" / "weights.safetensors") == before
     stamp = (base / "run.json").stat().st_mtime_ns
     start("rounds=0", name="base", restart=True)

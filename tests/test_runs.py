@@ -333,6 +333,7 @@ def test_a_kill_while_a_run_is_deleted_is_seen_and_made_up_for(tmp_path, monkeyp
     [
         ([], True),
         (["plan.json"], True),
+        (["trained_on.json", ".deleting"], True),
         (["round_0", "model", "metrics.jsonl"], True),
         (["model"], False),
         (["plan.json", "thesis.docx"], False),

@@ -353,6 +353,19 @@ def test_a_store_with_runs_that_mlflow_does_not_take_is_named_and_kept(runs: Pat
             read()
 
 
+@pytest.mark.parametrize(
+    "statement",
+    ["create table patients (name text)", "create table runs (a); insert into runs values (1)"],
+)
+def test_a_database_of_another_program_is_never_replaced(tmp_path: Path, statement: str) -> None:
+    run = write_run(tmp_path / "runs" / "mine", rounds=1)
+    make_half(tmp_path / "other.db", statement)
+    before = (tmp_path / "other.db").read_bytes()
+    with pytest.raises(InputError, match=r"other\.db: MLflow cannot use this store"):
+        sync(run, f"sqlite:///{tmp_path / 'other.db'}")
+    assert (tmp_path / "other.db").read_bytes() == before
+
+
 def test_a_kill_while_a_store_is_made_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

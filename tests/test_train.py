@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.config import InputError
+from medssl.config import InputError, hash_config
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import iterate_batches
 from medssl.networks.build import build_network
 from medssl.objective import Objective
-from medssl.runs import Journal, StopFlag, read_json
-from medssl.train import Progress, find_lr, train
+from medssl.runs import Journal, StopFlag, hash_json, read_json
+from medssl.train import Progress, _identify, find_lr, train
 
 TIMES = ("monitors/data_wait", "monitors/steps_per_second")
 
@@ -379,3 +379,13 @@ def test_waiting_for_data_is_told_once(capsys):
     captured = capsys.readouterr()
     assert captured.err.count("waiting for data") == 1
     assert "step 2/10" in captured.out
+
+
+def test_a_checkpoint_of_version_0_1_0_is_still_one_of_its_run(tiny_config, tiny_plan):
+    known = tiny_plan.model_dump(mode="json")
+    for key in ("estimate", "reasons", "device", "threads", "workers", "palette"):
+        known.pop(key)
+    then = hash_json([hash_config(tiny_config), known, 1, 0])
+    assert _identify(tiny_config, tiny_plan, 1, 0) == then
+    colored = tiny_plan.model_copy(update={"palette": {1: (255, 0, 0)}})
+    assert _identify(tiny_config, colored, 1, 0) != then

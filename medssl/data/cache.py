@@ -160,8 +160,7 @@ def _open_image(
 ) -> dict[str, Any]:
     """Return the description of a cached image, made anew if it is not whole."""
     meta = _read_mark(entry / "meta.json")
-    known = meta is not None and "voxels" in meta  # 0.1.0 kept none
-    if meta and known and meta["sources"] == sources and not find_changed(entry, meta):
+    if meta is not None and meta["sources"] == sources and not find_changed(entry, meta):
         return meta
     volume = read_image(case.images, num_channels)
     image = preprocess_image(volume, recipe)

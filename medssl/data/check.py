@@ -31,6 +31,7 @@ from medssl.data.io import (
     read_label_values,
 )
 from medssl.data.pictures import Colour, compare_colours, read_colours
+from medssl.data.trained import hash_voxels
 from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
 from medssl.transforms.preprocess import MOST_VOXELS
 
@@ -60,6 +61,7 @@ class CaseFacts:
     case_id: str
     part: str
     voxel_hash: str = ""
+    turned_hash: str = ""
     shape: Shape | None = None
     spacing: Spacing | None = None
     percentiles: tuple[tuple[float, ...], ...] = ()
@@ -217,7 +219,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         if case.label is not None:
             problems += _look_at_label(case, case.label, None)["problems"]
         return CaseFacts(case.case_id, part, problems=tuple(problems))
-    voxel_hash = _hash_voxels(volume.array)
+    hashes = (_hash_voxels(volume.array), " ".join(hash_voxels(volume.array, volume.affine)))
     problems = []
     num_bad = [int(np.count_nonzero(~np.isfinite(channel))) for channel in volume.array]
     if any(num_bad):
@@ -231,7 +233,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         return CaseFacts(
             case.case_id,
             part,
-            voxel_hash,
+            *hashes,
             is_blank=is_blank,
             contradictions=contradictions,
             problems=tuple(problems),
@@ -240,7 +242,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
     return CaseFacts(
         case.case_id,
         part,
-        voxel_hash,
+        *hashes,
         volume.shape,
         volume.spacing,
         tuple(_measure_percentiles(channel) for channel in volume.array),
@@ -395,10 +397,11 @@ def _find_duplicates(facts: Iterable[CaseFacts]) -> tuple[list[str], list[str]]:
     """Return problems and warnings: equal scans of different parts, and of one part."""
     groups: dict[str, list[CaseFacts]] = defaultdict(list)
     for seen in facts:
-        if seen.voxel_hash and not seen.is_blank:  # blank scans are equal without being copies
-            groups[seen.voxel_hash].append(seen)
+        for found in {seen.voxel_hash, seen.turned_hash} - {""}:
+            if not seen.is_blank:  # blank scans are equal without being copies
+                groups[found].append(seen)
     problems, warnings = [], []
-    for group in groups.values():
+    for group in {tuple(seen.case_id for seen in same): same for same in groups.values()}.values():
         names = ", ".join(f"{seen.case_id} ({seen.part})" for seen in group)
         if len({seen.part for seen in group}) > 1:
             problems.append(
@@ -522,15 +525,16 @@ def _warn_of_labels(
     return warnings
 
 
-def describe_origins(facts: Iterable[CaseFacts]) -> str:
-    """Name the labels that a model made and nobody has changed, if there are any."""
+def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str:
+    """Say how many labels a model made and nobody has changed, and which; nothing of none."""
     opened = [seen for seen in facts if seen.num_voxels is not None]
     made = [seen.case_id for seen in opened if seen.label_origin]
     if not made:
         return ""
+    names = f": {_shorten(made)}" if with_names else ""
     return (
         f"{len(made)} of {len(opened)} labels were made by a model of medssl and nobody has "
-        f"changed a voxel: {_shorten(made)}; correct them, or its mistakes are taught again"
+        f"changed a voxel{names}; correct them, or its mistakes are taught again"
     )
 
 

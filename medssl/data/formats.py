@@ -249,7 +249,7 @@ def _read_json(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
         return json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from error
 
 

@@ -26,7 +26,7 @@ from medssl.data.files import (
     walk_files,
 )
 from medssl.data.formats import read_dataset
-from medssl.runs import hash_file, read_json, write_json
+from medssl.runs import hash_file, lock, read_json, write_json
 
 RECORD = "predictions.json"
 OVERWRITE = "--overwrite"
@@ -155,7 +155,7 @@ def protect_files(
         name = path.relative_to(out).as_posix()
         if _identify(path) in identities or (path.is_dir() and not path.is_symlink()):
             inputs.append(name)
-        elif path.is_symlink() or own.get(name) != hash_file(path):
+        elif path.is_symlink() or not (own.get(name) == hash_file(path) or _is_prediction(path)):
             foreign.append(name)
     if inputs:
         raise InputError(
@@ -183,8 +183,18 @@ def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:
         for folder, stems in wanted.items()
         if (out / folder).is_dir()
         for path in sorted((out / folder).iterdir())
-        if _fold(strip_suffix(path.name) or path.name) in stems
+        if (strip_suffix(path.name) or not path.is_dir())
+        and _fold(strip_suffix(path.name) or path.name) in stems
     ]
+
+
+def _is_prediction(path: Path) -> bool:
+    """Tell whether a mask says that a prediction made it, though a kill came before the record."""
+    from medssl.data.io import read_label_values  # heavy: only where something stands in the way
+
+    with contextlib.suppress(InputError):
+        return read_label_values(path).origin == "prediction"
+    return False
 
 
 def _identify(path: Path) -> tuple[int, int] | None:
@@ -240,6 +250,18 @@ def record_predictions(
         model: Where the model comes from.
         flags: By scan, what lies outside of the training range.
     """
+    with lock(out / f".{RECORD}.lock"):
+        _record(out, files, labels, model, flags)
+
+
+def _record(
+    out: Path,
+    files: Iterable[Path],
+    labels: Mapping[str, str] | None,
+    model: Mapping[str, Any] | None,
+    flags: Mapping[str, Sequence[str]] | None,
+) -> None:
+    """Add files to the record of a folder, whose lock is held."""
     record = _read_record(out)
     hashes = {path.relative_to(out).as_posix(): hash_file(path) for path in files}
     flags = flags or {}
@@ -281,7 +303,7 @@ def find_scans(
     for path in inputs:
         try:
             if _is_dataset(path):
-                _add_cases(path, num_channels, scans, found)
+                notes += _add_cases(path, num_channels, scans, found)
             else:
                 files += _list_files(path, found, notes)
         except InputError as error:
@@ -299,9 +321,10 @@ def _is_dataset(path: Path) -> bool:
     return (path / "images").is_dir() or any((path / name).is_file() for name in _LISTS)
 
 
-def _add_cases(path: Path, num_channels: int, scans: Scans, problems: list[str]) -> None:
-    """Add the cases of a data set, with or without a label."""
-    for case in read_dataset(path).cases:
+def _add_cases(path: Path, num_channels: int, scans: Scans, problems: list[str]) -> tuple[str, ...]:
+    """Add the cases of a data set, with or without a label; return the notes of its reader."""
+    dataset = read_dataset(path)
+    for case in dataset.cases:
         if len(case.images) not in (1, num_channels):
             problems.append(
                 f"{case.case_id}: the model wants {num_channels} channels, the data set has "
@@ -309,6 +332,7 @@ def _add_cases(path: Path, num_channels: int, scans: Scans, problems: list[str])
             )
         else:
             _add_scan(case.case_id, case.images, scans, problems)
+    return dataset.notes
 
 
 def _add_scan(name: str, images: tuple[Path, ...], scans: Scans, problems: list[str]) -> None:

@@ -156,8 +156,12 @@ def find_trained_on(
         return any(hash_file(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
 
     seen = [case.case_id for case in dataset.cases if is_seen(case)]
-    alike = [c.case_id for c in dataset.cases if c.case_id in trained and c.case_id not in seen]
-    if alike:
+    alike = [
+        c.case_id
+        for c in dataset.cases
+        if c.label is not None and c.case_id in trained and c.case_id not in seen
+    ]
+    if alike and not hashes:  # with hashes it is known that they are others
         remarks.insert(
             0,
             f"{len(alike)} cases bear the case_id of a case that the run was trained on "

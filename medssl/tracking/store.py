@@ -127,36 +127,45 @@ def connect(uri: str) -> Any:
 
 
 def _opens(path: Path) -> bool:
-    """Return whether MLflow takes a store; one without runs that it does not take may go.
+    """Return whether MLflow takes a store; one that nobody has used and it does not take may go.
 
     Raises:
-        InputError: It has runs, and MLflow does not take it.
+        InputError: It holds something, MLflow's or another program's, and MLflow does not take it.
     """
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    (num_runs, has_tables), uri = _look_into(path), _to_uri(path)
-    if not num_runs and not has_tables:
+    is_new, has_tables = _look_into(path)
+    uri = _to_uri(path)
+    if is_new and not has_tables:
         return False  # a kill came while an older version of medssl made it
     try:
         SqlAlchemyStore(uri, _place_artifacts(path))
     except Exception as error:  # of MLflow, SQLAlchemy and Alembic: they have no common class
-        if num_runs:
+        if not is_new:
             raise InputError(explain_store(path, error)) from error
         SqlAlchemyStore._get_or_create_engine(uri).dispose()  # it still holds the old file
         return False
     return True
 
 
-def _look_into(path: Path) -> tuple[int, bool]:
-    """Return the number of runs in a store, and whether it has all tables that we know of."""
+def _look_into(path: Path) -> tuple[bool, bool]:
+    """Return whether a file holds no more than MLflow's first tables, and whether it has all."""
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as store:
             tables = {name for (name,) in store.execute("select name from sqlite_master")}
-            query = "select count(*) from runs"
-            num_runs = int(store.execute(query).fetchone()[0]) if "runs" in tables else 0
-            return num_runs, {table for table, _ in _PLACES} <= tables
+            used = [
+                table
+                for table, where in _USED.items()
+                if table in tables and store.execute(f"select 1 from {table} {where}").fetchone()
+            ]
+            is_mlflow = not tables or bool(tables & {"alembic_version", "experiments"})
+            return is_mlflow and not used, {table for table, _ in _PLACES} <= tables
     except sqlite3.Error as error:
         raise InputError(explain_store(path, error)) from error
+
+
+_USED = {"runs": "", "registered_models": "", "experiments": "where experiment_id != 0"}
+"""Tables that are empty in a store that nobody has used; experiment 0 is MLflow's own."""
 
 
 def explain_store(path: Path, error: Exception) -> str:
@@ -201,6 +210,8 @@ def follow_move(path: Path) -> None:
         InputError: It cannot be used.
     """
     new = f"{_place_artifacts(path)}/"
+    if not (path.parent / "mlartifacts").is_dir():
+        return  # somebody's store, whose artifacts lie elsewhere
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as store, store:
             found = store.execute("select artifact_location from experiments").fetchall()

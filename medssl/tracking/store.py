@@ -149,7 +149,11 @@ def _opens(path: Path) -> bool:
 
 
 def _look_into(path: Path) -> tuple[bool, bool]:
-    """Return whether a file holds no more than MLflow's first tables, and whether it has all."""
+    """Return whether a store holds no more than MLflow's first tables, and whether it has all.
+
+    Raises:
+        InputError: It is no store of MLflow.
+    """
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as store:
             tables = {name for (name,) in store.execute("select name from sqlite_master")}
@@ -158,17 +162,18 @@ def _look_into(path: Path) -> tuple[bool, bool]:
                 for table, where in _USED.items()
                 if table in tables and store.execute(f"select 1 from {table} {where}").fetchone()
             ]
-            is_mlflow = not tables or bool(tables & {"alembic_version", "experiments"})
-            return is_mlflow and not used, {table for table, _ in _PLACES} <= tables
     except sqlite3.Error as error:
         raise InputError(explain_store(path, error)) from error
+    if tables and not tables & {"alembic_version", "experiments"}:
+        raise InputError(explain_store(path, "it is the database of another program"))
+    return not used, {table for table, _ in _PLACES} <= tables
 
 
 _USED = {"runs": "", "registered_models": "", "experiments": "where experiment_id != 0"}
 """Tables that are empty in a store that nobody has used; experiment 0 is MLflow's own."""
 
 
-def explain_store(path: Path, error: Exception) -> str:
+def explain_store(path: Path, error: Exception | str) -> str:
     """Say that a store cannot be used, and what to do: the run folders hold all that it does."""
     reason = str(error).strip().splitlines()[0][:300]
     return (

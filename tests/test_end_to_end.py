@@ -157,10 +157,10 @@ def test_data_are_evaluated_as_their_settings_say(
     image = nib.load(label)
     values = np.asarray(image.dataobj).copy()
     values[:, :, :5] = 9
-    for kind, array in (("labels", values), ("images", nib.load(data / "images" / label.name))):
+    scan = np.asarray(nib.load(data / "images" / label.name).dataobj) * np.float32(1.01)
+    for kind, array in (("labels", values), ("images", scan)):  # of the training it would be known
         (tmp_path / "new" / kind).mkdir(parents=True)
-        scan = array if kind == "images" else nib.Nifti1Image(array, image.affine)
-        nib.save(scan, tmp_path / "new" / kind / "new_1.nii.gz")
+        nib.save(nib.Nifti1Image(array, image.affine), tmp_path / "new" / kind / "new_1.nii.gz")
     given = ("evaluate", finished, tmp_path / "new", "--out", tmp_path / "out")
     assert "data.ignore=9" in medssl(*given, code=2)
     assert "only data.KEY=VALUE" in medssl(*given, "steps=3", code=2)

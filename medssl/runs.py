@@ -387,23 +387,30 @@ def lock(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold a lock that ends with the process, whatever ends it.
 
     Args:
-        path: A file for it, made if there is none.
+        path: A file for it, made if there is none, or a folder.
         busy: What to say if another process holds it; None waits for that one.
 
     Raises:
         InputError: ``busy``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            import fcntl  # not on every system; nothing else of this module needs it
-
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError as error:
-            raise InputError(str(busy)) from error
-        except (ImportError, OSError):  # a system, or a network disk, without locks
-            pass
+    try:
+        import fcntl  # not on every system; nothing else of this module needs it
+    except ImportError:
         yield
+        return
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError as error:
+        os.close(file)
+        raise InputError(str(busy)) from error
+    except OSError:  # a network disk without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 def lock_run(run_dir: Path) -> contextlib.AbstractContextManager[None]:

@@ -250,7 +250,7 @@ def record_predictions(
         model: Where the model comes from.
         flags: By scan, what lies outside of the training range.
     """
-    with lock(out / f".{RECORD}.lock"):
+    with lock(out):
         _record(out, files, labels, model, flags)
 
 

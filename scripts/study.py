@@ -1,7 +1,7 @@
 """What the recipe gains over labels alone, and what each part of it is worth, over draws.
 
     python scripts/study.py DATA --csv docs/acdc_3.csv --draws 0,1,2 labeled=6 test=60
-    python scripts/study.py DATA --csv docs/acdc_3.csv --table
+    python scripts/study.py DATA --csv docs/acdc_3.csv --table --page docs/evidence.md
 
 For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
 that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
@@ -352,6 +352,14 @@ def tabulate(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def update_page(page: Path, csv_path: Path) -> None:
+    """Replace the table of a CSV in a page, which stands between two comments that name it."""
+    start, end = (f"<!-- {csv_path.name}{word} -->\n" for word in ("", " end"))
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    write_text(page, f"{before}{start}{to_markdown(tabulate(csv_path))}{end}{after}")
+
+
 def show(found: DrawDifference) -> str:
     """Return a difference with its bootstrap interval and, with several draws, that of t."""
     text = f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
@@ -393,12 +401,15 @@ def main() -> None:
     )
     parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--page", type=Path, help="a page whose table of the CSV is replaced")
     options = parser.parse_intermixed_args()
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
     for draw in [] if options.table else options.draws:
         for arm in options.arms:
             run_arm(study, draw, arm)
     print(to_markdown(tabulate(study.csv)))
+    if options.page:
+        update_page(options.page, study.csv)
 
 
 if __name__ == "__main__":

@@ -136,17 +136,34 @@ def test_an_unknown_arm_is_named(study):
 
 
 def test_the_report_says_what_the_committed_study_found(study):
-    arms, patients = study.read_arms(ROOT / "docs" / "acdc_3.csv")
-    before, after = arms["round_0"], arms["first_round"]
-    found, draws = study.compare_arms(after, arms["shadow_first_round"], patients)
-    assert draws == 1
-    means = (study.mean_of(arm[0]) for arm in (before, after))
-    said = "from {:.3f} to {:.3f} Dice".format(*means)
+    path = ROOT / "docs" / "acdc_3.csv"
+    arms, patients = study.read_arms(path)
+    found, draws = study.compare_arms(arms["recipe"], arms["shadow"], patients)
+    shared = [draw for draw in arms["recipe"] if draw in arms["shadow"]]
+    assert f"{ {1: 'one draw', 2: 'two draws', 3: 'three draws'}[draws] } of them" in EVIDENCE
+    after, before = (
+        sum(study.mean_of(arms[arm][draw]) for draw in shared) / draws
+        for arm in ("recipe", "round_0")
+    )
+    assert f"at {after:.3f} Dice where labels alone are at {before:.3f}" in EVIDENCE
     interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    assert f"{said}, which is {interval}" in EVIDENCE
-    text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
-    for row in study.tabulate(ROOT / "docs" / "acdc_3.csv"):
-        assert f"| {row['arm']} | {row['draws']} | {row['dice']} |" in text
+    assert f"which is {interval}" in EVIDENCE
+    page = ROOT / "docs" / "evidence.md"
+    assert study.to_markdown(study.tabulate(path)) in page.read_text(encoding="utf-8")
+
+
+def test_the_table_of_a_page_is_replaced(study, tmp_path):
+    path, page = tmp_path / "s.csv", tmp_path / "page.md"
+    path.write_text("draw,arm,case_id,patient_id,dice\n0,round_0,c,p,0.5\n")
+    page.write_text("before\n<!-- s.csv -->\nold\n<!-- s.csv end -->\nafter\n")
+    study.update_page(page, path)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| round_0 | 0 | 0.5000 |" in text
+    study.update_page(page, path)
+    assert page.read_text() == text
 
 
 def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):

@@ -628,7 +628,12 @@ def _check_idle(config: Config) -> Iterator[str]:
 
 
 def at_round(value: Value | tuple[Value, ...], index: int) -> Value:
-    """Return the value of a round, the last one for all rounds beyond a list's end."""
+    """Return the value of a round, the last one for all rounds beyond a list's end.
+
+    Example:
+        >>> [at_round((900, 300), index) for index in range(4)]
+        [900, 300, 300, 300]
+    """
     return value[min(index, len(value) - 1)] if isinstance(value, tuple) else value
 
 

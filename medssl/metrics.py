@@ -2,12 +2,14 @@
 
 Policy, where a structure is absent in the reference, in the prediction, or in both:
 
-| reference | prediction | dice | hd95 | surface_dice | missed |
-|---|---|---|---|---|---|
-| present | present | measured | measured | measured | 0 |
-| present | absent: a miss | 0 | diagonal of the image | 0 | 1 |
-| absent | present: a false alarm | 0 | diagonal of the image | 0 | 0 |
-| absent | absent | n/a | n/a | n/a | 0 |
+=========  ===========  ========  =================  ============  ======
+reference  prediction   dice      hd95               surface_dice  missed
+=========  ===========  ========  =================  ============  ======
+present    present      measured  measured           measured      0
+present    absent       0         image's diagonal   0             1
+absent     present      0         image's diagonal   0             0
+absent     absent       n/a       n/a                n/a           0
+=========  ===========  ========  =================  ============  ======
 
 A false alarm costs what a miss costs, as in the BraTS challenges; n/a is None here and an empty
 cell in a table. Of one model alone an n/a is in no mean (`mean_known`). Where models stand side by
@@ -144,7 +146,12 @@ def mean_dice(metrics: dict[int, ClassMetrics]) -> float | None:
 
 
 def mean_known(values: Values) -> float | None:
-    """Return the mean of what one model has alone: an n/a (None, NaN) is in no mean."""
+    """Return the mean of what one model has alone: an n/a (None, NaN) is in no mean.
+
+    Example:
+        >>> mean_known([0.75, None, 0.25])
+        0.5
+    """
     array = _to_array(values)
     known = array[np.isfinite(array)]
     return float(known.mean()) if len(known) else None
@@ -156,6 +163,10 @@ def fill_absent(arms: Sequence[Values], perfect: float = 1.0) -> list[list[float
     Args:
         arms: For each model one value a case; None or NaN: n/a.
         perfect: What the n/a of a model is where another one has a value, and so a false alarm.
+
+    Example:
+        >>> fill_absent([[0.9, 0.0, None], [0.4, None, None]])
+        [[0.9, 0.0, None], [0.4, 1.0, None]]
     """
     table = np.array([_to_array(arm) for arm in arms])
     filled = np.where(np.isnan(table) & np.isfinite(table).any(axis=0), perfect, table)
@@ -381,6 +392,10 @@ def adjust_holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number, in the given order.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
+
+    Example:
+        >>> adjust_holm([0.01, 0.5, 0.02])
+        [0.03, 0.5, 0.04]
     """
     order = np.argsort(p_values)
     adjusted, highest = [0.0] * len(p_values), 0.0

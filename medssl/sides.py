@@ -67,6 +67,10 @@ def find_sided(names: Iterable[str]) -> list[str]:
 
     A name has one by a word of its own, or because another name differs from it in that alone:
     `lkid` and `rkid`, `LV` and `RV`. `bright`, `cleft`, `L3` and `lv` without `rv` have none.
+
+    Example:
+        >>> find_sided(["liver", "lkid", "rkid", "L3", "rein gauche"])
+        ['lkid', 'rkid', 'rein gauche']
     """
     split = {name: split_words(name) for name in names}
     pairs = _find_pairs(split)
@@ -77,6 +81,10 @@ def split_words(name: str) -> list[str]:
     """Return the words of a name, folded; camelCase, digits and other signs part them.
 
     An `l` or `r` keeps the digit behind it (L3), or the apostrophe (l'aorta).
+
+    Example:
+        >>> split_words("leftKidney_2")
+        ['left', 'kidney', '2']
     """
     text = unicodedata.normalize("NFKC", name)
     parted = "".join(

@@ -98,13 +98,20 @@ def kl(log_probs: Tensor, q: Tensor) -> Tensor:
 
 
 def total_variation(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return sum |q - p| / 2 of each voxel, (B, 1, I, J, K), in [0, 1]; f(u) = |u - 1| / 2.
+    """Return ``sum |q - p| / 2`` of each voxel, (B, 1, I, J, K); ``f(u) = |u - 1| / 2``.
 
     It has a kink at p = q: its gradient does not fade as the student comes close to the teacher.
 
     Args:
         log_probs: ln p, (B, C, I, J, K).
         q: (B, C, I, J, K).
+
+    Example:
+        One voxel of which teacher and student are sure, of different classes.
+
+        >>> q, p = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> total_variation(p.log().view(1, 2, 1, 1, 1), q.view(1, 2, 1, 1, 1)).item()
+        1.0
     """
     return (q - log_probs.exp()).abs().sum(dim=1, keepdim=True) / 2
 

@@ -20,6 +20,10 @@ def ramp_value(name: str, t: float, start: float = 0.0, end: float = 1.0) -> flo
 
     Source: Lee 2013, Pseudo-Label, eq. 16 (linear); Laine and Aila 2017, Temporal Ensembling
         (sigmoid), both without the start, or the end, that the other one has.
+
+    Example:
+        >>> [ramp_value("linear", t, end=0.5) for t in (0.0, 0.25, 0.9)]
+        [0.0, 0.5, 1.0]
     """
     if not 0 <= start <= end <= 1:
         raise ValueError(f"a ramp wants 0 <= start <= end <= 1, but start is {start}, end {end}")

@@ -27,7 +27,7 @@ _ROUNDING = 1e-4  # by which the sum of a transition matrix's row may miss 1
 def mae(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """Return sum |p - y|, in [0, 2], averaged over the valid voxels.
+    """Return ``sum |p - y|``, in [0, 2], averaged over the valid voxels.
 
     On a class map it is 2 (1 - p_y), and its sum over the C class targets is 2 (C - 1).
 

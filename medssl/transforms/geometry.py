@@ -104,7 +104,12 @@ def check_grid(shape: Shape, affine: Affine) -> None:
 
 
 def grid_spacing(affine: Affine) -> Spacing:
-    """Return the distance of neighboring voxels along I, J, K in mm."""
+    """Return the distance of neighboring voxels along I, J, K in mm.
+
+    Example:
+        >>> grid_spacing(np.diag([-0.5, 0.5, 2.0, 1.0]))
+        (0.5, 0.5, 2.0)
+    """
     i, j, k = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
     return i, j, k
 
@@ -124,6 +129,12 @@ def cache_grid(shape: Shape, affine: Affine, spacing: GridSpacing) -> tuple[Shap
 
     Returns:
         Shape (I, J, K) and affine (4, 4) of the new grid.
+
+    Example:
+        Slices of 2 mm become two of 1 mm each.
+
+        >>> cache_grid((4, 4, 3), np.diag([1.0, 1.0, 2.0, 1.0]), (1.0, 1.0, 1.0))[0]
+        (4, 4, 6)
     """
     order = np.argsort(nib.orientations.io_orientation(affine)[:, 0])
     flips = nib.orientations.io_orientation(affine)[order, 1]
@@ -159,7 +170,7 @@ def resample(
         mode: `linear` for images and probs, `nearest` for anything that must not be mixed.
 
     Returns:
-        Values (C, *to_shape) in the dtype of `array`.
+        Values (C, I, J, K), of ``to_shape``, in the dtype of `array`.
     """
     matrix: Affine = (
         np.linalg.inv(affine) @ to_affine
@@ -192,7 +203,7 @@ def to_native(
         native_affine: Affine (4, 4) of the scan.
 
     Returns:
-        Class probabilities (C, *native_shape), float32.
+        Class probabilities (C, I, J, K) of ``native_shape``, float32.
 
     Raises:
         ValueError: The grid that `probs` are on is not one that was laid over this scan.

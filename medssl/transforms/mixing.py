@@ -27,7 +27,7 @@ def draw_cubes(
         share: Side of the cube, as a fraction of the patch, per axis.
 
     Returns:
-        (B, 1, *patch_size) bool, True inside the cube.
+        (B, 1, I, J, K) bool, True inside the cube.
 
     Source: Bai et al. 2023 (BCP), section 3.1; the side of 2/3.
     """
@@ -58,7 +58,7 @@ def draw_boxes(
             each side is the same fraction of the patch, to the nearest voxel.
 
     Returns:
-        (B, 1, *patch_size) bool, True inside the box.
+        (B, 1, I, J, K) bool, True inside the box.
 
     Raises:
         ValueError: alpha is not above 0.

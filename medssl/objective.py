@@ -43,8 +43,17 @@ Loss = Callable[..., Tensor]
 
 FEATURE_DROPOUT = 0.5  # of the skips' channels in the view feature_noise; Yang et al. 2023
 LEAST_PROB = 1e-6
-LOSS_PARAMETERS = ["logits", "target", "weight", "valid"]
-LOSSES = (supervised, robust)  # where the functions are that losses.*.name can name
+LOSSES: dict[str, Loss] = {
+    "ce": supervised.ce,
+    "dice": supervised.dice,
+    "dice_ce": supervised.dice_ce,
+    "mae": robust.mae,
+    "generalized_ce": robust.generalized_ce,
+    "symmetric_ce": robust.symmetric_ce,
+    "bootstrapped_ce": robust.bootstrapped_ce,
+    "forward_ce": robust.forward_ce,
+}
+"""Functions of (logits, target, weight, valid) by the name that ``losses.*.name`` gives them."""
 
 
 @dataclass(frozen=True)
@@ -436,20 +445,14 @@ def load_objective(name: str) -> type[Objective]:
 
 
 def find_loss(name: str) -> Loss:
-    """Return the function of a module of losses that ``losses.*.name`` names.
+    """Return the loss that ``losses.*.name`` names.
 
     Raises:
-        ValueError: There is no such loss of (logits, target, weight, valid).
+        ValueError: There is none.
     """
-    found: dict[str, Loss] = {}
-    for module in LOSSES:
-        for key, value in inspect.getmembers(module, inspect.isfunction):
-            wanted = list(inspect.signature(value).parameters)[:4] == LOSS_PARAMETERS
-            if wanted and value.__module__ == module.__name__ and not key.startswith("_"):
-                found[key] = value
-    if name not in found:
-        raise ValueError(f"loss {name!r} is unknown; there are {', '.join(sorted(found))}")
-    return found[name]
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is unknown; there are {', '.join(LOSSES)}")
+    return LOSSES[name]
 
 
 def list_options(name: str) -> dict[str, Any]:

@@ -54,13 +54,12 @@ def test_the_worked_example_adds_a_loss_with_one_function_and_one_name(copy):
     first, body = code.split("\n", 1)
     module = copy / first.removeprefix("# ")
     module.write_text(module.read_text() + "\n\n" + body)
-    old, new = (
-        re.search(rf"^\{sign} +(.+)$", change.split("\n", 1)[1], re.MULTILINE).group(1)
-        for sign in "-+"
-    )
-    config = copy / "medssl" / "config.py"
-    assert config.read_text().count(old) == 1
-    config.write_text(config.read_text().replace(old, new))
+    parts = re.findall(r"--- (\S+), .*\n- +(.+)\n\+ +(.+)\n", change)
+    assert len(parts) == 2
+    for name, old, new in parts:
+        place = copy / name
+        assert place.read_text().count(old) == 1
+        place.write_text(place.read_text().replace(old, new))
     done = use(copy)
     assert done.returncode == 0, done.stderr
 

@@ -1,18 +1,16 @@
 """Class-wise dynamic confidence thresholds, with their statistics inside each predicted class.
 
 Counted over all voxels, background would drown the foreground: with 2 % of it the published
-formulas give thresholds that filter nothing. A rule is the function of its name: every function
-of this module whose first argument is ``statistics``. Axes: B batch, C classes, I J K voxel axes
-(K is absent in 2D), N voxels of a batch that count.
+formulas give thresholds that filter nothing. A rule is a function of (statistics, section,
+progress); ``RULES`` has the name that a configuration gives it. Axes: B batch, C classes, I J K
+voxel axes (K is absent in 2D), N voxels of a batch that count.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -178,21 +176,26 @@ def find_lowest(section: ThresholdSection, num_classes: int) -> float:
     return given.get(section.name, 0.0)
 
 
+RULES: dict[str, Rule] = {
+    "none": none,
+    "fixed": fixed,
+    "curriculum": curriculum,
+    "flex": flex,
+    "free": free,
+    "soft": soft,
+    "quantile": quantile,
+}
+
+
 def find_rule(name: str) -> Rule:
     """Return the rule of that name.
 
     Raises:
         ValueError: There is none.
     """
-    rules = {
-        rule_name: cast(Rule, function)
-        for rule_name, function in globals().items()
-        if inspect.isfunction(function)
-        and next(iter(inspect.signature(function).parameters), "") == "statistics"
-    }
-    if name not in rules:
-        raise ValueError(f"threshold {name!r} is unknown; there are {', '.join(rules)}")
-    return rules[name]
+    if name not in RULES:
+        raise ValueError(f"threshold {name!r} is unknown; there are {', '.join(RULES)}")
+    return RULES[name]
 
 
 class ClassThresholds(nn.Module):

@@ -49,10 +49,10 @@ class CrossPseudo(Objective):
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """Return the terms of both students, summed by name."""
-        first = ask(self.student, unlabeled)
+        first = add_probs(self.student, unlabeled)
         with self.swapped():
             other = super().forward(labeled, first, progress, generator)
-            second = ask(self.student, unlabeled)
+            second = add_probs(self.student, unlabeled)
         terms = super().forward(labeled, second, progress, generator)
         return {name: term + other[name] for name, term in terms.items()}
 
@@ -66,7 +66,9 @@ class CrossPseudo(Objective):
             self.student, self.second = self.second, self.student
 
 
-def ask(network: nn.Module, unlabeled: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+def add_probs(
+    network: nn.Module, unlabeled: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
     """Return the unlabeled patches with what a student says of their weak view as probs."""
     if unlabeled is None:
         return None

@@ -5,10 +5,11 @@ L(t) = L_sup(f(x~_l), y~_l)
                          + a_ent(t) mean[m_ent H_r(f(v))]
                          + a_con(t) mean[m_con D(stopgrad g(w) || f(v))]
 
-f is the noised student, g the teacher, w the weak view. ``mean`` is over all voxels that are not
-ignored. Where patches are mixed each voxel keeps the loss and the weight of the case that it comes
-from: L_sup with 1 or L_pl with a_pl(t), in whichever patch it lies (Bai et al. 2023). A Dice loss
-is taken for labels and pseudo-labels of labeled patches and of each view apart.
+f is the noised student, g the teacher, w the weak view; q is what g says of w, hard or sharpened.
+``mean`` is over all voxels that are not ignored. Where patches are mixed each voxel keeps the loss
+and the weight of the case that it comes from: L_sup with 1 or L_pl with a_pl(t), in whichever patch
+it lies (Bai et al. 2023). A Dice loss is taken for labels and pseudo-labels of labeled patches and
+of each view apart.
 
 Axes: B batch, C channels, I J K voxel axes (K is absent in 2D).
 """
@@ -19,7 +20,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -60,18 +61,17 @@ LOSSES: dict[str, Loss] = {
 class Patches:
     """What a network sees of a batch, and what that is compared with; mixed together.
 
-    ``target`` (B, num_classes, I, J, K) probs; ``weight`` (B, 1, I, J, K) scales the voxels of a
-    loss on the target, ``valid`` (bool) says which ones count at all. ``unlabeled`` (bool) are the
-    voxels of unlabeled cases: ``online``, the probs of the online teacher on the weak view, speaks
-    of them, and ``accepted`` is how much the filter trusts each.
+    ``target`` (B, num_classes, I, J, K) has one-hot labels, or the pseudo-target q. ``valid``
+    (B, 1, I, J, K) says which voxels count at all, ``is_unlabeled`` which of them come from an
+    unlabeled case. Of these ``g_w`` has the probs of the online teacher on the weak view, and
+    ``accepted`` says in [0, 1] how far the filter trusts each.
     """
 
     image: Tensor
     target: Tensor
-    weight: Tensor
     valid: Tensor
-    online: Tensor
-    unlabeled: Tensor
+    is_unlabeled: Tensor
+    g_w: Tensor
     accepted: Tensor
 
 
@@ -167,48 +167,60 @@ class Objective(nn.Module):
             generator: Source of the mixing draws, on the CPU.
         """
         self.monitors = {}
-        t = progress
-        known = None if labeled is None else self._read_labeled(labeled)
+        t, losses = progress, self.config.losses
+        x_l = None if labeled is None else self._read_labeled(labeled)
         if unlabeled is None or not self._has_unlabeled_terms():
-            if known is None:
+            if x_l is None:
                 raise ValueError("neither labeled nor unlabeled patches to learn from")
-            x = known if self.tuning else self._mix_labeled(known, generator)
-            f = self._predict(x.image)
+            x_l = x_l if self.tuning else self._mix_labeled(x_l, generator)
             loss = "supervised" if unlabeled is None else "student"
-            return {"supervised": self._compare(loss, x, f, ~x.unlabeled)}
+            f_l = self._predict(x_l.image)
+            return {"supervised": self._compare(loss, x_l, f_l, choose_voxels("labeled", x_l))}
 
         valid = unlabeled["weight"] > 0
-        wants_online = "probs" not in unlabeled or self.config.losses.consistency.weight > 0
+        wants_online = "probs" not in unlabeled or losses.consistency.weight > 0
         g_w, u_w = self._teach(unlabeled["weak"], generator) if wants_online else (None, None)
-        q = self._assign(unlabeled.get("probs", g_w), valid)
-        m = self._filter(q, self._measure_doubt(unlabeled, u_w), valid, t)
-        views = [self._read_view(v, unlabeled, q, m, g_w, valid) for v in self.config.views]
-        x_l, x_v = self._mix(known, views, generator)
+        probs = self._assign(unlabeled.get("probs", g_w), valid)
+        accepted = self._filter(probs, self._measure_uncertainty(unlabeled, u_w), valid, t)
+        q = self.read_target(probs)
+        views = [
+            Patches(
+                image=unlabeled["weak" if view == "feature_noise" else view],
+                target=q,
+                valid=valid,
+                is_unlabeled=valid,
+                g_w=probs if g_w is None else g_w,
+                accepted=accepted,
+            )
+            for view in self.config.views
+        ]
+        mixed = self._mixes_both_ways(x_l)
+        x_l, x_v = self._mix(x_l, views, generator)
         f_l, f_v = self._predict_views(x_l, x_v)
 
-        losses = self.config.losses
         terms: dict[str, Tensor] = {}
-        mixed = self._mixes_both_ways(known)
         with_labels = [] if x_l is None else [(x_l, f_l)]
         with_views = list(zip(x_v, f_v, strict=True))
         for x, f in with_labels + (with_views if mixed else []):
-            add(terms, "supervised", self._compare("student", x, f, ~x.unlabeled))
+            l_sup = self._compare("student", x, f, choose_voxels("labeled", x))
+            add_term(terms, "supervised", l_sup)
         for x, f in with_views + (with_labels if mixed else []):
             if losses.pseudo_label.weight > 0:
                 a_pl = losses.pseudo_label.weight * ramp(losses.pseudo_label.ramp, t)
-                l_pl = self._compare("pseudo_label", x, f, x.unlabeled)
-                add(terms, "pseudo_label", a_pl * l_pl)
+                m_pl = choose_voxels(losses.pseudo_label.voxels, x)
+                l_pl = self._compare("pseudo_label", x, f, m_pl)
+                add_term(terms, "pseudo_label", a_pl * l_pl)
         for x, f in with_views:
             if losses.entropy.weight > 0:
                 a_ent = losses.entropy.weight * ramp(losses.entropy.ramp, t)
                 m_ent = choose_voxels(losses.entropy.voxels, x)
                 h_r = entropy_loss(f[0], losses.entropy.order, m_ent, x.valid)
-                add(terms, "entropy", a_ent * h_r)
+                add_term(terms, "entropy", a_ent * h_r)
             if losses.consistency.weight > 0 and g_w is not None:
                 a_con = losses.consistency.weight * ramp(losses.consistency.ramp, t)
                 m_con = choose_voxels(losses.consistency.voxels, x)
-                d = consistency_loss(f[0], x.online, losses.consistency.name, m_con, x.valid)
-                add(terms, "consistency", a_con * d)
+                d = consistency_loss(f[0], x.g_w, losses.consistency.name, m_con, x.valid)
+                add_term(terms, "consistency", a_con * d)
         return terms
 
     def _has_unlabeled_terms(self) -> bool:
@@ -303,16 +315,16 @@ class Objective(nn.Module):
             self.transport.update(probs, valid)
         return self.assign(probs)
 
-    def _measure_doubt(
-        self, unlabeled: Mapping[str, Tensor], online: Tensor | None
+    def _measure_uncertainty(
+        self, unlabeled: Mapping[str, Tensor], u_w: Tensor | None
     ) -> Tensor | None:
         """Return the uncertainty (B, 1, I, J, K) in nats, measured offline or here; or None."""
         if self.config.filter.uncertainty.source == "none":
             return None
         if "uncertainty" in unlabeled:
             return unlabeled["uncertainty"]
-        if online is not None:
-            return online
+        if u_w is not None:
+            return u_w
         network = self.teacher if "ema" in self.config.teacher.source else self.student
         return self._sample(network, unlabeled["weak"], None)[1]
 
@@ -322,66 +334,52 @@ class Objective(nn.Module):
         valid = (labeled["weight"] > 0) & (label != IGNORE)
         classes = torch.where(valid, label, 0)[:, 0]
         target = F.one_hot(classes, self.num_classes).movedim(-1, 1).float()
-        weight, nothing = valid.float(), torch.zeros_like(valid)
-        return Patches(labeled["image"], target, weight, valid, target, nothing, nothing.float())
+        none = torch.zeros_like(valid)
+        return Patches(labeled["image"], target, valid, none, target, none.float())
 
-    def _read_view(
-        self,
-        view: str,
-        unlabeled: Mapping[str, Tensor],
-        q: Tensor,
-        m: Tensor,
-        online: Tensor | None,
-        valid: Tensor,
-    ) -> Patches:
-        """Return a view with its pseudo-target."""
-        target = self.read_target(q)
-        image = unlabeled["weak" if view == "feature_noise" else view]
-        voxels = self.config.losses.pseudo_label.voxels
-        weight = {"all": valid.float(), "accepted": m, "refused": valid.float() - m}[voxels]
-        return Patches(image, target, weight, valid, q if online is None else online, valid, m)
-
-    def read_target(self, q: Tensor) -> Tensor:
-        """Return the pseudo-target (B, num_classes, I, J, K) of assigned probs: hard, or soft."""
+    def read_target(self, probs: Tensor) -> Tensor:
+        """Return the pseudo-target q (B, num_classes, I, J, K) of assigned probs: hard, or soft."""
         section = self.config.target
         if section.kind == "hard":
-            return F.one_hot(q.argmax(1), self.num_classes).movedim(-1, 1).float()
+            return F.one_hot(probs.argmax(1), self.num_classes).movedim(-1, 1).float()
         is_plan = self.transport is not None
         temperature = section.transport.epsilon if is_plan else section.temperature
-        return torch.softmax(q.clamp(min=LEAST_PROB).log() / temperature, dim=1)
+        return torch.softmax(probs.clamp(min=LEAST_PROB).log() / temperature, dim=1)
 
     @torch.no_grad()
-    def _filter(self, q: Tensor, doubt: Tensor | None, valid: Tensor, progress: float) -> Tensor:
+    def _filter(
+        self, probs: Tensor, uncertainty: Tensor | None, valid: Tensor, progress: float
+    ) -> Tensor:
         """Return (B, 1, I, J, K) in [0, 1]: how far the pseudo-target of a voxel is trusted."""
-        self.thresholds.update(q, valid, progress)
+        self.thresholds.update(probs, valid, progress)
         sure = valid
-        if doubt is not None:
+        if uncertainty is not None:
             risen = ramp_value("sigmoid", progress, 0.0, 1.0)
             limit = find_limit(self.config.filter.uncertainty, self.num_classes, risen)
-            sure = valid & (doubt < limit)
-        confident = self.thresholds.accept(q)
+            sure = valid & (uncertainty < limit)
+        confident = self.thresholds.accept(probs)
         accepted = confident & sure
-        if doubt is not None:  # what the uncertainty alone takes away
+        if uncertainty is not None:  # what the uncertainty alone takes away
             refused = (confident & valid & ~sure).sum() / valid.sum().clamp(min=1)
             self.monitors["refused_by_uncertainty"] = float(refused)
-        classes = q.argmax(1, keepdim=True)
+        classes = probs.argmax(1, keepdim=True)
         self.monitors |= measure_coverage(accepted, classes, valid, self.class_names)
         for name, threshold in zip(
             self.class_names, self.thresholds.thresholds.tolist(), strict=True
         ):
             self.monitors[f"threshold/{name}"] = threshold
-        return self.thresholds.weigh(q) * sure
+        return self.thresholds.weigh(probs) * sure
 
-    def _mix_labeled(self, known: Patches, generator: torch.Generator) -> Patches:
+    def _mix_labeled(self, x_l: Patches, generator: torch.Generator) -> Patches:
         """Return labeled patches mixed among themselves, one alone as it is."""
-        if len(known.image) < 2:
-            return known
+        if len(x_l.image) < 2:
+            return x_l
         noise = self.config.noise
-        boxes = draw(noise.labeled_mixing, noise.labeled_mixing_probability, known, generator)
-        return mix(known, fit(known, len(known.image), shift=1), boxes)
+        boxes = draw_mixing(noise.labeled_mixing, noise.labeled_mixing_probability, x_l, generator)
+        return paste_patches(x_l, repeat_patches(x_l, len(x_l.image), shift=1), boxes)
 
     def _mix(
-        self, known: Patches | None, views: Sequence[Patches], generator: torch.Generator
+        self, x_l: Patches | None, views: Sequence[Patches], generator: torch.Generator
     ) -> tuple[Patches | None, list[Patches]]:
         """Return labeled patches and views, mixed.
 
@@ -390,39 +388,37 @@ class Objective(nn.Module):
         The view feature_noise stays as it is (Yang et al. 2023).
         """
         kind, probability = self.config.noise.mixing, self.config.noise.mixing_probability
-        both_ways = self._mixes_both_ways(known)
-        x_l = known
-        if known is not None and both_ways:
-            pasted = fit(views[0], len(known.image))
-            x_l = mix(known, pasted, draw(kind, probability, known, generator))
-        elif known is not None:
-            x_l = self._mix_labeled(known, generator)
+        both_ways = self._mixes_both_ways(x_l)
+        mixed_l = x_l
+        if x_l is not None and both_ways:
+            source = repeat_patches(views[0], len(x_l.image))
+            mixed_l = paste_patches(x_l, source, draw_mixing(kind, probability, x_l, generator))
+        elif x_l is not None:
+            mixed_l = self._mix_labeled(x_l, generator)
         x_v = []
         for view, x in zip(self.config.views, views, strict=True):
             if view == "feature_noise" or kind == "none":
                 x_v.append(x)
                 continue
-            partner = known if known is not None and both_ways else x
-            boxes = draw(kind, probability, x, generator)
-            x_v.append(mix(x, fit(partner, len(x.image), shift=int(partner is x)), boxes))
-        return x_l, x_v
+            partner = x_l if x_l is not None and both_ways else x
+            boxes = draw_mixing(kind, probability, x, generator)
+            source = repeat_patches(partner, len(x.image), shift=int(partner is x))
+            x_v.append(paste_patches(x, source, boxes))
+        return mixed_l, x_v
 
-    def _mixes_both_ways(self, known: Patches | None) -> bool:
+    def _mixes_both_ways(self, x_l: Patches | None) -> bool:
         """Return whether labels are pasted into views, and pseudo-labels into labeled patches."""
-        return self.config.noise.mixing == "copy_paste" and known is not None
+        return self.config.noise.mixing == "copy_paste" and x_l is not None
 
-    def _compare(
-        self, name: str, patches: Patches, logits: Sequence[Tensor], voxels: Tensor
-    ) -> Tensor:
-        """Return the loss of some voxels over the heads, weighted 1, 1/2, 1/4, ... (sum 1)."""
-        patches = replace(patches, weight=patches.weight * voxels)
+    def _compare(self, name: str, x: Patches, f: Sequence[Tensor], m: Tensor) -> Tensor:
+        """Return the loss, its voxels weighted by m, over the heads: 1, 1/2, 1/4, ... (sum 1)."""
         loss = self.losses[name]
         temperature = self.config.target.student_temperature if name == "pseudo_label" else 1.0
-        shares = [0.5**level for level in range(len(logits))]
-        total = torch.zeros((), device=patches.image.device)
-        for share, level in zip(shares, logits, strict=True):
-            target, weight, valid = shrink(patches, level.shape[2:])
-            total = total + share / sum(shares) * loss(level / temperature, target, weight, valid)
+        shares = [0.5**level for level in range(len(f))]
+        total = torch.zeros((), device=x.image.device)
+        for share, logits in zip(shares, f, strict=True):
+            target, weight, valid = shrink(x.target, m, x.valid, logits.shape[2:])
+            total = total + share / sum(shares) * loss(logits / temperature, target, weight, valid)
         return total
 
 
@@ -499,18 +495,23 @@ def predict_still(network: nn.Module, image: Tensor) -> Tensor:
     return torch.softmax(logits.float(), dim=1)
 
 
-def add(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
+def add_term(terms: dict[str, Tensor], name: str, term: Tensor) -> None:
     """Add a view's term to the sum over views."""
     terms[name] = terms[name] + term if name in terms else term
 
 
-def choose_voxels(voxels: str, patches: Patches) -> Tensor:
-    """Return m_* (B, 1, I, J, K): how much each voxel of the unlabeled case itself counts."""
-    unlabeled = patches.unlabeled.float()
+def choose_voxels(voxels: str, x: Patches) -> Tensor:
+    """Return m_* (B, 1, I, J, K): how much each voxel counts.
+
+    Args:
+        voxels: "labeled", or of the unlabeled cases "all", "accepted" or "refused" ones.
+        x: The patches, mixed.
+    """
     return {
-        "all": unlabeled,
-        "accepted": patches.accepted,
-        "refused": unlabeled - patches.accepted,
+        "labeled": (x.valid & ~x.is_unlabeled).float(),
+        "all": x.is_unlabeled.float(),
+        "accepted": x.accepted,
+        "refused": x.is_unlabeled.float() - x.accepted,
     }[voxels]
 
 
@@ -536,39 +537,43 @@ def ramp(section: Ramp, progress: float) -> float:
     return ramp_value(section.name, progress, section.start, section.end)
 
 
-def draw(kind: str, probability: float, patches: Patches, generator: torch.Generator) -> Tensor:
+def draw_mixing(
+    kind: str, probability: float, patches: Patches, generator: torch.Generator
+) -> Tensor:
     """Draw which part (B, 1, I, J, K) of each patch is replaced; none without mixing."""
     size = tuple(patches.image.shape[2:])
-    draw_boxes_of = draw_boxes if kind == "cutmix" else draw_cubes
+    draw_parts = draw_boxes if kind == "cutmix" else draw_cubes
     share = 0.0 if kind == "none" else probability
-    return draw_boxes_of(len(patches.image), size, generator, share)
+    return draw_parts(len(patches.image), size, generator, share)
 
 
-def mix(into: Patches, source: Patches, boxes: Tensor) -> Patches:
-    """Paste ``source`` inside the boxes (B, 1, I, J, K): image, targets and weights alike."""
+def paste_patches(into: Patches, source: Patches, boxes: Tensor) -> Patches:
+    """Paste ``source`` inside the boxes (B, 1, I, J, K): image, target and all else alike."""
     boxes = boxes.to(into.image.device)
     pairs = {f.name: (getattr(into, f.name), getattr(source, f.name)) for f in fields(into)}
     return Patches(**{name: paste(*pair, boxes) for name, pair in pairs.items()})
 
 
-def fit(patches: Patches, count: int, shift: int = 0) -> Patches:
+def repeat_patches(patches: Patches, count: int, shift: int = 0) -> Patches:
     """Return ``count`` patches, repeated or cut as needed, shifted along the batch."""
     index = (torch.arange(count) + shift) % len(patches.image)
     index = index.to(patches.image.device)
     return Patches(**{f.name: getattr(patches, f.name)[index] for f in fields(patches)})
 
 
-def shrink(patches: Patches, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def shrink(
+    target: Tensor, weight: Tensor, valid: Tensor, size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return target, weight and valid at a lower resolution, averaged over the valid voxels.
 
     On the border of a pasted box a target is the mean of what lies on both sides.
     """
-    if tuple(size) == tuple(patches.target.shape[2:]):
-        return patches.target, patches.weight, patches.valid
-    kernel = [full // low for full, low in zip(patches.target.shape[2:], size, strict=True)]
+    if tuple(size) == tuple(target.shape[2:]):
+        return target, weight, valid
+    kernel = [full // low for full, low in zip(target.shape[2:], size, strict=True)]
     pool = F.avg_pool3d if len(kernel) == 3 else F.avg_pool2d
-    counted = patches.valid.float()
+    counted = valid.float()
     share = pool(counted, kernel)
-    target = pool(patches.target * counted, kernel) / share.clamp(min=1e-6)
-    weight = pool(patches.weight * counted, kernel) / share.clamp(min=1e-6)
+    target = pool(target * counted, kernel) / share.clamp(min=1e-6)
+    weight = pool(weight * counted, kernel) / share.clamp(min=1e-6)
     return target, weight, share > 0.5

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from medssl.config import Config, InputError, at_round, hash_config
 from medssl.data.loaders import PatchDataset, is_fine_tune, iterate_batches
+from medssl.objective import Objective
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
 
@@ -32,7 +33,7 @@ def _do_nothing() -> None:
 
 
 def train(
-    objective: nn.Module,
+    objective: Objective,
     dataset: PatchDataset,
     config: Config,
     plan: Plan,
@@ -98,7 +99,7 @@ def train(
             config, step, num_steps, fine_tune_from, is_student=round_index > 0
         )
         if is_fine_tune(fine_tune_from, step):
-            objective.fine_tune(first=step == fine_tune_from)  # type: ignore[operator]  # contract
+            objective.fine_tune(first=step == fine_tune_from)
 
         # No cache: that of older torch (seen in 2.6) hands the student the weights cast in the
         # teacher's pass without gradients; where the teacher is the student they learn nothing.
@@ -112,7 +113,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
         if bool(torch.isfinite(loss + norm)):
             optimizer.step()
-            objective.after_step()  # type: ignore[operator]  # part of the objective's contract
+            objective.after_step()
             nonfinite = 0
         else:
             nonfinite += 1
@@ -202,7 +203,7 @@ def _collect(
     terms: Mapping[str, Tensor],
     loss: Tensor,
     norm: Tensor,
-    objective: nn.Module,
+    objective: Objective,
     nonfinite: int,
 ) -> None:
     """Add the numbers of a step to the sums until the next line of the journal."""
@@ -212,8 +213,7 @@ def _collect(
         return
     values = {f"losses/{name}": float(term.detach()) for name, term in terms.items()}
     values |= {"losses/total": float(loss.detach()), "monitors/grad_norm": float(norm)}
-    monitors: Mapping[str, float] = objective.monitors  # type: ignore[assignment]  # its contract
-    values |= {f"monitors/{name}": float(value) for name, value in monitors.items()}
+    values |= {f"monitors/{name}": float(value) for name, value in objective.monitors.items()}
     for name, value in values.items():
         pending[name] += value
         pending[f"#{name}"] += 1
@@ -237,7 +237,7 @@ def _average(pending: Sums, lr: float) -> dict[str, float]:
 def _save(
     path: Path,
     identity: str,
-    objective: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     step: int,
     pending: Sums,
@@ -256,7 +256,7 @@ def _save(
 def _load(
     path: Path,
     identity: str,
-    objective: nn.Module,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
 ) -> tuple[int, Sums]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medssl import rounds, runs, students, teachers
+from medssl import cli, rounds, runs, students, teachers
 from medssl.config import InputError, list_methods, load_config
 from medssl.data.phantoms import write_phantoms
 from medssl.predict import load_model
@@ -401,6 +401,16 @@ def test_shares_of_a_set_without_background_are_a_distribution():
     assert (shares > 0).all()
 
 
+def test_what_a_kill_left_in_a_run_and_beside_it_is_removed(start, tmp_path, leave):
+    runs_folder = tmp_path / "runs"
+    left = [leave(runs_folder / "run" / "round_0", "a.pt"), leave(runs_folder, "salts.json")]
+    other = leave(runs_folder / "other", "a.pt")
+    (runs_folder / "run" / "plan.json").touch()
+    start("rounds=0", stop=2)
+    assert not [path for path in left if path.exists()]
+    assert other.exists(), "of another run, which may be training"
+
+
 def test_a_restart_that_is_refused_deletes_nothing(start):
     base, other = start("rounds=0", name="base"), start("rounds=0", "steps=5", name="other")
     before = hash_file(base / "round_0" / "model" / "weights.safetensors")
@@ -631,6 +641,31 @@ def test_a_pseudo_label_or_review_that_has_changed_is_not_learned_from(start):
     (label / "probs.npy").write_bytes(b"")
     start()
     assert (label / "probs.npy").read_bytes() == saved[label / "probs.npy"]
+
+
+@pytest.mark.parametrize(("stop", "status"), [(None, "delivered"), (8, "interrupted")])
+def test_mlflow_gets_a_run_for_the_last_time_with_its_state_and_report(
+    data, tmp_path, monkeypatch, stop_at, stop, status
+):
+    sent, flag = [], stop_at(stop)
+
+    class Mirror:
+        def __init__(self, folder, *_):
+            self.folder = folder
+
+        def notify(self):
+            pass
+
+        def close(self):
+            page = (self.folder / "report_share.html").read_text()
+            sent.append((read_json(self.folder / "state.json")["status"], "<html" in page))
+
+    monkeypatch.setattr(rounds, "Mirror", Mirror)
+    monkeypatch.setattr(runs.StopFlag, "is_set", lambda _: flag.is_set())
+    given = [*SETTINGS, "rounds=0", "tracking.uri=auto"]
+    reload = lambda plan: load_config(data, given, plan)  # noqa: E731
+    cli._train(load_config(data, given), reload, tmp_path / "runs" / "run")
+    assert sent == [(status, True)]
 
 
 def test_a_copy_of_a_round_inside_the_run_is_none(start, tmp_path):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner
 
-from medssl import evaluate
+from medssl import cli, evaluate
 from medssl.cli import app
 from medssl.compare import compare
 from medssl.config import DataSection, InputError
@@ -450,6 +450,20 @@ def test_a_run_without_test_cases_or_model_is_refused(model: Any, make_run: RunM
     (run / "splits.json").write_text(json.dumps({"labeled": []}))
     with pytest.raises(InputError, match=r"splits\.json: damaged, or of another version"):
         evaluate_run(run, report=quiet)
+
+
+def test_a_round_is_measured_alone_as_among_the_others(model: Any, make_run: RunMaker) -> None:
+    run = make_run([2, 1, 0])
+    evaluate_run(run, report=quiet)
+    tables = {path: path.read_bytes() for path in run.glob("evaluation/**/per_case.csv")}
+    table = run / "evaluation" / "round_1" / "per_case.csv"
+    table.unlink()
+    (run / "run.json").write_text("{}")
+    for given in ((run, None, "1"), (run / "round_1", None, None)):
+        assert cli._find_wanted_round(*given) == (run, 1)
+    summary = evaluate.evaluate_round(run, 1, report=quiet)
+    assert (summary["num_cases"], summary["model"]) == (9, str(run / "round_1"))
+    assert {path: path.read_bytes() for path in tables} == tables
 
 
 def test_a_run_that_is_not_finished_is_measured_with_a_remark(

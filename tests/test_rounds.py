@@ -668,6 +668,19 @@ def test_mlflow_gets_a_run_for_the_last_time_with_its_state_and_report(
     assert sent == [(status, True)]
 
 
+def test_a_dry_run_ends_with_its_plan_and_fits_a_screen(data, tmp_path, capsys):
+    given = [*SETTINGS, "tracking.uri=auto"]
+    reload = lambda plan: load_config(data, given, plan)  # noqa: E731
+    folder = tmp_path / "runs" / "run"
+    cli._train(load_config(data, given), reload, folder, dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 40
+    assert lines.index("plan:") > max(i for i, line in enumerate(lines) if "# command" in line)
+    assert "6 steps" in lines[-2]
+    assert lines[-1] == f"run folder: {folder}"
+    assert not folder.parent.exists()
+
+
 def test_a_copy_of_a_round_inside_the_run_is_none(start, tmp_path):
     folder = start("rounds=0")
     shutil.copytree(folder / "round_0", folder / "round_1_old")

@@ -525,6 +525,14 @@ def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+def test_the_reasons_of_the_plan_stand_on_the_page(run: Path) -> None:
+    reasons = json.loads((run / "plan.json").read_text())["reasons"]
+    text = report(run).text
+    assert reasons
+    assert all(reason in text for reason in reasons)
+
+
 def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
     done = json.loads((run / "round_2" / "done.json").read_text())
     done["gate"] = {"passed": False, "reasons": ["lesion covers <0.01 % & less"]}

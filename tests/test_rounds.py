@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from medssl import cli, rounds, runs, students, teachers
 from medssl.config import InputError, list_methods, load_config
+from medssl.data.formats import read_dataset
+from medssl.data.io import read_label, write_mask
 from medssl.data.phantoms import write_phantoms
 from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
@@ -666,6 +668,16 @@ def test_mlflow_gets_a_run_for_the_last_time_with_its_state_and_report(
     reload = lambda plan: load_config(data, given, plan)  # noqa: E731
     cli._train(load_config(data, given), reload, tmp_path / "runs" / "run")
     assert sent == [(status, True)]
+
+
+def test_the_plan_of_a_run_says_that_a_label_was_made_by_a_model(tmp_path):
+    write_phantoms(tmp_path, num_labeled=2, num_unlabeled=0, num_test=0, shape=(24, 24, 24))
+    label, values = read_dataset(tmp_path).cases[0].label, (0, 1, 2, 3)
+    write_mask(label, *read_label(label, values, None), values, origin="pseudo-mask")
+    resolved = load_config(tmp_path, SETTINGS)
+    prepared = rounds.prepare(resolved, lambda plan: load_config(tmp_path, SETTINGS, plan), None)
+    (reason,) = [reason for reason in prepared.plan.reasons if "made by a model" in reason]
+    assert reason.startswith("1 of 2 labels")
 
 
 def test_a_dry_run_ends_with_its_plan_and_fits_a_screen(data, tmp_path, capsys):

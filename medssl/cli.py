@@ -350,13 +350,12 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
     )
 
 
-def _write_report(folder: Path) -> Path:
+def _write_report(folder: Path, share: bool = False) -> Path:
     """Write both reports of a run; the one to share has pseudonyms and no paths."""
     from medssl.report import write_report
 
-    path = write_report(folder)
-    write_report(folder, share=True)
-    return path
+    paths = write_report(folder), write_report(folder, share=True)  # MLflow gets the second one
+    return paths[share]
 
 
 @app.command()
@@ -523,10 +522,8 @@ def report(
         bool, typer.Option("--share", help="Pseudonyms in place of case ids, no paths.")
     ] = False,
 ) -> None:
-    """Write one HTML page that shows what a run did and what it is worth."""
-    from medssl.report import write_report
-
-    print(write_report(run, share=share))
+    """Write one HTML page that shows what a run did and what it is worth; `sync` sends it."""
+    print(_write_report(run, share))
 
 
 @app.command()

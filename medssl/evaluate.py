@@ -53,6 +53,7 @@ from medssl.runs import (
     hash_file,
     hash_json,
     read_json,
+    remove_leftovers,
     write_json,
     write_text,
 )
@@ -296,6 +297,8 @@ def _measure(
     names = {index: name for index, name in info.labels.items() if index > 0}
     rows: list[Row] = []
     flags: dict[str, list[str]] = {}
+    for folder in () if out is None else (out, out / "predictions"):
+        remove_leftovers(folder, is_shared=True, below=False)
     failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     tolerances: list[float] = []
     for number, case in enumerate(cases, 1):

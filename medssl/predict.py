@@ -54,6 +54,7 @@ from medssl.runs import (
     hash_file,
     hash_files,
     read_record,
+    remove_leftovers,
     seed_from,
     write_file,
     write_json,
@@ -494,6 +495,7 @@ def predict_files(
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite)
     for note in plan.notes:
         report(f"note: {note}")
+    remove_leftovers(out, is_shared=True, below=False)
     problems = list(plan.problems)
     is_full = False
     for name, images in plan.scans.items():

@@ -167,6 +167,7 @@ def run_training(
     """
     config, plan, splits = prepared.resolved.config, prepared.plan, prepared.splits
     remove_leftovers(run_dir)
+    remove_leftovers(run_dir.parent, is_shared=True, below=False)
     if restart:
         _check_restart(run_dir, round_0)
         (run_dir / "STOP").unlink(missing_ok=True)

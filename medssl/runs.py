@@ -238,14 +238,15 @@ _TEMPORARY = re.compile(r"\.(\d{1,9})\.[0-9a-f]{8}\..+")
 _ABANDONED_S = 3600.0
 
 
-def remove_leftovers(folder: Path, is_shared: bool = False) -> None:
+def remove_leftovers(folder: Path, is_shared: bool = False, below: bool = True) -> None:
     """Remove the temporary files of processes of this program that were killed.
 
     Args:
-        folder: Where to look, in all folders below it too.
+        folder: Where to look.
         is_shared: Whether another machine may be writing there: files of the last hour then stay.
+        below: Whether to look in all folders below it too.
     """
-    for path in folder.rglob(".*"):
+    for path in folder.glob("**/.*" if below else ".*"):
         found = _TEMPORARY.fullmatch(path.name)
         if found is None or _is_running(int(found[1])):
             continue

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +204,21 @@ def make_dataset(cached_cases, pseudo_labeled):
         labeled = [case for case in cached_cases.values() if case.label_folder is not None]
         unlabeled = pseudo_labeled if round_index else ()
         return PatchDataset(labeled, unlabeled, Sampling(**settings))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def leave():
+    """Return a function that leaves a temporary file in a folder, as a kill two hours ago did."""
+    number = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+
+    def make(folder, name):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f".{number.stdout.strip()}.0123abcd.{name}"
+        path.touch()
+        os.utime(path, (time.time() - 7200,) * 2)
+        return path
 
     return make
 

@@ -283,6 +283,22 @@ def find_unplaced_masks(module: str, source: str) -> list[str]:
     ]
 
 
+def find_calls_of_the_current_gpu(module: str, source: str) -> list[str]:
+    """Calls that without an argument go to the first GPU, whichever one the training uses."""
+    tree = ast.parse(source)
+    aliases = dict(local_names(tree))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and not n.args + n.keywords]
+    return [
+        f"{module}:{call.lineno} calls {resolve(call.func, aliases)} without a device"
+        for call in calls
+        if re.fullmatch(
+            r"torch\.cuda\.(synchronize|empty_cache|current_\w+|mem_get_info|get_\w+"
+            r"|(max_)?memory_\w+|reset_\w+)",
+            resolve(call.func, aliases),
+        )
+    ]
+
+
 # ---------------------------------------------------------------- the house keeps them
 
 
@@ -303,6 +319,10 @@ def test_every_mask_and_map_carries_the_place_of_its_scan():
     files = [file for file in python_files("medssl") if file[0] != "medssl.data.phantoms"]
     problems = [problem for file in files for problem in find_unplaced_masks(*file)]
     assert not problems, "\n".join(problems)
+
+
+def test_what_asks_a_gpu_says_which():
+    check(find_calls_of_the_current_gpu, "medssl", "scripts")
 
 
 def test_every_package_that_is_imported_is_declared():
@@ -407,6 +427,8 @@ RED = [
     (find_unsafe_loading, "medssl.config", "x = eval(text)"),
     (find_unplaced_masks, "medssl.predict", "write_mask(path, mask, affine, values)"),
     (find_unplaced_masks, "medssl.predict", "write_map(path, array, affine)"),
+    (find_calls_of_the_current_gpu, "medssl.train", "import torch\ntorch.cuda.synchronize()"),
+    (find_calls_of_the_current_gpu, "medssl.train", "from torch import cuda\ncuda.mem_get_info()"),
     (find_nameless_modules, "medssl.data.utils", ""),
     (find_nameless_modules, "medssl.core.train", ""),
     (find_nameless_modules, "medssl._helpers", ""),
@@ -439,6 +461,8 @@ GREEN = [
     (find_unsafe_loading, "medssl.train", "import json\njson.load(file)\nnetwork.eval()"),
     (find_unplaced_masks, "medssl.predict", "write_mask(path, mask, affine, values, header=h)"),
     (find_unplaced_masks, "medssl.predict", "write_map(path, array, affine, header)"),
+    (find_calls_of_the_current_gpu, "medssl.train", "import torch\ntorch.cuda.synchronize(gpu)"),
+    (find_calls_of_the_current_gpu, "medssl.plan", "import torch\ntorch.cuda.is_available()"),
     (find_nameless_modules, "medssl.data.io", ""),
     (
         find_missing_docstrings,

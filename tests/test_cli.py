@@ -29,6 +29,16 @@ def test_a_home_folder_is_found_where_no_shell_sees_to_it(given, expected, monke
     assert cli._expand_home(given) == expected.replace("HOME", "/" + "home/anna")
 
 
+def test_every_command_gets_its_arguments_with_the_home_folder(monkeypatch):
+    given = []
+    monkeypatch.setenv("HOME", "/" + "home/anna")
+    monkeypatch.setattr(cli, "app", lambda arguments, **_: given.extend(arguments))
+    monkeypatch.setattr(sys, "argv", ["medssl", "train", "~/scans", "--run", "~/a", "--out=~/b"])
+    cli.main()
+    home = "/" + "home/anna"
+    assert given == ["train", f"{home}/scans", "--run", f"{home}/a", f"--out={home}/b"]
+
+
 def test_the_root_in_a_yaml_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.yaml").write_text("data: {root: ~/scans}")

@@ -234,8 +234,9 @@ def test_what_render_prints_is_the_same_configuration_again(tmp_path):
     names = ", ".join(f"{value}: 'structure number {value}, höher'" for value in range(1, 60))
     given = [f"data.labels={{{names}}}", "train.steps=[" + "1000, " * 20 + "7]", "seed=3"]
     resolved = load_config(tmp_path, given)
-    path = write(tmp_path, render(resolved))
-    assert load_config(path).config == resolved.config
+    text = render(resolved)
+    assert all("  # " in line for line in text.splitlines()), "a value on several lines"
+    assert load_config(write(tmp_path, text)).config == resolved.config
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_step_that_another_program_held_up_does_not_count(tiny_plan, monkeypat
     def stumble(objective):
         nonlocal count
         count += 1
-        time.sleep(2.0 if count == 4 else 0.0)
+        time.sleep(2.0 if count == 8 else 0.0)  # one of those that are timed
         real(objective)
 
     monkeypatch.setattr(estimate.Objective, "after_step", stumble)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from typer.testing import CliRunner
 
-from medssl import evaluate
+from medssl import cli, evaluate
+from medssl.cli import app
 from medssl.compare import compare
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, read_dataset
@@ -279,6 +282,15 @@ def test_an_interrupted_evaluation_leaves_no_table(
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
+def test_what_a_kill_left_among_the_tables_is_removed(
+    data: Path, model: Any, tmp_path: Path, leave: Callable[[Path, str], Path]
+) -> None:
+    out = tmp_path / "out"
+    left = [leave(out, "per_case.csv"), leave(out / "predictions", "case01.nii.gz")]
+    evaluate_model(model, read_dataset(data).cases, out, report=quiet)
+    assert not [path for path in left if path.exists()]
+
+
 def test_intervals_and_verdicts_count_patients(data: Path, model: Any, tmp_path: Path) -> None:
     cases = [
         Case(c.case_id, c.images, c.label, patient_id="p1") for c in read_dataset(data).cases[:3]
@@ -438,6 +450,20 @@ def test_a_run_without_test_cases_or_model_is_refused(model: Any, make_run: RunM
     (run / "splits.json").write_text(json.dumps({"labeled": []}))
     with pytest.raises(InputError, match=r"splits\.json: damaged, or of another version"):
         evaluate_run(run, report=quiet)
+
+
+def test_a_round_is_measured_alone_as_among_the_others(model: Any, make_run: RunMaker) -> None:
+    run = make_run([2, 1, 0])
+    evaluate_run(run, report=quiet)
+    tables = {path: path.read_bytes() for path in run.glob("evaluation/**/per_case.csv")}
+    table = run / "evaluation" / "round_1" / "per_case.csv"
+    table.unlink()
+    (run / "run.json").write_text("{}")
+    for given in ((run, None, "1"), (run / "round_1", None, None)):
+        assert cli._find_wanted_round(*given) == (run, 1)
+    summary = evaluate.evaluate_round(run, 1, report=quiet)
+    assert (summary["num_cases"], summary["model"]) == (9, str(run / "round_1"))
+    assert {path: path.read_bytes() for path in tables} == tables
 
 
 def test_a_run_that_is_not_finished_is_measured_with_a_remark(
@@ -626,6 +652,46 @@ def test_a_run_of_a_list_of_any_name_is_evaluated_on_its_test_cases(
     assert evaluate_run(run, report=quiet)["num_cases"] == 9
     summary = evaluate_data(run, data / "my draft.csv", data.parent / "out", report=quiet)
     assert summary["trained_on"] == ["case00", "case01", "case02", "case12"]
+
+
+def list_folders(event: str, arguments: tuple[Any, ...]) -> None:
+    """Note the folders that are listed during a test: an audit hook, which nothing can remove."""
+    if event in ("os.scandir", "os.listdir") and _listed is not None:
+        _listed.append(os.fsdecode(arguments[0] or "."))
+
+
+_listed: list[str] | None = None
+sys.addaudithook(list_folders)
+
+
+def test_a_list_is_read_without_a_look_at_what_lies_beside_it_and_nothing_is_written(
+    data: Path, model: Any, make_run: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    global _listed
+    run = make_run([1, 0])
+    rows = [f"case{i:02d},scans/images/case{i:02d}.nii.gz" for i in range(13)]
+    rows = [f"{row},{row[7:].replace('images', 'labels')}" for row in rows[:12]] + [f"{rows[12]},"]
+    (tmp_path / "draft.csv").write_text("\n".join(["case_id,image,label", *rows]))
+    splits = json.loads((run / "splits.json").read_text())
+    splits["dataset"] |= {"root": str(tmp_path), "source": str(tmp_path / "draft.csv")}
+    (run / "splits.json").write_text(json.dumps(splits))
+    for name in ("archive/old", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    _listed = []
+    try:
+        assert evaluate_run(run, report=quiet)["num_cases"] == 9
+        evaluate_data(run, tmp_path / "draft.csv", tmp_path / "out", report=quiet)
+        assert str(run / "round_1") in _listed or str(run) in _listed, "nothing was noted"
+        assert not [path for path in _listed if "archive" in path or path == str(tmp_path)]
+    finally:
+        _listed = None
+    (data / "images").rename(data / "scans")
+    for given in ([run, data, "--out", tmp_path / "new"], [data], [run, tmp_path / "here"]):
+        result = CliRunner().invoke(app, ["evaluate", *map(str, given)])
+        assert isinstance(result.exception, InputError), result.output
+    assert list((tmp_path / "here").iterdir()) == []
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "5", "null", '{"delivered": "round_', "{}"])

@@ -431,6 +431,14 @@ def test_a_second_call_adds_to_what_the_first_one_wrote(oracle, tmp_path):
     assert set(read_json(tmp_path / "out" / "predictions.json")["flags"]) == {"a", "b"}
 
 
+def test_what_a_kill_left_among_the_masks_is_removed(oracle, tmp_path, leave):
+    write_scan(tmp_path / "a.nii")
+    left, deeper = leave(tmp_path / "out", "a.nii.gz"), leave(tmp_path / "out" / "more", "a.nii.gz")
+    predict_files(oracle, [tmp_path / "a.nii"], tmp_path / "out", report=lambda text: None)
+    assert not left.exists()
+    assert deeper.exists(), "no mask goes there, and the folder may be large"
+
+
 def test_a_scan_is_never_overwritten_by_its_mask(oracle, tmp_path):
     write_scan(tmp_path / "a.nii.gz")
     before = (tmp_path / "a.nii.gz").read_bytes()

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import escape
 from PIL import Image
+from typer.testing import CliRunner
 
+from medssl.cli import app
 from medssl.config import InputError
 from medssl.data.io import write_map, write_mask
 from medssl.metrics import paired_difference
@@ -523,6 +525,14 @@ def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+def test_the_reasons_of_the_plan_stand_on_the_page(run: Path) -> None:
+    reasons = json.loads((run / "plan.json").read_text())["reasons"]
+    text = report(run).text
+    assert reasons
+    assert all(reason in text for reason in reasons)
+
+
 def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
     done = json.loads((run / "round_2" / "done.json").read_text())
     done["gate"] = {"passed": False, "reasons": ["lesion covers <0.01 % & less"]}
@@ -654,6 +664,34 @@ def test_a_step_that_stands_twice_counts_once(run: Path) -> None:
     points = read_run(run).rounds[0].curves["losses/total"]
     assert [step for step, _ in points] == list(range(50, 401, 50))
     assert points[0] == (50, 7.0)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("options", [[], ["--share"]])
+def test_the_command_renews_the_page_that_mlflow_gets_with_the_other(
+    run: Path, options: list[str]
+) -> None:
+    pages = [run / "report.html", run / "report_share.html"]
+    for path in pages:
+        path.write_text("of an older version")
+    result = CliRunner().invoke(app, ["report", str(run), *options])
+    assert result.output.split() == [str(pages[len(options)])]
+    assert all("<html" in path.read_text() for path in pages)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_report_on_scans_without_a_layout_writes_no_list_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path, num_unlabeled=1, num_test=1, num_rounds=1)
+    (tmp_path / "data" / "cases.csv").unlink()
+    (tmp_path / "data" / "images").rename(tmp_path / "data" / "scans")
+    files = sorted((tmp_path / "data").rglob("*"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "no longer where it was" in report(run).text
+    assert list((tmp_path / "here").iterdir()) == []
+    assert sorted((tmp_path / "data").rglob("*")) == files
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medssl import rounds, runs, students, teachers
+from medssl import cli, rounds, runs, students, teachers
 from medssl.config import InputError, list_methods, load_config
+from medssl.data.formats import read_dataset
+from medssl.data.io import read_label, write_mask
 from medssl.data.phantoms import write_phantoms
 from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
@@ -401,6 +403,16 @@ def test_shares_of_a_set_without_background_are_a_distribution():
     assert (shares > 0).all()
 
 
+def test_what_a_kill_left_in_a_run_and_beside_it_is_removed(start, tmp_path, leave):
+    runs_folder = tmp_path / "runs"
+    left = [leave(runs_folder / "run" / "round_0", "a.pt"), leave(runs_folder, "salts.json")]
+    other = leave(runs_folder / "other", "a.pt")
+    (runs_folder / "run" / "plan.json").touch()
+    start("rounds=0", stop=2)
+    assert not [path for path in left if path.exists()]
+    assert other.exists(), "of another run, which may be training"
+
+
 def test_a_restart_that_is_refused_deletes_nothing(start):
     base, other = start("rounds=0", name="base"), start("rounds=0", "steps=5", name="other")
     before = hash_file(base / "round_0" / "model" / "weights.safetensors")
@@ -631,6 +643,54 @@ def test_a_pseudo_label_or_review_that_has_changed_is_not_learned_from(start):
     (label / "probs.npy").write_bytes(b"")
     start()
     assert (label / "probs.npy").read_bytes() == saved[label / "probs.npy"]
+
+
+@pytest.mark.parametrize(("stop", "status"), [(None, "delivered"), (8, "interrupted")])
+def test_mlflow_gets_a_run_for_the_last_time_with_its_state_and_report(
+    data, tmp_path, monkeypatch, stop_at, stop, status
+):
+    sent, flag = [], stop_at(stop)
+
+    class Mirror:
+        def __init__(self, folder, *_):
+            self.folder = folder
+
+        def notify(self):
+            pass
+
+        def close(self):
+            page = (self.folder / "report_share.html").read_text()
+            sent.append((read_json(self.folder / "state.json")["status"], "<html" in page))
+
+    monkeypatch.setattr(rounds, "Mirror", Mirror)
+    monkeypatch.setattr(runs.StopFlag, "is_set", lambda _: flag.is_set())
+    given = [*SETTINGS, "rounds=0", "tracking.uri=auto"]
+    reload = lambda plan: load_config(data, given, plan)  # noqa: E731
+    cli._train(load_config(data, given), reload, tmp_path / "runs" / "run")
+    assert sent == [(status, True)]
+
+
+def test_the_plan_of_a_run_says_that_a_label_was_made_by_a_model(tmp_path):
+    write_phantoms(tmp_path, num_labeled=2, num_unlabeled=0, num_test=0, shape=(24, 24, 24))
+    label, values = read_dataset(tmp_path).cases[0].label, (0, 1, 2, 3)
+    write_mask(label, *read_label(label, values, None), values, origin="pseudo-mask")
+    resolved = load_config(tmp_path, SETTINGS)
+    prepared = rounds.prepare(resolved, lambda plan: load_config(tmp_path, SETTINGS, plan), None)
+    (reason,) = [reason for reason in prepared.plan.reasons if "made by a model" in reason]
+    assert reason.startswith("1 of 2 labels")
+
+
+def test_a_dry_run_ends_with_its_plan_and_fits_a_screen(data, tmp_path, capsys):
+    given = [*SETTINGS, "tracking.uri=auto"]
+    reload = lambda plan: load_config(data, given, plan)  # noqa: E731
+    folder = tmp_path / "runs" / "run"
+    cli._train(load_config(data, given), reload, folder, dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 40
+    assert lines.index("plan:") > max(i for i, line in enumerate(lines) if "# command" in line)
+    assert "6 steps" in lines[-2]
+    assert lines[-1] == f"run folder: {folder}"
+    assert not folder.parent.exists()
 
 
 def test_a_copy_of_a_round_inside_the_run_is_none(start, tmp_path):

@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, read_dataset
 from medssl.data.files import is_picture, name_mask_suffix
-from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_image, read_label, write_mask
+from medssl.data.io import (
+    MAX_DISPLACEMENT,
+    read_geometry,
+    read_image,
+    read_label,
+    read_origin,
+    write_mask,
+)
 from medssl.data.pictures import compare_colours, read_colours
 from medssl.data.predictions import protect_files, read_files, record_predictions
 from medssl.data.trained import (
@@ -95,8 +102,9 @@ def evaluate_model(
 
     Raises:
         InputError: No case has a label, or labels are unreadable, hold values that the model
-            does not know, or lie on another grid than their scan: all such cases at once; or no
-            scan could be segmented, or files would be replaced that no evaluation wrote.
+            does not know, lie on another grid than their scan, or were made by a model and nobody
+            has changed a voxel since: all such cases at once; or no scan could be segmented, or
+            files would be replaced that no evaluation wrote.
     """
     labeled, unlabeled = split_by_label(cases, report)
     tables = ["per_case.csv", "summary.json"]
@@ -511,7 +519,13 @@ def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) ->
     for case in cases:
         try:
             _read_label(case, label_values, ignore)
-            if case.label is not None and is_picture(case.label):
+            assert case.label is not None, "cases without a label were left out"
+            if origin := read_origin(case.label):
+                raise InputError(
+                    f"{case.label}: is a {origin} of a model, as it was made, and measures nothing "
+                    "but how alike models are: give a person's label, or take this one away"
+                )
+            if is_picture(case.label):
                 colours[str(case.label)] = read_colours(case.label)
         except InputError as error:
             problems.append(f"  {case.case_id}: {error}")

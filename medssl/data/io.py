@@ -229,6 +229,18 @@ def read_label_values(path: Path) -> LabelFacts:
     return facts
 
 
+def read_origin(path: Path) -> str:
+    """Return what a model made a label as, if it did and nobody has changed a voxel, else nothing.
+
+    The voxels of a label without a mark are not read.
+
+    Raises:
+        InputError: The file cannot be read, or is no label.
+    """
+    marked = _MARKED.search(_guard(path, lambda: _read_mark(path)))
+    return read_label_values(path).origin if marked else ""
+
+
 def read_geometry(path: Path) -> tuple[Shape, Affine]:
     """Return the shape (I, J, K) and the affine (4, 4) of a file from its header alone.
 

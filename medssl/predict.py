@@ -436,7 +436,7 @@ def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float3
 
 def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
     """Say what of a scan lies outside of what the model was trained on."""
-    found = find_contradictions(volume.header) if volume.header else {}
+    found = find_contradictions(volume)
     flags = [f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in found.items()]
     if volume.has_spacing != info.has_spacing:
         scan, others = ("has a", "had none") if volume.has_spacing else ("has no", "had one")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from medssl import predict
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
+from medssl.data.io import read_image
 from medssl.data.predictions import SomeFailedError
 from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
@@ -283,6 +284,19 @@ def test_masks_and_maps_say_of_their_place_what_their_scan_says(oracle, tmp_path
         np.testing.assert_array_equal(found["pixdim"][:4], expected["pixdim"][:4])
     mask = np.asanyarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
     assert dice(mask == 7, np.asarray(image.dataobj) > 50) >= 0.99, "metres are taken as metres"
+
+
+def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp_path):
+    paths = [tmp_path / f"a_000{channel}.nii.gz" for channel in range(2)]
+    for path in paths:
+        write_scan(path, ANISOTROPIC)
+    image = nib.load(paths[1])
+    image.set_qform(FLIPPED, 3, update_affine=False)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), paths[1])
+    flags = predict._find_flags(oracle.info, read_image(paths, 2))
+    named = [flag for flag in flags if "not the one in pixdim" in flag]
+    assert len(named) == 1
+    assert ": channel 1: 0.8 x 0.8 x 2.5 mm against 1 x 1 x 1.2 mm" in named[0]
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])

@@ -247,6 +247,16 @@ def test_a_cached_scan_that_vanishes_while_it_is_used_is_named(tmp_path):
             read()
 
 
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+@pytest.mark.parametrize("left", [0, 0.1, 0.9])
+def test_a_cached_file_that_is_cut_while_it_is_used_is_named(tmp_path, name, left):
+    entry = build([write_case(tmp_path / "data")], tmp_path)["a"]
+    path = find_file(entry, name)
+    os.truncate(path, int(left * path.stat().st_size))
+    with pytest.raises(InputError, match=rf"{name}: cannot be read.*makes it anew"):
+        entry.image() if name == "image.npy" else entry.label()
+
+
 def test_what_a_kill_left_in_the_cache_is_removed_once_it_is_old(tmp_path):
     case = write_case(tmp_path / "data")
     folder = build([case], tmp_path)["a"].folder

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -491,6 +493,24 @@ def test_what_a_teacher_says_where_nobody_annotated_plays_no_part(monkeypatch):
     monkeypatch.setattr(students, "_ask", lambda *_: iter([probs]))
     shares = students._measure_shares(run, 0)
     assert shares.tolist() == pytest.approx([0.5, 0.5, students.LEAST_SHARE], abs=1e-5)
+
+
+def test_a_label_that_is_cut_while_its_scan_is_segmented_was_read_before(
+    cached_cases, tiny_plan, tmp_path, monkeypatch
+):
+    shutil.copytree(cached_cases["l0"].label_folder, tmp_path / "label")
+    case = replace(cached_cases["l0"], label_folder=tmp_path / "label")
+    truth = torch.from_numpy(np.array(case.label())).long()
+
+    def segment(*args, **options):
+        os.truncate(tmp_path / "label" / "label.npy", 0)
+        return torch.nn.functional.one_hot(truth, 3).movedim(-1, 0)[None].float()
+
+    monkeypatch.setattr(students, "predict_probs", segment)
+    names = ("background", "organ", "lesion")
+    run = SimpleNamespace(val=(case,), plan=tiny_plan, class_names=names)
+    (row,) = students.measure_validation(run, torch.nn.Identity())
+    assert row["dice"] == 1.0
 
 
 def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, monkeypatch):

@@ -7,6 +7,11 @@ described by `meta.json`, the label by `label.json`; each is written last, with 
 files, which are held against them when a run starts: what has changed is made anew.
 Every file is replaced, never overwritten: several processes may build one entry, and maps that are
 open stay valid.
+
+A file that another program has cut is an error with its name when it is mapped, since the header
+says how long it must be; so it is mapped anew for each patch. One that is cut in the milliseconds
+between that and the copy of a patch ends the process by SIGBUS (a loader process: with a sentence);
+the same command then makes the file anew and goes on from the last checkpoint.
 """
 
 import zipfile

@@ -593,6 +593,20 @@ def test_a_plan_of_a_start_that_was_killed_is_not_taken_over(start, tmp_path, mo
         start("rounds=0", "plan.patch_size=[8,8,8]", taken=folder)
 
 
+def test_splits_that_were_changed_stop_a_run_until_they_are_written_anew(start, tmp_path):
+    folder = start("rounds=0", "steps=2")
+    path = folder / "splits.json"
+    splits = read_json(path)
+    write_json(path, {**splits, "labeled": splits["labeled"] + splits["unlabeled"][:1]})
+    with pytest.raises(InputError, match=r"splits\.json: not the splits .* delete it and start"):
+        start("rounds=0", "steps=2", taken=folder)
+    path.unlink()
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(f"# the first of many\n{config}")  # a copy for people
+    start("rounds=0", "steps=2", taken=folder)
+    assert read_json(path) == splits
+
+
 def test_a_restart_that_was_killed_as_it_deleted_is_made_up_for(start, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -28,7 +28,7 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.pictures import compare_colours, read_colours
-from medssl.data.predictions import protect_files, read_files, record_predictions
+from medssl.data.predictions import Record, protect_files, read_files, record_predictions
 from medssl.data.trained import (
     check_out,
     find_rounds,
@@ -306,6 +306,7 @@ def _measure(
     flags: dict[str, list[str]] = {}
     failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     tolerances: list[float] = []
+    record = Record(out) if out is not None else None
     for number, case in enumerate(cases, 1):
         try:
             prediction = predict_case(model, case.images)
@@ -321,12 +322,14 @@ def _measure(
         rows.append(tabulate(case, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
-        if out is not None:
-            path = out / _name_mask(case)
+        if record is not None:
+            path = record.out / _name_mask(case)
             place = (prediction.mask, prediction.affine, info.label_values)
             write_mask(path, *place, header=prediction.header, origin="prediction")
-            record_predictions(out, [path])
+            record.add([path])
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
+    if record is not None:
+        record.write()
     if not rows:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")

@@ -6,6 +6,7 @@ along its slice axis are a batch, and their logits are stacked to a volume again
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,10 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.predictions import (
+    Record,
     SomeFailedError,
     name_map_suffix,
     plan_predictions,
-    record_predictions,
 )
 from medssl.data.predictions import (
     find_scans as find_scans,  # where it was before
@@ -496,19 +497,24 @@ def predict_files(
         report(f"note: {note}")
     problems = list(plan.problems)
     is_full = False
-    for name, images in plan.scans.items():
-        if is_full:
-            problems.append(f"{images[0]}: not tried, since there is no room for its mask")
-            continue
-        try:
-            found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
-            _write_prediction(model.info, plan.masks[name], name, found, probs)
-        except Exception as error:  # whatever it is, it is this scan's: the others go on
-            problems.append(f"{images[0]}: {explain_failure(error)}")
-            report(f"{images[0]}: no mask, see below")
-            is_full = getattr(error.__cause__, "errno", None) in FULL
-            continue
-        report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+    record = Record(out)
+    try:
+        for name, images in plan.scans.items():
+            if is_full:
+                problems.append(f"{images[0]}: not tried, since there is no room for its mask")
+                continue
+            try:
+                found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
+                _write_prediction(model.info, plan.masks[name], name, found, probs, record)
+            except Exception as error:  # whatever it is, it is this scan's: the others go on
+                problems.append(f"{images[0]}: {explain_failure(error)}")
+                report(f"{images[0]}: no mask, see below")
+                is_full = getattr(error.__cause__, "errno", None) in FULL
+                continue
+            report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+    finally:
+        with contextlib.suppress(*[InputError] * is_full):  # of that disk all has been said
+            record.write()
     if problems:
         total = len(plan.scans) + len(plan.problems)
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -523,7 +529,7 @@ def explain_failure(error: Exception) -> str:
 
 
 def _write_prediction(
-    info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool
+    info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool, record: Record
 ) -> None:
     """Write the maps and then the mask of a scan, and record them."""
     out = mask.parent
@@ -538,4 +544,4 @@ def _write_prediction(
     place = (found.mask, found.affine, info.label_values)
     write_mask(mask, *place, header=found.header, origin="prediction")
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
-    record_predictions(out, files, labels=labels, model=info.provenance, flags={name: found.flags})
+    record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})

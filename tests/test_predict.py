@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from medssl import predict
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
+from medssl.data import predictions
 from medssl.data.io import read_image
 from medssl.data.predictions import SomeFailedError
 from medssl.data.trained import count_model_channels
@@ -434,6 +435,26 @@ def test_nothing_is_computed_where_a_manual_mask_would_be_replaced(oracle, tmp_p
     predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels", overwrite=True, **quiet)
     predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels", **quiet)
     assert (tmp_path / "labels" / "a.nii.gz").read_bytes() != before
+
+
+def test_what_was_written_before_an_interruption_is_on_the_record(oracle, tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_scan(tmp_path / "scans" / f"{name}.nii")
+    real = predict.predict_case
+
+    def stop(model, images, **options):
+        if images[0].stem == "c":
+            raise KeyboardInterrupt
+        return real(model, images, **options)
+
+    monkeypatch.setattr(predict, "predict_case", stop)
+    monkeypatch.setattr(predictions, "_FEWER", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
+    assert set(read_json(tmp_path / "out" / "predictions.json")["files"]) == {
+        "a.nii.gz",
+        "b.nii.gz",
+    }
 
 
 def test_a_second_call_adds_to_what_the_first_one_wrote(oracle, tmp_path):

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import nibabel as nib
 import numpy as np
@@ -382,6 +383,24 @@ def test_builders_of_the_same_entry_do_no_harm(tmp_path):
         "class_voxels.npz",
         "label.json",
     }
+
+
+def test_scans_are_held_against_their_hashes_at_the_same_time(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path / "data", case_id=name) for name in ("a", "b")]
+    first = build(cases, tmp_path)
+    together = threading.Barrier(2, timeout=20)
+    real = cache.find_changed
+
+    def find_changed(folder, mark):
+        if (folder / "meta.json").is_file():
+            together.wait()  # would break if one case waited for the other
+        return real(folder, mark)
+
+    monkeypatch.setattr(cache, "find_changed", find_changed)
+    monkeypatch.setattr(cache, "count_cores", lambda: 2)
+    again = build(cases, tmp_path)
+    assert [entry.folder for entry in again.values()] == [e.folder for e in first.values()]
+    assert list(again) == ["a", "b"]
 
 
 def test_a_map_that_is_open_survives_a_rebuild(tmp_path):

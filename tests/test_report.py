@@ -361,6 +361,17 @@ def test_losses_of_different_kinds_are_not_left_to_be_compared(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_record_that_cannot_be_read_does_not_stop_the_page(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("medssl.report.read.find_edited", refuse)
+    assert "Not what this run was begun with" not in report(run).text
+
+
+@pytest.mark.usefixtures("quick")
 def test_splits_and_plan_that_were_changed_are_named(run: Path) -> None:
     words = "Not what this run was begun with"
     dump(run / "run.json", {"hash": "", **hash_record(run)})

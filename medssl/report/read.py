@@ -165,7 +165,7 @@ def read_run(folder: Path) -> RunFiles:
 
 def _find_edited(folder: Path) -> tuple[str, ...]:
     """Return the names of the files that are not what the run was begun with."""
-    with contextlib.suppress(InputError):  # a damaged one is named as such
+    with contextlib.suppress(InputError, OSError):  # a damaged one is named as such
         return tuple(find_edited(folder))
     return ()
 

@@ -63,10 +63,20 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
     """Return what each fold trains and tests on; the plan is that of the whole.
 
     Raises:
-        InputError: The folds cannot be dealt.
+        InputError: The folds cannot be dealt, or would be measured by labels that a model made and
+            nobody has changed.
     """
+    from medssl.data.io import read_origin  # heavy: folds are dealt without it
+
     splits = prepared.splits
     labeled = take(prepared.dataset, splits, "labeled")
+    made = [c for c in labeled if c.label is not None and read_origin(c.label)]
+    if made:
+        listed = "\n".join(f"  {case.case_id}: {case.label}" for case in made)
+        raise InputError(
+            f"--cross-check measures every labeled scan, and {len(made)} of {len(labeled)} labels "
+            "are of a model, as it made them: give a person's, or take these away:\n" + listed
+        )
     held_out = deal_folds(labeled, count, prepared.resolved.config.data.split_seed)
     config = prepared.resolved.config
     untracked = config.model_copy(

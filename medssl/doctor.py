@@ -102,4 +102,7 @@ def _find_problems() -> Iterator[str]:
         yield "under 5 GB of disk are free in this folder; run from a larger one"
     shm = Path("/dev/shm")
     if shm.is_dir() and shutil.disk_usage(shm).total < LOW_SHM_MB * 2**20:
-        yield "/dev/shm is small: use train.workers=0, or give the container --shm-size=1g"
+        yield (
+            "/dev/shm is small: trainings start only as many loader processes as it has room for "
+            "the batches of; give the container --shm-size=1g"
+        )

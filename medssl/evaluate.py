@@ -19,9 +19,16 @@ from numpy.typing import NDArray
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, read_dataset
 from medssl.data.files import is_picture, name_mask_suffix
-from medssl.data.io import MAX_DISPLACEMENT, read_geometry, read_image, read_label, write_mask
+from medssl.data.io import (
+    MAX_DISPLACEMENT,
+    read_geometry,
+    read_image,
+    read_label,
+    read_origin,
+    write_mask,
+)
 from medssl.data.pictures import compare_colours, read_colours
-from medssl.data.predictions import protect_files, read_files, record_predictions
+from medssl.data.predictions import Record, protect_files, read_files, record_predictions
 from medssl.data.trained import (
     check_out,
     find_rounds,
@@ -96,8 +103,9 @@ def evaluate_model(
 
     Raises:
         InputError: No case has a label, or labels are unreadable, hold values that the model
-            does not know, or lie on another grid than their scan: all such cases at once; or no
-            scan could be segmented, or files would be replaced that no evaluation wrote.
+            does not know, lie on another grid than their scan, or were made by a model and nobody
+            has changed a voxel since: all such cases at once; or no scan could be segmented, or
+            files would be replaced that no evaluation wrote.
     """
     labeled, unlabeled = split_by_label(cases, report)
     tables = ["per_case.csv", "summary.json"]
@@ -301,6 +309,7 @@ def _measure(
         remove_leftovers(folder, is_shared=True, below=False)
     failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     tolerances: list[float] = []
+    record = Record(out) if out is not None else None
     for number, case in enumerate(cases, 1):
         try:
             prediction = predict_case(model, case.images)
@@ -316,12 +325,14 @@ def _measure(
         rows.append(tabulate(case, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
-        if out is not None:
-            path = out / _name_mask(case)
+        if record is not None:
+            path = record.out / _name_mask(case)
             place = (prediction.mask, prediction.affine, info.label_values)
             write_mask(path, *place, header=prediction.header, origin="prediction")
-            record_predictions(out, [path])
+            record.add([path])
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
+    if record is not None:
+        record.write()
     if not rows:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")
@@ -514,7 +525,13 @@ def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) ->
     for case in cases:
         try:
             _read_label(case, label_values, ignore)
-            if case.label is not None and is_picture(case.label):
+            assert case.label is not None, "cases without a label were left out"
+            if origin := read_origin(case.label):
+                raise InputError(
+                    f"{case.label}: is a {origin} of a model, as it was made, and measures nothing "
+                    "but how alike models are: give a person's label, or take this one away"
+                )
+            if is_picture(case.label):
                 colours[str(case.label)] = read_colours(case.label)
         except InputError as error:
             problems.append(f"  {case.case_id}: {error}")

@@ -6,6 +6,7 @@ along its slice axis are a batch, and their logits are stacked to a volume again
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,10 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.predictions import (
+    Record,
     SomeFailedError,
     name_map_suffix,
     plan_predictions,
-    record_predictions,
 )
 from medssl.data.predictions import (
     find_scans as find_scans,  # where it was before
@@ -437,7 +438,7 @@ def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float3
 
 def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
     """Say what of a scan lies outside of what the model was trained on."""
-    found = find_contradictions(volume.header) if volume.header else {}
+    found = find_contradictions(volume)
     flags = [f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in found.items()]
     if volume.has_spacing != info.has_spacing:
         scan, others = ("has a", "had none") if volume.has_spacing else ("has no", "had one")
@@ -498,19 +499,24 @@ def predict_files(
     remove_leftovers(out, is_shared=True, below=False)
     problems = list(plan.problems)
     is_full = False
-    for name, images in plan.scans.items():
-        if is_full:
-            problems.append(f"{images[0]}: not tried, since there is no room for its mask")
-            continue
-        try:
-            found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
-            _write_prediction(model.info, plan.masks[name], name, found, probs)
-        except Exception as error:  # whatever it is, it is this scan's: the others go on
-            problems.append(f"{images[0]}: {explain_failure(error)}")
-            report(f"{images[0]}: no mask, see below")
-            is_full = getattr(error.__cause__, "errno", None) in FULL
-            continue
-        report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+    record = Record(out)
+    try:
+        for name, images in plan.scans.items():
+            if is_full:
+                problems.append(f"{images[0]}: not tried, since there is no room for its mask")
+                continue
+            try:
+                found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
+                _write_prediction(model.info, plan.masks[name], name, found, probs, record)
+            except Exception as error:  # whatever it is, it is this scan's: the others go on
+                problems.append(f"{images[0]}: {explain_failure(error)}")
+                report(f"{images[0]}: no mask, see below")
+                is_full = getattr(error.__cause__, "errno", None) in FULL
+                continue
+            report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+    finally:
+        with contextlib.suppress(*[InputError] * is_full):  # of that disk all has been said
+            record.write()
     if problems:
         total = len(plan.scans) + len(plan.problems)
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -525,7 +531,7 @@ def explain_failure(error: Exception) -> str:
 
 
 def _write_prediction(
-    info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool
+    info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool, record: Record
 ) -> None:
     """Write the maps and then the mask of a scan, and record them."""
     out = mask.parent
@@ -540,4 +546,4 @@ def _write_prediction(
     place = (found.mask, found.affine, info.label_values)
     write_mask(mask, *place, header=found.header, origin="prediction")
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
-    record_predictions(out, files, labels=labels, model=info.provenance, flags={name: found.flags})
+    record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})

@@ -45,8 +45,9 @@ from medssl.runs import (
     delete_run,
     describe_provenance,
     find_changed,
-    hash_file,
+    find_edited,
     hash_json,
+    hash_record,
     is_begun,
     is_half_deleted,
     is_remnant,
@@ -130,14 +131,10 @@ def prepare(
 
 
 def _read_plan(run_dir: Path) -> Plan:
-    """Read the plan of a run, unless it is not the one that the run was begun with."""
-    path = run_dir / "plan.json"
-    if read_json(run_dir / "run.json").get("plan") not in (None, hash_file(path)):
-        raise InputError(
-            f"{path}: not the plan that this run was begun with; restore it, or start over with "
-            "--restart"
-        )
-    return read_record(path, Plan)
+    """Read the plan of a run, unless it or the splits are not those that the run was begun with."""
+    if edited := find_edited(run_dir):
+        raise InputError("\n".join(edited.values()))
+    return read_record(run_dir / "plan.json", Plan)
 
 
 def run_training(
@@ -355,7 +352,7 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
             write(run_dir / name)
             is_new = is_new or name == "plan.json"
     if is_new:
-        write_json(path, {"hash": run_hash, "plan": hash_file(run_dir / "plan.json")})
+        write_json(path, {"hash": run_hash, **hash_record(run_dir)})
     state = run_dir / "state.json"
     if not state.is_file() or read_json(state, State)["status"] != "delivered":
         set_status(run_dir, "running")

@@ -463,6 +463,40 @@ def find_changed(folder: Path, mark: Mapping[str, Any]) -> list[Path]:
     return changed
 
 
+def hash_record(run_dir: Path) -> dict[str, str]:
+    """Return the hashes that run.json keeps of what a run is begun with.
+
+    They are of plan.json and of the parts in splits.json: where the data lies may change, and
+    config.yaml is a copy for people that nothing is trained by.
+    """
+    plan, splits = run_dir / "plan.json", run_dir / "splits.json"
+    found = {"plan": hash_file(plan)} if plan.is_file() else {}
+    if splits.is_file():
+        found["splits"] = hash_json({k: v for k, v in read_json(splits).items() if k != "dataset"})
+    return found
+
+
+def find_edited(run_dir: Path) -> dict[str, str]:
+    """Return which of plan.json and splits.json is not what a run was begun with, and what to do.
+
+    A run of 0.1.0 does not say it of its splits.
+
+    Raises:
+        InputError: run.json or splits.json is damaged.
+    """
+    mark = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
+    repair = {
+        "plan": "start over with --restart",
+        "splits": "delete it and start the same medssl train again, which writes it anew",
+    }
+    return {
+        f"{name}.json": f"{run_dir / name}.json: not the {name} that this run was begun with; "
+        f"restore it, or {repair[name]}"
+        for name, digest in hash_record(run_dir).items()
+        if mark.get(name) not in (None, digest)
+    }
+
+
 def is_done(folder: Path, stage_hash: str) -> bool:
     """Return whether a stage has been completed with this hash.
 

@@ -483,9 +483,10 @@ def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
     network.eval()
     rows: list[Row] = []
     for case in run.val:
-        label = case.label()
-        if label is None:
+        mapped = case.label()
+        if mapped is None:
             continue
+        label = np.array(mapped)  # of a map that is cut while the scan is segmented we would die
         image = to_tensor(case, run.plan.device)
         size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
         probs = predict_probs(network, image, size, precision, slice_axis=axis)

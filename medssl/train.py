@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from medssl.config import Config, InputError, at_round, hash_config
-from medssl.data.loaders import PatchDataset, is_fine_tune, iterate_batches
+from medssl.data.loaders import (
+    PatchDataset,
+    explain_killed_loader,
+    is_fine_tune,
+    iterate_batches,
+)
 from medssl.objective import Objective
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
@@ -32,6 +37,7 @@ def _do_nothing() -> None:
     """Do nothing."""
 
 
+@explain_killed_loader()
 def train(
     objective: Objective,
     dataset: PatchDataset,
@@ -65,7 +71,7 @@ def train(
         The number of steps done: fewer than planned if the stop flag was set.
 
     Raises:
-        InputError: The checkpoint is not one of this run.
+        InputError: The checkpoint is not one of this run, or a loader process was killed.
         FloatingPointError: The loss was not finite for many steps in a row.
     """
     num_steps = at_round(plan.steps, round_index)

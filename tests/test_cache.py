@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 
 import nibabel as nib
 import numpy as np
@@ -246,6 +247,16 @@ def test_a_cached_scan_that_vanishes_while_it_is_used_is_named(tmp_path):
             read()
 
 
+@pytest.mark.parametrize("name", ["image.npy", "label.npy"])
+@pytest.mark.parametrize("left", [0, 0.1, 0.9])
+def test_a_cached_file_that_is_cut_while_it_is_used_is_named(tmp_path, name, left):
+    entry = build([write_case(tmp_path / "data")], tmp_path)["a"]
+    path = find_file(entry, name)
+    os.truncate(path, int(left * path.stat().st_size))
+    with pytest.raises(InputError, match=rf"{name}: cannot be read.*makes it anew"):
+        entry.image() if name == "image.npy" else entry.label()
+
+
 def test_what_a_kill_left_in_the_cache_is_removed_once_it_is_old(tmp_path, leave):
     case = write_case(tmp_path / "data")
     left = leave(build([case], tmp_path)["a"].folder, "image.npy")
@@ -367,6 +378,24 @@ def test_builders_of_the_same_entry_do_no_harm(tmp_path):
         "class_voxels.npz",
         "label.json",
     }
+
+
+def test_scans_are_held_against_their_hashes_at_the_same_time(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path / "data", case_id=name) for name in ("a", "b")]
+    first = build(cases, tmp_path)
+    together = threading.Barrier(2, timeout=20)
+    real = cache.find_changed
+
+    def find_changed(folder, mark):
+        if (folder / "meta.json").is_file():
+            together.wait()  # would break if one case waited for the other
+        return real(folder, mark)
+
+    monkeypatch.setattr(cache, "find_changed", find_changed)
+    monkeypatch.setattr(cache, "count_cores", lambda: 2)
+    again = build(cases, tmp_path)
+    assert [entry.folder for entry in again.values()] == [e.folder for e in first.values()]
+    assert list(again) == ["a", "b"]
 
 
 def test_a_map_that_is_open_survives_a_rebuild(tmp_path):

@@ -313,6 +313,35 @@ def test_headers_that_place_voxels_twice_are_named_with_what_is_used(scans):
     assert code.endswith(f": {names[2]}")
 
 
+def test_headers_of_later_channels_are_looked_at_as_the_first(scans):
+    shifted, thick, middle = AFFINE.copy(), AFFINE.copy(), AFFINE.copy()
+    shifted[0, 3] += 33
+    thick[2, 2] = 4
+    middle[:3, 3] = 5, -4.5, -6  # where a header without a code has the first voxel
+    micron = np.diag([1e3, 1e3, 1e3, 1]) @ AFFINE
+    cases = (
+        ((AFFINE, AFFINE), (AFFINE, shifted), (AFFINE, AFFINE)),
+        ((thick, AFFINE), (thick, AFFINE), (thick, AFFINE)),
+        ((AFFINE, AFFINE), (AFFINE, AFFINE), (micron, micron, "micron")),
+        ((middle, middle), (None, None), (None, None)),
+        ((AFFINE, shifted), (AFFINE, AFFINE), (AFFINE, shifted + (shifted - AFFINE))),
+    )
+    names = []
+    for number, channels in enumerate(cases):
+        images = [make_image(9 * number + channel) for channel in range(3)]
+        names.append(scans.add(["unlabeled", "test"][number % 2], images, channels=3))
+        for path, forms in zip(scans.cases[-1].images, channels, strict=True):
+            set_header(path, *forms)
+    result = scans.check(channels=("T1", "T2", "FLAIR"))
+    assert result.problems == ()
+    size, place, code = [text for text in result.warnings if "classes" not in text]
+    assert size.endswith(f": {names[1]} (2 x 1.5 x 4 mm against 2 x 1.5 x 3 mm)")
+    both = "by 16.5 voxels; channel 2: by 33 voxels"
+    assert f"{names[0]} (channel 1: by 16.5 voxels), {names[4]} ({both})" in place
+    assert code.endswith(f": {names[3]} (channel 1; channel 2)")
+    assert only(result.notes).endswith(f"converted to mm: {names[2]} (channel 2: micron)")
+
+
 def test_another_unit_is_converted_and_noted(scans):
     name = scans.add("labeled")
     for path in (*scans.cases[0].images, scans.cases[0].label):

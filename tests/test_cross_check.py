@@ -1,6 +1,8 @@
 import csv
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -8,6 +10,7 @@ from medssl.cli import app
 from medssl.config import InputError
 from medssl.cross_check import deal_folds, summarize_folds
 from medssl.data.cases import Case
+from medssl.data.io import write_mask
 from medssl.data.phantoms import write_phantoms
 from medssl.report import write_report
 from medssl.runs import read_json
@@ -85,6 +88,21 @@ def test_too_many_folds_are_refused_before_anything_is_trained(tmp_path):
     assert isinstance(result.exception, InputError)
     assert "give 2 to 2 folds" in str(result.exception)
     assert not (tmp_path / "run").exists()
+
+
+def test_folds_are_not_measured_by_labels_that_a_model_made(tmp_path):
+    data = tmp_path / "data"
+    write_phantoms(data, num_labeled=3, num_unlabeled=1, num_test=0, shape=(24, 24, 24))
+    path = sorted((data / "labels").iterdir())[1]
+    label = nib.load(path)
+    classes = np.asarray(label.dataobj, np.uint8)
+    values = tuple(range(classes.max() + 1))
+    write_mask(path, classes, label.affine, values, origin="pseudo-mask")
+    command = ["train", str(data), *QUICK, "--run", str(tmp_path / "run"), "--cross-check", "3"]
+    result = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert isinstance(result.exception, InputError), result.output
+    assert "1 of 3 labels are of a model, as it made them" in str(result.exception)
+    assert str(path) in str(result.exception)
 
 
 def make_rows(dice):

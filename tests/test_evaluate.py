@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from medssl.data.io import read_label, write_mask
 from medssl.evaluate import (
     evaluate_data,
     evaluate_model,
+    evaluate_round,
     evaluate_run,
     render,
     summarize,
@@ -236,6 +238,42 @@ def test_all_bad_labels_are_named_before_the_first_prediction(
     assert model.predicted == []
 
 
+def mark_as_made(path: Path, seed: int) -> None:
+    """Replace a label by a mask of the same voxels that a model made."""
+    write_mask(path, draw_label(seed), AFFINE, VALUES, origin="prediction")
+
+
+def correct_voxel(path: Path) -> None:
+    """Change a voxel as a program does that keeps what it does not know of a file."""
+    image = nib.load(path)
+    array = np.asarray(image.dataobj).copy()
+    array[0, 0, 0] = 3
+    path.write_bytes(nib.Nifti1Image(array, None, image.header).to_bytes())
+
+
+def test_a_label_that_a_model_made_measures_nothing_until_it_is_corrected(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    paths = [data / "labels" / f"case0{index}.nii" for index in (1, 4)]
+    for index, path in zip((1, 4), paths, strict=True):
+        path.with_suffix(".nii.gz").unlink()
+        mark_as_made(path, index)
+    cases = read_dataset(data).cases
+    with pytest.raises(InputError, match="2 of 12 labels") as error:
+        evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    for index, path in zip((1, 4), paths, strict=True):
+        assert f"case0{index}: {path}: is a prediction of a model, as it was made" in str(
+            error.value
+        )
+    assert "give a person's label, or take this one away" in str(error.value)
+    assert model.predicted == []
+    for path in paths:
+        correct_voxel(path)
+        assert b"made by a medssl model" in path.read_bytes()
+    summary = evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    assert summary["num_cases"] == 12
+
+
 def test_labels_whose_palette_is_not_that_of_the_training_are_refused(
     model: Any, tmp_path: Path
 ) -> None:
@@ -396,6 +434,17 @@ def test_a_run_is_evaluated_on_its_test_cases_round_by_round(
         assert "verdict" not in content
         assert not (run / "evaluation" / name / "predictions").exists()
     assert len(list((run / "evaluation" / "predictions").iterdir())) == 9
+
+
+@pytest.mark.parametrize("measure", [evaluate_run, partial(evaluate_round, index=0)])
+def test_a_run_is_not_measured_by_test_labels_that_a_model_made(
+    data: Path, model: Any, make_run: RunMaker, measure: Callable[..., object]
+) -> None:
+    run = make_run([1, 0])
+    mark_as_made(data / "labels" / "case05.nii.gz", 5)
+    with pytest.raises(InputError, match=r"case05: .*case05\.nii\.gz: is a prediction of a model"):
+        measure(run, report=quiet)
+    assert not (run / "evaluation").exists()
 
 
 def test_the_delivered_model_is_predicted_once_where_it_is_a_round(

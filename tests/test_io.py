@@ -433,7 +433,7 @@ def test_lengths_are_in_mm_whatever_the_unit_of_the_header(tmp_path, unit, mm):
 )
 def test_what_a_header_says_twice_is_compared(tmp_path, name, expected):
     nib.save(ODD_HEADERS[name], tmp_path / "scan.nii")
-    assert find_contradictions(read_image([tmp_path / "scan.nii"], 1).header) == expected
+    assert find_contradictions(read_image([tmp_path / "scan.nii"], 1)) == expected
 
 
 IMPOSSIBLE = [(0, 0, 1e30), (0, 0, 1e5), (2, 2, -1e5), (0, 0, 1e-30), (0, 0, 0.001), (1, 1, 900)]

@@ -1,11 +1,20 @@
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from medssl.config import IGNORE, RandAugmentSection
-from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase, iterate_batches
+from medssl.config import IGNORE, InputError, RandAugmentSection
+from medssl.data import loaders
+from medssl.data.loaders import (
+    PatchDataset,
+    Sampling,
+    UnlabeledCase,
+    explain_killed_loader,
+    iterate_batches,
+)
 
 
 def assert_same(first, second):
@@ -52,6 +61,61 @@ def test_any_number_of_workers_gives_the_same_batches(make_dataset):
     assert len(runs[0]) == len(runs[1]) == 4
     for first, second in zip(*runs, strict=True):
         assert_same(first, second)
+
+
+@pytest.mark.parametrize(("room", "expected"), [(99.0, 3), (2.5, 2), (0.5, 0)])
+def test_no_more_loaders_are_started_than_have_room_in_shared_memory(
+    make_dataset, monkeypatch, capsys, room, expected
+):
+    dataset = make_dataset()
+    size = sum(x.nbytes for part in dataset[0].values() for x in part.values())
+    usage = SimpleNamespace(free=room * 2 * 4 * size)  # half of it for 4 batches of each
+    monkeypatch.setattr(loaders, "_SHARED", Path(__file__).parent)
+    monkeypatch.setattr(loaders.shutil, "disk_usage", lambda path: usage)
+    started = []
+
+    class Watched(loaders.DataLoader):
+        def __init__(self, *args, num_workers, **kwargs):
+            started.append(num_workers)
+            super().__init__(*args, num_workers=0, **{**kwargs, "prefetch_factor": None})
+
+    monkeypatch.setattr(loaders, "DataLoader", Watched)
+    assert len(list(iterate_batches(dataset, 0, 2, 3, False))) == 2
+    assert started == [expected]
+    said = capsys.readouterr().err
+    assert said == "" if expected == 3 else f"{expected} are started, not 3; give" in said
+
+
+def kill_loader(*args, **kwargs):
+    """Fail as torch does when it comes to know that a loader process was killed."""
+    try:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is")
+    except RuntimeError as error:
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from error
+
+
+def lose_loader(*args, **kwargs):
+    """Fail as the way to a loader process does that was killed with a batch in its hand."""
+    yield from ()
+    raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"), [(kill_loader, r"killed \(Bus error\): "), (lose_loader, "killed: ")]
+)
+def test_a_loader_that_is_killed_is_a_sentence(make_dataset, monkeypatch, fail, words):
+    monkeypatch.setattr(loaders, "DataLoader", fail)
+    match = f"a loader process was {words}.*train.workers=0"
+    with pytest.raises(InputError, match=match), explain_killed_loader():
+        list(iterate_batches(make_dataset(), 0, 4, 1, False))
+
+
+def test_an_error_that_is_not_of_a_killed_loader_stays_what_it_is(make_dataset, monkeypatch):
+    monkeypatch.setattr(loaders, "DataLoader", lose_loader)
+    with pytest.raises(ConnectionResetError), explain_killed_loader():
+        list(iterate_batches(make_dataset(), 0, 4, 0, False))
+    with pytest.raises(RuntimeError, match="of the network"), explain_killed_loader():
+        raise RuntimeError("of the network")
 
 
 def test_batches_from_a_later_step_on_are_those_of_an_uninterrupted_run(make_dataset):

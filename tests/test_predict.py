@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from medssl import predict
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
+from medssl.data import predictions
+from medssl.data.io import read_image
 from medssl.data.predictions import SomeFailedError
 from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
@@ -285,6 +287,19 @@ def test_masks_and_maps_say_of_their_place_what_their_scan_says(oracle, tmp_path
     assert dice(mask == 7, np.asarray(image.dataobj) > 50) >= 0.99, "metres are taken as metres"
 
 
+def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp_path):
+    paths = [tmp_path / f"a_000{channel}.nii.gz" for channel in range(2)]
+    for path in paths:
+        write_scan(path, ANISOTROPIC)
+    image = nib.load(paths[1])
+    image.set_qform(FLIPPED, 3, update_affine=False)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), paths[1])
+    flags = predict._find_flags(oracle.info, read_image(paths, 2))
+    named = [flag for flag in flags if "not the one in pixdim" in flag]
+    assert len(named) == 1
+    assert ": channel 1: 0.8 x 0.8 x 2.5 mm against 1 x 1 x 1.2 mm" in named[0]
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])
 def test_scans_smaller_and_thinner_than_the_patch_are_segmented(oracle, tmp_path, shape):
     write_scan(tmp_path / "a.nii", shape=shape)
@@ -420,6 +435,26 @@ def test_nothing_is_computed_where_a_manual_mask_would_be_replaced(oracle, tmp_p
     predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels", overwrite=True, **quiet)
     predict_files(oracle, [tmp_path / "scans"], tmp_path / "labels", **quiet)
     assert (tmp_path / "labels" / "a.nii.gz").read_bytes() != before
+
+
+def test_what_was_written_before_an_interruption_is_on_the_record(oracle, tmp_path, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_scan(tmp_path / "scans" / f"{name}.nii")
+    real = predict.predict_case
+
+    def stop(model, images, **options):
+        if images[0].stem == "c":
+            raise KeyboardInterrupt
+        return real(model, images, **options)
+
+    monkeypatch.setattr(predict, "predict_case", stop)
+    monkeypatch.setattr(predictions, "_FEWER", 1e9)
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
+    assert set(read_json(tmp_path / "out" / "predictions.json")["files"]) == {
+        "a.nii.gz",
+        "b.nii.gz",
+    }
 
 
 def test_a_second_call_adds_to_what_the_first_one_wrote(oracle, tmp_path):

@@ -2,19 +2,22 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from medssl.config import InputError
+from medssl.data import predictions
 from medssl.data.io import write_mask
 from medssl.data.predictions import (
+    Record,
     find_scans,
     plan_predictions,
     protect_files,
     record_predictions,
 )
-from medssl.runs import read_json
+from medssl.runs import read_json, write_json
 
 
 def touch(*paths):
@@ -86,6 +89,31 @@ def test_the_record_keeps_what_earlier_calls_wrote(tmp_path):
     assert list(record["files"]) == ["a.nii.gz", "b.nii.gz"]
     assert record["flags"] == {"b": ["far"]}
     protect_files(tmp_path, ["a.nii.gz", "b.nii.gz"])
+
+
+def test_the_record_takes_a_twentieth_of_the_time_whatever_its_length(tmp_path, monkeypatch):
+    now, written = 0.0, []
+
+    def write_slowly(path, content):
+        nonlocal now
+        now += 0.001 * (len(content["files"]) + 1)
+        written.append(len(content["files"]))
+        write_json(path, content)
+
+    monkeypatch.setattr(predictions, "write_json", write_slowly)
+    monkeypatch.setattr(predictions, "time", SimpleNamespace(monotonic=lambda: now))
+    record = Record(tmp_path)
+    for index in range(300):
+        now += 0.05  # a fast prediction
+        record.add(touch(tmp_path / f"{index}.png"), labels={"0": "x"}, flags={str(index): ()})
+    assert written[:2] == [1, 2]
+    assert now < 1.08 * 300 * 0.05
+    record.write()
+    content = read_json(tmp_path / "predictions.json")
+    assert len(content["files"]) == len(content["flags"]) == 300
+    length = len(written)
+    record.write()
+    assert len(written) == length, "nothing is new"
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".png", ".jpg"])

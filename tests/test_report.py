@@ -38,7 +38,7 @@ from medssl.report.sentences import (
     explain_row,
     write_verdict,
 )
-from medssl.runs import Journal
+from medssl.runs import Journal, hash_record
 
 VALUES = (0, 1, 4)
 CLASSES = {0: "background", 1: "organ", 2: "lesion"}
@@ -360,6 +360,29 @@ def test_losses_of_different_kinds_are_not_left_to_be_compared(
     config["losses"] = {"supervised": section}
     (run / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert ("among students only" in report(run).text) == said
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_record_that_cannot_be_read_does_not_stop_the_page(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("medssl.report.read.find_edited", refuse)
+    assert "Not what this run was begun with" not in report(run).text
+
+
+@pytest.mark.usefixtures("quick")
+def test_splits_and_plan_that_were_changed_are_named(run: Path) -> None:
+    words = "Not what this run was begun with"
+    dump(run / "run.json", {"hash": "", **hash_record(run)})
+    assert words not in report(run).text
+    splits = json.loads((run / "splits.json").read_text())
+    dump(run / "splits.json", {**splits, "test": splits["test"][1:]})
+    assert re.search(rf"{words}[^<]*: splits\.json\.", report(run).text)
+    (run / "plan.json").write_text((run / "plan.json").read_text() + "\n")
+    assert re.search(rf"{words}[^<]*: plan\.json, splits\.json\.", report(run).text)
 
 
 @pytest.mark.usefixtures("quick")

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -505,6 +507,24 @@ def test_what_a_teacher_says_where_nobody_annotated_plays_no_part(monkeypatch):
     assert shares.tolist() == pytest.approx([0.5, 0.5, students.LEAST_SHARE], abs=1e-5)
 
 
+def test_a_label_that_is_cut_while_its_scan_is_segmented_was_read_before(
+    cached_cases, tiny_plan, tmp_path, monkeypatch
+):
+    shutil.copytree(cached_cases["l0"].label_folder, tmp_path / "label")
+    case = replace(cached_cases["l0"], label_folder=tmp_path / "label")
+    truth = torch.from_numpy(np.array(case.label())).long()
+
+    def segment(*args, **options):
+        os.truncate(tmp_path / "label" / "label.npy", 0)
+        return torch.nn.functional.one_hot(truth, 3).movedim(-1, 0)[None].float()
+
+    monkeypatch.setattr(students, "predict_probs", segment)
+    names = ("background", "organ", "lesion")
+    run = SimpleNamespace(val=(case,), plan=tiny_plan, class_names=names)
+    (row,) = students.measure_validation(run, torch.nn.Identity())
+    assert row["dice"] == 1.0
+
+
 def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, monkeypatch):
     seen = []
     matrix = [[0.7 if i == j else 0.1 for j in range(4)] for i in range(4)]
@@ -583,6 +603,20 @@ def test_a_plan_of_a_start_that_was_killed_is_not_taken_over(start, tmp_path, mo
     write_json(folder / "plan.json", {**plan, "steps": 3})
     with pytest.raises(InputError, match=r"plan\.json: not the plan that this run was begun with"):
         start("rounds=0", "plan.patch_size=[8,8,8]", taken=folder)
+
+
+def test_splits_that_were_changed_stop_a_run_until_they_are_written_anew(start, tmp_path):
+    folder = start("rounds=0", "steps=2")
+    path = folder / "splits.json"
+    splits = read_json(path)
+    write_json(path, {**splits, "labeled": splits["labeled"] + splits["unlabeled"][:1]})
+    with pytest.raises(InputError, match=r"splits\.json: not the splits .* delete it and start"):
+        start("rounds=0", "steps=2", taken=folder)
+    path.unlink()
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(f"# the first of many\n{config}")  # a copy for people
+    start("rounds=0", "steps=2", taken=folder)
+    assert read_json(path) == splits
 
 
 def test_a_restart_that_was_killed_as_it_deleted_is_made_up_for(start, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medssl import rounds
-from medssl.config import load_config
+from medssl.config import InputError, load_config
 from medssl.data.cases import read_dataset
 from medssl.data.io import read_image
 from medssl.data.phantoms import write_phantoms
@@ -46,6 +46,27 @@ def test_a_run_reads_its_own_list_again(run):
     sources = overlays.find_sources(read_run(run))
     assert not sources.problem
     assert len(sources.cases) == 5
+
+
+def test_splits_that_were_changed_are_not_believed(run):
+    content = read_json(run / "splits.json")
+    labeled, *rest = content["labeled"]
+    moved = {**content, "labeled": rest, "test": [labeled, *content["test"]]}
+    try:
+        write_json(run / "splits.json", moved)
+        with pytest.raises(
+            InputError, match=r"splits\.json: not the splits .* begun with; restore"
+        ):
+            read_splits(run)
+        with pytest.raises(InputError, match=r"splits\.json: not the splits"):
+            find_trained_on(
+                run, read_dataset(run.parent.parent / "scans" / "my draft.csv"), hash_scan
+            )
+        elsewhere = {**content["dataset"], "source": "/elsewhere"}  # the user's to say
+        write_json(run / "splits.json", {**content, "dataset": elsewhere})
+        assert str(read_splits(run)[1].root) == "/elsewhere"
+    finally:
+        write_json(run / "splits.json", content)
 
 
 def test_the_list_of_a_run_of_version_0_1_0_is_found_beside_its_scans(tmp_path):

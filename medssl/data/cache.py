@@ -7,10 +7,16 @@ described by `meta.json`, the label by `label.json`; each is written last, with 
 files, which are held against them when a run starts: what has changed is made anew.
 Every file is replaced, never overwritten: several processes may build one entry, and maps that are
 open stay valid.
+
+A file that another program has cut is an error with its name when it is mapped, since the header
+says how long it must be; so it is mapped anew for each patch. One that is cut in the milliseconds
+between that and the copy of a patch ends the process by SIGBUS (a loader process: with a sentence);
+the same command then makes the file anew and goes on from the last checkpoint.
 """
 
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.formats import Case
 from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
 from medssl.data.trained import hash_voxels
+from medssl.machine import count_cores
 from medssl.runs import (
     find_changed,
     hash_file,
@@ -52,6 +59,7 @@ from medssl.transforms.preprocess import (
 
 FORMAT = 2  # raised whenever the same recipe would give other voxels or an entry holds more
 MAX_CLASS_VOXELS = 10_000
+MOST_READERS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,21 +141,24 @@ def build_cache(
     cached: dict[str, CachedCase] = {}
     problems: list[str] = []
     remove_leftovers(entries, is_shared=True)
-    for index, case in enumerate(cases):
-        try:
-            if Path(case.case_id).name != case.case_id:
-                raise InputError("a case_id names a folder: rename it without path separators")
-            sources = [_hash_source(path) for path in case.images]
-            entry = entries / case.case_id / hash_json(sources)[:16]
-            meta = _open_image(entry, case, sources, recipe, num_channels)
-            label_folder = None
-            if case.label is not None:
-                label_folder = _open_label(entry, case, case.label, meta, label_values, ignore)
-            cached[case.case_id] = _describe(entry, label_folder, case, meta)
-        except InputError as error:
-            problems.append(f"  {case.case_id}: {error}")
-        if report is not None:
-            report(index + 1, len(cases))
+    pool = ThreadPoolExecutor(min(count_cores(), MOST_READERS))  # hashes take 0.8 s per GB and core
+    found = [pool.submit(_look_up, entries, case) for case in cases]
+    try:
+        for index, (case, looked_up) in enumerate(zip(cases, found, strict=True)):
+            try:
+                entry, sources, meta = looked_up.result()
+                if meta is None:
+                    meta = _make_image(entry, case, sources, recipe, num_channels)
+                label_folder = None
+                if case.label is not None:
+                    label_folder = _open_label(entry, case, case.label, meta, label_values, ignore)
+                cached[case.case_id] = _describe(entry, label_folder, case, meta)
+            except InputError as error:
+                problems.append(f"  {case.case_id}: {error}")
+            if report is not None:
+                report(index + 1, len(cases))
+    finally:
+        pool.shutdown(cancel_futures=True)
     if problems:
         raise InputError(
             "\n".join([f"{len(problems)} of {len(cases)} cases cannot be used:", *problems])
@@ -155,13 +166,21 @@ def build_cache(
     return cached
 
 
-def _open_image(
+def _look_up(entries: Path, case: Case) -> tuple[Path, list[str], dict[str, Any] | None]:
+    """Return the entry of a case, the hashes of its files, and what describes it if it is whole."""
+    if Path(case.case_id).name != case.case_id:
+        raise InputError("a case_id names a folder: rename it without path separators")
+    sources = [_hash_source(path) for path in case.images]
+    entry = entries / case.case_id / hash_json(sources)[:16]
+    meta = _read_mark(entry / "meta.json")
+    is_whole = meta is not None and meta["sources"] == sources and not find_changed(entry, meta)
+    return entry, sources, meta if is_whole else None
+
+
+def _make_image(
     entry: Path, case: Case, sources: list[str], recipe: Preprocessing, num_channels: int
 ) -> dict[str, Any]:
-    """Return the description of a cached image, made anew if it is not whole."""
-    meta = _read_mark(entry / "meta.json")
-    if meta is not None and meta["sources"] == sources and not find_changed(entry, meta):
-        return meta
+    """Preprocess an image and return its description."""
     volume = read_image(case.images, num_channels)
     image = preprocess_image(volume, recipe)
     meta = {

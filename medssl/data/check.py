@@ -228,7 +228,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
     is_blank = all(bool((channel == channel.flat[0]).all()) for channel in volume.array)
-    contradictions = find_contradictions(volume.header) if volume.header else {}
+    contradictions = find_contradictions(volume)
     if part == "test":
         return CaseFacts(
             case.case_id,

@@ -16,7 +16,7 @@ import gzip
 import math
 import re
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
         num_channels: The number of channels that the data set declares.
 
     Returns:
-        The scan (C, I, J, K) float32 with its affine, and the header of its first file.
+        The scan (C, I, J, K) float32 with its affine, and the headers of its files.
 
     Raises:
         InputError: A file cannot be read, the channels lie on different grids, or their number
@@ -145,7 +145,8 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
     for index, (path, scan) in enumerate(zip(paths, scans, strict=True)):
         _guard(path, partial(_fill, array[index * each : (index + 1) * each], path, scan))
     header = None if scans[0] is None else _describe_header(scans[0])
-    return Volume(array, affine, all(scan is not None for scan in scans), header)
+    others = tuple(_describe_header(scan) for scan in scans[1:] if scan is not None)
+    return Volume(array, affine, all(scan is not None for scan in scans), header, others)
 
 
 def read_label(
@@ -229,6 +230,18 @@ def read_label_values(path: Path) -> LabelFacts:
     return facts
 
 
+def read_origin(path: Path) -> str:
+    """Return what a model made a label as, if it did and nobody has changed a voxel, else nothing.
+
+    The voxels of a label without a mark are not read.
+
+    Raises:
+        InputError: The file cannot be read, or is no label.
+    """
+    marked = _MARKED.search(_guard(path, lambda: _read_mark(path)))
+    return read_label_values(path).origin if marked else ""
+
+
 def read_geometry(path: Path) -> tuple[Shape, Affine]:
     """Return the shape (I, J, K) and the affine (4, 4) of a file from its header alone.
 
@@ -239,17 +252,29 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
     return _find_grid(path, None if is_picture(path) else _open(path))
 
 
-def find_contradictions(header: Header) -> dict[str, str]:
-    """Say where a header has programs place its voxels differently.
+def find_contradictions(volume: Volume) -> dict[str, str]:
+    """Say where the headers of a scan have programs place its voxels differently.
 
     Args:
-        header: Of a `Volume`.
+        volume: Of `read_image`.
 
     Returns:
-        What stands in the header of one scan, by kind: `size` (the spacing of the sform is not
-        pixdim), `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a
-        code: the sides are guessed), `unit` (lengths were not in mm). Empty for most scans.
+        What stands in its headers, by kind: `size` (the spacing of the sform is not pixdim),
+        `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a code: the
+        sides are guessed), `unit` (lengths were not in mm). What the file of a later channel says
+        and the first does not bears the number of its channel. Empty for most scans.
     """
+    found: dict[str, list[str]] = defaultdict(list)
+    for channel, header in enumerate((volume.header, *volume.other_headers)):
+        for kind, what in (_contradict(header) if header else {}).items():
+            if what not in found[kind]:
+                text = f"channel {channel}: {what}".removesuffix(": ")
+                found[kind].append(text if channel else what)
+    return {kind: "; ".join(texts) for kind, texts in found.items()}
+
+
+def _contradict(header: Header) -> dict[str, str]:
+    """Say where one header has programs place its voxels differently, by kind."""
     found = {}
     image = _restore(header, header["dim"])
     unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))

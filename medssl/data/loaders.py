@@ -7,6 +7,10 @@ batch then has the two axes of the plane, (B, C, I, J) where the slices lie alon
 
 from __future__ import annotations
 
+import contextlib
+import re
+import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +34,9 @@ from medssl.transforms.randaugment import (
 from medssl.transforms.spatial import SpatialDraw, draw_spatial
 
 Batch = dict[str, dict[str, Tensor] | None]
+
+_SHARED = Path("/dev/shm")  # loader processes hand their batches over there
+_PREFETCH = 4  # batches that wait for each of them
 
 
 @dataclass(frozen=True)
@@ -254,17 +261,76 @@ def _stack(patches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
 def iterate_batches(
     dataset: PatchDataset, first_step: int, num_steps: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Yield the batches of the steps from ``first_step`` up to ``num_steps``, in order."""
+    """Yield the batches of the steps from ``first_step`` up to ``num_steps``, in order.
+
+    Of the loader processes as many are started as shared memory has room for their batches; it is
+    said if these are fewer.
+
+    Raises:
+        InputError: A file that a batch is cut from is gone or damaged, or a loader process was
+            killed; torch says that at any place, too (`explain_killed_loader`).
+    """
+    num_workers = _fit_workers(dataset, first_step, num_workers) if first_step < num_steps else 0
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         sampler=range(first_step, num_steps),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=_PREFETCH if num_workers else None,
         persistent_workers=False,
     )
     try:
         yield from loader
     except InputError as error:  # a worker's comes with its traceback
         raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+    except (OSError, EOFError) as error:  # of the way to a worker, not of what it read
+        if not num_workers or "in DataLoader worker process" in str(error):
+            raise
+        raise InputError(_describe_killed(error)) from error
+
+
+@contextlib.contextmanager
+def explain_killed_loader() -> Iterator[None]:
+    """Turn the error that torch raises wherever the program is when a loader was killed.
+
+    Raises:
+        InputError: A loader process was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise InputError(_describe_killed(error)) from error
+
+
+def _describe_killed(error: Exception) -> str:
+    """Say that a loader process was killed, and what to do."""
+    signal = re.search(r"killed by signal: ([^.]+)", f"{error} {error.__cause__}")
+    return (
+        f"a loader process was killed{f' ({signal[1]})' if signal else ''}: memory or {_SHARED} is "
+        "full, or a file of the cache was cut while it was read; the same command goes on from the "
+        "last checkpoint, with train.workers=0 in this process alone"
+    )
+
+
+def _fit_workers(dataset: PatchDataset, step: int, wanted: int) -> int:
+    """Return how many loader processes may run: where shared memory is full, torch waits forever.
+
+    Half of what is free is taken: there may be other trainings, and later batches may be larger.
+    """
+    if not wanted or not _SHARED.is_dir():
+        return wanted
+    parts = (part for part in dataset[step].values() if part is not None)
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
+    free = shutil.disk_usage(_SHARED).free
+    fitting = int(free / 2 / (_PREFETCH * size))
+    if fitting < wanted:
+        print(
+            f"note: {_SHARED} has {free / 1e6:.0f} MB free, and {_PREFETCH} batches of "
+            f"{size / 1e6:.1f} MB wait there for each loader process: {fitting} are started, not "
+            f"{wanted}; give a container more of it, as --shm-size=1g",
+            file=sys.stderr,
+        )
+    return min(fitting, wanted)

@@ -7,6 +7,7 @@ does not name, or that has been changed since, is somebody's work: it is never r
 import contextlib
 import os
 import re
+import time
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ RECORD = "predictions.json"
 OVERWRITE = "--overwrite"
 _LISTS = ("cases.csv", "cases.json", "dataset.json")
 _NUM_SHOWN = 5
+_PARTS = ("labels", "model", "flags", "scans", "files")
+_FEWER = 19  # times as long as the last writing of the record, until the next one
 
 Scans = dict[str, tuple[Path, ...]]
 """The image files of each scan, by its name."""
@@ -233,46 +236,70 @@ def read_files(out: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in _read_record(out).get("files", {}).items()}
 
 
-def record_predictions(
-    out: Path,
-    files: Iterable[Path],
-    *,
-    labels: Mapping[str, str] | None = None,
-    model: Mapping[str, Any] | None = None,
-    flags: Mapping[str, Sequence[str]] | None = None,
-) -> None:
-    """Add files to the record of a folder; what it says of others stands.
+class Record:
+    """Adds files to the record of a folder as they are written; what it says of others stands.
+
+    The record of thousands of pictures takes longer to write than one of them takes to segment, so
+    it is written when that costs no more than a twentieth of the time, and at the end by `write`.
+    After a kill in between, masks are known by their marks, and maps are not.
 
     Args:
         out: The folder.
-        files: What was written into it.
-        labels: Name of each label value.
-        model: Where the model comes from.
-        flags: By scan, what lies outside of the training range.
     """
-    with lock(out):
-        _record(out, files, labels, model, flags)
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._pending: dict[str, dict[str, Any]] = {}
+        self._next = 0.0
+
+    def add(
+        self,
+        files: Iterable[Path],
+        *,
+        labels: Mapping[str, str] | None = None,
+        model: Mapping[str, Any] | None = None,
+        flags: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Add files as they are now.
+
+        Args:
+            files: What was written into the folder.
+            labels: Name of each label value.
+            model: Where the model comes from.
+            flags: By scan, what lies outside of the training range.
+        """
+        hashes = {path.relative_to(self.out).as_posix(): hash_file(path) for path in files}
+        whole = {"labels": labels, "model": model}
+        self._pending |= {key: dict(part) for key, part in whole.items() if part is not None}
+        scans = {name: dict(model or {}) for name in flags or ()}
+        for key, part in (("flags", flags or {}), ("scans", scans), ("files", hashes)):
+            self._pending.setdefault(key, {}).update(part)
+        if time.monotonic() >= self._next:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was added since the last time.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        if not self._pending:
+            return
+        started = time.monotonic()
+        with lock(self.out):
+            record = _read_record(self.out)
+            merged = {key: {**record.get(key, {}), **self._pending.get(key, {})} for key in _PARTS}
+            merged |= {k: self._pending[k] for k in ("labels", "model") if k in self._pending}
+            write_json(self.out / RECORD, merged)
+        self._pending = {}
+        self._next = time.monotonic() + _FEWER * (time.monotonic() - started)
 
 
-def _record(
-    out: Path,
-    files: Iterable[Path],
-    labels: Mapping[str, str] | None,
-    model: Mapping[str, Any] | None,
-    flags: Mapping[str, Sequence[str]] | None,
-) -> None:
-    """Add files to the record of a folder, whose lock is held."""
-    record = _read_record(out)
-    hashes = {path.relative_to(out).as_posix(): hash_file(path) for path in files}
-    flags = flags or {}
-    content = {
-        "labels": dict(labels if labels is not None else record.get("labels", {})),
-        "model": dict(model if model is not None else record.get("model", {})),
-        "flags": {**record.get("flags", {}), **flags},
-        "scans": {**record.get("scans", {}), **{name: dict(model or {}) for name in flags}},
-        "files": {**record.get("files", {}), **hashes},
-    }
-    write_json(out / RECORD, content)
+def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:
+    """Add files to the record of a folder at once; the arguments are those of `Record.add`."""
+    record = Record(out)
+    record.add(files, **about)
+    record.write()
 
 
 def find_scans(

@@ -13,7 +13,7 @@ import numpy as np
 
 from medssl.config import DataSection, InputError, load_config
 from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
-from medssl.runs import hash_file, list_rounds, read_json, write_json
+from medssl.runs import find_edited, hash_file, list_rounds, read_json, write_json
 
 RECORD = "trained_on.json"
 
@@ -52,7 +52,7 @@ def read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
     """Return the splits of a run, and how and where its data is read.
 
     Raises:
-        InputError: It is no run, or its files are damaged.
+        InputError: It is no run, or its files are damaged or not those that it was begun with.
     """
     path = run_dir / "splits.json"
     if not path.is_file():
@@ -61,6 +61,8 @@ def read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
             f"labeled scans: medssl evaluate {run_dir} DATA --out DIR"
         )
     content = read_json(path)
+    if edited := find_edited(run_dir).get(path.name):
+        raise InputError(edited)
     data = load_config(run_dir / "config.yaml").config.data
     try:
         splits, root = Splits.from_json(content), find_data(content["dataset"], data.root)

@@ -70,6 +70,7 @@ def write_report(run_dir: Path, share: bool = False) -> Path:
         headline=sentences.write_headline(run, names),
         status=sentences.describe_status(run),
         damaged=run.damaged,
+        edited=run.edited,
         facts=_list_facts(run),
         verdict=_describe_verdict(run, sources, names),
         interval=_place_interval(run),

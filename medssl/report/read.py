@@ -5,6 +5,7 @@ A run that was interrupted in round 0, or was never evaluated, is as good a run 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from medssl.runs import (
     Journal,
     RoundLine,
     Shape,
+    find_edited,
     list_rounds,
     read_config,
     read_json,
@@ -62,6 +64,7 @@ class RoundFiles:
 class RunFiles:
     """What a run folder holds; absent files are empty, damaged ones are in ``damaged`` too.
 
+    ``edited`` names those that are not what the run was begun with.
     ``classes`` and ``label_values`` map class index to name and to the value in label files;
     ``dice`` is the mean Dice of the delivered model for each test case.
     """
@@ -81,6 +84,7 @@ class RunFiles:
     classes: Mapping[int, str]
     label_values: tuple[int, ...]
     damaged: tuple[str, ...]
+    edited: tuple[str, ...] = ()
 
     @property
     def dice(self) -> dict[str, float]:
@@ -155,7 +159,15 @@ def read_run(folder: Path) -> RunFiles:
         classes={int(k): str(v) for k, v in (model.get("labels") or {}).items() if k.isdecimal()},
         label_values=tuple(int(value) for value in model.get("label_values") or ()),
         damaged=tuple(damaged),
+        edited=_find_edited(folder),
     )
+
+
+def _find_edited(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files that are not what the run was begun with."""
+    with contextlib.suppress(InputError, OSError):  # a damaged one is named as such
+        return tuple(find_edited(folder))
+    return ()
 
 
 def number(value: object) -> float | None:

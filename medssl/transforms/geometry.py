@@ -38,12 +38,14 @@ class Volume:
 
     A picture has no spacing: its affine is the identity, and the unit is the pixel. `header` is
     that of the file that the array is on the grid of; None for a picture and for all other grids.
+    `other_headers` are those of the files of further channels.
     """
 
     array: NDArray[Any]
     affine: Affine
     has_spacing: bool = True
     header: Header | None = None
+    other_headers: tuple[Header, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an array that is not (C, I, J, K), and an affine that is not one."""

@@ -17,6 +17,7 @@ import torch
 from medssl.config import IGNORE, Config, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
+from medssl.data.pseudo_labels import draw_probs, is_whole, measure_agreement
 from medssl.losses.robust import estimate_transition
 from medssl.metrics import Row, mean_known
 from medssl.networks.build import SegmentationNetwork, build_network
@@ -34,7 +35,6 @@ from medssl.predict import (
 )
 from medssl.pseudo.gates import Expectation, expect_from
 from medssl.pseudo.label import read_review, weigh_cases
-from medssl.pseudo.store import draw_probs, is_whole, measure_agreement
 from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
 from medssl.runs import (
     ModelMark,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from medssl.data.cache import CachedCase
+from medssl.data.pseudo_labels import measure_agreement
 from medssl.metrics import mean_known
 from medssl.predict import (
     Model,
@@ -23,7 +24,6 @@ from medssl.predict import (
 )
 from medssl.pseudo.gates import CaseReview, Gate, judge_model
 from medssl.pseudo.label import RawPseudoLabel, label_cases
-from medssl.pseudo.store import measure_agreement
 from medssl.pseudo.uncertainty import combine, entropy_of
 from medssl.runs import (
     Journal,

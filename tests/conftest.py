@@ -167,7 +167,7 @@ def cached_cases(tmp_path_factory, tiny_recipe):
 def pseudo_labeled(cached_cases, tmp_path_factory):
     """The unlabeled cases with confident pseudo-labels on disk."""
     from medssl.data.loaders import UnlabeledCase
-    from medssl.pseudo.store import write_pseudo_label
+    from medssl.data.pseudo_labels import write_pseudo_label
 
     folder = tmp_path_factory.mktemp("pseudo_labels")
     result = []

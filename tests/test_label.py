@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from medssl.data.pseudo_labels import write_pseudo_label
 from medssl.pseudo import label
 from medssl.pseudo.gates import drop_islands, expect_from
-from medssl.pseudo.store import write_pseudo_label
 
 
 def to_probs(classes, num_classes=3):

@@ -18,10 +18,10 @@ from medssl.config import InputError, list_methods, load_config
 from medssl.data.formats import read_dataset
 from medssl.data.io import read_label, write_mask
 from medssl.data.phantoms import write_phantoms
+from medssl.data.pseudo_labels import read_pseudo_label
 from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
 from medssl.pseudo.label import weigh_cases
-from medssl.pseudo.store import read_pseudo_label
 from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
 from medssl.tracking.folder import read_folder
 

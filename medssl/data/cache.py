@@ -329,8 +329,8 @@ _GONE = (
 )
 
 
-def map_array(path: Path) -> NDArray[Any]:
-    """Map an array file, read-only.
+def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
+    """Map an array file, read-only; ``repair`` is said where that fails.
 
     Raises:
         InputError: It is gone or damaged.
@@ -338,7 +338,7 @@ def map_array(path: Path) -> NDArray[Any]:
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: {_GONE}") from error
+        raise InputError(f"{path}: {repair}") from error
     return array
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medssl.config import IGNORE, InputError, RandAugmentSection
-from medssl.data.cache import CachedCase, map_array, read_class_voxels
+from medssl.data.cache import CachedCase, read_class_voxels
+from medssl.data.pseudo_labels import map_pseudo_label
 from medssl.runs import seed_from
 from medssl.transforms.intensity import apply_seeded, build_intensity, build_occlusion
 from medssl.transforms.randaugment import (
@@ -173,12 +174,11 @@ class PatchDataset(Dataset[Batch]):
             patch["strong_2"] = self._disturb(weak, others, seed + 2) * inside
         if case.folder is None:
             return patch
-        probs = map_array(case.folder / "probs.npy")
-        doubt = map_array(case.folder / "uncertainty.npy")
+        probs, uncertainty = map_pseudo_label(case.folder)
         sampled = draw.sample(probs, nearest=False)
         total = sampled.sum(0, keepdim=True)
         patch["probs"] = torch.where(total > 0, sampled / total.clamp(min=1.0), sampled)
-        patch["uncertainty"] = draw.sample(doubt[None], nearest=False)
+        patch["uncertainty"] = draw.sample(uncertainty[None], nearest=False)
         patch["weight"] = inside * (total > 0)
         return patch
 

@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from medssl.config import IGNORE, CaseFilterSection, FilterSection, InputError
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
-from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
-from medssl.pseudo.overlays import write_overlay
-from medssl.pseudo.store import (
+from medssl.data.pseudo_labels import (
     has_pseudo_label,
     measure_agreement,
     read_pseudo_label,
     read_stability,
     write_pseudo_label,
 )
+from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
+from medssl.pseudo.overlays import write_overlay
 from medssl.runs import write_text
 from medssl.transforms.geometry import to_native
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.config import InputError
+from medssl.data.cache import map_array
 from medssl.runs import (
     Shape,
     find_changed,
@@ -26,6 +27,10 @@ from medssl.runs import (
 )
 
 MOST_VOXELS = 5_000  # per class, kept to place patches on
+_GONE = (
+    "cannot be read: damaged, or removed while it was used; delete the done.json of its round: the "
+    "same command then makes it anew"
+)
 _ARRAYS = ("probs.npy", "uncertainty.npy", "class_voxels.npz")
 
 
@@ -106,7 +111,7 @@ def is_whole(folder: Path, shape: tuple[int, ...]) -> bool:
     """Return whether a pseudo-label (num_classes, I, J, K) is as it was when it was written."""
     try:
         meta = read_json(folder / "meta.json", Meta)
-        probs, uncertainty = (_open(folder / name) for name in _ARRAYS[:2])
+        probs, uncertainty = map_pseudo_label(folder)
     except InputError:
         return False
     is_shaped = (probs.shape, uncertainty.shape) == (shape, shape[1:])
@@ -114,22 +119,20 @@ def is_whole(folder: Path, shape: tuple[int, ...]) -> bool:
     return is_shaped and is_typed and not find_changed(folder, meta)
 
 
-def _open(path: Path) -> NDArray[Any]:
-    """Map an array of a pseudo-label."""
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"{path}: cannot be read: damaged, or removed while it was used; delete the done.json "
-            "of its round: the same command then makes it anew"
-        ) from error
-    return array
+def map_pseudo_label(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    """Map probs (num_classes, I, J, K), 255 = 1, and uncertainty (I, J, K) of a pseudo-label.
+
+    Raises:
+        InputError: One of them is gone or damaged.
+    """
+    probs, uncertainty = (map_array(folder / name, _GONE) for name in _ARRAYS[:2])
+    return probs, uncertainty
 
 
 def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return probs (num_classes, I, J, K) and uncertainty (I, J, K) of a pseudo-label."""
-    probs = _open(folder / "probs.npy").astype(np.float32)
-    return probs / np.float32(255), _open(folder / "uncertainty.npy").astype(np.float32)
+    probs, uncertainty = (array.astype(np.float32) for array in map_pseudo_label(folder))
+    return probs / np.float32(255), uncertainty
 
 
 def read_stability(folder: Path) -> float | None:
@@ -143,7 +146,7 @@ def draw_probs(folders: Sequence[Path], num_voxels: int = 100_000) -> Tensor:
     each = max(1, num_voxels // len(folders))
     drawn = []
     for folder in folders:
-        probs = _open(folder / "probs.npy")
+        probs, _ = map_pseudo_label(folder)
         rng = np.random.default_rng(seed_from("draw_probs", folder.name))
         places = rng.integers(int(np.prod(probs.shape[1:])), size=each)
         drawn.append(np.asarray(probs.reshape(len(probs), -1)[:, places].T, dtype=np.float32))

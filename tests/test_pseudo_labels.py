@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from medssl.config import InputError
-from medssl.pseudo import store
-from medssl.pseudo.store import (
+from medssl.data import pseudo_labels
+from medssl.data.pseudo_labels import (
     has_pseudo_label,
     is_whole,
     measure_agreement,
@@ -43,14 +43,14 @@ def test_a_pseudo_label_belongs_to_the_teacher_that_made_it(tmp_path):
 @pytest.mark.parametrize("last", ["probs.npy", "uncertainty.npy", "class_voxels.npz"])
 def test_a_kill_while_writing_leaves_no_pseudo_label_that_looks_whole(tmp_path, monkeypatch, last):
     write_pseudo_label(tmp_path / "a", *draw(0), "old")
-    write_file = store.write_file
+    write_file = pseudo_labels.write_file
 
     def die(path, write):
         if path.name == last:
             raise KeyboardInterrupt
         write_file(path, write)
 
-    monkeypatch.setattr(store, "write_file", die)
+    monkeypatch.setattr(pseudo_labels, "write_file", die)
     with pytest.raises(KeyboardInterrupt):
         write_pseudo_label(tmp_path / "a", *draw(1), "new")
     assert not has_pseudo_label(tmp_path / "a", "new", (3, *SHAPE))
@@ -102,7 +102,7 @@ def test_a_pseudo_label_of_non_finite_numbers_is_refused_and_not_written(tmp_pat
 
 
 def test_the_voxels_to_place_patches_on_are_voxels_of_their_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "MOST_VOXELS", 4)
+    monkeypatch.setattr(pseudo_labels, "MOST_VOXELS", 4)
     probs, uncertainty = draw()
     write_pseudo_label(tmp_path / "a", probs, uncertainty, "t")
     classes = read_pseudo_label(tmp_path / "a")[0].argmax(0)

@@ -33,7 +33,7 @@ from medssl.config import (
 from medssl.runs import FULL, describe_full_disk, list_rounds
 
 if TYPE_CHECKING:
-    from medssl.deliver import Outcome
+    from medssl.rounds.deliver import Outcome
 
 app = typer.Typer(
     add_completion=False,
@@ -257,7 +257,7 @@ def _train(
     root = _check_training(resolved, cross_check, round_0)
     from medssl.cross_check import cross_check as check_folds  # slow to import: after the mistakes
     from medssl.cross_check import list_folds
-    from medssl.rounds import prepare, run_training
+    from medssl.rounds.loop import prepare, run_training
 
     place = root.resolve()
     folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")

@@ -26,7 +26,7 @@ from medssl.metrics import (
 from medssl.runs import Delivered, StopFlag, read_json
 
 if TYPE_CHECKING:
-    from medssl.rounds import Prepared
+    from medssl.rounds.loop import Prepared
 
 FOLDER = "cross_check"
 
@@ -118,7 +118,7 @@ def cross_check(
         InputError: The folds cannot be dealt.
     """
     from medssl.evaluate import evaluate_run, write_tables  # slow: folds are dealt without them
-    from medssl.rounds import run_training
+    from medssl.rounds.loop import run_training
 
     rows: list[Row] = []
     before: list[Row] = []

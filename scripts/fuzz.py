@@ -34,7 +34,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medssl import rounds, students, teachers
 from medssl.compare import compare
 from medssl.config import Config, InputError, dump, load_config
 from medssl.data.io import read_geometry, read_image, read_label, read_label_values
@@ -43,6 +42,7 @@ from medssl.evaluate import evaluate_run
 from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
 from medssl.report import write_report
+from medssl.rounds import loop, student, teacher
 from medssl.runs import StopFlag
 from medssl.tracking.folder import read_folder, read_points
 from medssl.tracking.note import describe, write_note
@@ -265,15 +265,15 @@ def make_run() -> tuple[Path, Path]:
 
 def go_on(data: Path, run: Path) -> None:
     """Train a run, or take it up again; of two steps no gate is asked."""
-    accept = students.read_review
+    accept = student.read_review
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teachers, "judge_model", lambda *_: Gate(True, ()))
+        patch.setattr(teacher, "judge_model", lambda *_: Gate(True, ()))
         patch.setattr(
-            students, "read_review", lambda home: [{**r, "accepted": "1"} for r in accept(home)]
+            student, "read_review", lambda home: [{**r, "accepted": "1"} for r in accept(home)]
         )
         resolved = load_config(data, RUN_SETTINGS)
-        prepared = rounds.prepare(resolved, lambda plan: load_config(data, RUN_SETTINGS, plan), run)
-        rounds.run_training(prepared, run, StopFlag(run))
+        prepared = loop.prepare(resolved, lambda plan: load_config(data, RUN_SETTINGS, plan), run)
+        loop.run_training(prepared, run, StopFlag(run))
 
 
 def tell(run: Path) -> None:

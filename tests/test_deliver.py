@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from medssl import deliver
+from medssl.rounds import deliver
 from medssl.runs import write_json
 
 

@@ -22,9 +22,9 @@ from medssl.plan import (
     make_plan,
     resolve,
 )
+from medssl.rounds.student import check_settings
 from medssl.runs import read_json, write_json
 from medssl.sides import find_mirrored
-from medssl.students import check_settings
 
 LABELS = {0: "background", 3: "organ", 7: "lesion"}
 

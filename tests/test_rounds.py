@@ -13,15 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medssl import cli, rounds, runs, students, teachers
+from medssl import cli, runs
 from medssl.config import InputError, list_methods, load_config
 from medssl.data.formats import read_dataset
 from medssl.data.io import read_label, write_mask
 from medssl.data.phantoms import write_phantoms
 from medssl.data.pseudo_labels import read_pseudo_label
 from medssl.predict import load_model
-from medssl.pseudo.gates import Gate
+from medssl.pseudo.gates import Expectation, Gate
 from medssl.pseudo.label import weigh_cases
+from medssl.rounds import loop
+from medssl.rounds import run as run_of_rounds
+from medssl.rounds import student as students
+from medssl.rounds import teacher as teachers
+from medssl.rounds.run import measure_validation
 from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
 from medssl.tracking.folder import read_folder
 
@@ -67,11 +72,11 @@ def start(data, tmp_path, monkeypatch, stop_at):
         *overrides, name="run", stop=None, settings=SETTINGS, taken=None, stop_flag=None, **options
     ):
         given = [*settings, *overrides]
-        prepared = rounds.prepare(
+        prepared = loop.prepare(
             load_config(data, given), lambda plan: load_config(data, given, plan), taken
         )
         folder = tmp_path / "runs" / name
-        rounds.run_training(prepared, folder, stop_flag or stop_at(stop), **options)
+        loop.run_training(prepared, folder, stop_flag or stop_at(stop), **options)
         return folder
 
     return run
@@ -228,7 +233,7 @@ def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeyp
         return torch.eye(3)[list(classes)].T.reshape(1, 3, 5, 1, 1)
 
     earlier = {"first": say(0, 0, 0, 2, 2), "second": say(1, 1, 0, 0, 2)}
-    monkeypatch.setattr(students, "predict_probs", lambda *_: say(1, 1, 2, 2, 0))
+    monkeypatch.setattr(run_of_rounds, "predict_probs", lambda *_: say(1, 1, 2, 2, 0))
     monkeypatch.setattr(teachers, "predict_probs", lambda network, *_: earlier[network])
     shape = {"patch_size": (5, 1, 1), "precision": "float32", "slice_axis": None, "flips": ()}
     plan = SimpleNamespace(**shape, num_classes=3, device="cpu")
@@ -333,7 +338,7 @@ def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start
 
 @pytest.mark.parametrize(
     ("owner", "function", "place"),
-    [(rounds.shutil, "copytree", "model"), (rounds, "write_json", "done.json")],
+    [(loop.shutil, "copytree", "model"), (loop, "write_json", "done.json")],
 )
 def test_a_kill_while_round_0_is_taken_over_leaves_it_undone(
     start, monkeypatch, owner, function, place
@@ -455,7 +460,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_way_out(start, monkeypatc
     def refuse(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
-    monkeypatch.setattr(rounds, "train_round", refuse)
+    monkeypatch.setattr(loop, "train_round", refuse)
     with pytest.raises(InputError, match=r"out of memory; lower train\.batch"):
         start("rounds=0")
 
@@ -518,10 +523,10 @@ def test_a_label_that_is_cut_while_its_scan_is_segmented_was_read_before(
         os.truncate(tmp_path / "label" / "label.npy", 0)
         return torch.nn.functional.one_hot(truth, 3).movedim(-1, 0)[None].float()
 
-    monkeypatch.setattr(students, "predict_probs", segment)
+    monkeypatch.setattr(run_of_rounds, "predict_probs", segment)
     names = ("background", "organ", "lesion")
     run = SimpleNamespace(val=(case,), plan=tiny_plan, class_names=names)
-    (row,) = students.measure_validation(run, torch.nn.Identity())
+    (row,) = measure_validation(run, torch.nn.Identity())
     assert row["dice"] == 1.0
 
 
@@ -556,7 +561,7 @@ def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, 
 def fake_expectation(shares):
     """Return an expectation with these shares, of classes that need not be there."""
     foreground = {index: float(share) for index, share in enumerate(shares) if index}
-    return students.Expectation(presence=dict.fromkeys(foreground, 0.0), share=foreground)
+    return Expectation(presence=dict.fromkeys(foreground, 0.0), share=foreground)
 
 
 def make_row(case_id, coverage, volumes, unit):
@@ -583,19 +588,19 @@ def test_cases_are_weighed_by_accepted_share_and_by_the_rarity_of_their_classes(
 
 
 def test_a_plan_of_a_start_that_was_killed_is_not_taken_over(start, tmp_path, monkeypatch):
-    real = rounds.write_json
+    real = loop.write_json
 
     def die(path, content):
         if path.name == "run.json":
             raise KeyboardInterrupt
         real(path, content)
 
-    monkeypatch.setattr(rounds, "write_json", die)
+    monkeypatch.setattr(loop, "write_json", die)
     folder = tmp_path / "runs" / "run"
     with pytest.raises(KeyboardInterrupt):
         start("rounds=0", taken=folder)
     assert (folder / "plan.json").is_file()
-    monkeypatch.setattr(rounds, "write_json", real)
+    monkeypatch.setattr(loop, "write_json", real)
     start("rounds=0", "plan.patch_size=[8,8,8]", taken=folder)
     assert read_json(folder / "plan.json")["patch_size"] == [8, 8, 8]
     assert load_config(folder / "config.yaml").config.plan.patch_size == (8, 8, 8)
@@ -696,7 +701,7 @@ def test_mlflow_gets_a_run_for_the_last_time_with_its_state_and_report(
             page = (self.folder / "report_share.html").read_text()
             sent.append((read_json(self.folder / "state.json")["status"], "<html" in page))
 
-    monkeypatch.setattr(rounds, "Mirror", Mirror)
+    monkeypatch.setattr(loop, "Mirror", Mirror)
     monkeypatch.setattr(runs.StopFlag, "is_set", lambda _: flag.is_set())
     given = [*SETTINGS, "rounds=0", "tracking.uri=auto"]
     reload = lambda plan: load_config(data, given, plan)  # noqa: E731
@@ -709,7 +714,7 @@ def test_the_plan_of_a_run_says_that_a_label_was_made_by_a_model(tmp_path):
     label, values = read_dataset(tmp_path).cases[0].label, (0, 1, 2, 3)
     write_mask(label, *read_label(label, values, None), values, origin="pseudo-mask")
     resolved = load_config(tmp_path, SETTINGS)
-    prepared = rounds.prepare(resolved, lambda plan: load_config(tmp_path, SETTINGS, plan), None)
+    prepared = loop.prepare(resolved, lambda plan: load_config(tmp_path, SETTINGS, plan), None)
     (reason,) = [reason for reason in prepared.plan.reasons if "made by a model" in reason]
     assert reason.startswith("1 of 2 labels")
 
@@ -742,7 +747,7 @@ def test_a_full_disk_at_the_end_does_not_hide_what_came_first(start, monkeypatch
     def full(*_):
         raise InputError("the disk is full")
 
-    monkeypatch.setattr(rounds, "_run_rounds", fail)
-    monkeypatch.setattr(rounds, "set_status", lambda home, s: s == "running" or full())
+    monkeypatch.setattr(loop, "_run_rounds", fail)
+    monkeypatch.setattr(loop, "set_status", lambda home, s: s == "running" or full())
     with pytest.raises(FloatingPointError, match="the first error"):
         start("rounds=0")

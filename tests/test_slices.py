@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from medssl import rounds
 from medssl.cli import app
 from medssl.config import InputError, load_config
 from medssl.data.cases import Case
@@ -26,6 +25,7 @@ from medssl.networks.noise import DROPOUTS, DropBranch, sample_dropout
 from medssl.objective import Objective
 from medssl.plan import Plan, make_plan, resolve
 from medssl.predict import Model, ModelInfo, load_model, predict_files, predict_logits, save_model
+from medssl.rounds import loop
 from medssl.runs import read_json, write_json
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
@@ -549,7 +549,7 @@ def test_two_micrographs_teach_a_student(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(rounds, "_count_or_stop", lambda stop: None)  # it shall come to its steps
+    monkeypatch.setattr(loop, "_count_or_stop", lambda stop: None)  # it shall come to its steps
     data = tmp_path / "data"
     write_pictures(data, 2, 2, 0, shape=(64, 64))
     folders = [tmp_path / "runs" / name for name in ("whole", "stopped")]

@@ -6,15 +6,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medssl import rounds
 from medssl.config import InputError, load_config
 from medssl.data.cases import read_dataset
 from medssl.data.io import read_image
 from medssl.data.phantoms import write_phantoms
 from medssl.data.trained import find_data, find_rounds, find_trained_on, hash_voxels, read_splits
-from medssl.deliver import Outcome
 from medssl.report import overlays
 from medssl.report.read import read_run
+from medssl.rounds import loop
+from medssl.rounds.deliver import Outcome
 from medssl.runs import read_json, write_json
 
 
@@ -28,10 +28,10 @@ def run(tmp_path_factory, stop_at):
     given = ["tracking.uri=none", "plan.patch_size=[16,16,16]", "steps=2"]
     resolved = load_config(data / "my draft.csv", given)
     reload = lambda plan: load_config(data / "my draft.csv", given, plan)  # noqa: E731
-    prepared = rounds.prepare(resolved, reload, None)
+    prepared = loop.prepare(resolved, reload, None)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "_run_rounds", lambda *_: Outcome("delivered", None, ""))
-        rounds.run_training(prepared, folder / "runs" / "a", stop_at(None))
+        patched.setattr(loop, "_run_rounds", lambda *_: Outcome("delivered", None, ""))
+        loop.run_training(prepared, folder / "runs" / "a", stop_at(None))
     return folder / "runs" / "a"
 
 

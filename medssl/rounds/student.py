@@ -6,8 +6,7 @@ Axes: C channels, I J K voxel axes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
 from medssl.data.pseudo_labels import draw_probs, is_whole, measure_agreement
 from medssl.losses.robust import estimate_transition
-from medssl.metrics import Row, mean_known
+from medssl.metrics import mean_known
 from medssl.networks.build import SegmentationNetwork, build_network
 from medssl.networks.noise import freeze_encoder
 from medssl.objective import Objective, build_loss, list_options, load_objective
@@ -33,13 +32,22 @@ from medssl.predict import (
     predict_probs,
     save_model,
 )
-from medssl.pseudo.gates import Expectation, expect_from
 from medssl.pseudo.label import read_review, weigh_cases
 from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
+from medssl.rounds.run import (
+    Run,
+    StopRequested,
+    average_validation,
+    count_members,
+    expect,
+    load_members,
+    measure_validation,
+    predict_members,
+    to_tensor,
+)
 from medssl.runs import (
     ModelMark,
     RoundMark,
-    StopFlag,
     find_changed,
     hash_files,
     is_done,
@@ -53,49 +61,6 @@ TRANSPORT_STEPS = 500
 MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
 COMPARED = 8  # unlabeled scans on which a student is compared with its average
 LEAST_SHARE = 1e-6  # of a class in the prior that pseudo-labels are assigned towards
-
-
-class StopRequested(Exception):  # noqa: N818  # it is no error
-    """The stop flag was set; everything up to here is on disk."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all stages of a run share."""
-
-    folder: Path
-    config: Config
-    plan: Plan
-    hash: str
-    first_hash: str
-    labeled: tuple[CachedCase, ...]
-    unlabeled: tuple[CachedCase, ...]
-    val: tuple[CachedCase, ...]
-    info: ModelInfo
-    stop: StopFlag
-    notify: Callable[[], None]
-
-    @property
-    def num_rounds(self) -> int:
-        """Number of student rounds."""
-        return self.config.train.rounds if self.unlabeled else 0
-
-    def count_steps(self, index: int) -> int:
-        """Return the steps of a round."""
-        return at_round(self.plan.steps, index)
-
-    def round_hash(self, index: int) -> str:
-        """Return the hash of a round's models: round 0 depends on no setting of students."""
-        return self.hash if index else self.first_hash
-
-    def round_folder(self, index: int) -> Path:
-        """Return the folder of a round."""
-        return self.folder / f"round_{index}"
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, background first."""
-        return tuple(self.plan.labels[index] for index in range(self.plan.num_classes))
 
 
 def check_settings(config: Config, plan: Plan, num_val: int) -> None:
@@ -198,16 +163,6 @@ def _is_trained(run: Run, index: int, member: int) -> bool:
         )
     check_weights(folder)
     return True
-
-
-def count_members(run: Run, index: int) -> int:
-    """Return how many models a round of a run trains."""
-    return count_models(run.config, index, run.num_rounds)
-
-
-def count_models(config: Config, index: int, rounds: int) -> int:
-    """Return how many models a round trains; the last round has nobody to teach."""
-    return config.teacher.ensemble if index < rounds else 1
 
 
 def _train_model(
@@ -373,19 +328,6 @@ def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
     return whole / whole.sum()
 
 
-def load_members(run: Run, index: int) -> list[Model]:
-    """Return the models of a round: one, or an ensemble."""
-    members = range(count_members(run, index))
-    folders = [find_model_folder(run.folder, index, member) for member in members]
-    return [load_model(folder, run.plan.device) for folder in folders]
-
-
-def predict_members(run: Run, members: Sequence[Model], image: torch.Tensor) -> list[torch.Tensor]:
-    """Return the probs (1, num_classes, I, J, K) of each model, averaged over mirrorings."""
-    window = (run.plan.patch_size, run.plan.precision, run.plan.flips, run.plan.slice_axis)
-    return [predict_probs(model.network, image, *window) for model in members]
-
-
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     """Return the mean share of each class in what a teacher says of the annotated voxels."""
     shares = []
@@ -475,45 +417,3 @@ def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampli
 def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
     """Return val/dice of the validation cases on the cache grid."""
     return average_validation(measure_validation(run, network))
-
-
-@torch.no_grad()
-def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
-    """Return ``case_id``, ``dice/<class>`` and ``dice`` of each validation case, None for n/a."""
-    network.eval()
-    rows: list[Row] = []
-    for case in run.val:
-        mapped = case.label()
-        if mapped is None:
-            continue
-        label = np.array(mapped)  # of a map that is cut while the scan is segmented we would die
-        image = to_tensor(case, run.plan.device)
-        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
-        probs = predict_probs(network, image, size, precision, slice_axis=axis)
-        classes = probs[0].argmax(0).cpu().numpy()
-        classes[label == IGNORE] = IGNORE
-        dice: dict[str, float | None] = {}
-        for index, name in enumerate(run.class_names[1:], start=1):
-            is_there = bool((label == index).any() or (classes == index).any())
-            dice[name] = measure_agreement(classes, label, [index]) if is_there else None
-        named = {f"dice/{name}": value for name, value in dice.items()}
-        rows.append({"case_id": case.case_id, **named, "dice": mean_known(dice.values())})
-    return rows
-
-
-def average_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return val/dice and val/dice/<class>, the means over the cases that have a value."""
-    columns = [column for column in (rows[0] if rows else ()) if column.startswith("dice")]
-    means = {f"val/{column}": mean_known(row[column] for row in rows) for column in columns}
-    return {column: value for column, value in means.items() if value is not None}
-
-
-def expect(run: Run) -> Expectation:
-    """Return what the labeled cases lead one to expect of a pseudo-label."""
-    labels = (label for case in run.labeled if (label := case.label()) is not None)
-    return expect_from(labels, run.plan.num_classes)
-
-
-def to_tensor(case: CachedCase, device: str) -> torch.Tensor:
-    """Return the image of a case, (1, C, I, J, K) float32."""
-    return torch.from_numpy(np.asarray(case.image(), dtype=np.float32))[None].to(device)

@@ -28,13 +28,13 @@ from medssl.networks.build import (
 from medssl.objective import Objective, build_loss, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student, read_memory_limit
 from medssl.predict import SLICES, predict_logits
-from medssl.runs import Journal, StopFlag
-from medssl.students import (
+from medssl.rounds.run import count_models
+from medssl.rounds.student import (
     choose_sampling,
     count_label_passes,
-    count_models,
     find_patch_flips,
 )
+from medssl.runs import Journal, StopFlag
 from medssl.train import train
 
 TRIED_STEPS = 4  # at least, of which the last ones are timed

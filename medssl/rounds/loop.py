@@ -31,11 +31,14 @@ from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.formats import read_dataset
 from medssl.data.trained import write_trained_on
-from medssl.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
-from medssl.estimate import estimate_run
 from medssl.networks.build import explain_out_of_memory
 from medssl.plan import Plan, choose_device, choose_threads, make_plan, resolve
 from medssl.predict import ModelInfo, describe_model
+from medssl.rounds.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
+from medssl.rounds.estimate import estimate_run
+from medssl.rounds.run import Run, StopRequested
+from medssl.rounds.student import check_settings, train_round
+from medssl.rounds.teacher import label_and_judge
 from medssl.runs import (
     CaseCounter,
     Journal,
@@ -58,8 +61,6 @@ from medssl.runs import (
     write_json,
     write_text,
 )
-from medssl.students import Run, StopRequested, check_settings, train_round
-from medssl.teachers import label_and_judge
 from medssl.tracking import Mirror, check_uri, choose_store
 
 STUDENT_KEYS = (

@@ -25,6 +25,18 @@ from medssl.predict import (
 from medssl.pseudo.gates import CaseReview, Gate, judge_model
 from medssl.pseudo.label import RawPseudoLabel, label_cases
 from medssl.pseudo.uncertainty import combine, entropy_of
+from medssl.rounds.run import (
+    Run,
+    StopRequested,
+    average_validation,
+    count_members,
+    expect,
+    load_members,
+    measure_validation,
+    predict_members,
+    to_tensor,
+)
+from medssl.rounds.student import is_glance, needs_stability
 from medssl.runs import (
     Journal,
     ModelMark,
@@ -37,19 +49,6 @@ from medssl.runs import (
     seed_from,
     write_json,
     write_state,
-)
-from medssl.students import (
-    Run,
-    StopRequested,
-    average_validation,
-    count_members,
-    expect,
-    is_glance,
-    load_members,
-    measure_validation,
-    needs_stability,
-    predict_members,
-    to_tensor,
 )
 from medssl.train import find_model_folder
 

@@ -15,6 +15,7 @@ from medssl.data.io import write_mask
 from medssl.metrics import compare_cases, mean_known
 from medssl.networks.build import explain_out_of_memory
 from medssl.predict import Model, check_weights, explain_failure, load_model, predict_probs
+from medssl.rounds.run import Run, count_members, to_tensor
 from medssl.runs import (
     CaseCounter,
     RoundMark,
@@ -26,7 +27,6 @@ from medssl.runs import (
     write_json,
     write_state,
 )
-from medssl.students import Run, count_members, to_tensor
 from medssl.transforms.geometry import to_native
 
 MOST_REJECTED = 2  # rounds

@@ -151,8 +151,9 @@ def check(
     ] = None,
 ) -> None:
     """Show a data set as a table, every file of it, and everything that is wrong with it."""
-    from medssl.data.cases import list_files, read_dataset, split_cases
+    from medssl.data.cases import split_cases
     from medssl.data.files import explain_files, write_draft
+    from medssl.data.layouts import list_files, read_dataset
 
     config = load_config(first, overrides or []).config
     root = config.data.root
@@ -306,7 +307,8 @@ def _train(
 
 def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) -> Path:
     """Answer the mistakes that need neither torch nor a scan; return where the data is."""
-    from medssl.data.cases import read_dataset, split_cases, take
+    from medssl.data.cases import split_cases, take
+    from medssl.data.layouts import read_dataset
 
     data = resolved.config.data
     if data.root is None:
@@ -443,7 +445,7 @@ def _check_evaluation(
     model: Path, data: Path | None, overrides: list[str], out: Path | None, wanted: int | None
 ) -> DataSection:
     """Answer all mistakes that need neither torch nor a scan; return how the data is read."""
-    from medssl.data.cases import read_dataset
+    from medssl.data.layouts import read_dataset
     from medssl.data.trained import check_out, find_rounds, open_test_cases, resolve_model
 
     if data is None and out is not None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import DataSection, InputError
-from medssl.data.cases import Case, Dataset, read_dataset
+from medssl.data.cases import Case, Dataset
 from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.io import (
     MAX_DISPLACEMENT,
@@ -27,6 +27,7 @@ from medssl.data.io import (
     read_origin,
     write_mask,
 )
+from medssl.data.layouts import read_dataset
 from medssl.data.pictures import compare_colours, read_colours
 from medssl.data.predictions import Record, protect_files, read_files, record_predictions
 from medssl.data.trained import (

@@ -148,7 +148,7 @@ def draw_tiny_scan(seed, shape=(14, 12, 16)):
 def cached_cases(tmp_path_factory, tiny_recipe):
     """Two labeled and three unlabeled cases in a cache, by case_id."""
     from medssl.data.cache import build_cache
-    from medssl.data.formats import Case
+    from medssl.data.cases import Case
 
     folder = tmp_path_factory.mktemp("tiny_scans")
     cases = []

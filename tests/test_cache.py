@@ -11,7 +11,7 @@ import pytest
 from medssl.config import IGNORE, InputError
 from medssl.data import cache
 from medssl.data.cache import CachedCase, build_cache
-from medssl.data.formats import Case
+from medssl.data.cases import Case
 from medssl.data.io import write_mask
 from medssl.transforms.geometry import to_native
 from medssl.transforms.preprocess import Normalization, Preprocessing

@@ -9,18 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from medssl.config import DataSection, InputError
-from medssl.data.cases import (
-    PARTS,
-    Case,
-    Dataset,
-    Splits,
-    list_files,
-    read_dataset,
-    split_cases,
-    take,
-    take_test_with_labels,
-)
+from medssl.data.cases import PARTS, Case, Dataset, Splits, split_cases, take, take_test_with_labels
 from medssl.data.files import explain_files, walk_files, write_draft
+from medssl.data.layouts import list_files, read_dataset
 
 
 def touch(root: Path, *names: str) -> Path:

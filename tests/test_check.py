@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from medssl.cli import app
 from medssl.config import IGNORE, DataSection, InputError
-from medssl.data.cases import Case, Dataset, Splits, read_dataset, split_cases
+from medssl.data.cases import Case, Dataset, Splits, split_cases
 from medssl.data.check import CheckResult, check_dataset, describe_origins
 from medssl.data.io import read_label, write_mask
+from medssl.data.layouts import read_dataset
 
 SHAPE = (6, 7, 5)
 AFFINE = np.array([[-2.0, 0, 0, 10], [0, 1.5, 0, -20], [0, 0, 3.0, 5], [0, 0, 0, 1]])

@@ -25,8 +25,9 @@ from medssl import cli, evaluate
 from medssl.cli import app
 from medssl.compare import compare
 from medssl.config import DataSection, InputError
-from medssl.data.cases import Case, read_dataset
+from medssl.data.cases import Case
 from medssl.data.io import read_label, write_mask
+from medssl.data.layouts import read_dataset
 from medssl.evaluate import (
     evaluate_data,
     evaluate_model,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medssl.data.cases import read_dataset
 from medssl.data.io import affines_differ, read_geometry
+from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import LABEL_NAMES, make_phantom, write_phantoms
 
 SHAPE = (48, 56, 40)

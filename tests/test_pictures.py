@@ -8,10 +8,10 @@ from PIL import Image
 
 from medssl.config import DataSection, InputError
 from medssl.data.cache import build_cache
-from medssl.data.cases import read_dataset, split_cases
+from medssl.data.cases import Case, split_cases
 from medssl.data.check import check_dataset
-from medssl.data.formats import Case
 from medssl.data.io import read_geometry, read_image, read_label, write_map, write_mask
+from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import make_phantom, write_pictures
 from medssl.data.pictures import count_channels
 from medssl.predict import find_scans

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medssl.config import InputError, load_config
-from medssl.data.formats import Case, Dataset, read_dataset
+from medssl.data.cases import Case, Dataset
+from medssl.data.layouts import read_dataset
 from medssl.networks.build import build_network
 from medssl.plan import (
     Plan,

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from medssl import cli, runs
 from medssl.config import InputError, list_methods, load_config
-from medssl.data.formats import read_dataset
 from medssl.data.io import read_label, write_mask
+from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
 from medssl.data.pseudo_labels import read_pseudo_label
 from medssl.predict import load_model

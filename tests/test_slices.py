@@ -14,8 +14,7 @@ from torch import nn
 
 from medssl.cli import app
 from medssl.config import InputError, load_config
-from medssl.data.cases import Case
-from medssl.data.formats import Dataset
+from medssl.data.cases import Case, Dataset
 from medssl.data.io import read_label
 from medssl.data.loaders import PatchDataset, Sampling
 from medssl.data.phantoms import write_pictures

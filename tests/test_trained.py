@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from medssl.config import InputError, load_config
-from medssl.data.cases import read_dataset
 from medssl.data.io import read_image
+from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
 from medssl.data.trained import find_data, find_rounds, find_trained_on, hash_voxels, read_splits
 from medssl.report import overlays

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
+from medssl.data.cases import Case
 from medssl.data.files import is_picture, name_mask_suffix
-from medssl.data.formats import Case
 from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
 from medssl.data.trained import hash_voxels
 from medssl.machine import count_cores

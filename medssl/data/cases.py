@@ -1,34 +1,60 @@
-"""Which cases a data set holds, which part each belongs to, and who may open which label.
+"""What a case is, which part of a data set each belongs to, and who may open which label.
 
-`read_dataset` reads the layouts, `split_cases` deals the cases out, and `take` hands out a part
+The layouts give a `Dataset`, `split_cases` deals the cases out, and `take` hands out a part
 of them: the labels of unlabeled and test cases are not there to be opened.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from medssl.config import DataSection, InputError
-from medssl.data.formats import PARTS, Case, Dataset, Part, list_files, raise_all, read_dataset
 
-__all__ = [
-    "PARTS",
-    "Case",
-    "Dataset",
-    "Part",
-    "Splits",
-    "list_files",
-    "read_dataset",
-    "split_cases",
-    "take",
-    "take_test_with_labels",
-]
-
+Part = Literal["labeled", "unlabeled", "val", "test"]
+PARTS: tuple[Part, ...] = ("labeled", "unlabeled", "val", "test")
 Validation = Literal["auto", "fifth"] | int
 FEWEST_SCANS = 16  # labeled, below which all of them train
 FEWEST_PATIENTS = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan: one file per channel (or one 4D file), and perhaps its label.
+
+    `split` is what a list says of the case: labeled, unlabeled, val, test, or nothing.
+    """
+
+    case_id: str
+    images: tuple[Path, ...]
+    label: Path | None
+    patient_id: str
+    split: str = ""
+
+    def without_label(self) -> "Case":
+        """Return the case with no way to its label."""
+        return replace(self, label=None)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The cases of a folder or list, sorted by case_id, and what is declared about them.
+
+    `labels` maps a label's value to its name, 0 included; None: nothing is declared. `channels`
+    are names of modalities, empty where unknown. `ignore` is the value of voxels that nobody
+    annotated. `notes` are remarks of the reader for the user.
+    """
+
+    name: str
+    root: Path
+    format: str
+    cases: tuple[Case, ...]
+    labels: dict[int, str] | None
+    channels: tuple[str, ...]
+    ignore: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -215,3 +241,20 @@ def _find_cases(dataset: Dataset, case_ids: Sequence[str]) -> tuple[Case, ...]:
         [f"{case_id}: is in the splits, but not here" for case_id in missing], str(dataset.root)
     )
     return tuple(known[case_id] for case_id in case_ids)
+
+
+def raise_all(problems: Sequence[str], place: str) -> None:
+    """Raise one error that names all problems of a place.
+
+    Raises:
+        InputError: There is a problem.
+    """
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
+        raise InputError(show_text("\n".join(lines)))
+
+
+def show_text(text: str) -> str:
+    """Return a text that can be printed: what is not UTF-8 in a file name is written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

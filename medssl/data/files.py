@@ -8,10 +8,11 @@ import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from medssl.config import InputError
+from medssl.data.cases import Case, show_text
 
 SUFFIXES = (".nii.gz", ".nii")
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -48,24 +49,6 @@ _PATIENT = re.compile(r"^(sub-[A-Za-z0-9]+|(?:patient|subject|pat)[-_]?\d+)(?=[-
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}
 _MAX_CHANNELS = 8  # a folder with more images than this holds several cases
 _NUM_SHOWN = 12
-
-
-@dataclass(frozen=True)
-class Case:
-    """One scan: one file per channel (or one 4D file), and perhaps its label.
-
-    `split` is what a list says of the case: labeled, unlabeled, val, test, or nothing.
-    """
-
-    case_id: str
-    images: tuple[Path, ...]
-    label: Path | None
-    patient_id: str
-    split: str = ""
-
-    def without_label(self) -> "Case":
-        """Return the case with no way to its label."""
-        return replace(self, label=None)
 
 
 def strip_suffix(name: str) -> str | None:
@@ -264,11 +247,6 @@ def _show_folders(paths: Sequence[Path], root: Path) -> str:
         _show(same[0], root) + (f" and {len(same) - 1} more there" if len(same) > 1 else "")
         for same in folders.values()
     )
-
-
-def show_text(text: str) -> str:
-    """Return a text that can be printed: what is not UTF-8 in a file name is written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_dicom(path: Path) -> bool:

@@ -26,7 +26,7 @@ from medssl.data.files import (
     strip_suffix,
     walk_files,
 )
-from medssl.data.formats import read_dataset
+from medssl.data.layouts import read_dataset
 from medssl.runs import hash_file, lock, read_json, write_json
 
 RECORD = "predictions.json"

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from medssl.config import DataSection, InputError, load_config
-from medssl.data.cases import Case, Dataset, Splits, read_dataset, take_test_with_labels
+from medssl.data.cases import Case, Dataset, Splits, take_test_with_labels
+from medssl.data.layouts import read_dataset
 from medssl.runs import find_edited, hash_file, list_rounds, read_json, write_json
 
 RECORD = "trained_on.json"

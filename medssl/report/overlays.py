@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.config import InputError
-from medssl.data.cases import Case, read_dataset
+from medssl.data.cases import Case
 from medssl.data.files import name_mask_suffix
 from medssl.data.io import find_untrusted_value, read_image, read_label
+from medssl.data.layouts import read_dataset
 from medssl.data.trained import find_data
 from medssl.pseudo.overlays import render_overlay
 from medssl.report.read import RunFiles, number

@@ -29,7 +29,7 @@ from medssl.config import (
 from medssl.data.cache import CachedCase, build_cache, read_sources
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset, describe_origins
-from medssl.data.formats import read_dataset
+from medssl.data.layouts import read_dataset
 from medssl.data.trained import write_trained_on
 from medssl.networks.build import explain_out_of_memory
 from medssl.plan import Plan, choose_device, choose_threads, make_plan, resolve

@@ -14,11 +14,12 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from medssl.config import InputError
+from medssl.data.cases import PARTS, Case, Dataset, raise_all
 from medssl.data.files import (
     KINDS,
     SUFFIXES,
@@ -31,39 +32,15 @@ from medssl.data.files import (
     is_picture,
     keep_scans,
     list_scans,
-    show_text,
     strip_suffix,
     walk_files,
 )
-from medssl.data.files import Case as Case
-
-Part = Literal["labeled", "unlabeled", "val", "test"]
-PARTS: tuple[Part, ...] = ("labeled", "unlabeled", "val", "test")
 
 _COLOURS = ("red", "green", "blue")
 _MOST_OPENED = 25  # pictures whose headers tell the kind of all
 _MAX_HINTS = 20  # missing files for which a near name is looked for
 _MAX_ID_BYTES = 200  # of 255 that a file name may have, with `_uncertainty.nii.gz` and a prefix
 _LISTS = ("cases.csv", "cases.json")
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The cases of a folder or list, sorted by case_id, and what is declared about them.
-
-    `labels` maps a label's value to its name, 0 included; None: nothing is declared. `channels`
-    are names of modalities, empty where unknown. `ignore` is the value of voxels that nobody
-    annotated. `notes` are remarks of the reader for the user.
-    """
-
-    name: str
-    root: Path
-    format: str
-    cases: tuple[Case, ...]
-    labels: dict[int, str] | None
-    channels: tuple[str, ...]
-    ignore: int | None = None
-    notes: tuple[str, ...] = ()
 
 
 def read_dataset(
@@ -848,18 +825,6 @@ def _explain_file(path: Path) -> str:
     if os.path.isfile(path):
         return f"{path} is no scan that is read, {KINDS}; {explain_kind(path) or 'name another'}"
     return f"{path} does not exist" if not os.path.exists(path) else f"{path} is no regular file"
-
-
-def raise_all(problems: Sequence[str], place: str) -> None:
-    """Raise one error that names all problems of a place.
-
-    Raises:
-        InputError: There is a problem.
-    """
-    if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
-        raise InputError(show_text("\n".join(lines)))
 
 
 _READERS: dict[str, Callable[[Path], Dataset]] = {

@@ -20,6 +20,7 @@ from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
 from medssl.data.pseudo_labels import read_pseudo_label
 from medssl.predict import load_model
+from medssl.pseudo import label
 from medssl.pseudo.gates import Expectation, Gate
 from medssl.pseudo.label import weigh_cases
 from medssl.rounds import loop
@@ -61,8 +62,13 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def start(data, tmp_path, monkeypatch, stop_at):
-    """Return a function that runs all rounds in a folder; models of a few steps pass the gate."""
+    """Return a function that runs all rounds in a folder; models of a few steps pass the gate.
+
+    Their time is not estimated first, and nothing is drawn: either takes longer than the training.
+    """
     monkeypatch.setattr(teachers, "judge_model", lambda *_: Gate(True, ()))
+    monkeypatch.setattr(loop, "estimate_run", lambda *_: {"hours": 0.01})
+    monkeypatch.setattr(label, "write_overlay", lambda *_, **__: None)
     accept = students.read_review
     monkeypatch.setattr(
         students, "read_review", lambda folder: [{**row, "accepted": "1"} for row in accept(folder)]

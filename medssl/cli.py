@@ -356,8 +356,7 @@ def _write_report(folder: Path, share: bool = False) -> Path:
     """Write both reports of a run; the one to share has pseudonyms and no paths."""
     from medssl.report import write_report
 
-    paths = write_report(folder), write_report(folder, share=True)  # MLflow gets the second one
-    return paths[share]
+    return write_report(folder)[share]  # MLflow gets the second one
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """The whole way on small phantoms: resume to the same bits, locked labels, delivery."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import shutil
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from medssl import cli
 from medssl.data.phantoms import write_phantoms
 from medssl.runs import hash_file, lock
 
@@ -33,15 +37,25 @@ SETTINGS = [
     "network.depth=3",
     "train.lr=4e-3",
 ]
-RUN = [sys.executable, "-m", "medssl"]
+RUN = [sys.executable, "-m", "medssl"]  # a process of its own, to be killed
 
 
-def medssl(*arguments: object, code: int = 0, **options: object) -> str:
-    """Run the command line and return what it printed."""
-    command = [*RUN, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    assert result.returncode == code, result.stdout + result.stderr
-    return result.stdout + result.stderr
+def medssl(*arguments: object, code: int = 0) -> str:
+    """Run the command line in this process and return what it printed."""
+    told, ended = io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(told),
+    ):
+        patch.setattr(sys, "argv", ["medssl", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as end:
+            ended = end.code or 0
+    assert ended == code, told.getvalue()
+    return told.getvalue()
 
 
 def read_journal(run: Path) -> list[tuple[object, ...]]:

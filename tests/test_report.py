@@ -319,11 +319,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def report(run_dir: Path, share: bool = False) -> Page:
-    return Page(write_report(run_dir, share))
+    return Page(write_report(run_dir)[share])
 
 
 def test_the_page_is_self_contained_and_small(run: Path) -> None:
-    path = write_report(run)
+    path = write_report(run)[0]
     page = Page(path)
     assert path == run / "report.html"
     assert path.stat().st_size < 5_000_000
@@ -609,7 +609,7 @@ def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) ->
         "see ../scans/smith.nii.gz",
     ]
     dump(run / "plan.json", plan)
-    path = write_report(run, share=True)
+    path = write_report(run)[1]
     page = Page(path)
     assert path == run / "report_share.html"
     everything = page.html + page.text

@@ -64,8 +64,8 @@ def data(tmp_path_factory):
 def start(data, tmp_path, monkeypatch, stop_at):
     """Return a function that runs all rounds in a folder; models of a few steps pass the gate.
 
-    Their time is not estimated first, nothing is drawn, and transport is fitted in a few steps: each
-    of these takes longer than the training.
+    Their time is not estimated first, nothing is drawn, transport is fitted in a few steps: each of
+    these takes longer than the training.
     """
     monkeypatch.setattr(teachers, "judge_model", lambda *_: Gate(True, ()))
     monkeypatch.setattr(loop, "estimate_run", lambda *_: {"hours": 0.01})

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +36,50 @@ class Picture:
     problem: str = ""
 
 
-def write_report(run_dir: Path, share: bool = False) -> Path:
-    """Write one self-contained HTML page on a run, from its files alone.
+class Drawings:
+    """The pictures of a run that show no names: each is drawn once for both pages."""
+
+    def __init__(self, run: RunFiles, sources: Sources) -> None:
+        self.run = run
+        self.sources = sources
+        self._plots: dict[Callable[[RunFiles], bytes], bytes] = {}
+        self._overlays: dict[tuple[object, ...], Overlay] = {}
+
+    def plot(self, draw: Callable[[RunFiles], bytes]) -> bytes:
+        """Return what a function of ``figures`` draws."""
+        if draw not in self._plots:
+            self._plots[draw] = draw(self.run)
+        return self._plots[draw]
+
+    def show(self, draw: Callable[..., Overlay], case_id: str, *where: Any) -> Overlay:
+        """Return what a function of ``overlays`` draws of a case."""
+        key = (draw, case_id, *where)
+        if key not in self._overlays:
+            self._overlays[key] = draw(self.run, self.sources, case_id, *where)
+        return self._overlays[key]
+
+
+def write_report(run_dir: Path) -> tuple[Path, Path]:
+    """Write two self-contained HTML pages on a run, from its files alone.
 
     Args:
         run_dir: The run folder; whatever of it is missing is said to be missing on the page.
-        share: Whether the page is fit to be given away: pseudonyms in place of case ids, no
-            paths, no name of the data set.
 
     Returns:
-        ``run_dir/report.html``, or ``run_dir/report_share.html`` if shared.
+        ``run_dir/report.html``, and ``run_dir/report_share.html``, which is fit to be given away:
+        pseudonyms in place of case ids, no paths, no name of the data set.
 
     Raises:
         InputError: It is no run folder.
     """
     run = read_run(Path(run_dir))
+    drawings = Drawings(run, overlays.find_sources(run))
+    return _write_page(run, drawings, share=False), _write_page(run, drawings, share=True)
+
+
+def _write_page(run: RunFiles, drawings: Drawings, share: bool) -> Path:
+    """Write one of the two pages."""
     names = sentences.choose_names(run, share)
-    sources = overlays.find_sources(run)
     environment = Environment(
         loader=PackageLoader("medssl.report", "."),
         autoescape=True,
@@ -72,19 +98,19 @@ def write_report(run_dir: Path, share: bool = False) -> Path:
         damaged=run.damaged,
         edited=run.edited,
         facts=_list_facts(run),
-        verdict=_describe_verdict(run, sources, names),
+        verdict=_describe_verdict(run, drawings.sources, names),
         interval=_place_interval(run),
         rounds=sentences.tabulate_rounds(run, names),
         ending=_capitalize(names.text(str(run.summary.get("exit") or ""))),
         classes=_tabulate_classes(run),
         pairs=_show_pairs(run, names),
-        curves=_show_curves(run),
-        coverage=_show_coverage(run),
+        curves=_show_curves(drawings),
+        coverage=_show_coverage(drawings),
         colors=_list_colors(run),
         num_colors=len(CLASS_COLORS),
         has_directions=bool(run.plan.get("has_spacing", True)),
-        cases=_show_cases(run, sources, names),
-        annotate=_show_annotate(run, sources, names),
+        cases=_show_cases(drawings, names),
+        annotate=_show_annotate(drawings, names),
         origin=_describe_origin(run, names),
     )
     path = run.folder / ("report_share.html" if share else "report.html")
@@ -207,9 +233,9 @@ def _show_pairs(run: RunFiles, names: Names) -> Picture:
     return Picture(title, caption, _embed(figures.draw_pairs(before, after, names.case)))
 
 
-def _show_curves(run: RunFiles) -> Picture:
+def _show_curves(drawings: Drawings) -> Picture:
     """Return the curves of training."""
-    png = figures.draw_curves(run)
+    run, png = drawings.run, drawings.plot(figures.draw_curves)
     caption = (
         "One line per round, its number at its end: grey is round 0 (labels only), darker blue is "
         "later. Thin lines are single records, thick ones their running mean."
@@ -225,13 +251,14 @@ def _show_curves(run: RunFiles) -> Picture:
     return Picture("Training", caption, _embed(png), "" if png else why)
 
 
-def _show_coverage(run: RunFiles) -> list[Picture]:
+def _show_coverage(drawings: Drawings) -> list[Picture]:
     """Return the pictures of coverage, thresholds and agreement."""
+    run = drawings.run
     students = any(entry.index > 0 for entry in run.rounds)
     why = "the run has no student round" if not students else "no file of the run says it"
     unfiltered = figures.is_unfiltered(run)
-    reviews = figures.draw_reviews(run)
-    curves = b"" if unfiltered else figures.draw_coverage_curves(run)
+    reviews = drawings.plot(figures.draw_reviews)
+    curves = b"" if unfiltered else drawings.plot(figures.draw_coverage_curves)
     why_no_curves = f"No curve of coverage: {why}."
     if unfiltered:
         why_no_curves = "Nothing to show: this method has no filter, every voxel enters the loss."
@@ -264,13 +291,18 @@ def _list_colors(run: RunFiles) -> list[tuple[str, str]]:
     return [(name, figures.class_color(i)) for i, name in sorted(run.classes.items()) if i > 0]
 
 
-def _show_cases(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]:
+def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
     """Return overlays of the best, median and worst test case, or of pseudo-masks without one."""
+    run = drawings.run
     ranked = sorted(run.dice, key=lambda case_id: (-run.dice[case_id], case_id))
     if ranked:
-        draw = partial(overlays.draw_test_case, run, sources)
         pictures = [
-            _show(draw(case_id), role, names, _describe_dice(run, case_id))
+            _show(
+                drawings.show(overlays.draw_test_case, case_id),
+                role,
+                names,
+                _describe_dice(run, case_id),
+            )
             for role, case_id in _pick(ranked, ("Best", "Median", "Worst"))
         ]
         return {"pictures": pictures, "note": "", "has_reference": True}
@@ -285,7 +317,7 @@ def _show_cases(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]
     picked = _pick(ranked, ("Most certain", "Median", "Least certain"))[:2]
     pictures = [
         _show(
-            overlays.draw_pseudo_mask(run, sources, case_id, last.folder),
+            drawings.show(overlays.draw_pseudo_mask, case_id, last.folder),
             role,
             names,
             f"uncertainty {format_number(found[case_id])} nats",
@@ -333,8 +365,9 @@ def _rank_by_uncertainty(entry: RoundFiles) -> list[Mapping[str, str]]:
     return sorted(entry.review, key=key)
 
 
-def _show_annotate(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]:
+def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
     """Return the scans to annotate next: table, pictures, or why there is none."""
+    run = drawings.run
     last = run.reviewed
     if last is None:
         why = "No unlabeled scan has been pseudo-labeled, so none is known to be difficult."
@@ -356,7 +389,7 @@ def _show_annotate(run: RunFiles, sources: Sources, names: Names) -> dict[str, A
     ]
     pictures = [
         _show(
-            overlays.draw_pseudo_mask(run, sources, row["case_id"], last.folder, width=5.0),
+            drawings.show(overlays.draw_pseudo_mask, row["case_id"], last.folder, 5.0),
             f"{place}",
             names,
             f"uncertainty {format_number(row.get('uncertainty'))} nats",

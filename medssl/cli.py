@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medssl import __version__
-from medssl.config import (
-    DataSection,
-    InputError,
+from medssl.config import DataSection, InputError
+from medssl.runs import FULL, describe_full_disk, list_rounds
+from medssl.settings import (
     Resolved,
     describe_terms,
     find_configs,
@@ -30,7 +30,6 @@ from medssl.config import (
     load_config,
     render,
 )
-from medssl.runs import FULL, describe_full_disk, list_rounds
 
 if TYPE_CHECKING:
     from medssl.rounds.deliver import Outcome

@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
-from medssl.config import InputError, parse_yaml
+from medssl.config import InputError
+from medssl.settings import parse_yaml
 
 Record = TypeVar("Record", bound=BaseModel)
 

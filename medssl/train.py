@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medssl.config import Config, InputError, at_round, hash_config
+from medssl.config import Config, InputError, at_round
 from medssl.data.loaders import (
     PatchDataset,
     explain_killed_loader,
@@ -27,6 +27,7 @@ from medssl.data.loaders import (
 from medssl.objective import Objective
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
+from medssl.settings import hash_config
 
 Sums = collections.defaultdict[str, float]
 MOST_NONFINITE = 10  # steps in a row

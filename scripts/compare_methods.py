@@ -20,10 +20,11 @@ from typing import Any
 
 from study import finish, make_parser, measure, write_table
 
-from medssl.config import InputError, list_methods, load_config
+from medssl.config import InputError
 from medssl.data.phantoms import write_phantoms
 from medssl.metrics import format_estimate
 from medssl.runs import Journal, read_json
+from medssl.settings import list_methods, load_config
 
 BASELINE = "labels_only"
 PHANTOMS = {

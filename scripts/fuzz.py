@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medssl.compare import compare
-from medssl.config import Config, InputError, dump, load_config
+from medssl.config import Config, InputError
 from medssl.data.io import read_geometry, read_image, read_label, read_label_values
 from medssl.data.phantoms import write_phantoms
 from medssl.evaluate import evaluate_run
@@ -44,6 +44,7 @@ from medssl.pseudo.gates import Gate
 from medssl.report import write_report
 from medssl.rounds import loop, student, teacher
 from medssl.runs import StopFlag
+from medssl.settings import dump, load_config
 from medssl.tracking.folder import read_folder, read_points
 from medssl.tracking.note import describe, write_note
 from medssl.tracking.scrub import make_scrub

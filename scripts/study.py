@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.compare import compare
-from medssl.config import Config, at_round, load_config
+from medssl.config import Config, at_round
 from medssl.metrics import (
     DrawDifference,
     adjust_holm,
@@ -50,6 +50,7 @@ from medssl.metrics import (
 )
 from medssl.plan import Plan, count_unlabeled
 from medssl.runs import read_json, read_record, write_text
+from medssl.settings import load_config
 
 OFF = [
     "losses.pseudo_label.weight=0",

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "__init__",
     "config",
+    "settings",
     "machine",
     "runs",
     "tracking",
@@ -51,7 +52,7 @@ HEAVY = {
     "matplotlib",
     "segmentation_models_pytorch",
 }
-INSTANT = ("medssl.config", "medssl.runs", "medssl.cli", "medssl.data.cases")
+INSTANT = ("medssl.config", "medssl.settings", "medssl.runs", "medssl.cli", "medssl.data.cases")
 NAMELESS = {"util", "utils", "helper", "helpers", "common", "core", "engine", "misc"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE = {

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from medssl import cli
-from medssl.config import load_config
+from medssl.settings import load_config
 
 
 @pytest.mark.parametrize(

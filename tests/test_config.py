@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from medssl.config import (
+from medssl.config import Config, InputError
+from medssl.settings import (
     SHORTCUTS,
-    Config,
-    InputError,
     dump,
     find_configs,
     hash_config,
@@ -397,7 +396,7 @@ def test_no_argument_ends_in_a_traceback(overrides):
 
 
 def test_the_configuration_needs_neither_torch_nor_monai():
-    code = "import sys, medssl.config; assert not {'torch', 'monai', 'numpy'} & set(sys.modules)"
+    code = "import sys, medssl.settings; assert not {'torch', 'monai', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,7 +13,7 @@ GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
 
 USE = """
 import torch
-from medssl.config import load_config
+from medssl.settings import load_config
 from medssl.losses.supervised import ce
 from medssl.objective import find_loss
 import medssl

@@ -3,10 +3,11 @@ import time
 import numpy as np
 import pytest
 
-from medssl.config import InputError, load_config
+from medssl.config import InputError
 from medssl.networks.build import build_network
 from medssl.rounds import estimate
 from medssl.rounds.estimate import estimate_run, make_case, measure_step, measure_window
+from medssl.settings import load_config
 
 CLASSIC = ("method=classic", "network.dropout=0.1", "train.batch=2")
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from medssl import objective as objective_module
-from medssl.config import IGNORE, InputError, list_methods, load_config
+from medssl.config import IGNORE, InputError
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.networks.noise import sample_dropout
@@ -20,6 +20,7 @@ from medssl.objective import (
     repeat_patches,
     shrink,
 )
+from medssl.settings import list_methods, load_config
 
 FULL = Path(__file__).with_name("full.yaml")
 

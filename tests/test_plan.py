@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medssl.config import InputError, load_config
+from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.layouts import read_dataset
 from medssl.networks.build import build_network
@@ -25,6 +25,7 @@ from medssl.plan import (
 )
 from medssl.rounds.student import check_settings
 from medssl.runs import read_json, write_json
+from medssl.settings import load_config
 from medssl.sides import find_mirrored
 
 LABELS = {0: "background", 3: "organ", 7: "lesion"}

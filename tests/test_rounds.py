@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from medssl import cli, runs
-from medssl.config import InputError, list_methods, load_config
+from medssl.config import InputError
 from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
@@ -29,6 +29,7 @@ from medssl.rounds import student as students
 from medssl.rounds import teacher as teachers
 from medssl.rounds.run import measure_validation
 from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
+from medssl.settings import list_methods, load_config
 from medssl.tracking.folder import read_folder
 
 SMALL = [

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from medssl.config import list_methods
 from medssl.runs import Journal, write_json
+from medssl.settings import list_methods
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

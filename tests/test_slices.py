@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from medssl.cli import app
-from medssl.config import InputError, load_config
+from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.io import read_label
 from medssl.data.loaders import PatchDataset, Sampling
@@ -26,6 +26,7 @@ from medssl.plan import Plan, make_plan, resolve
 from medssl.predict import Model, ModelInfo, load_model, predict_files, predict_logits, save_model
 from medssl.rounds import loop
 from medssl.runs import read_json, write_json
+from medssl.settings import load_config
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
 FULL = Path(__file__).with_name("full.yaml")

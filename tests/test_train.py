@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.config import InputError, hash_config
+from medssl.config import InputError
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import iterate_batches
 from medssl.networks.build import build_network
 from medssl.objective import Objective
 from medssl.runs import Journal, StopFlag, hash_json, read_json
+from medssl.settings import hash_config
 from medssl.train import Progress, _identify, find_lr, train
 
 TIMES = ("monitors/data_wait", "monitors/steps_per_second")

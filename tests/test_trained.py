@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medssl.config import InputError, load_config
+from medssl.config import InputError
 from medssl.data.io import read_image
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
@@ -16,6 +16,7 @@ from medssl.report.read import read_run
 from medssl.rounds import loop
 from medssl.rounds.deliver import Outcome
 from medssl.runs import read_json, write_json
+from medssl.settings import load_config
 
 
 @pytest.fixture(scope="module")

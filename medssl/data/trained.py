@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from medssl.config import DataSection, InputError, load_config
+from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, take_test_with_labels
 from medssl.data.layouts import read_dataset
 from medssl.runs import find_edited, hash_file, list_rounds, read_json, write_json
+from medssl.settings import load_config
 
 RECORD = "trained_on.json"
 

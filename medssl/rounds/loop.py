@@ -17,15 +17,7 @@ import numpy as np
 import torch
 import yaml
 
-from medssl.config import (
-    InputError,
-    Resolved,
-    at_round,
-    dump,
-    hash_config,
-    list_changes,
-    load_config,
-)
+from medssl.config import InputError, at_round
 from medssl.data.cache import CachedCase, build_cache, read_sources
 from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset, describe_origins
@@ -61,6 +53,7 @@ from medssl.runs import (
     write_json,
     write_text,
 )
+from medssl.settings import Resolved, dump, hash_config, list_changes, load_config
 from medssl.tracking import Mirror, check_uri, choose_store
 
 STUDENT_KEYS = (

@@ -21,7 +21,7 @@ from medssl.data.phantoms import write_phantoms
 from medssl.data.pseudo_labels import read_pseudo_label
 from medssl.predict import load_model
 from medssl.pseudo import label
-from medssl.pseudo.gates import Expectation, Gate
+from medssl.pseudo.gates import Expectation, Gate, judge_model
 from medssl.pseudo.label import weigh_cases
 from medssl.rounds import loop
 from medssl.rounds import run as run_of_rounds
@@ -372,6 +372,38 @@ def test_a_kill_while_round_0_is_taken_over_leaves_it_undone(
     name = "round_0/model/weights.safetensors"
     assert hash_file(base / name) == hash_file(folder / name)
     assert len(read_losses(folder, 0)) == 6
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "taught_by", "passed", "rejected"),
+    [
+        ([1, 0, 1], [None, 0, 0], [0, 2], 0),  # the last that passed teaches, not the last
+        ([1, 1, 0, 0], [None, 0, 1, 1], [0, 1], 2),  # two in a row end the run of five
+        ([1, 0, 1, 0, 1], [None, 0, 0, 2, 2], [0, 2, 4], 0),  # two with one between do not
+        ([0], [None], [], 1),  # without a teacher there is no student
+    ],
+)
+def test_the_teacher_is_the_last_model_that_passed(
+    monkeypatch, verdicts, taught_by, passed, rejected
+):
+    teachers_seen, left = [], iter(verdicts)
+    monkeypatch.setattr(loop, "train_round", lambda run, index, by: teachers_seen.append(by))
+    monkeypatch.setattr(loop, "label_and_judge", lambda *_: Gate(bool(next(left)), ("because",)))
+    monkeypatch.setattr(loop, "deliver", lambda run, passed, rejected, _: (passed, rejected))
+    num_rounds = 4 if verdicts[-2:] == [0, 0] or len(verdicts) == 1 else len(verdicts) - 1
+    run = SimpleNamespace(num_rounds=num_rounds)
+    assert loop._run_rounds(run, False) == (passed, rejected)
+    assert teachers_seen == taught_by
+
+
+def test_a_model_of_six_steps_does_not_pass_the_gate(start, monkeypatch):
+    monkeypatch.setattr(teachers, "judge_model", judge_model)
+    folder = start()
+    gate = read_json(folder / "round_0" / "done.json")["gate"]
+    assert not gate["passed"]
+    assert gate["reasons"]
+    assert not (folder / "round_1").exists()
+    assert read_json(folder / "state.json")["status"] == "stopped_by_gate"
 
 
 @pytest.mark.parametrize(("num_rounds", "status"), [(1, "stopped_by_gate"), (2, "delivered")])

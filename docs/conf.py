@@ -39,3 +39,4 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"medssl {release}"
+html_show_copyright = False

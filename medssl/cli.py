@@ -478,7 +478,7 @@ def _take_device(name: str) -> str:
     """Return the device, and compute with as many threads as cores are free."""
     import torch
 
-    from medssl.plan import choose_device, choose_threads
+    from medssl.machine import choose_device, choose_threads
 
     torch.set_num_threads(choose_threads())
     return choose_device(name)

@@ -20,7 +20,7 @@ def examine() -> tuple[str, bool]:
     """Return a report in text, and whether training can run here."""
     import torch
 
-    from medssl.plan import choose_threads
+    from medssl.machine import choose_threads
 
     lines = []
     facts = describe_provenance("auto", torch.get_num_threads())
@@ -41,7 +41,7 @@ def examine() -> tuple[str, bool]:
 
 def _has_bfloat16() -> bool:
     """Return whether the device that `auto` takes computes in bfloat16."""
-    from medssl.plan import choose_device, has_bfloat16
+    from medssl.machine import choose_device, has_bfloat16
 
     return has_bfloat16(choose_device("auto"))
 
@@ -74,7 +74,7 @@ def _read_memory_gb(group: Path = Path("/sys/fs/cgroup")) -> float:
     """
     import psutil
 
-    from medssl.plan import read_memory_limit
+    from medssl.machine import read_memory_limit
 
     available = float(psutil.virtual_memory().available)
     if (group / "memory.current").is_file():

@@ -1,13 +1,93 @@
-"""What this process may use of the machine: its cores, and how many of them are free."""
+"""What this process may use of the machine: devices, cores, threads, memory, number formats."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
+
+from medssl.config import InputError
 
 SAMPLE_SECONDS = 0.3
+OWN_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
+
+
+def choose_device(name: str) -> str:
+    """Return the device to compute on.
+
+    Raises:
+        InputError: The device that was asked for is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {name}: not available here ({str(error).splitlines()[0]}); leave it out "
+            "(auto), or give cpu, cuda, cuda:1; `medssl doctor` says what there is"
+        ) from error
+    return name
+
+
+def has_bfloat16(device: str) -> bool:
+    """Return whether a device computes in bfloat16 natively; emulated it is slower than float32."""
+    if device.startswith("cuda"):
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device == "cpu" and has_cpu_bfloat16()
+
+
+def has_cpu_bfloat16() -> bool:
+    """Return whether the processor multiplies bfloat16 natively."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes that this process may take at most: the machine's, or its cgroup's."""
+    total = float(psutil.virtual_memory().total)
+    limit = group / "memory.max"
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, float(text))
+    return total
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Turn what numpy and torch say when memory does not suffice into advice.
+
+    Raises:
+        InputError: The advice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+            raise
+        raise InputError(f"{advice} ({error})") from error
+
+
+def choose_threads(recorded: int | None = None) -> int:
+    """Return the threads to compute with: those asked for, else as many as cores are free.
+
+    Two threads on one free core wait for each other at every step.
+
+    Args:
+        recorded: Those of a run that goes on, which would give other bits with others.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return OWN_THREADS
+    most = min(OWN_THREADS, count_cores())
+    return min(most, max(1, recorded or round(count_free_cores())))
 
 
 def count_cores(root: Path = Path("/")) -> int:

@@ -7,23 +7,26 @@ the right, and the next page. In 2D a plan has a slice axis; sizes are those of 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from medssl import machine
 from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
 from medssl.data.files import is_picture
 from medssl.data.io import read_geometry, read_image, read_label
-from medssl.machine import count_cores, count_free_cores
+from medssl.machine import (
+    choose_device,
+    choose_threads,
+    count_cores,
+    has_bfloat16,
+    read_memory_limit,
+)
 from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
@@ -49,7 +52,6 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (True, False): 6,
     (True, True): 7,
 }
-_OWN_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
 CT_SCANS = 2  # that are looked at
 CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of the tube lower
 AXES = ("left-right", "back-front", "feet-head")
@@ -149,8 +151,10 @@ def make_plan(
         reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = choose_threads()
-    if threads < _OWN_THREADS:
-        reasons.append(f"{threads} of {_OWN_THREADS} threads: what other programs leave free")
+    if threads < machine.OWN_THREADS:
+        reasons.append(
+            f"{threads} of {machine.OWN_THREADS} threads: what other programs leave free"
+        )
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
@@ -207,38 +211,6 @@ def describe_student(plan: Plan, config: Config, round_index: int) -> NetworkSpe
             "stochastic_depth": config.noise.stochastic_depth,
         }
     )
-
-
-def choose_device(name: str) -> str:
-    """Return the device to compute on.
-
-    Raises:
-        InputError: The device that was asked for is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {name}: not available here ({str(error).splitlines()[0]}); leave it out "
-            "(auto), or give cpu, cuda, cuda:1; `medssl doctor` says what there is"
-        ) from error
-    return name
-
-
-def choose_threads(recorded: int | None = None) -> int:
-    """Return the threads to compute with: those asked for, else as many as cores are free.
-
-    Two threads on one free core wait for each other at every step.
-
-    Args:
-        recorded: Those of a run that goes on, which would give other bits with others.
-    """
-    if "OMP_NUM_THREADS" in os.environ:
-        return _OWN_THREADS
-    most = min(_OWN_THREADS, count_cores())
-    return min(most, max(1, recorded or round(count_free_cores())))
 
 
 def _choose_slice_axis(
@@ -695,23 +667,6 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
     return "bfloat16" if native else "float32"
 
 
-def has_bfloat16(device: str) -> bool:
-    """Return whether a device computes in bfloat16 natively; emulated it is slower than float32."""
-    if device.startswith("cuda"):
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device == "cpu" and has_cpu_bfloat16()
-
-
-def has_cpu_bfloat16() -> bool:
-    """Return whether the processor multiplies bfloat16 natively."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def _choose_workers(config: Config, on_gpu: bool) -> int:
     """Return the number of loader processes; on a CPU they would take cores from the network."""
     if config.train.workers != "auto":
@@ -744,15 +699,6 @@ def describe_steps(steps: int | tuple[int, ...]) -> str:
     if isinstance(steps, int) or len(steps) == 1:
         return f"{at_round(steps, 0)} steps a round"
     return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
-
-
-def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes that this process may take at most: the machine's, or its cgroup's."""
-    total = float(psutil.virtual_memory().total)
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, float(text))
-    return total
 
 
 def resolve(plan: Plan) -> dict[str, Any]:

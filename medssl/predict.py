@@ -40,15 +40,10 @@ from medssl.data.predictions import (
     find_scans as find_scans,  # where it was before
 )
 from medssl.data.trained import resolve_model
-from medssl.networks.build import (
-    NetworkSpec,
-    SegmentationNetwork,
-    arrange,
-    build_network,
-    explain_out_of_memory,
-)
+from medssl.machine import explain_out_of_memory, has_bfloat16
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
 from medssl.networks.noise import sample_dropout
-from medssl.plan import OVERLAP, Plan, has_bfloat16
+from medssl.plan import OVERLAP, Plan
 from medssl.pseudo.uncertainty import combine
 from medssl.runs import (
     FULL,

@@ -31,8 +31,8 @@ def spin(seconds: float) -> None:
 
 def measure(seconds: float) -> None:
     """Print threads and steps a second of a small network in 3D."""
+    from medssl.machine import choose_threads
     from medssl.networks.build import NetworkSpec, build_network
-    from medssl.plan import choose_threads
 
     torch = importlib.import_module("torch")  # after medssl, which says how threads wait
     torch.set_num_threads(choose_threads())

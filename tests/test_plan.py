@@ -12,17 +12,9 @@ from PIL import Image
 from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.layouts import read_dataset
+from medssl.machine import choose_device, choose_threads
 from medssl.networks.build import build_network
-from medssl.plan import (
-    Plan,
-    _choose_workers,
-    choose_device,
-    choose_threads,
-    count_unlabeled,
-    describe_student,
-    make_plan,
-    resolve,
-)
+from medssl.plan import Plan, _choose_workers, count_unlabeled, describe_student, make_plan, resolve
 from medssl.rounds.student import check_settings
 from medssl.runs import read_json, write_json
 from medssl.settings import load_config
@@ -248,9 +240,10 @@ def cores(monkeypatch):
 
     def use(free, count=8):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr("medssl.plan._OWN_THREADS", 8)
-        monkeypatch.setattr("medssl.plan.count_cores", lambda: count)
-        monkeypatch.setattr("medssl.plan.count_free_cores", lambda: free)
+        monkeypatch.setattr("medssl.machine.OWN_THREADS", 8)
+        for module in ("machine", "plan"):
+            monkeypatch.setattr(f"medssl.{module}.count_cores", lambda: count)
+        monkeypatch.setattr("medssl.machine.count_free_cores", lambda: free)
 
     return use
 
@@ -374,9 +367,9 @@ def test_a_missing_gpu_is_refused_where_it_was_asked_for_and_not_on_auto():
 
 def test_bfloat16_is_chosen_where_the_processor_has_it(scans, monkeypatch):
     scans.add()
-    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: True)
+    monkeypatch.setattr("medssl.machine.has_cpu_bfloat16", lambda: True)
     assert scans.plan().precision == "bfloat16"
-    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: False)
+    monkeypatch.setattr("medssl.machine.has_cpu_bfloat16", lambda: False)
     assert scans.plan().precision == "float32"
 
 

@@ -234,9 +234,9 @@ def test_a_description_of_another_kind_is_refused(saved, change):
 def test_a_bfloat16_model_runs_in_float32_where_bfloat16_is_emulated(saved, monkeypatch):
     path = saved / "model" / "model.json"
     write_json(path, read_json(path) | {"precision": "bfloat16"})
-    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: True)
+    monkeypatch.setattr("medssl.machine.has_cpu_bfloat16", lambda: True)
     assert load_model(saved).info.precision == "bfloat16"
-    monkeypatch.setattr("medssl.plan.has_cpu_bfloat16", lambda: False)
+    monkeypatch.setattr("medssl.machine.has_cpu_bfloat16", lambda: False)
     assert load_model(saved).info.precision == "float32"
 
 

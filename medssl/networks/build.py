@@ -6,10 +6,8 @@ encoders, in 2D. Axes: B batch, C channels, I J K voxel axes (K is absent in 2D)
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import warnings
-from collections.abc import Iterator
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -217,22 +215,6 @@ def _replace_batch_norm(module: nn.Module, is_pooled: bool = False) -> None:
 def _pools_globally(module: nn.Module) -> bool:
     """Tell whether a module leaves one pixel."""
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Turn what numpy and torch say when memory does not suffice into advice.
-
-    Raises:
-        InputError: The advice.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
-            raise
-        raise InputError(f"{advice} ({error})") from error
 
 
 def arrange(image: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import numpy as np
 
 from medssl.data.cache import CachedCase
 from medssl.data.io import write_mask
+from medssl.machine import explain_out_of_memory
 from medssl.metrics import compare_cases, mean_known
-from medssl.networks.build import explain_out_of_memory
 from medssl.predict import Model, check_weights, explain_failure, load_model, predict_probs
 from medssl.rounds.run import Run, count_members, to_tensor
 from medssl.runs import (

@@ -19,14 +19,10 @@ import torch
 from medssl.config import Config, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, UnlabeledCase
-from medssl.networks.build import (
-    NetworkSpec,
-    SegmentationNetwork,
-    build_network,
-    explain_out_of_memory,
-)
+from medssl.machine import explain_out_of_memory, read_memory_limit
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
 from medssl.objective import Objective, build_loss, load_objective
-from medssl.plan import Plan, count_unlabeled, describe_student, read_memory_limit
+from medssl.plan import Plan, count_unlabeled, describe_student
 from medssl.predict import SLICES, predict_logits
 from medssl.rounds.run import count_models
 from medssl.rounds.student import (

@@ -23,8 +23,8 @@ from medssl.data.cases import Dataset, Splits, split_cases, take
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.layouts import read_dataset
 from medssl.data.trained import write_trained_on
-from medssl.networks.build import explain_out_of_memory
-from medssl.plan import Plan, choose_device, choose_threads, make_plan, resolve
+from medssl.machine import choose_device, choose_threads, explain_out_of_memory
+from medssl.plan import Plan, make_plan, resolve
 from medssl.predict import ModelInfo, describe_model
 from medssl.rounds.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
 from medssl.rounds.estimate import estimate_run

@@ -8,7 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from medssl.machine import count_cores, count_free_cores
+from medssl.machine import (
+    choose_device,
+    choose_threads,
+    count_cores,
+    count_free_cores,
+    has_bfloat16,
+    read_memory_limit,
+)
 from medssl.runs import describe_provenance
 
 LOW_DISK_GB = 5.0
@@ -19,8 +26,6 @@ LOW_SHM_MB = 256.0
 def examine() -> tuple[str, bool]:
     """Return a report in text, and whether training can run here."""
     import torch
-
-    from medssl.machine import choose_threads
 
     lines = []
     facts = describe_provenance("auto", torch.get_num_threads())
@@ -41,8 +46,6 @@ def examine() -> tuple[str, bool]:
 
 def _has_bfloat16() -> bool:
     """Return whether the device that `auto` takes computes in bfloat16."""
-    from medssl.machine import choose_device, has_bfloat16
-
     return has_bfloat16(choose_device("auto"))
 
 
@@ -73,8 +76,6 @@ def _read_memory_gb(group: Path = Path("/sys/fs/cgroup")) -> float:
     Files that the kernel keeps in memory, and gives back, do not count as used.
     """
     import psutil
-
-    from medssl.machine import read_memory_limit
 
     available = float(psutil.virtual_memory().available)
     if (group / "memory.current").is_file():

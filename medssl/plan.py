@@ -20,13 +20,6 @@ from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
 from medssl.data.files import is_picture
 from medssl.data.io import read_geometry, read_image, read_label
-from medssl.machine import (
-    choose_device,
-    choose_threads,
-    count_cores,
-    has_bfloat16,
-    read_memory_limit,
-)
 from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
@@ -121,7 +114,7 @@ def make_plan(
         InputError: A file's header cannot be read, or a given value does not fit the data.
     """
     reasons: list[str] = []
-    device = choose_device(config.train.device)
+    device = machine.choose_device(config.train.device)
     on_gpu = device != "cpu"
     reasons.append(f"device {device}: " + ("found" if on_gpu else "no GPU was found or asked for"))
     cases = [*labeled, *unlabeled]
@@ -150,7 +143,7 @@ def make_plan(
         steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
         reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
-    threads = choose_threads()
+    threads = machine.choose_threads()
     if threads < machine.OWN_THREADS:
         reasons.append(
             f"{threads} of {machine.OWN_THREADS} threads: what other programs leave free"
@@ -300,7 +293,7 @@ def _refuse_fine_spacing(
     num_channels: int,
 ) -> None:
     """Refuse a spacing that makes grids beyond this machine's memory."""
-    limit = read_memory_limit()
+    limit = machine.read_memory_limit()
     for shape, affine in grids:
         voxels = math.prod(
             size if step is None else size * found / step
@@ -662,7 +655,7 @@ def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
     """Return bfloat16 where the processor computes in it, float32 elsewhere."""
     if given != "auto":
         return given
-    native = has_bfloat16(device)
+    native = machine.has_bfloat16(device)
     reasons.append("bfloat16: the processor has it" if native else "float32: no native bfloat16")
     return "bfloat16" if native else "float32"
 
@@ -671,7 +664,7 @@ def _choose_workers(config: Config, on_gpu: bool) -> int:
     """Return the number of loader processes; on a CPU they would take cores from the network."""
     if config.train.workers != "auto":
         return config.train.workers
-    return min(8, max(1, count_cores() - 1)) if on_gpu else 0
+    return min(8, max(1, machine.count_cores() - 1)) if on_gpu else 0
 
 
 def _estimate_disk(

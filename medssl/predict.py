@@ -36,9 +36,6 @@ from medssl.data.predictions import (
     name_map_suffix,
     plan_predictions,
 )
-from medssl.data.predictions import (
-    find_scans as find_scans,  # where it was before
-)
 from medssl.data.trained import resolve_model
 from medssl.machine import explain_out_of_memory, has_bfloat16
 from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network

@@ -5,15 +5,12 @@ the good cases beside it and all files of the user stay as they are. Scans of on
 set: one command names all of them.
 """
 
-import contextlib
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +20,8 @@ import nibabel as nib
 import numpy as np
 import psutil
 import pytest
+from commands import run_command
 from PIL import Image
-
-from medssl import cli
 
 SHAPE = (12, 11, 10)
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])
@@ -46,22 +42,12 @@ MOST_BYTES = 2**30
 
 
 def medssl(*arguments: object) -> tuple[int, str]:
-    """Run a command in this process; a traceback is an error of the test."""
-    said, started = io.StringIO(), time.process_time()
-    before = psutil.Process().memory_info().rss
-    argv, sys.argv = sys.argv, ["medssl", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            cli.main()
-        code: object = 0
-    except SystemExit as error:
-        code = error.code or 0
-    finally:
-        sys.argv = argv
+    """Run a command within the bounds of time and memory."""
+    started, before = time.process_time(), psutil.Process().memory_info().rss
+    result = run_command(*arguments)
     assert time.process_time() - started < MOST_SECONDS, f"{arguments} took too long"
     assert psutil.Process().memory_info().rss - before < MOST_BYTES
-    assert isinstance(code, int)
-    return code, said.getvalue()
+    return result
 
 
 def draw(seed: int, shape: tuple[int, ...] = SHAPE) -> tuple[np.ndarray, np.ndarray]:

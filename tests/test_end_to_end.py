@@ -1,8 +1,6 @@
 """The whole way on small phantoms: resume to the same bits, locked labels, delivery."""
 
-import contextlib
 import csv
-import io
 import json
 import os
 import shutil
@@ -10,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from commands import run_command
 from safetensors.numpy import load_file
 
-from medssl import cli
 from medssl.data.phantoms import write_phantoms
 from medssl.runs import hash_file, lock
 
@@ -42,20 +39,9 @@ RUN = [sys.executable, "-m", "medssl"]  # a process of its own, to be killed
 
 def medssl(*arguments: object, code: int = 0) -> str:
     """Run the command line in this process and return what it printed."""
-    told, ended = io.StringIO(), 0
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(told),
-        contextlib.redirect_stderr(told),
-    ):
-        patch.setattr(sys, "argv", ["medssl", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as end:
-            ended = end.code or 0
-    assert ended == code, told.getvalue()
-    return told.getvalue()
+    ended, told = run_command(*arguments)
+    assert ended == code, told
+    return told
 
 
 def read_journal(run: Path) -> list[tuple[object, ...]]:

@@ -16,13 +16,12 @@ from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
 from medssl.data import predictions
 from medssl.data.io import read_image
-from medssl.data.predictions import SomeFailedError
+from medssl.data.predictions import SomeFailedError, find_scans
 from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
 from medssl.predict import (
     Model,
     describe_model,
-    find_scans,
     load_model,
     measure_uncertainty,
     predict_case,

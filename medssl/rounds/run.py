@@ -19,16 +19,9 @@ from medssl.data.pseudo_labels import measure_agreement
 from medssl.metrics import Row, mean_known
 from medssl.networks.build import SegmentationNetwork
 from medssl.plan import Plan
-from medssl.predict import (
-    Model,
-    ModelInfo,
-    load_model,
-    predict_probs,
-)
+from medssl.predict import Model, ModelInfo, load_model, predict_probs
 from medssl.pseudo.gates import Expectation, expect_from
-from medssl.runs import (
-    StopFlag,
-)
+from medssl.runs import StopFlag
 from medssl.train import find_model_folder
 
 

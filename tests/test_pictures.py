@@ -14,7 +14,7 @@ from medssl.data.io import read_geometry, read_image, read_label, write_map, wri
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import make_phantom, write_pictures
 from medssl.data.pictures import count_channels
-from medssl.predict import find_scans
+from medssl.data.predictions import find_scans
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
 RECIPE = Preprocessing(spacing=(1.0, 1.0, None), normalization=(Normalization(kind="zscore"),))

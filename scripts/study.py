@@ -142,14 +142,17 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         add_rows(study.csv, draw, arm, folder, finish(study.data, folder, settings))
         return
     first = study.work / f"draw_{draw}_round_0"
+    if arm == "labels" and is_finished(study, draw, "round_0") and find_plans(study):
+        settings += ["rounds=0", f"steps={count_labels_steps(study, settings)}"]
+        add_rows(study.csv, draw, arm, folder, finish(study.data, folder, settings))
+        return
     summary = finish(study.data, first, [*settings, "rounds=0"])
     if not is_finished(study, draw, "round_0"):
         add_rows(study.csv, draw, "round_0", first, summary)
     if arm == "round_0":
         return
     if arm == "labels":
-        whole = sum(count_passes(study, settings))
-        steps = round(whole / read_record(first / "plan.json", Plan).batch)
+        steps = count_labels_steps(study, settings)
         summary = finish(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
         changes = OFF if arm == "shadow" else PARTS.get(arm, [])
@@ -170,8 +173,17 @@ def is_finished(study: Study, draw: int, arm: str) -> bool:
 def read_plan(study: Study, settings: Sequence[str]) -> tuple[Config, Plan]:
     """Return the configuration of settings, and the plan of this study's runs."""
     config = load_config(study.data, list(settings)).config
-    folder = next(study.work.glob("draw_*_round_0"))
-    return config, read_record(folder / "plan.json", Plan)
+    return config, read_record(find_plans(study)[0], Plan)
+
+
+def find_plans(study: Study) -> list[Path]:
+    """Return the plans of the runs that this machine has: all arms and draws have the same."""
+    return sorted(study.work.glob("draw_*_round_0/plan.json"))
+
+
+def count_labels_steps(study: Study, settings: Sequence[str]) -> int:
+    """Return the steps of labels alone that are as many patch passes as the whole recipe."""
+    return round(sum(count_passes(study, settings)) / read_plan(study, settings)[1].batch)
 
 
 def count_passes(study: Study, settings: Sequence[str]) -> list[float]:

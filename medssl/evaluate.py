@@ -18,17 +18,15 @@ from numpy.typing import NDArray
 
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset
-from medssl.data.files import is_picture, name_mask_suffix
 from medssl.data.io import (
-    MAX_DISPLACEMENT,
     read_geometry,
     read_image,
     read_label,
+    read_label_values,
     read_origin,
     write_mask,
 )
 from medssl.data.layouts import read_dataset
-from medssl.data.pictures import compare_colours, read_colours
 from medssl.data.predictions import Record, protect_files, read_files, record_predictions
 from medssl.data.trained import (
     check_out,
@@ -39,6 +37,8 @@ from medssl.data.trained import (
     shorten,
     split_by_label,
 )
+from medssl.formats.pictures import compare_colors
+from medssl.formats.readers import has_spacing, name_mask_suffix
 from medssl.metrics import (
     MIN_CASES_FOR_VERDICT,
     ClassMetrics,
@@ -65,7 +65,7 @@ from medssl.runs import (
     write_json,
     write_text,
 )
-from medssl.transforms.geometry import affines_differ, grid_spacing
+from medssl.transforms.geometry import MAX_DISPLACEMENT, affines_differ, grid_spacing
 
 Report = Callable[[str], object]
 
@@ -319,7 +319,7 @@ def _measure(
             report(f"[{number}/{len(cases)}] {case.case_id}: not measured: {failed[case.case_id]}")
             continue
         label, affine = _read_label(case, info.label_values, ignore)
-        spacing = None if is_picture(case.images[0]) else grid_spacing(affine)
+        spacing = grid_spacing(affine) if has_spacing(case.images[0]) else None
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
         num_classes = len(info.label_values)
         metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
@@ -522,7 +522,7 @@ def _read_label(
 def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) -> None:
     """Read every label before the first prediction, and name all bad cases at once."""
     problems = []
-    label_values, colours = info.label_values, {"the model's training labels": info.palette}
+    label_values, colors = info.label_values, {"the model's training labels": info.palette}
     for case in cases:
         try:
             _read_label(case, label_values, ignore)
@@ -532,11 +532,11 @@ def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) ->
                     f"{case.label}: is a {origin} of a model, as it was made, and measures nothing "
                     "but how alike models are: give a person's label, or take this one away"
                 )
-            if is_picture(case.label):
-                colours[str(case.label)] = read_colours(case.label)
+            if not has_spacing(case.label):
+                colors[str(case.label)] = read_label_values(case.label).colors
         except InputError as error:
             problems.append(f"  {case.case_id}: {error}")
-    problems += [f"  {problem}" for problem in compare_colours(colours)]
+    problems += [f"  {problem}" for problem in compare_colors(colors)]
     if problems:
         known = f"the model knows the label values {list(label_values)}"
         head = f"{len(problems)} of {len(cases)} labels cannot be compared with predictions"

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict
 from medssl import machine
 from medssl.config import Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
-from medssl.data.files import is_picture
 from medssl.data.io import read_geometry, read_image, read_label
+from medssl.formats.readers import get_reader
 from medssl.networks.build import (
     ENCODER_FACTOR,
     LEAST_SIDE,
@@ -118,7 +118,7 @@ def make_plan(
     on_gpu = device != "cpu"
     reasons.append(f"device {device}: " + ("found" if on_gpu else "no GPU was found or asked for"))
     cases = [*labeled, *unlabeled]
-    has_spacing = not any(is_picture(case.images[0]) for case in cases)
+    has_spacing = all(get_reader(case.images[0]).has_spacing for case in cases)
     grids = [read_geometry(case.images[0]) for case in cases]
     own = [cache_grid(shape, affine, (None, None, None)) for shape, affine in grids]
     spacings = np.array([grid_spacing(affine) for _, affine in own])

@@ -33,10 +33,10 @@ from medssl.data.io import (
 from medssl.data.predictions import (
     Record,
     SomeFailedError,
-    name_map_suffix,
     plan_predictions,
 )
 from medssl.data.trained import resolve_model
+from medssl.formats.readers import get_reader
 from medssl.machine import explain_out_of_memory, has_bfloat16
 from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
 from medssl.networks.noise import sample_dropout
@@ -527,7 +527,7 @@ def _write_prediction(
 ) -> None:
     """Write the maps and then the mask of a scan, and record them."""
     out = mask.parent
-    suffix = name_map_suffix(mask)
+    suffix = get_reader(mask).map_suffix
     files = [mask]
     if probs:
         files.append(out / f"{name}_probs{suffix}")

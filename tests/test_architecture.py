@@ -26,6 +26,7 @@ LAYERS = (
     "networks",
     "transforms",
     "metrics",
+    "formats",
     "data",
     "sides",
     "plan",
@@ -52,7 +53,14 @@ HEAVY = {
     "matplotlib",
     "segmentation_models_pytorch",
 }
-INSTANT = ("medssl.config", "medssl.settings", "medssl.runs", "medssl.cli", "medssl.data.cases")
+INSTANT = (
+    "medssl.config",
+    "medssl.settings",
+    "medssl.runs",
+    "medssl.cli",
+    "medssl.data.cases",
+    "medssl.formats.readers",
+)
 NAMELESS = {"util", "utils", "helper", "helpers", "common", "core", "engine", "misc"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE = {

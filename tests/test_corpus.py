@@ -460,7 +460,7 @@ GOOD_PICTURES = [
     ),
     Row("picture_deflated.tiff", in_mode("L", compression="tiff_adobe_deflate")),
     Row("picture_jpeg.jpg", in_mode("L")),
-    Row("picture_in_colour.jpeg", in_mode("RGB")),
+    Row("picture_in_color.jpeg", in_mode("RGB")),
 ]
 BAD_PICTURES = [
     Row("turned.jpg", turned_picture, "orientation"),
@@ -471,7 +471,7 @@ BAD_PICTURES = [
     Row("empty.png", lambda p: p.write_bytes(b""), "damaged|empty|cannot be read"),
     Row("no_picture.png", lambda p: p.write_text("nothing"), "damaged|cannot be read"),
     Row(
-        "in_colour.png",
+        "in_color.png",
         lambda p: Image.fromarray(
             np.random.default_rng(0).integers(0, 255, (40, 36, 3), np.uint8)
         ).save(p),
@@ -481,15 +481,15 @@ BAD_PICTURES = [
 PALETTE = [0, 0, 0, 255, 0, 0, 0, 255, 0]
 
 
-def in_palette(path: Path, colours: list[int] = PALETTE) -> None:
+def in_palette(path: Path, colors: list[int] = PALETTE) -> None:
     label = Image.fromarray(draw_picture(0)[1], "P")
-    label.putpalette(colours)
+    label.putpalette(colors)
     label.save(path)
 
 
 BAD_PICTURE_LABELS = [
     Row(
-        "label_in_colour.png",
+        "label_in_color.png",
         lambda p: Image.fromarray(np.dstack([draw_picture(0)[1] * 255] * 3)).save(p),
         "colou?r",
     ),

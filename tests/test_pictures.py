@@ -13,8 +13,8 @@ from medssl.data.check import check_dataset
 from medssl.data.io import read_geometry, read_image, read_label, write_map, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import make_phantom, write_pictures
-from medssl.data.pictures import count_channels
 from medssl.data.predictions import find_scans
+from medssl.formats.pictures import count_channels
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
 RECIPE = Preprocessing(spacing=(1.0, 1.0, None), normalization=(Normalization(kind="zscore"),))
@@ -59,7 +59,7 @@ def test_the_pages_of_a_tiff_are_slices(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_colours_are_channels(tmp_path, suffix):
+def test_colors_are_channels(tmp_path, suffix):
     array = draw((5, 7, 3))
     path = save(tmp_path / f"a{suffix}", array)
     assert count_channels(path) == 3
@@ -68,7 +68,7 @@ def test_colours_are_channels(tmp_path, suffix):
         read_image([path], 1)
 
 
-def test_a_gray_picture_saved_in_colour_is_gray_where_one_channel_is_declared(tmp_path):
+def test_a_gray_picture_saved_in_color_is_gray_where_one_channel_is_declared(tmp_path):
     array = draw()
     for name, mode in (("rgb", "RGB"), ("rgba", "RGBA"), ("la", "LA"), ("p", "P")):
         found = read_image([save(tmp_path / f"{name}.png", array, mode)], 1).array
@@ -111,7 +111,7 @@ def test_label_values_are_grey_values_or_indices_of_a_palette(tmp_path):
         read_label(tmp_path / "a.png", (0, 7), None)
 
 
-def test_labels_in_colour_and_as_jpeg_are_refused(tmp_path):
+def test_labels_in_color_and_as_jpeg_are_refused(tmp_path):
     with pytest.raises(InputError, match="one class value a pixel"):
         read_label(save(tmp_path / "a.png", draw((5, 7, 3))), (0, 1), None)
     with pytest.raises(InputError, match="save labels as PNG or TIFF"):
@@ -146,7 +146,7 @@ def test_what_a_format_cannot_hold_is_an_error(tmp_path):
         write_mask(tmp_path / "a.png", np.ones((3, 3, 1), np.uint8), np.eye(4), (0, 70_000))
 
 
-def test_a_folder_of_pictures_is_read_with_its_colours_and_nifti_wins_over_previews(tmp_path):
+def test_a_folder_of_pictures_is_read_with_its_colors_and_nifti_wins_over_previews(tmp_path):
     save(tmp_path / "images" / "a.jpg", draw((8, 8, 3)))
     save(tmp_path / "images" / "b.png", draw((8, 8, 3)))
     save(tmp_path / "labels" / "a.png", draw((8, 8)) % 2)
@@ -205,7 +205,7 @@ def test_a_picture_is_cached_as_one_slice_on_the_identity_with_no_spacing(tmp_pa
     np.testing.assert_array_equal(found.label()[..., 0], np.asarray(Image.open(label)))
 
 
-def test_numbered_pictures_in_colour_are_scans_of_their_own(tmp_path):
+def test_numbered_pictures_in_color_are_scans_of_their_own(tmp_path):
     for name in ("frame_0000", "frame_0001"):
         save(tmp_path / f"{name}.png", draw((8, 8, 3)))
     assert sorted(find_scans([tmp_path], 3)) == ["frame_0000", "frame_0001"]
@@ -330,7 +330,7 @@ def test_slices_without_a_page_and_other_axes_than_slices_are_refused(
         np.testing.assert_array_equal(read_image([path], 1).array[0], np.stack(pages, -1))
 
 
-def test_pages_in_colour_with_a_description_of_slices_are_read(tmp_path):
+def test_pages_in_color_with_a_description_of_slices_are_read(tmp_path):
     pages = [draw((6, 8, 3), seed=seed) for seed in range(2)]
     for text in ("ImageJ=1.53t\nimages=2\nslices=2\n", OME % (3, 1, 2), '{"shape": [2, 6, 8, 3]}'):
         path = write_tiff(tmp_path / "a.tif", pages, photometric=2, tags=describe(text))
@@ -371,7 +371,7 @@ def write_png(path, array, bits, kind):
     return path
 
 
-def test_a_png_of_16_bits_is_read_in_grey_and_refused_in_colour(tmp_path):
+def test_a_png_of_16_bits_is_read_in_grey_and_refused_in_color(tmp_path):
     array = np.random.default_rng(0).integers(0, 2**16, (4, 5, 3)).astype(">u2")
     gray = write_png(tmp_path / "gray.png", array[..., 0], 16, 0)
     np.testing.assert_array_equal(read_image([gray], 1).array[0, ..., 0], array[..., 0])
@@ -391,10 +391,10 @@ def test_a_label_of_few_bits_that_programs_stretch_is_refused(tmp_path):
 RED, GREEN, BLUE = (200, 0, 0), (0, 200, 0), (0, 0, 200)
 
 
-def save_palette(path, array, colours):
+def save_palette(path, array, colors):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(array, np.uint8), mode="P")
-    image.putpalette([value for colour in colours for value in colour])
+    image.putpalette([value for color in colors for value in color])
     image.save(path)
     return path
 
@@ -414,7 +414,7 @@ BLACK = (0, 0, 0)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_palettes_that_number_the_same_colour_otherwise_are_refused(tmp_path, suffix):
+def test_palettes_that_number_the_same_color_otherwise_are_refused(tmp_path, suffix):
     first, second = [BLACK, RED, GREEN], [BLACK, GREEN, RED]
     result = check_labels(tmp_path, suffix, a=(TWO, first), b=(TWO, second))
     (problem,) = result.problems
@@ -423,7 +423,7 @@ def test_palettes_that_number_the_same_colour_otherwise_are_refused(tmp_path, su
     assert "one palette" in problem
 
 
-def test_a_colour_that_has_another_index_is_found_where_no_index_is_shared(tmp_path):
+def test_a_color_that_has_another_index_is_found_where_no_index_is_shared(tmp_path):
     one, two = [[0, 1], [0, 1]], [[0, 2], [0, 2]]
     result = check_labels(tmp_path, a=(one, [BLACK, RED]), b=(two, [BLACK, BLUE, RED]))
     assert "the color RGB (200, 0, 0) is 1 in" in result.problems[0]
@@ -443,22 +443,22 @@ def test_black_and_white_of_other_values_are_refused(tmp_path):
     assert "RGB (255, 255, 255) is 255 in" in " ".join(result.problems)
 
 
-def test_a_palette_of_one_colour_leaves_the_index_to_decide(tmp_path):
+def test_a_palette_of_one_color_leaves_the_index_to_decide(tmp_path):
     blank = [BLACK] * 3
     assert check_labels(tmp_path, a=(TWO, blank), b=(TWO, blank)).problems == ()
 
 
 def test_pages_of_a_label_have_one_palette(tmp_path):
     pages = []
-    for colours in ([BLACK, RED, GREEN], [BLACK, GREEN, RED]):
-        path = save_palette(tmp_path / "page.png", TWO, colours)
+    for colors in ([BLACK, RED, GREEN], [BLACK, GREEN, RED]):
+        path = save_palette(tmp_path / "page.png", TWO, colors)
         pages.append(Image.open(path))
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(InputError, match=r"a\.tif: .* in page 1 and .* in page 2"):
         read_label(tmp_path / "a.tif", (0, 1, 2), None)
 
 
-def test_most_pictures_say_whether_a_set_is_in_colour_and_a_damaged_one_nothing(tmp_path):
+def test_most_pictures_say_whether_a_set_is_in_color_and_a_damaged_one_nothing(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "a.png").write_bytes(b"")

@@ -492,11 +492,11 @@ TINY = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_colours", [False, True])
-def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_colours):
+@pytest.mark.parametrize("has_colors", [False, True])
+def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_colors):
     data, folder, named = tmp_path / "data", tmp_path / "runs" / "a", "data.labels={255: organ}"
     values = (0, 255, 255, 255)
-    write_pictures(data, 4, 3, 2, shape=(72, 64), label_values=values, has_colours=has_colours)
+    write_pictures(data, 4, 3, 2, shape=(72, 64), label_values=values, has_colors=has_colors)
     assert run("check", data, named) == 0
     more = ("steps=60", "rounds=2", "train.lr=4e-3", "train.checkpoint_every=60")
     assert run("train", data, named, *TINY, *more, "--run", folder) == 0

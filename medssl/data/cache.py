@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import Case
-from medssl.data.files import is_picture, name_mask_suffix
-from medssl.data.io import MAX_DISPLACEMENT, read_image, read_label
+from medssl.data.io import read_image, read_label
 from medssl.data.trained import hash_voxels
+from medssl.formats.readers import has_spacing, name_mask_suffix
 from medssl.machine import count_cores
 from medssl.runs import (
     find_changed,
@@ -42,6 +42,7 @@ from medssl.runs import (
     write_json,
 )
 from medssl.transforms.geometry import (
+    MAX_DISPLACEMENT,
     Affine,
     Header,
     Shape,
@@ -263,7 +264,7 @@ def _describe(
         native_affine=np.asarray(meta["native_affine"], dtype=np.float64),
         percentiles=tuple((low, middle, high) for low, middle, high in meta["percentiles"]),
         label_folder=label_folder,
-        has_spacing=not any(is_picture(path) for path in case.images),
+        has_spacing=all(has_spacing(path) for path in case.images),
         mask_suffix=name_mask_suffix(case.images[0]),
         native_header=meta["native_header"],
     )

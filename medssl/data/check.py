@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
-from medssl.data.files import is_picture
 from medssl.data.io import (
     CONTRADICTIONS,
-    MAX_DISPLACEMENT,
     find_contradictions,
     read_image,
     read_label_values,
 )
-from medssl.data.pictures import Colour, compare_colours, read_colours
 from medssl.data.trained import hash_voxels
-from medssl.transforms.geometry import Shape, Spacing, Volume, affines_differ
+from medssl.formats.pictures import compare_colors
+from medssl.formats.readers import has_spacing
+from medssl.formats.scan import Color
+from medssl.transforms.geometry import MAX_DISPLACEMENT, Shape, Spacing, Volume, affines_differ
 from medssl.transforms.preprocess import MOST_VOXELS
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -53,7 +53,7 @@ class CaseFacts:
 
     `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
     volumes, None where no label was opened. A picture has no spacing, areas in pixels in the place
-    of volumes, and `colours` of its label's values; `label_origin` is what a model made that as, if
+    of volumes, and `colors` of its label's values; `label_origin` is what a model made that as, if
     nobody has changed it since. A blank scan has one value in each channel.
     `contradictions` are those of the header (`find_contradictions`).
     """
@@ -72,7 +72,7 @@ class CaseFacts:
     label_origin: str = ""
     has_spacing: bool = True
     is_blank: bool = False
-    colours: dict[int, Colour] = field(default_factory=dict)
+    colors: dict[int, Color] = field(default_factory=dict)
     contradictions: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = field(default=())
 
@@ -93,12 +93,12 @@ class CheckResult:
     notes: tuple[str, ...]
 
     @property
-    def palette(self) -> dict[int, Colour]:
+    def palette(self) -> dict[int, Color]:
         """The color of each label value in the pictures that were opened."""
-        found: dict[int, Colour] = {}
+        found: dict[int, Color] = {}
         for seen in self.facts:
-            colours = seen.colours.items()
-            found |= {v: c for v, c in colours if v not in found or c != (v,) * 3}
+            colors = seen.colors.items()
+            found |= {v: c for v, c in colors if v not in found or c != (v,) * 3}
         return found
 
     def raise_problems(self) -> None:
@@ -275,16 +275,16 @@ def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, A
     """Return the facts that a label adds: volumes, values, its faults beside the image."""
     try:
         label = read_label_values(path)
-        colours = read_colours(path) if is_picture(path) else {}
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
-    voxel_ml = 1.0 if is_picture(path) else abs(float(np.linalg.det(label.affine[:3, :3]))) / 1000
+    size = abs(float(np.linalg.det(label.affine[:3, :3])))
+    voxel_ml = size / 1000 if has_spacing(path) else 1.0
     return {
         "volumes_ml": {value: count * voxel_ml for value, count in label.counts.items()},
         "num_voxels": label.counts,
         "has_rounded_label": label.has_rounded,
         "label_origin": label.origin,
-        "colours": colours,
+        "colors": label.colors,
         "problems": (
             _compare_grids(case, path, volume, label.shape, label.affine) if volume else ()
         ),
@@ -377,7 +377,7 @@ def _check_values(
 def _check_palettes(dataset: Dataset, facts: Iterable[CaseFacts]) -> list[str]:
     """Refuse label pictures whose values or colors mean something else in each file."""
     paths = {case.case_id: case.label for case in dataset.cases}
-    return compare_colours({str(paths[seen.case_id]): seen.colours for seen in facts})
+    return compare_colors({str(paths[seen.case_id]): seen.colors for seen in facts})
 
 
 def _offer(value: int, found: set[int], known: set[int | None]) -> str:

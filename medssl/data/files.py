@@ -13,27 +13,7 @@ from pathlib import Path
 
 from medssl.config import InputError
 from medssl.data.cases import Case, show_text
-
-SUFFIXES = (".nii.gz", ".nii")
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_DICOM = (".dcm", ".dicom", ".ima")
-_SLICER = "convert it by 3D Slicer or ITK-SNAP (save as .nii.gz)"
-_OTHER_SCANS = {
-    **dict.fromkeys(_DICOM, "convert it: dcm2niix -z y -o OUT FOLDER"),
-    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".vtk"), _SLICER),
-    **dict.fromkeys((".mgz", ".mgh"), "convert it: mri_convert IN OUT.nii.gz (FreeSurfer)"),
-    ".mnc": "convert it: mnc2nii IN OUT.nii (MINC), or nib-convert IN OUT.nii.gz (nibabel)",
-    **dict.fromkeys((".img", ".hdr"), "convert it: nib-convert IN.hdr OUT.nii.gz (nibabel)"),
-    **dict.fromkeys((".head", ".brik", ".brik.gz"), "convert it: 3dAFNItoNIFTI IN (AFNI)"),
-    **dict.fromkeys(
-        (".npy", ".npz", ".mat", ".h5", ".hdf5"), "write it as NIfTI with its spacing and position"
-    ),
-    **dict.fromkeys(
-        (".nii.zip", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.7z"), "unpack it to .nii or .nii.gz"
-    ),
-    **dict.fromkeys((".bmp", ".gif", ".webp", ".jp2", ".pgm"), "save it as PNG"),
-}
-KINDS = "NIfTI (.nii, .nii.gz), PNG, JPEG or TIFF"
+from medssl.formats.readers import KINDS, explain_kind, has_dicom_suffix, has_spacing, strip_suffix
 
 _MASK_WORD = (
     "(?:labels?|lbl|masks?|seg|segs|segm|segmentations?|gt|groundtruth|annotations?|rois?|manual)"
@@ -51,37 +31,13 @@ _MAX_CHANNELS = 8  # a folder with more images than this holds several cases
 _NUM_SHOWN = 12
 
 
-def strip_suffix(name: str) -> str | None:
-    """Return a file name without the suffix of a scan or picture, or None for other files."""
-    for suffix in (*SUFFIXES, *PICTURES):
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return None
-
-
-def is_picture(path: Path) -> bool:
-    """Tell whether a file is a PNG, JPEG or TIFF by its name: a picture, without spacing."""
-    return path.suffix.lower() in PICTURES
-
-
-def name_mask_suffix(image: Path) -> str:
-    """Return the suffix of a mask of an image: its own format, PNG for a JPEG, .nii.gz for NIfTI.
-
-    A JPEG would change the values of a mask.
-    """
-    if not is_picture(image):
-        return SUFFIXES[0]
-    is_tiff = image.suffix.lower() in (".tif", ".tiff")
-    return image.suffix.lower() if is_tiff else ".png"
-
-
 def keep_scans(paths: Iterable[Path]) -> list[Path]:
-    """Return the NIfTI files among files, or, where there is none, the pictures.
+    """Return the scans among files, or, where there is none, the pictures.
 
-    Pictures beside NIfTI files are previews of them.
+    Pictures beside scans are previews of them.
     """
     scans = [path for path in paths if strip_suffix(path.name) is not None]
-    return [path for path in scans if not is_picture(path)] or scans
+    return [path for path in scans if has_spacing(path)] or scans
 
 
 def find_scan(path: Path) -> Path:
@@ -122,12 +78,6 @@ def list_scans(folder: Path) -> dict[str, Path]:
             raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
         found[stem] = names[path]
     return found
-
-
-def explain_kind(path: Path) -> str:
-    """Say how a scan of a kind that is not read is converted; empty for what is no such scan."""
-    name = path.name.lower()
-    return next((how for suffix, how in _OTHER_SCANS.items() if name.endswith(suffix)), "")
 
 
 def find_unread(folder: Path) -> list[str]:
@@ -205,7 +155,7 @@ def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
     known = {os.path.realpath(path) for path in used}
     files = walk_files(root, hidden=True)
     reasons: dict[str, list[Path]] = defaultdict(list)
-    has_scans = any(strip_suffix(path) is not None and not is_picture(Path(path)) for path in known)
+    has_scans = any(strip_suffix(path) is not None and has_spacing(Path(path)) for path in known)
     for path in files:
         if os.path.realpath(path) not in known:
             reasons[_explain_file(path, root, has_scans)].append(path)
@@ -228,7 +178,7 @@ def _explain_file(path: Path, root: Path, has_scans: bool) -> str:
     if not os.path.isfile(path):
         return "cannot be opened, or a link to what is not there"
     if strip_suffix(path.name) is not None:
-        if is_picture(path) and has_scans:
+        if has_scans and not has_spacing(path):
             return "pictures beside NIfTI files, taken for previews"
         return "scans that the layout or the list does not name"
     if is_dicom(path):
@@ -251,7 +201,7 @@ def _show_folders(paths: Sequence[Path], root: Path) -> str:
 
 def is_dicom(path: Path) -> bool:
     """Tell whether a file is DICOM: by `.dcm`, or by the magic word at byte 128."""
-    if path.suffix.lower() in _DICOM:
+    if has_dicom_suffix(path):
         return True
     try:
         with path.open("rb") as file:

@@ -21,22 +21,25 @@ from typing import Any
 from medssl.config import InputError
 from medssl.data.cases import PARTS, Case, Dataset, raise_all
 from medssl.data.files import (
-    KINDS,
-    SUFFIXES,
     describe_unknown,
-    explain_kind,
     find_scan,
     find_unread,
     guess_patient,
     is_mask,
-    is_picture,
     keep_scans,
     list_scans,
-    strip_suffix,
     walk_files,
 )
+from medssl.formats.readers import (
+    KINDS,
+    NIFTI,
+    explain_kind,
+    find_reader,
+    has_spacing,
+    strip_suffix,
+)
 
-_COLOURS = ("red", "green", "blue")
+_COLORS = ("red", "green", "blue")
 _MOST_OPENED = 25  # pictures whose headers tell the kind of all
 _MAX_HINTS = 20  # missing files for which a near name is looked for
 _MAX_ID_BYTES = 200  # of 255 that a file name may have, with `_uncertainty.nii.gz` and a prefix
@@ -90,12 +93,12 @@ def _find_left_out(dataset: Dataset) -> list[str]:
         if (root / name).is_file()
     ]
     used = list_files(dataset)
-    known, has_pictures = {os.path.realpath(path) for path in used}, is_picture(used[0])
+    known, are_scans = {os.path.realpath(path) for path in used}, has_spacing(used[0])
     counts = Counter(
         str(path.parent.relative_to(root))
         for path in walk_files(root)
         if strip_suffix(path.name) is not None
-        and is_picture(path) == has_pictures
+        and has_spacing(path) == are_scans
         and os.path.realpath(path) not in known
     )
     if counts:
@@ -416,8 +419,10 @@ def _read_nnunet(path: Path) -> Dataset:
     channels = _read_channels(content.get("channel_names"), problems)
     labels, ignore = _read_nnunet_labels(content.get("labels"), problems)
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in SUFFIXES:
-        problems.append(f"file_ending: only {' and '.join(SUFFIXES)} are read, got {ending!r}")
+    if ending not in NIFTI.suffixes:
+        problems.append(
+            f"file_ending: only {' and '.join(NIFTI.suffixes)} are read, got {ending!r}"
+        )
     raise_all(problems, str(path))
     if not (root / "imagesTr").is_dir():
         raise InputError(f"{root}: there is no folder imagesTr beside dataset.json")
@@ -529,20 +534,20 @@ def _read_folders(root: Path) -> Dataset:
 
 
 def _name_channels(cases: Sequence[Case], num_channels: int) -> tuple[str, ...]:
-    """Return empty names, or those of colours where most pictures, by their headers, are in colour.
+    """Return empty names, or those of colors where most pictures, by their headers, are in color.
 
     Scans keep their channels in the number of files; pictures in the file itself.
     """
-    pictures = [case.images[0] for case in cases if is_picture(case.images[0])]
+    pictures = [case.images[0] for case in cases if not has_spacing(case.images[0])]
     if num_channels == 1 and pictures:
-        from medssl.data.pictures import count_channels  # heavy: only where there are pictures
+        from medssl.formats.pictures import count_channels  # heavy: only where there are pictures
 
         counts: Counter[int] = Counter()
         for path in pictures[:: -(-len(pictures) // _MOST_OPENED)]:
             with contextlib.suppress(InputError):  # it is named when it is read
                 counts[count_channels(path)] += 1
-        if counts[len(_COLOURS)] > counts.total() / 2:
-            return _COLOURS
+        if counts[len(_COLORS)] > counts.total() / 2:
+            return _COLORS
     return ("",) * num_channels
 
 
@@ -793,7 +798,7 @@ def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
     kinds: dict[bool, list[str]] = {True: [], False: []}
     for case in cases:
         paths = (*case.images, *([case.label] if case.label else []))
-        for kind in {is_picture(path) for path in paths}:
+        for kind in {reader.has_spacing for reader in map(find_reader, paths) if reader}:
             kinds[kind].append(case.case_id)
     fewer = min(kinds.values(), key=len)
     return [

@@ -26,8 +26,8 @@ from scipy.interpolate import make_interp_spline
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from medssl.data.files import name_mask_suffix
 from medssl.data.io import write_mask
+from medssl.formats.readers import name_mask_suffix
 from medssl.runs import write_file, write_text
 
 Family = Literal["organs", "vessels"]
@@ -99,7 +99,7 @@ def write_pictures(
     family: Family = "organs",
     suffix: str = ".png",
     label_values: tuple[int, ...] = (0, 1, 2, 3),
-    has_colours: bool = False,
+    has_colors: bool = False,
 ) -> None:
     """Write a data set of pictures, each the slice of a phantom with most foreground.
 
@@ -113,7 +113,7 @@ def write_pictures(
         family: Which anatomy.
         suffix: Of the images: .png, .jpg, .tif; labels are PNG, or TIFF beside TIFF.
         label_values: Value of each class in the label files.
-        has_colours: Whether the pictures are in colour, of which none alone tells what grey does.
+        has_colors: Whether the pictures are in color, of which none alone tells what grey does.
     """
     rows = []
     for index, part in enumerate(_list_parts(num_labeled, num_unlabeled, num_test)):
@@ -123,7 +123,7 @@ def write_pictures(
         case_id = f"{family}_{index:03d}"
         image_path = folder / "images" / f"{case_id}{suffix}"
         label_path = folder / "labels" / f"{case_id}{name_mask_suffix(image_path)}"
-        shown = np.stack([grey, 255 - grey, grey // 2], -1) if has_colours else grey
+        shown = np.stack([grey, 255 - grey, grey // 2], -1) if has_colors else grey
         picture = Image.fromarray(shown)
         image_path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(image_path)

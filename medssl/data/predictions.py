@@ -16,17 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError
-from medssl.data.files import (
-    KINDS,
-    find_scan,
-    find_unread,
-    is_picture,
-    keep_scans,
-    name_mask_suffix,
-    strip_suffix,
-    walk_files,
-)
+from medssl.data.files import find_scan, find_unread, keep_scans, walk_files
 from medssl.data.layouts import read_dataset
+from medssl.formats.readers import KINDS, get_reader, has_spacing, name_mask_suffix, strip_suffix
 from medssl.runs import hash_file, lock, read_json, write_json
 
 RECORD = "predictions.json"
@@ -85,7 +77,7 @@ def plan_predictions(
     targets = {
         name: [
             f"{name}{name_mask_suffix(images[0])}",
-            *(f"{name}_{map_name}{name_map_suffix(images[0])}" for map_name in maps),
+            *(f"{name}_{map_name}{get_reader(images[0]).map_suffix}" for map_name in maps),
         ]
         for name, images in scans.items()
     }
@@ -98,11 +90,6 @@ def plan_predictions(
     protect_files(out, written, overwrite, [p for paths in scans.values() for p in paths])
     masks = {name: out / files[0] for name, files in targets.items()}
     return PlannedPredictions(scans, masks, tuple(problems), tuple(notes))
-
-
-def name_map_suffix(image: Path) -> str:
-    """Return the suffix of a map of numbers: TIFF for a picture, else NIfTI."""
-    return ".tiff" if is_picture(image) else ".nii.gz"
 
 
 def _refuse_folder_of_scans(out: Path, scans: Scans) -> None:
@@ -425,9 +412,9 @@ def _group_files(
 
 def _is_whole(file: Path, num_channels: int) -> bool:
     """Tell whether a picture has all channels by itself; one that is damaged has not."""
-    if not is_picture(file):
+    if has_spacing(file):
         return False
-    from medssl.data.pictures import count_channels  # heavy: only where there are pictures
+    from medssl.formats.pictures import count_channels  # heavy: only where there are pictures
 
     with contextlib.suppress(InputError):
         return count_channels(file) == num_channels

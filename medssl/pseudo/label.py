@@ -115,7 +115,7 @@ def label_cases(
 
 
 def _show_image(case: CachedCase) -> NDArray[np.float32]:
-    """Return the first channel (I, J, K) of a scan, the mean of the colours of a picture."""
+    """Return the first channel (I, J, K) of a scan, the mean of the colors of a picture."""
     image = np.asarray(case.image(), dtype=np.float32)
     shown: NDArray[np.float32] = image[0] if case.has_spacing else image.mean(0)
     return shown

@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from medssl.config import InputError
 from medssl.data.cases import Case
-from medssl.data.files import name_mask_suffix
 from medssl.data.io import find_untrusted_value, read_image, read_label
 from medssl.data.layouts import read_dataset
 from medssl.data.trained import find_data
+from medssl.formats.readers import name_mask_suffix
 from medssl.pseudo.overlays import render_overlay
 from medssl.report.read import RunFiles, number
 

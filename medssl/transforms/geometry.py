@@ -22,8 +22,11 @@ GridSpacing = tuple[float | None, float | None, float | None]
 along that axis."""
 
 Header = dict[str, Any]
-"""What a NIfTI header says of the place of its voxels, field by field and in its own unit; see
-`medssl.data.io`."""
+"""What a header says of the place of its voxels, field by field and in its own unit, in what JSON
+can hold; its keys are those of the kind of file (`medssl.formats`)."""
+
+MAX_DISPLACEMENT = 0.1
+"""Voxels by which the grids of one case, or the places that one header gives, may differ."""
 
 _SPACINGS = (1e-6, 1e4)  # mm; what lies beyond is no voxel, even if its unit is wrong
 _MOST_UNEQUAL = 200.0  # ratio of two spacings of one scan; that of retinal scans reaches 130

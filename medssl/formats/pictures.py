@@ -13,6 +13,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medssl.config import InputError
+from medssl.formats.scan import PIECE, Color, Scan
 from medssl.runs import write_file
+from medssl.transforms.geometry import Affine, Header, Shape
 
 _GRAY = {"1", "L", "I;16", "I;16B", "I", "F"}  # modes of Pillow with one number a pixel
 _ORIENTATION = 0x0112  # the EXIF tag that asks a viewer to turn the picture
@@ -36,9 +39,6 @@ _PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
 
-Colour = tuple[int, int, int]
-"""Red, green and blue, 0 to 255."""
-
 _UNREADABLE = (  # all that Pillow says of damaged files
     *(OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError),
     *(TypeError, LookupError, AttributeError, RuntimeError, struct.error),
@@ -46,7 +46,7 @@ _UNREADABLE = (  # all that Pillow says of damaged files
 
 
 def count_channels(path: Path) -> int:
-    """Return the channels of a picture by its header: 3 if it is in colour, else 1.
+    """Return the channels of a picture by its header: 3 if it is in color, else 1.
 
     Raises:
         InputError: The file cannot be read as a picture.
@@ -55,113 +55,129 @@ def count_channels(path: Path) -> int:
         return 1 if image.mode in _GRAY or _is_gray_palette(image) else 3
 
 
-def read_shape(path: Path) -> tuple[int, int, int]:
-    """Return (I, J, K) of a picture by its header: rows, columns, pages.
+def open_image(path: Path, num_channels: int | None) -> Scan:
+    """Open a picture; a gray one that is saved in color passes for a gray one.
 
     Raises:
-        InputError: The file cannot be read as a picture.
+        InputError: The file cannot be read as a picture; when its values are read, is transparent
+            or has other channels than declared.
     """
+
+    def iterate_values() -> Iterator[NDArray[Any]]:
+        yield _read_channels(path, count).ravel(order="F")
+
+    shape = _read_shape(path)
+    count = count_channels(path) if num_channels is None else num_channels
+    return Scan(shape, np.eye(4), count, iterate_values, read_note=partial(_read_note, path))
+
+
+def open_label(path: Path) -> Scan:
+    """Open a label: gray values, or the indices of a palette.
+
+    Raises:
+        InputError: The file is no picture; when its values are read, is a JPEG, is in color, or
+            its pages have other palettes.
+    """
+
+    @cache
+    def decode() -> list[tuple[NDArray[Any], dict[int, Color]]]:
+        return list(_iterate_label(path))
+
+    def iterate_values() -> Iterator[NDArray[Any]]:
+        flat = _stack_pages(path, decode()).ravel(order="F")
+        yield from (flat[start : start + PIECE] for start in range(0, flat.size, PIECE))
+
+    def read_colors() -> dict[int, Color]:
+        return {value: color for _, page in decode() for value, color in page.items()}
+
+    shape = _read_shape(path)
+    note = partial(_read_note, path)
+    return Scan(shape, np.eye(4), 1, iterate_values, read_note=note, read_colors=read_colors)
+
+
+def _read_shape(path: Path) -> Shape:
+    """Return (I, J, K) of a picture by its header: rows, columns, pages."""
     with _open(path) as image:
         _refuse_other_axes(path, image)
         columns, rows = image.size
         return rows, columns, _count_pages(image)
 
 
-def read_channels(path: Path, num_channels: int) -> NDArray[np.float32]:
-    """Read a picture as (C, I, J, K) float32; a gray one in colour passes for a gray one.
-
-    Raises:
-        InputError: The file cannot be read, is transparent, or has other channels than declared.
-    """
-    pages = [_read_colours(path, page) for page in _iterate_pages(path)]
-    found = max(page.shape[-1] for page in pages)
-    if found == 3 and num_channels == 1 and all(_is_gray(page) for page in pages):
-        pages, found = [page[..., :1] for page in pages], 1
-    if found != num_channels or any(page.shape != pages[0].shape for page in pages):
+def _read_channels(path: Path, num_channels: int) -> NDArray[np.float32]:
+    """Read a picture as (I, J, K, C) float32."""
+    pages = [_read_colors(path, page) for page in _iterate_pages(path)]
+    count = max(page.shape[-1] for page in pages)
+    if count == 3 and num_channels == 1 and all(_is_gray(page) for page in pages):
+        pages, count = [page[..., :1] for page in pages], 1
+    if count != num_channels or any(page.shape != pages[0].shape for page in pages):
         shapes = sorted({page.shape for page in pages})
         raise InputError(
             f"{path}: the picture is {' and '.join(str(shape) for shape in shapes)} (rows, "
             f"columns, channels), declared are {num_channels} channels; give pictures of one kind"
         )
-    return np.ascontiguousarray(np.moveaxis(np.stack(pages, -2), -1, 0))
+    return np.stack(pages, -2)
 
 
-def read_values(path: Path) -> NDArray[Any]:
-    """Read a label as values (I, J, K): grey values, or the indices of a palette.
-
-    Raises:
-        InputError: The file cannot be read, is a JPEG, is in colour, or its pages have other
-            palettes.
-    """
-    pages = list(_iterate_label(path))
+def _stack_pages(
+    path: Path, pages: Sequence[tuple[NDArray[Any], Mapping[int, Color]]]
+) -> NDArray[Any]:
+    """Return the values (I, J, K) of the pages of a label."""
     arrays = [array for array, _ in pages]
     if any(array.shape != arrays[0].shape for array in arrays):
         raise InputError(f"{path}: pages differ in size: {sorted({a.shape for a in arrays})}")
-    colours = {f"page {index}": colours for index, (_, colours) in enumerate(pages, 1)}
-    for problem in compare_colours(colours):
+    for problem in compare_colors({f"page {i}": colors for i, (_, colors) in enumerate(pages, 1)}):
         raise InputError(f"{path}: {problem}")
     return np.stack(arrays, -1)
 
 
-def read_colours(path: Path) -> dict[int, Colour]:
-    """Return the colour of each value of a label: that of its palette, or the grey itself.
-
-    Entries of a palette that no pixel has are left out.
-
-    Raises:
-        InputError: As `read_values`.
-    """
-    return {value: colour for _, page in _iterate_label(path) for value, colour in page.items()}
-
-
-def compare_colours(files: Mapping[str, Mapping[int, Colour]]) -> list[str]:
-    """Say where a value has another colour, or a colour another value, from file to file.
+def compare_colors(files: Mapping[str, Mapping[int, Color]]) -> list[str]:
+    """Say where a value has another color, or a color another value, from file to file.
 
     The index of a palette is a class only where all files have the same palette; programs that
-    number the colours as they come give one class another value in each file. A grey file has no
-    colours: 1 may stand for what is red in a palette, but white (255) not for what a palette of
-    greys calls 1.
+    number the colors as they come give one class another value in each file. A gray file has no
+    colors: 1 may stand for what is red in a palette, but white (255) not for what a palette of
+    grays calls 1.
 
     Args:
-        files: Colours by value (of `read_colours`) of each label, by what the message calls it.
+        files: Colors by value (of `read_colors`) of each label, by what the message calls it.
 
     Returns:
         One sentence at most.
     """
-    colours: dict[int, dict[Colour, str]] = defaultdict(dict)
-    values: dict[Colour, dict[int, str]] = defaultdict(dict)
-    ambiguous = {colour for found in files.values() for colour in _find_repeated(found)}
+    colors: dict[int, dict[Color, str]] = defaultdict(dict)
+    values: dict[Color, dict[int, str]] = defaultdict(dict)
+    ambiguous = {color for found in files.values() for color in _find_repeated(found)}
     for name, found in files.items():
-        for value, colour in found.items():
-            if colour != (value,) * 3:  # a palette's
-                colours[value].setdefault(colour, name)
-            if colour not in ambiguous:
-                values[colour].setdefault(value, name)
+        for value, color in found.items():
+            if color != (value,) * 3:  # a palette's
+                colors[value].setdefault(color, name)
+            if color not in ambiguous:
+                values[color].setdefault(value, name)
     moved = [
         f"value {value} is {' and '.join(f'RGB {c} in {name}' for c, name in found.items())}"
-        for value, found in sorted(colours.items())
+        for value, found in sorted(colors.items())
         if len(found) > 1
     ]
     moved += [
-        f"the color RGB {colour} is {' and '.join(f'{v} in {name}' for v, name in found.items())}"
-        for colour, found in sorted(values.items())
+        f"the color RGB {color} is {' and '.join(f'{v} in {name}' for v, name in found.items())}"
+        for color, found in sorted(values.items())
         if len(found) > 1
     ]
     if not moved:
         return []
     return [
         f"the labels have different palettes: {'; '.join(moved[:3])}. A palette's index is taken "
-        "for the class: save all labels with one palette, or as grey values that are the classes"
+        "for the class: save all labels with one palette, or as gray values that are the classes"
     ]
 
 
-def _find_repeated(colours: Mapping[int, Colour]) -> set[Colour]:
-    """Return the colours that several values of one file have: there the index decides."""
-    return {colour for colour, count in Counter(colours.values()).items() if count > 1}
+def _find_repeated(colors: Mapping[int, Color]) -> set[Color]:
+    """Return the colors that several values of one file have: there the index decides."""
+    return {color for color, count in Counter(colors.values()).items() if count > 1}
 
 
-def _iterate_label(path: Path) -> Iterator[tuple[NDArray[Any], dict[int, Colour]]]:
-    """Yield values (rows, columns) of each page of a label and the colour of each value."""
+def _iterate_label(path: Path) -> Iterator[tuple[NDArray[Any], dict[int, Color]]]:
+    """Yield values (rows, columns) of each page of a label and the color of each value."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         raise InputError(
             f"{path}: a JPEG does not keep label values as they are: save labels as PNG or TIFF"
@@ -169,15 +185,15 @@ def _iterate_label(path: Path) -> Iterator[tuple[NDArray[Any], dict[int, Colour]
     for page in _iterate_pages(path, is_label=True):
         if page.mode not in _GRAY and page.mode != "P":
             raise InputError(
-                f"{path}: a label holds one class value a pixel, got the colours of {page.mode}: "
-                "save it as grey values or with a palette"
+                f"{path}: a label holds one class value a pixel, got the colors of {page.mode}: "
+                "save it as gray values or with a palette"
             )
         array = _to_array(path, page)
-        yield array, _name_colours(page, array)
+        yield array, _name_colors(page, array)
 
 
-def _name_colours(page: Image.Image, array: NDArray[Any]) -> dict[int, Colour]:
-    """Return the colour of each value of a page; white where a page is black and white."""
+def _name_colors(page: Image.Image, array: NDArray[Any]) -> dict[int, Color]:
+    """Return the color of each value of a page; white where a page is black and white."""
     if page.mode == "P":
         palette = np.array(page.getpalette("RGB") or (), dtype=int).reshape(-1, 3)
         used = [int(value) for value in np.unique(array) if value < len(palette)]
@@ -189,27 +205,30 @@ def _name_colours(page: Image.Image, array: NDArray[Any]) -> dict[int, Colour]:
     return {int(value): (int(value),) * 3 for value in np.unique(array)}
 
 
-def read_note(path: Path) -> str:
-    """Return the text that `write_picture` left in a picture, or another one's in its place.
-
-    Raises:
-        InputError: The file cannot be read as a picture.
-    """
+def _read_note(path: Path) -> str:
+    """Return the text that `write` left in a picture, or another one's in its place."""
     with _open(path) as image:
         return str(image.info.get(_NOTE) or _get_tags(image).get(_SOFTWARE) or "")
 
 
-def write_picture(path: Path, array: NDArray[Any], note: str = "") -> None:
-    """Write values (I, J, K), atomically; a PNG holds one slice, a TIFF one page each.
+def write(
+    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
+) -> None:
+    """Write (I, J, K) or (I, J, K, C), atomically: a PNG holds one slice, a TIFF the pages (C, K).
 
     Args:
-        path: A file name that ends in .png, .tif or .tiff.
+        path: Ends in .png, .tif or .tiff.
         array: uint8, uint16 (both), int32 or float32 (TIFF only).
-        note: A text that goes into the file: a chunk of a PNG, the tag Software of a TIFF.
+        affine: Of the grid; a picture keeps none.
+        header: Of the scan; a picture keeps none.
+        note: A text for `Scan.read_note`: a chunk of a PNG, the tag Software of a TIFF.
 
     Raises:
         ValueError: The format cannot hold this array without a change.
     """
+    if array.ndim == 4:
+        i, j, k, c = array.shape
+        array = np.moveaxis(array, -1, 2).reshape(i, j, c * k)
     is_png = path.suffix.lower() == ".png"
     kinds = ("uint8", "uint16") if is_png else ("uint8", "uint16", "int32", "float32")
     if array.dtype.name not in kinds or (is_png and array.shape[2] != 1):
@@ -289,13 +308,13 @@ def _find_loss(image: Image.Image, is_label: bool) -> str:
     samples = int(tags.get(_SAMPLES, 1))
     if len(image.getbands()) > 1 and (";16" in raw or max(tags.get(_BITS, (8,))) > 8):
         return (
-            "has 16 bits a color, of which the lower 8 would be dropped: save it in grey (one file "
+            "has 16 bits a color, of which the lower 8 would be dropped: save it in gray (one file "
             "a channel), or in 8 bits a color"
         )
     if samples > len(image.getbands()):
         return (
             f"has {samples} values a pixel, of which {len(image.getbands())} would be read: save "
-            "it as RGB or in grey, one file a channel"
+            "it as RGB or in gray, one file a channel"
         )
     if tags.get(_PHOTOMETRIC) == 0:
         return (
@@ -392,14 +411,14 @@ def _to_array(path: Path, page: Image.Image) -> NDArray[Any]:
     return array
 
 
-def _read_colours(path: Path, page: Image.Image) -> NDArray[np.float32]:
+def _read_colors(path: Path, page: Image.Image) -> NDArray[np.float32]:
     """Return a page as (rows, columns, channels): 1 or 3; transparency must be empty."""
     if page.mode in _GRAY:
         return _to_array(path, page).astype(np.float32)[..., None]
     if page.mode == "P":
         page = page.convert("RGBA")
     if page.mode not in ("RGB", "RGBA", "LA"):
-        raise InputError(f"{path}: colours of the kind {page.mode} are not read: save it as RGB")
+        raise InputError(f"{path}: colors of the kind {page.mode} are not read: save it as RGB")
     array = np.asarray(page, dtype=np.float32)
     if page.mode in ("RGBA", "LA"):
         array, alpha = array[..., :-1], array[..., -1]
@@ -414,9 +433,9 @@ def _is_gray(page: NDArray[np.float32]) -> bool:
 
 
 def _is_gray_palette(image: Image.Image) -> bool:
-    """Tell whether a picture is gray with transparency, or has a palette of greys."""
+    """Tell whether a picture is gray with transparency, or has a palette of grays."""
     if image.mode == "LA":
         return True
-    colours: Sequence[int] = (image.getpalette("RGB") or ()) if image.mode == "P" else ()
-    greys = np.array(colours, dtype=int).reshape(-1, 3)
-    return bool(len(greys) and (greys == greys[:, :1]).all())
+    colors: Sequence[int] = (image.getpalette("RGB") or ()) if image.mode == "P" else ()
+    grays = np.array(colors, dtype=int).reshape(-1, 3)
+    return bool(len(grays) and (grays == grays[:, :1]).all())

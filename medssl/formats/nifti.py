@@ -1,0 +1,360 @@
+"""NIfTI in and out.
+
+Legend: C channels, I J K voxel axes. What is written holds voxels and geometry, nothing else of
+the header it came from.
+
+Where the voxels lie: by the sform, if it has a code; else by the qform, if that has one; else by
+the voxel size (pixdim) alone, around the middle of the scan. Of a sform the columns are the
+spacing, and pixdim does not count. Lengths are in the unit of xyzt_units (metre, mm, micron; none
+is mm) and become mm here. Programs choose differently where these contradict each other, so
+`medssl check` names such scans, and whatever is written carries all of these fields of its scan as
+they were: it opens on the voxels of the scan, in whichever program.
+"""
+
+import gzip
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from medssl.config import InputError
+from medssl.formats.scan import PIECE, Scan, check_channels, check_label, check_place, guard
+from medssl.runs import write_file
+from medssl.transforms.geometry import (
+    MAX_DISPLACEMENT,
+    Affine,
+    Header,
+    Shape,
+    affines_differ,
+    grid_spacing,
+)
+
+_SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
+_MOST_DEFLATED = 1032  # bytes that one byte of a .gz can stand for
+_UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # xyzt_units -> name, mm; all others are mm
+_PLACING = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z"),
+)
+_OTHER_STARTS = {  # first bytes of what is often found under the name of a scan
+    b"PK\x03\x04": "a ZIP archive: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS, not the scan: run git lfs pull",
+    b"<": "a web page or XML, not the scan: download it again",
+    b"NRRD": "an NRRD file: rename it to .nrrd",
+}
+
+
+def open_image(path: Path, num_channels: int | None) -> Scan:
+    """Open an image; all axes after the third are channels.
+
+    Raises:
+        InputError: The file is none, or has other channels than declared.
+    """
+    header = _open(path)
+    shape = _list_axes(header)
+    if num_channels not in (None, 1) and 1 < math.prod(shape[3:]) != shape[-1]:
+        raise InputError(
+            f"{path}: shape {shape} has several axes after the third: the last one is the "
+            "channels, and the others need one voxel each; split the file"
+        )
+    return check_channels(path, _describe(path, header), num_channels)
+
+
+def open_label(path: Path) -> Scan:
+    """Open a label.
+
+    Raises:
+        InputError: The file is none.
+    """
+    return check_label(path, _describe(path, _open(path)))
+
+
+def _describe(path: Path, header: Any) -> Scan:
+    """Return the scan of an open header."""
+    shape, affine = _find_grid(path, header)
+    _refuse_records(path, header)
+    return Scan(
+        shape,
+        affine,
+        math.prod(_list_axes(header)[3:]),
+        partial(_iterate_values, path, header),
+        _describe_header(header),
+        partial(_read_note, path, header),
+    )
+
+
+def write(
+    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
+) -> None:
+    """Write (I, J, K) or (I, J, K, C), atomically.
+
+    Args:
+        path: Ends in .nii or .nii.gz.
+        array: Integers or float32.
+        affine: Of the grid.
+        header: Of the scan (`Scan.header`), if it is on this grid and a NIfTI file: the new file
+            says the same of its place, word by word.
+        note: A text for `Scan.read_note`.
+
+    Raises:
+        ValueError: The header is that of another grid.
+    """
+    is_own = header is not None and "sizeof_hdr" in header
+    image = _place_as(array, affine, header) if header and is_own else _place(array, affine)
+    if note:
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", note.encode()))
+    write_file(path, lambda temporary: nib.save(image, temporary))
+
+
+def find_contradictions(header: Header) -> dict[str, str]:
+    """Say where one header has programs place its voxels differently, by kind.
+
+    See `medssl.data.io.CONTRADICTIONS`.
+    """
+    found = {}
+    image = _restore(header, header["dim"])
+    unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))
+    if unit != "mm":
+        found["unit"] = unit
+    if header["sform_code"] <= 0 and header["qform_code"] <= 0:
+        found["code"] = ""
+    if header["sform_code"] <= 0:
+        return found
+    sform = image.get_sform()
+    sizes, pixdim = np.array(grid_spacing(sform)), np.abs(image["pixdim"][1:4])
+    with np.errstate(invalid="ignore"):
+        unequal = ~(np.abs(sizes - pixdim) <= _SAME_SIZE * sizes)
+    if unequal[: len(header["dim"])].any():
+        found["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
+    elif header["qform_code"] > 0:
+        shape = _complete(header["dim"])
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                distance = affines_differ(sform, image.get_qform(), shape)
+        except (ValueError, HeaderDataError):  # no turn has this quaternion
+            distance = np.inf
+        if not distance <= MAX_DISPLACEMENT:
+            found["place"] = f"by {distance:.3g} voxels"
+    return found
+
+
+def _open(path: Path) -> Any:
+    """Return the header of a NIfTI file that can hold what it declares (nibabel has no types).
+
+    Nothing else of the file is looked at, not even what stands between header and voxels.
+    """
+    return guard(path, lambda: _read_header(path))
+
+
+def _read_header(path: Path) -> Any:
+    """Read a header and compare what it declares with the size of the file."""
+    is_compressed = _is_compressed(path)
+    start = _read_start(path, is_compressed)
+    kind = _find_format(start)
+    if kind is None:
+        _explain_start(path, start)
+        raise ImageFileError(f"it is no NIfTI file, it starts with {start[:16]!r}")
+    header = kind(start[: kind.sizeof_hdr])
+    if header["magic"].item() != header.single_magic:
+        raise InputError(
+            f"{path}: the header alone of a scan in two files (.hdr and .img): convert both to one "
+            ".nii.gz"
+        )
+    offset, shape, dtype = header.get_data_offset(), _list_axes(header), header.get_data_dtype()
+    declared = offset + math.prod(shape) * dtype.itemsize
+    held = path.stat().st_size * (_MOST_DEFLATED if is_compressed else 1)
+    if declared > held:
+        raise EOFError(
+            f"the header declares {shape} voxels of {dtype}, which are {declared} bytes, and the "
+            f"file holds {'at most ' if is_compressed else ''}{held}"
+        )
+    if offset < kind.sizeof_hdr:
+        raise ImageFileError(f"the voxels begin at byte {offset}, within the header")
+    return header
+
+
+def _read_note(path: Path, header: Any) -> str:
+    """Return what stands between the header and the voxels of a file."""
+    with gzip.open(path) if _is_compressed(path) else path.open("rb") as file:
+        file.seek(header.sizeof_hdr)
+        return file.read(min(header.get_data_offset() - header.sizeof_hdr, PIECE)).decode("latin-1")
+
+
+def _read_start(path: Path, is_compressed: bool) -> bytes:
+    """Return the bytes of a header, and refuse a file whose name says of its format what is not."""
+    size = nib.Nifti2Header.sizeof_hdr
+    with path.open("rb") as file:
+        start = file.read(size)
+    has_gzip = start.startswith(b"\x1f\x8b")
+    if has_gzip and not is_compressed:
+        raise InputError(f"{path}: is compressed: rename it to {path.name}.gz")
+    if is_compressed and not has_gzip and _find_format(start) is not None:
+        raise InputError(f"{path}: is not compressed: rename it to {path.name[:-3]}")
+    if has_gzip:
+        with gzip.open(path) as stream:
+            return stream.read(size)
+    return start
+
+
+def _is_compressed(path: Path) -> bool:
+    """Tell whether a file is compressed, by its name."""
+    return path.name.lower().endswith(".gz")
+
+
+def _find_format(start: bytes) -> Any:
+    """Return nibabel's class for a header by its first bytes, or None."""
+    kinds = (nib.Nifti1Header, nib.Nifti2Header)
+    return next((kind for kind in kinds if kind.may_contain_header(start)), None)
+
+
+def _explain_start(path: Path, start: bytes) -> None:
+    """Refuse by name what is no NIfTI file."""
+    if not start:
+        raise ImageFileError("it is empty")
+    if start[128:132] == b"DICM":
+        raise InputError(f"{path}: is a DICOM file: convert its series to NIfTI (dcm2niix)")
+    for begin, text in _OTHER_STARTS.items():
+        if start.startswith(begin):
+            raise InputError(f"{path}: is {text}")
+    if nib.AnalyzeHeader.may_contain_header(start):
+        raise InputError(
+            f"{path}: is an Analyze file, which does not say where left is: convert it to NIfTI "
+            "with a program that knows its origin"
+        )
+
+
+def _find_grid(path: Path, header: Any) -> tuple[Shape, Affine]:
+    """Return shape and affine of an open header."""
+    shape = _find_shape(path, header)
+    affine: Affine = guard(path, lambda: _find_affine(header))
+    unit, _ = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
+    check_place(path, shape, affine, unit)
+    return shape, affine
+
+
+def _find_affine(header: Any) -> Affine:
+    """Return the affine (4, 4) of an open header in mm: sform, else qform, else voxel size."""
+    _, size = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
+    affine: Affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    affine[:3] *= size
+    return affine
+
+
+def _find_shape(path: Path, header: Any) -> Shape:
+    """Return (I, J, K); a missing third axis is one voxel, axes after the third are channels."""
+    shape = _list_axes(header)
+    if not 2 <= len(shape) <= 5 or min(shape) < 1:
+        raise InputError(f"{path}: shape {shape} is not that of a scan (I, J, K[, channels])")
+    return _complete(shape)
+
+
+def _list_axes(header: Any) -> tuple[int, ...]:
+    """Return the shape that an open header declares."""
+    return tuple(int(size) for size in header.get_data_shape())
+
+
+def _complete(shape: Sequence[int]) -> Shape:
+    """Return the first three axes of a shape; a missing one has one voxel."""
+    i, j, k = (*shape, 1)[:3]
+    return i, j, k
+
+
+def _describe_header(header: Any) -> Header:
+    """Return what an open header says of the place of its voxels, in numbers that JSON can hold."""
+    fields = {name: np.asarray(header[name]).tolist() for name in _PLACING}
+    fields["pixdim"] = fields["pixdim"][:4]  # the others are no lengths
+    fields["xyzt_units"] &= 7  # nor is the unit of time
+    dim = list(_list_axes(header)[:3])
+    return {"sizeof_hdr": int(header.sizeof_hdr), "dim": dim, **fields}
+
+
+def _restore(header: Header, shape: Sequence[int]) -> Any:
+    """Return a header of nibabel that says of the place of its voxels what that of a scan did."""
+    kind = nib.Nifti1Header if header["sizeof_hdr"] == 348 else nib.Nifti2Header
+    restored = kind()
+    restored.set_data_shape(shape)  # first, since it sets the pixdim of axes that are not there
+    for name in _PLACING:
+        if name == "pixdim":
+            restored["pixdim"][:4] = np.array(header["pixdim"], dtype=np.float64)
+        else:
+            restored[name] = header[name]
+    return restored
+
+
+def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
+    """Yield the values (n,) of a file in its own order, and read it to its end.
+
+    Only there a compressed file has the checksum that tells whether a bit of it has changed.
+    """
+    dtype = header.get_data_dtype()
+    slope, inter = header.get_slope_inter()
+    num_left = math.prod(_list_axes(header))
+    with gzip.open(path) if _is_compressed(path) else path.open("rb") as file:
+        file.seek(header.get_data_offset())
+        while num_left:
+            block = file.read(min(num_left, PIECE) * dtype.itemsize)
+            if not block or len(block) % dtype.itemsize:
+                raise EOFError(f"{num_left} voxels that the header declares are missing")
+            values = np.frombuffer(block, dtype)
+            num_left -= values.size
+            if slope in (None, 1) and inter in (None, 0):
+                yield values
+            else:
+                yield values.astype(np.float64) * slope + inter
+        try:
+            while file.read(PIECE):
+                pass
+        except gzip.BadGzipFile as error:
+            if "CRC" in str(error) or "length" in str(error):
+                raise
+            raise OSError("behind the compressed data stands what does not belong to it") from error
+
+
+def _refuse_records(path: Path, header: Any) -> None:
+    """Refuse colour and complex voxels."""
+    dtype = header.get_data_dtype()
+    if dtype.fields is not None or dtype.kind not in "iuf":
+        raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to grey values")
+
+
+def _place_as(array: NDArray[Any], affine: Affine, header: Header) -> Any:
+    """Return an image whose header says of its place what that of its scan did."""
+    if array.ndim == 3 and len(header["dim"]) == 2:
+        array = array[..., 0]
+    restored = _restore(header, array.shape)
+    on_grid = np.allclose(_find_affine(restored), affine, rtol=1e-6, atol=1e-6)
+    if _complete(array.shape) != _complete(header["dim"]) or not on_grid:
+        raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
+    kind = nib.Nifti2Image if isinstance(restored, nib.Nifti2Header) else nib.Nifti1Image
+    restored.set_data_dtype(array.dtype)
+    image = kind(array, None, restored)
+    image.header.set_slope_inter(1, 0)
+    return image
+
+
+def _place(array: NDArray[Any], affine: Affine) -> Any:
+    """Return an image on an affine that no header said."""
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_slope_inter(1, 0)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code="scanner")
+    image.set_qform(affine, code="scanner")
+    if not np.allclose(image.get_qform(), affine, atol=1e-3):
+        image.set_qform(None)  # a sheared grid: no quaternion says it, the sform does
+    return image
+
+
+def _show(sizes: NDArray[Any]) -> str:
+    """Return lengths as `1 x 1 x 2.5`."""
+    return " x ".join(f"{size:.4g}" for size in sizes)

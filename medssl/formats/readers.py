@@ -1,0 +1,146 @@
+"""Which kind of file a path is, by its name alone; what reads and writes it is imported later."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from medssl.config import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from medssl.formats.scan import Scan
+    from medssl.transforms.geometry import Affine, Header
+
+
+class Format(Protocol):
+    """What the module of a kind offers."""
+
+    def open_image(self, path: Path, num_channels: int | None) -> "Scan":
+        """Open an image of so many channels; None: of as many as it has."""
+
+    def open_label(self, path: Path) -> "Scan":
+        """Open a label: one number a voxel."""
+
+    def write(
+        self,
+        path: Path,
+        array: "NDArray[Any]",
+        affine: "Affine",
+        header: "Header | None",
+        note: str,
+    ) -> None:
+        """Write (I, J, K) or (I, J, K, C), atomically, with a note for `Scan.read_note`."""
+
+
+_PICTURE_TYPES = ("uint8", "uint16", "int32")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One kind of file.
+
+    Attributes:
+        name: In messages.
+        suffixes: Of its files, in lower case.
+        module: In this package, see `Format`.
+        has_spacing: Whether its files say how large a voxel is; pictures do not.
+        mask_suffix: Of a mask of an image of this kind; empty: that of the image.
+        map_suffix: Of a map of floats.
+        label_types: Types that a mask may have, the smallest first.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    module: str
+    has_spacing: bool = True
+    mask_suffix: str = ".nii.gz"
+    map_suffix: str = ".nii.gz"
+    label_types: tuple[str, ...] = ("uint8", "int16", "int32")
+
+    @property
+    def format(self) -> Format:
+        """The module that reads and writes this kind."""
+        module = importlib.import_module(f"medssl.formats.{self.module}")
+        return cast(Format, module)
+
+
+NIFTI = Reader("NIfTI (.nii, .nii.gz)", (".nii.gz", ".nii"), "nifti")
+READERS = (
+    NIFTI,
+    Reader("PNG", (".png",), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
+    Reader("JPEG", (".jpg", ".jpeg"), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
+    Reader("TIFF", (".tif", ".tiff"), "pictures", False, "", ".tiff", _PICTURE_TYPES),
+)
+KINDS = f"{', '.join(reader.name for reader in READERS[:-1])} or {READERS[-1].name}"
+"""The kinds that are read, in words."""
+
+
+_DICOM = (".dcm", ".dicom", ".ima")
+_SLICER = "convert it by 3D Slicer or ITK-SNAP (save as .nii.gz)"
+_OTHER_SCANS = {
+    **dict.fromkeys(_DICOM, "convert it: dcm2niix -z y -o OUT FOLDER"),
+    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".vtk"), _SLICER),
+    **dict.fromkeys((".mgz", ".mgh"), "convert it: mri_convert IN OUT.nii.gz (FreeSurfer)"),
+    ".mnc": "convert it: mnc2nii IN OUT.nii (MINC), or nib-convert IN OUT.nii.gz (nibabel)",
+    **dict.fromkeys((".img", ".hdr"), "convert it: nib-convert IN.hdr OUT.nii.gz (nibabel)"),
+    **dict.fromkeys((".head", ".brik", ".brik.gz"), "convert it: 3dAFNItoNIFTI IN (AFNI)"),
+    **dict.fromkeys(
+        (".npy", ".npz", ".mat", ".h5", ".hdf5"), "write it as NIfTI with its spacing and position"
+    ),
+    **dict.fromkeys(
+        (".nii.zip", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.7z"), "unpack it to .nii or .nii.gz"
+    ),
+    **dict.fromkeys((".bmp", ".gif", ".webp", ".jp2", ".pgm"), "save it as PNG"),
+}
+
+
+def strip_suffix(name: str) -> str | None:
+    """Return a file name without the suffix of a kind that is read, or None for other files."""
+    for reader in READERS:
+        for suffix in reader.suffixes:
+            if name.lower().endswith(suffix) and len(name) > len(suffix):
+                return name[: -len(suffix)]
+    return None
+
+
+def find_reader(path: Path) -> Reader | None:
+    """Return the kind of a file by its name, or None for one that is not read."""
+    name = path.name.lower()
+    return next((reader for reader in READERS if name.endswith(reader.suffixes)), None)
+
+
+def get_reader(path: Path) -> Reader:
+    """Return the kind of a file by its name.
+
+    Raises:
+        InputError: It is none that is read.
+    """
+    reader = find_reader(path)
+    if reader is None:
+        how = explain_kind(path) or "convert it first"
+        raise InputError(f"{path}: not a scan that is read, {KINDS}: {how}")
+    return reader
+
+
+def explain_kind(path: Path) -> str:
+    """Say how a scan of a kind that is not read is converted; empty for what is no such scan."""
+    name = path.name.lower()
+    return next((how for suffix, how in _OTHER_SCANS.items() if name.endswith(suffix)), "")
+
+
+def has_dicom_suffix(path: Path) -> bool:
+    """Tell whether a name is that of a DICOM file."""
+    return path.suffix.lower() in _DICOM
+
+
+def has_spacing(path: Path) -> bool:
+    """Tell whether a file says how large its voxels are: all but pictures do."""
+    reader = find_reader(path)
+    return reader is None or reader.has_spacing
+
+
+def name_mask_suffix(image: Path) -> str:
+    """Return the suffix of a mask of an image; a JPEG would change its values, so it is a PNG."""
+    return get_reader(image).mask_suffix or image.suffix.lower()

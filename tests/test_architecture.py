@@ -25,6 +25,7 @@ LAYERS = (
     "losses",
     "networks",
     "transforms",
+    "formats",
     "metrics",
     "formats",
     "data",

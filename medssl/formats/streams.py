@@ -1,0 +1,163 @@
+"""Numbers in a file, in any encoding: how many it can hold, and a way to read them in pieces.
+
+Encodings are `raw`, `gzip`, `bzip2`, `zlib` (gzip too), `hex` and `ascii` (numbers as text).
+"""
+
+import bz2
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.formats.scan import PIECE
+
+_MOST_HELD = {"raw": 1.0, "gzip": 1032.0, "zlib": 1032.0, "bzip2": 1.5e6, "hex": 0.5}
+_LONGEST = 1000  # characters of one number in text
+_FOREIGN = "behind the compressed data stands what does not belong to it"
+
+
+def check_size(num_values: int, dtype: np.dtype[Any], encoding: str, held: int) -> None:
+    """Refuse a header that declares more than there are bytes for, before anything is allocated.
+
+    Args:
+        num_values: What the header declares.
+        dtype: Of one value.
+        encoding: See the module.
+        held: Bytes of the file from the first value on.
+
+    Raises:
+        EOFError: Saying both numbers.
+    """
+    declared = num_values * dtype.itemsize
+    most = (held + 1) // 2 if encoding == "ascii" else int(held * _MOST_HELD[encoding])
+    if (num_values if encoding == "ascii" else declared) > most:
+        raise EOFError(
+            f"the header declares {num_values} values of {dtype}, which are {declared} bytes, and "
+            f"{held} bytes ({encoding}) are there for them"
+        )
+
+
+def iterate_bytes(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """Yield the bytes that a file stands for, from where it is to its end.
+
+    Args:
+        file: Open, at the first encoded byte.
+        encoding: See the module.
+        dtype: What numbers in text become.
+
+    Raises:
+        OSError, EOFError, ValueError, ArithmeticError, zlib.error: The file is damaged or cut.
+    """
+    if encoding == "zlib":
+        yield from _unpack(file)
+        return
+    if encoding in ("hex", "ascii"):
+        yield from _read_text(file, encoding, dtype)
+        return
+    stream: Any = file
+    if encoding == "gzip":
+        stream = gzip.GzipFile(fileobj=file)
+    elif encoding == "bzip2":
+        stream = bz2.BZ2File(file)
+    try:
+        while block := stream.read(PIECE):
+            yield block
+    except gzip.BadGzipFile as error:
+        if "CRC" in str(error) or "length" in str(error):
+            raise
+        raise OSError(_FOREIGN) from error
+
+
+def _unpack(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield what a zlib or gzip stream stands for."""
+    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    block = file.read(PIECE)
+    while block and not unpacker.eof:
+        if content := unpacker.decompress(block, PIECE):
+            yield content
+        block = unpacker.unconsumed_tail or unpacker.unused_data or file.read(PIECE)
+    if not unpacker.eof:
+        raise EOFError("the compressed data end early")
+    if block:
+        raise OSError(_FOREIGN)
+
+
+def _read_text(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """Yield what hexadecimal digits, or numbers in text between spaces or commas, stand for."""
+    parse: Callable[[bytes], int | float] = float if dtype.kind == "f" else int
+    rest = b""
+    while True:
+        block = file.read(PIECE)
+        text = rest + block.replace(b",", b" ")
+        if encoding == "hex":
+            digits = b"".join(text.split())
+            end = len(digits) if not block else len(digits) // 2 * 2
+            rest = digits[end:]
+            yield bytes.fromhex(digits[:end].decode("ascii"))
+        else:
+            words = text.split()
+            is_cut = bool(block) and not text[-1:].isspace()
+            rest = words.pop() if is_cut and words else b""
+            if len(rest) > _LONGEST:
+                raise ValueError(f"{rest[:16]!r}... is no number")
+            with np.errstate(over="ignore"):
+                yield np.array([parse(word) for word in words], dtype).tobytes()
+        if not block:
+            return
+
+
+def iterate_numbers(
+    blocks: Iterable[bytes],
+    dtype: np.dtype[Any],
+    num_values: int,
+    skip: int = 0,
+    has_more: bool = False,
+) -> Iterator[NDArray[Any]]:
+    """Yield numbers in pieces (n,), and take all blocks, also those behind the last number.
+
+    Args:
+        blocks: Of `iterate_bytes`.
+        dtype: Of the numbers.
+        num_values: How many there are.
+        skip: Bytes before the first one.
+        has_more: Whether other things may stand behind the last one.
+
+    Raises:
+        EOFError: There are fewer.
+        ValueError: There are more.
+    """
+    rest = b""
+    for block in blocks:
+        content = rest + block[skip:]
+        skip -= min(skip, len(block))
+        whole = min(len(content) // dtype.itemsize, num_values) * dtype.itemsize
+        rest = content[whole:] if num_values else content[:1]
+        if whole:
+            values = np.frombuffer(content[:whole], dtype)
+            num_values -= values.size
+            yield values
+    if num_values:
+        raise EOFError(f"{num_values} values that the header declares are missing")
+    if rest and not has_more:
+        raise ValueError("there are more values than the header declares")
+
+
+def split_channels(
+    iterate: Callable[[], Iterator[NDArray[Any]]], num_before: int, num_channels: int
+) -> Iterator[NDArray[Any]]:
+    """Yield numbers channel by channel where the file has them together, in a pass for each.
+
+    Args:
+        iterate: Starts a pass over all numbers.
+        num_before: Numbers of one channel that stand together: 1 where a voxel's do.
+        num_channels: How many there are.
+    """
+    for channel in range(num_channels):
+        start = 0
+        for values in iterate():
+            owners = np.arange(start, start + values.size) // num_before % num_channels
+            start += values.size
+            yield values[owners == channel]

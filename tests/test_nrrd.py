@@ -8,57 +8,15 @@ from itertools import chain
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from itk import change, read, read_all, read_by_itk, save_by_itk, turn
 
 from medssl.config import InputError
 from medssl.formats import nrrd
 from medssl.formats.scan import guard
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 PLAIN = "spacings: 1 2 3\n"
-
-
-def read(scan):
-    """All numbers of an opened scan as (I, J, K, C)."""
-    flat = np.concatenate(list(scan.iterate_values()))
-    return flat.reshape((*scan.shape, scan.num_channels), order="F")
-
-
-def read_by_itk(path):
-    """Voxels (I, J, K, C) and RAS+ affine as ITK reads them."""
-    image = SimpleITK.ReadImage(str(path))
-    array = SimpleITK.GetArrayFromImage(image)
-    array = array if image.GetNumberOfComponentsPerPixel() > 1 else array[..., None]
-    affine = np.eye(4)
-    direction = np.array(image.GetDirection()).reshape(3, 3)
-    affine[:3, :3] = direction * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return np.transpose(array, (2, 1, 0, 3)), LPS @ affine
-
-
-def turn(rng, is_left_handed=False):
-    """A random oblique affine of unequal spacings."""
-    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-    if (np.linalg.det(rotation) < 0) != is_left_handed:
-        rotation[:, 0] *= -1
-    affine = np.eye(4)
-    affine[:3, :3] = rotation * [0.7, 1.3, 2.5]
-    affine[:3, 3] = rng.uniform(-100, 100, 3)
-    return affine
-
-
-def save_by_itk(path, array, affine, compressed=True):
-    """Write voxels (I, J, K[, C]) on a RAS+ affine by ITK."""
-    order = (2, 1, 0, 3)[: array.ndim]
-    image = SimpleITK.GetImageFromArray(np.transpose(array, order), isVector=array.ndim == 4)
-    moved = LPS @ affine
-    spacing = np.linalg.norm(moved[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(moved[:3, 3].tolist())
-    image.SetDirection((moved[:3, :3] / spacing).ravel().tolist())
-    SimpleITK.WriteImage(image, str(path), useCompression=compressed)
 
 
 def save(path, fields, data, sizes=(2, 3, 4), kind="uint8", encoding="raw", end="\n"):
@@ -427,35 +385,6 @@ def make_samples(folder):
     layers = make_layers((0, 1, slice(0, 1)), (1, 1, slice(2, 4)))
     segments = [("liver", 0, 1), ("tumor", 1, 1)]
     yield save_segments(folder / "layers.nrrd", layers, segments).read_bytes()
-
-
-ODD = [b"0", b"-1", b"nan", b"inf", b"1e999", b"99999999999", b"none", b"(", b"", b"x", b"\xff"]
-
-
-@st.composite
-def change(draw, content):
-    """Damage a file: cut, flip bits, or put an odd word in the place of one of its header."""
-    place = draw(st.integers(0, len(content) - 1))
-    kind = draw(st.sampled_from(["cut", "flip", "word", "insert", "word"]))
-    if kind == "cut":
-        return content[:place]
-    if kind == "flip":
-        return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
-    if kind == "insert":
-        return content[:place] + draw(st.binary(max_size=9)) + content[place:]
-    head, mark, data = content.partition(b"\n\n")
-    words = head.split(b" ")
-    words[place % len(words)] = draw(st.sampled_from(ODD)) + draw(st.sampled_from([b"", b"\n"]))
-    return b" ".join(words) + mark + data
-
-
-def read_all(module, path):
-    """Read a file in all ways; only refusals may come out."""
-    for open_scan in (lambda: module.open_image(path, None), lambda: module.open_label(path)):
-        with suppress(InputError):
-            scan = open_scan()
-            assert np.isfinite(scan.affine).all()
-            guard(path, lambda scan=scan: read(scan))
 
 
 def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):

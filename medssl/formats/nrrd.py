@@ -26,7 +26,14 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.scan import Scan, check_channels, check_label, check_place, guard
-from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers, split_channels
+from medssl.formats.streams import (
+    check_size,
+    find_beside,
+    iterate_bytes,
+    iterate_numbers,
+    iterate_planes,
+    split_channels,
+)
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -210,16 +217,13 @@ def write(
         escaped = note.replace("\\", "\\\\").replace("\n", "\\n")
         lines.append(f"{_NOTE}:={escaped}")
     start = "\n".join([*lines, "", ""]).encode()
-    planes = array.astype(array.dtype.newbyteorder("<"), copy=False).T.reshape(
-        -1, *array.T.shape[-2:]
-    )
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
             file.write(start)
             with gzip.GzipFile("", "wb", 1, file, mtime=0) as stream:
-                for plane in planes:
-                    stream.write(plane.tobytes())
+                for plane in iterate_planes(array):
+                    stream.write(plane)
 
     write_file(path, save)
 
@@ -456,31 +460,12 @@ def _find_data(path: Path, head: _Header, num_values: int) -> _Data:
     if lines < 0 or skip < -1 or (skip == -1 and encoding != "raw"):
         raise InputError(f"{path}: line skip {lines} and byte skip {skip} are not understood")
     name = fields.get("data file")
-    source, offset = (path, head.end) if name is None else (_find_beside(path, name), 0)
+    source, offset = (path, head.end) if name is None else (find_beside(path, name), 0)
     data = _Data(source, offset, lines, skip, encoding, dtype, num_values)
     with source.open("rb") as file:
         first, size = _find_start(file, data), source.stat().st_size
     check_size(num_values, dtype, encoding, size - first)
-    if encoding == "raw" and size - first > num_values * dtype.itemsize:
-        raise ValueError(
-            f"{size - first} bytes are there for {num_values} values of {dtype}, which the header "
-            "declares"
-        )
     return data
-
-
-def _find_beside(path: Path, name: str) -> Path:
-    """Return the data file of a detached header."""
-    relative = Path(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts or ":" in name:
-        raise InputError(
-            f"{path}: its data file is elsewhere ({name}): put both into one folder and correct "
-            "`data file`"
-        )
-    beside = path.parent / relative
-    if not beside.is_file():
-        raise InputError(f"{path}: its data file {name} is not there: copy it there too")
-    return beside
 
 
 def _find_start(file: IO[bytes], data: _Data) -> int:

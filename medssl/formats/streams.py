@@ -7,16 +7,36 @@ import bz2
 import gzip
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl.config import InputError
 from medssl.formats.scan import PIECE
 
 _MOST_HELD = {"raw": 1.0, "gzip": 1032.0, "zlib": 1032.0, "bzip2": 1.5e6, "hex": 0.5}
 _LONGEST = 1000  # characters of one number in text
 _FOREIGN = "behind the compressed data stands what does not belong to it"
+
+
+def find_beside(path: Path, name: str) -> Path:
+    """Return the data file that a header names, beside it or in a folder there.
+
+    Raises:
+        InputError: It is elsewhere, or not there.
+    """
+    relative = Path(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or ":" in name:
+        raise InputError(
+            f"{path}: its data file is elsewhere ({name}): put both into one folder and correct "
+            "the name in the header"
+        )
+    beside = path.parent / relative
+    if not beside.is_file():
+        raise InputError(f"{path}: its data file {name} is not there: copy it there too")
+    return beside
 
 
 def check_size(num_values: int, dtype: np.dtype[Any], encoding: str, held: int) -> None:
@@ -29,11 +49,12 @@ def check_size(num_values: int, dtype: np.dtype[Any], encoding: str, held: int) 
         held: Bytes of the file from the first value on.
 
     Raises:
-        EOFError: Saying both numbers.
+        EOFError: Saying both numbers; also where raw bytes are left over.
     """
     declared = num_values * dtype.itemsize
     most = (held + 1) // 2 if encoding == "ascii" else int(held * _MOST_HELD[encoding])
-    if (num_values if encoding == "ascii" else declared) > most:
+    is_more = encoding == "raw" and declared < held
+    if (num_values if encoding == "ascii" else declared) > most or is_more:
         raise EOFError(
             f"the header declares {num_values} values of {dtype}, which are {declared} bytes, and "
             f"{held} bytes ({encoding}) are there for them"
@@ -161,3 +182,17 @@ def split_channels(
             owners = np.arange(start, start + values.size) // num_before % num_channels
             start += values.size
             yield values[owners == channel]
+
+
+def iterate_planes(array: NDArray[Any], has_channels_first: bool = False) -> Iterator[bytes]:
+    """Yield the little-endian bytes of each plane of (I, J, K[, C]): along I first, then J, K, C.
+
+    Args:
+        array: The numbers.
+        has_channels_first: Put the channels of a voxel together instead.
+    """
+    if has_channels_first and array.ndim == 4:
+        array = np.moveaxis(array, -1, 0)
+    dtype = array.dtype.newbyteorder("<")
+    for where in np.ndindex(array.shape[:1:-1]):
+        yield array[(..., *where[::-1])].astype(dtype, copy=False).tobytes(order="F")

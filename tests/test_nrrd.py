@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from itk import change, read, read_all, read_by_itk, save_by_itk, turn
+from itk_scans import change, read, read_all, read_by_itk, save_by_itk, turn
 
 from medssl.config import InputError
 from medssl.formats import nrrd

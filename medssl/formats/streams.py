@@ -39,7 +39,9 @@ def find_beside(path: Path, name: str) -> Path:
     return beside
 
 
-def check_size(num_values: int, dtype: np.dtype[Any], encoding: str, held: int) -> None:
+def check_size(
+    num_values: int, dtype: np.dtype[Any], encoding: str, held: int, has_more: bool = False
+) -> None:
     """Refuse a header that declares more than there are bytes for, before anything is allocated.
 
     Args:
@@ -47,13 +49,14 @@ def check_size(num_values: int, dtype: np.dtype[Any], encoding: str, held: int) 
         dtype: Of one value.
         encoding: See the module.
         held: Bytes of the file from the first value on.
+        has_more: Whether other things may stand behind the last value.
 
     Raises:
         EOFError: Saying both numbers; also where raw bytes are left over.
     """
     declared = num_values * dtype.itemsize
     most = (held + 1) // 2 if encoding == "ascii" else int(held * _MOST_HELD[encoding])
-    is_more = encoding == "raw" and declared < held
+    is_more = encoding == "raw" and declared < held and not has_more
     if (num_values if encoding == "ascii" else declared) > most or is_more:
         raise EOFError(
             f"the header declares {num_values} values of {dtype}, which are {declared} bytes, and "

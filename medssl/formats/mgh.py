@@ -1,0 +1,97 @@
+"""MGH of FreeSurfer (.mgz, .mgh): scans and labels in; their masks are NIfTI.
+
+Legend: C channels, I J K voxel axes. Places are RAS+ in mm. A header without the flag that its
+geometry is good is refused: FreeSurfer and nibabel turn it differently, and both take 1 mm.
+
+Source: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/MghFormat, by nibabel.
+"""
+
+import gzip
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.freesurfer.mghformat import MGHHeader
+from numpy.typing import NDArray
+
+from medssl.config import InputError
+from medssl.formats.scan import Scan, check_channels, check_label, check_place, guard
+from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers
+from medssl.transforms.geometry import Shape
+
+_START = 284  # byte of the first voxel
+_FLAG = slice(28, 30)
+_TYPES = {0: "u1", 1: "i4", 3: "f4", 4: "i2", 10: "u2"}
+
+
+def open_image(path: Path, num_channels: int | None) -> Scan:
+    """Open an image; its frames are its channels.
+
+    Raises:
+        InputError: The file cannot be read, or has other frames than declared channels.
+    """
+    scan: Scan = guard(path, lambda: _open(path))
+    return check_channels(path, scan, num_channels)
+
+
+def open_label(path: Path) -> Scan:
+    """Open a label.
+
+    Raises:
+        InputError: The file cannot be read, or has several frames.
+    """
+    scan: Scan = guard(path, lambda: _open(path))
+    return check_label(path, scan)
+
+
+def _open(path: Path) -> Scan:
+    """Read the header of a file and compare what it declares with the size of the file."""
+    is_packed = path.name.lower().endswith((".mgz", ".gz"))
+    with path.open("rb") as file:
+        has_gzip = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        if has_gzip != is_packed:
+            other = ".mgz" if has_gzip else ".mgh"
+            raise InputError(
+                f"{path}: is {'' if has_gzip else 'not '}compressed: rename it to {other}, or "
+                "copy it again"
+            )
+        start = (gzip.GzipFile(fileobj=file) if has_gzip else file).read(_START)
+    if len(start) < _START or start[:4] != b"\0\0\0\1":
+        raise ImageFileError(f"it is no MGH file, it starts with {start[:8]!r}")
+    header = MGHHeader(start, check=False)
+    sizes = [int(size) for size in header["dims"]]
+    code = int(header["type"])
+    if min(sizes) < 1 or code not in _TYPES:
+        raise InputError(
+            f"{path}: sizes {sizes} of type {code} are not those of a scan: convert it again "
+            "(mri_convert)"
+        )
+    if not any(start[_FLAG]):  # nibabel sets it
+        raise InputError(
+            f"{path}: its header gives no place (goodRASFlag is 0), and programs guess another "
+            "one: convert it again from the scan that it was made of (mri_convert)"
+        )
+    affine = np.asarray(header.get_affine(), np.float64)
+    i, j, k, num_channels = sizes
+    shape: Shape = (i, j, k)
+    dtype, num_values = np.dtype(_TYPES[code]).newbyteorder(">"), math.prod(sizes)
+    encoding = "gzip" if is_packed else "raw"
+    held = path.stat().st_size - (0 if is_packed else _START)
+    check_size(num_values, dtype, encoding, held, has_more=True)
+    check_place(path, shape, affine, "mm")
+    values = partial(_iterate, path, encoding, dtype, num_values)
+    return Scan(shape, affine, num_channels, values)
+
+
+def _iterate(
+    path: Path, encoding: str, dtype: np.dtype[Any], num_values: int
+) -> Iterator[NDArray[Any]]:
+    """Yield the numbers of a file; behind them stand times of the scanner and a history."""
+    with path.open("rb") as file:
+        blocks = iterate_bytes(file, encoding, dtype)
+        yield from iterate_numbers(blocks, dtype, num_values, _START, has_more=True)

@@ -25,7 +25,6 @@ LAYERS = (
     "losses",
     "networks",
     "transforms",
-    "formats",
     "metrics",
     "formats",
     "data",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from itk_scans import change, read, read_all, read_by_itk, turn
 
 from medssl.config import InputError
-from medssl.formats import pairs
+from medssl.formats import nifti, pairs
 from medssl.formats.scan import guard
 
 COUNT = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
@@ -39,13 +39,17 @@ def test_a_pair_of_nifti_is_read_where_itk_and_nibabel_have_it(tmp_path, kind, s
     for is_left_handed in (False, True):
         affine = turn(np.random.default_rng(1), is_left_handed)
         image = kind(COUNT, affine)
+        image.set_qform(affine)
         image.header.set_slope_inter(0.5, -3)
         nib.save(image, tmp_path / "a.img")
         scan = pairs.open_image(tmp_path / f"a{suffix}", 1)
         expected = nib.load(tmp_path / "a.img")
         np.testing.assert_array_equal(scan.affine, expected.affine)
         np.testing.assert_array_equal(read(scan)[..., 0], expected.get_fdata())
-        assert pairs.find_contradictions(scan.header) == {}
+        assert nifti.find_contradictions(scan.header) == {}
+        mask = np.ones(COUNT.shape, np.uint8)
+        nifti.write(tmp_path / "b.nii.gz", mask, scan.affine, scan.header, "")
+        np.testing.assert_array_equal(nib.load(tmp_path / "b.nii.gz").affine, expected.affine)
         if kind is nib.Nifti1Pair:  # ITK reads no NIfTI-2
             array, place = read_by_itk(tmp_path / "a.hdr")
             np.testing.assert_allclose(scan.affine, place, atol=1e-4)
@@ -58,7 +62,7 @@ def test_a_pair_of_nifti_without_codes_and_in_another_unit_is_named(tmp_path):
     nib.save(image, tmp_path / "a.img")
     scan = pairs.open_image(tmp_path / "a.hdr", 1)
     np.testing.assert_array_equal(np.abs(np.diag(scan.affine)), [1000, 1000, 1000, 1])
-    assert pairs.find_contradictions(scan.header) == {"code": "NIfTI", "unit": "metre"}
+    assert nifti.find_contradictions(scan.header) == {"code": "", "unit": "metre"}
 
 
 @pytest.mark.parametrize("keys", [("mat", "M"), ("M",)])
@@ -74,7 +78,7 @@ def test_analyze_with_the_place_that_spm_keeps_is_as_certain_as_nifti(
     np.testing.assert_allclose(scan.affine, affine, atol=1e-9)
     np.testing.assert_allclose(scan.affine, nib.load(tmp_path / "a.img").affine, atol=1e-12)
     np.testing.assert_array_equal(read(scan)[..., 0], COUNT)
-    assert pairs.find_contradictions(scan.header) == {}
+    assert scan.header["contradictions"] == {}
 
 
 def test_analyze_alone_is_read_with_a_warning_of_its_sides(tmp_path):
@@ -83,7 +87,7 @@ def test_analyze_alone_is_read_with_a_warning_of_its_sides(tmp_path):
     np.testing.assert_array_equal(read(scan), array)
     expected = [[-2, 0, 0, 1], [0, 3, 0, -3], [0, 0, 4, -6], [0, 0, 0, 1]]
     np.testing.assert_array_equal(scan.affine, expected)
-    assert pairs.find_contradictions(scan.header) == {"code": "Analyze without a .mat"}
+    assert scan.header["contradictions"] == {"code": "Analyze without a .mat"}
     with pytest.raises(InputError, match=r"a label is \(I, J, K\)"):
         pairs.open_label(tmp_path / "a.hdr")
 
@@ -135,6 +139,8 @@ def test_names_in_capitals_are_a_pair_too(tmp_path):
 def test_what_is_no_scan_is_refused(tmp_path, place, value, message):
     path = save_analyze(tmp_path)
     overwrite(path, place, value)
+    with (tmp_path / "a.img").open("ab") as file:
+        file.write(bytes(999))
     with pytest.raises(InputError, match=message):
         pairs.open_image(path, None)
 

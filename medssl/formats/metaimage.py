@@ -3,7 +3,8 @@
 Legend: C channels, I J K voxel axes. Places are in left-posterior-superior, as ITK has them: each
 row of `TransformMatrix` is the direction of an axis, `Offset` the centre of the first voxel;
 `AnatomicalOrientation` and `CenterOfRotation` change nothing. Without a matrix the header does not
-say where left is: ITK takes the identity, so it is taken here, and `find_contradictions` names it.
+say where left is: ITK takes the identity, so it is taken here, and the `contradictions` of the
+header name it.
 Lengths in `DistanceUnits` other than mm become mm, which ITK does not do.
 
 Source: MetaIO, https://itk.org/Wiki/ITK/MetaIO/Documentation, and what ITK reads of it.
@@ -84,20 +85,6 @@ def open_label(path: Path) -> Scan:
     return check_label(path, scan)
 
 
-def find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind.
-
-    See `medssl.data.io.CONTRADICTIONS`.
-    """
-    found = {}
-    if "TransformMatrix" not in header:
-        found["code"] = "no TransformMatrix"
-    unit = header.get("DistanceUnits", "")
-    if _UNITS[unit] != 1:
-        found["unit"] = unit
-    return found
-
-
 def write(
     path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
 ) -> None:
@@ -152,6 +139,17 @@ def write(
     write_file(path, save)
 
 
+def _find_contradictions(header: Header) -> dict[str, str]:
+    """Say where one header has programs place its voxels differently, by kind."""
+    found = {}
+    if "TransformMatrix" not in header:
+        found["code"] = "no TransformMatrix"
+    unit = header.get("DistanceUnits", "")
+    if _UNITS[unit] != 1:
+        found["unit"] = unit
+    return found
+
+
 def _describe(shape: tuple[int, ...], affine: Affine) -> Header:
     """Return a header of a grid that no file said."""
     moved = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
@@ -186,6 +184,7 @@ def _open(path: Path) -> Scan:
     check_place(path, shape, affine, unit or "mm")
     if num_axes == 4:
         header = _drop_fourth(header)
+    header["contradictions"] = _find_contradictions(header)
     data = _find_data(path, fields, end, math.prod(sizes) * together)
     values = partial(_iterate, data)
     if together > 1:

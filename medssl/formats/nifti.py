@@ -68,7 +68,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
             f"{path}: shape {shape} has several axes after the third: the last one is the "
             "channels, and the others need one voxel each; split the file"
         )
-    return check_channels(path, _describe(path, header), num_channels)
+    return check_channels(path, describe(path, header), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -77,11 +77,15 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file is none.
     """
-    return check_label(path, _describe(path, _open(path)))
+    return check_label(path, describe(path, _open(path)))
 
 
-def _describe(path: Path, header: Any) -> Scan:
-    """Return the scan of an open header."""
+def describe(path: Path, header: Any) -> Scan:
+    """Return the scan of an open header, of nibabel, whose voxels are in a file.
+
+    Raises:
+        InputError: The header places no voxels, or they are no numbers.
+    """
     shape, affine = _find_grid(path, header)
     _refuse_records(path, header)
     return Scan(

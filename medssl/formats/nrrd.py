@@ -7,7 +7,8 @@ of the file; one other axis may hold the channels, wherever it stands.
 Where the voxels lie: by `space directions` and `space origin`, turned to RAS+ by the name of the
 `space`. A header without a space, or with one that is not the patient's (scanner-xyz,
 3D-right-handed), does not say where left is: ITK takes it for left-posterior-superior, so it is
-taken for that here, and named by `find_contradictions`. `spacings` alone count from `axis mins`.
+taken for that here, and named among the
+`contradictions` of the header. `spacings` alone count from `axis mins`.
 Lengths in another unit than mm become mm, which ITK does not do.
 
 Source: Definition of NRRD File Format, https://teem.sourceforge.net/nrrd/format.html
@@ -161,20 +162,6 @@ def read_segments(path: Path) -> dict[int, str]:
     return {value: name for _, _, value, name in segments}
 
 
-def find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind.
-
-    See `medssl.data.io.CONTRADICTIONS`.
-    """
-    found = {}
-    if header.get("space", "").lower() not in _SPACES:
-        found["code"] = f"space: {header.get('space') or 'none'}"
-    unit = _find_unit(header)
-    if _UNITS[unit] != 1:
-        found["unit"] = unit
-    return found
-
-
 def write(
     path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
 ) -> None:
@@ -228,6 +215,17 @@ def write(
     write_file(path, save)
 
 
+def _find_contradictions(header: Header) -> dict[str, str]:
+    """Say where one header has programs place its voxels differently, by kind."""
+    found = {}
+    if header.get("space", "").lower() not in _SPACES:
+        found["code"] = f"space: {header.get('space') or 'none'}"
+    unit = _find_unit(header)
+    if _UNITS[unit] != 1:
+        found["unit"] = unit
+    return found
+
+
 def _describe(shape: Sequence[int], affine: Affine) -> Header:
     """Return a header of a grid that no file said, in left-posterior-superior as ITK writes it."""
     columns = (np.diag([-1.0, -1.0, 1.0]) @ affine[:3]).T + 0.0  # no minus zero
@@ -266,6 +264,7 @@ def _open(path: Path) -> _Opened:
     i, j, k = (*in_space, 1)[:3]
     shape: Shape = (i, j, k)
     check_place(path, shape, affine, unit)
+    header["contradictions"] = _find_contradictions(header)
     num_channels = sizes[others[0]] if others else 1
     data = _find_data(path, head, math.prod(sizes))
     iterate = partial(_iterate, data)

@@ -3,8 +3,8 @@
 Legend: C channels, I J K voxel axes. Either file may be named. A pair of NIfTI says where its
 voxels lie as a .nii does. Analyze does not say where left is, except where SPM has left a .mat
 beside it: without, the first axis is taken to run from right to left, as SPM and nibabel take it,
-around the origin of SPM or the middle of the scan, and `find_contradictions` names it. One whose
-`orient` is not 0 is refused, since programs turn it differently.
+around the origin of SPM or the middle of the scan, and the `contradictions` of the header name it.
+One whose `orient` is not 0 is refused, since programs turn it differently.
 
 Source: nibabel's Spm99AnalyzeImage and Nifti1Pair.
 """
@@ -22,13 +22,20 @@ from nibabel.spm99analyze import Spm99AnalyzeHeader
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.scan import Scan, check_channels, check_label, check_place, guard
+from medssl.formats import nifti
+from medssl.formats.scan import (
+    Scan,
+    check_channels,
+    check_label,
+    check_place,
+    guard,
+    read_nothing,
+)
 from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers
 from medssl.transforms.geometry import Affine, Header, Shape
 
 _LARGEST_MAT = 2**16  # bytes
 _ORIENT = 252  # byte of a header of Analyze
-_UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # xyzt_units -> name, mm; all others are mm
 
 
 def open_image(path: Path, num_channels: int | None) -> Scan:
@@ -50,15 +57,6 @@ def open_label(path: Path) -> Scan:
     """
     scan: Scan = guard(path, lambda: _open(path))
     return check_label(path, scan)
-
-
-def find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind.
-
-    See `medssl.data.io.CONTRADICTIONS`.
-    """
-    found = {} if header["is_placed"] else {"code": header["kind"]}
-    return found if header["unit"] == "mm" else {**found, "unit": header["unit"]}
 
 
 def find_pair(path: Path) -> tuple[Path, Path]:
@@ -84,22 +82,24 @@ def _open(path: Path) -> Scan:
     """Read the header of a pair and compare what it declares with the size of its other file."""
     head, data = find_pair(path)
     header = _read_header(head)
-    sizes = [int(size) for size in header.get_data_shape()]
-    dtype = header.get_data_dtype()
-    if not 2 <= len(sizes) <= 5 or min(sizes) < 1 or math.prod(sizes[3:]) != max(1, *sizes[3:], 1):
+    sizes, dtype = [int(size) for size in header.get_data_shape()], header.get_data_dtype()
+    num_values, offset = math.prod(sizes), int(header.get_data_offset())
+    if offset < 0:
+        raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")
+    check_size(num_values, dtype, "raw", data.stat().st_size - offset, has_more=True)
+    if not isinstance(header, Spm99AnalyzeHeader):
+        return nifti.describe(data, header)._replace(read_note=read_nothing)
+    if not 2 <= len(sizes) <= 5 or min(sizes) < 1:
         raise InputError(f"{head}: shape {sizes} is not that of a scan (I, J, K[, channels])")
     if dtype.fields is not None or dtype.kind not in "iuf":
         raise InputError(f"{head}: voxels are {dtype}, not numbers: convert it to gray values")
     i, j, k = (*sizes, 1)[:3]
     shape: Shape = (i, j, k)
-    affine, described = _find_place(head, header)
-    check_place(head, shape, affine, described["unit"])
-    offset = int(header.get_data_offset())
-    if offset < 0:
-        raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")
-    num_values = math.prod(sizes)
-    check_size(num_values, dtype, "raw", data.stat().st_size - offset, has_more=True)
-    values = partial(_iterate, data, offset, dtype, num_values, header.get_slope_inter())
+    affine, contradictions = _find_place(head, header)
+    check_place(head, shape, affine, "mm")
+    slope, _ = header.get_slope_inter()
+    values = partial(_iterate, data, offset, dtype, num_values, slope)
+    described: Header = {"contradictions": contradictions}
     return Scan(shape, affine, math.prod(sizes[3:]), values, described)
 
 
@@ -118,25 +118,19 @@ def _read_header(path: Path) -> Any:
     return Spm99AnalyzeHeader(start[: Spm99AnalyzeHeader.sizeof_hdr], check=False)
 
 
-def _find_place(path: Path, header: Any) -> tuple[Affine, Header]:
-    """Return the affine (4, 4) in mm, voxel -> RAS+, and what `find_contradictions` needs."""
-    if not isinstance(header, Spm99AnalyzeHeader):
-        unit, size = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
-        affine: Affine = np.asarray(header.get_best_affine(), np.float64)
-        affine[:3] *= size
-        is_placed = bool(header["sform_code"] > 0 or header["qform_code"] > 0)
-        return affine, {"kind": "NIfTI", "is_placed": is_placed, "unit": unit}
-    described: Header = {"kind": "Analyze without a .mat", "is_placed": False, "unit": "mm"}
+def _find_place(path: Path, header: Any) -> tuple[Affine, dict[str, str]]:
+    """Return the affine (4, 4) in mm, voxel -> RAS+, of Analyze, and what is not certain of it."""
     mat = path.with_suffix(".mat")
     if mat.is_file():
-        return _read_mat(mat), {**described, "is_placed": True}
+        return _read_mat(mat), {}
     orient = header.binaryblock[_ORIENT]
     if orient:
         raise InputError(
             f"{path}: an Analyze file of the orientation {orient}, which programs turn "
             "differently: convert it to NIfTI with a program that knows its origin"
         )
-    return np.asarray(header.get_best_affine(), np.float64), described
+    affine: Affine = np.asarray(header.get_best_affine(), np.float64)
+    return affine, {"code": "Analyze without a .mat"}
 
 
 def _read_mat(path: Path) -> Affine:
@@ -161,15 +155,11 @@ def _read_mat(path: Path) -> Affine:
 
 
 def _iterate(
-    path: Path, offset: int, dtype: np.dtype[Any], num_values: int, scale: tuple[Any, Any]
+    path: Path, offset: int, dtype: np.dtype[Any], num_values: int, slope: float | None
 ) -> Iterator[NDArray[Any]]:
     """Yield the values (n,) of a file in its own order, scaled as its header says."""
-    slope, inter = scale
     with path.open("rb") as file:
         file.seek(offset)
         blocks = iterate_bytes(file, "raw", dtype)
         for values in iterate_numbers(blocks, dtype, num_values, has_more=True):
-            if slope in (None, 1) and inter in (None, 0):
-                yield values
-            else:
-                yield values.astype(np.float64) * slope + (inter or 0)
+            yield values if slope in (None, 1) else values.astype(np.float64) * slope

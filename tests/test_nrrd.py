@@ -191,7 +191,9 @@ REFUSED = {
     "no blank": ("spacings:1 2 3\n", "line 7 of the header is no field"),
     "twice": (PLAIN + PLAIN, "`spacings` twice"),
     "too few": ("spacings: 1 2\n", "said of 2 axes"),
-    "not finite": ("spacings: 1 2 nan\n", "not|finite"),
+    "infinite": ("spacings: 1 2 inf\n", "finite"),
+    "too large": ('spacings: 1 2 1e308\nunits: "m" "m" "m"\n', "finite"),
+    "not finite": ("spacings: 1 2 nan\n", "finite"),
     "flat": ("space: RAS\nspace directions: (1,0,0) (1,0,0) (0,0,1)\n", "flattens"),
     "text": ("space: RAS\nspace directions: (a,0,0) (1,0,0) (0,0,1)\n", "is no vector"),
     "short": ("space: RAS\nspace directions: (1,0) (0,1) (0,0)\n", "not all of 3 numbers"),
@@ -376,7 +378,7 @@ def make_samples(folder):
     full = f"space: RAS\n{DIRECTIONS}space origin: (5,6,7)\n"
     for name, fields, data, encoding in (
         ("raw", full, COUNT, "raw"),
-        ("gzip", PLAIN, gzip.compress(COUNT), "gzip"),
+        ("gzip", PLAIN, gzip.compress(COUNT, mtime=0), "gzip"),
         ("bzip2", PLAIN, bz2.compress(COUNT), "bzip2"),
         ("text", full, b" ".join(b"%d" % n for n in COUNT), "text"),
         ("hex", full, COUNT.hex().encode(), "hex"),

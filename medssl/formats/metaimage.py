@@ -230,6 +230,7 @@ def _is_true(path: Path, fields: dict[str, str], name: str) -> bool:
     return text in ("true", "t", "1")
 
 
+@np.errstate(all="ignore")
 def _find_place(path: Path, header: Header, num_axes: int = 0) -> tuple[Affine, str]:
     """Return the affine (4, 4) in mm, voxel -> RAS+, of a header, and the unit it is in there."""
     num_axes = num_axes or len(header["DimSize"])

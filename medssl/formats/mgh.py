@@ -76,7 +76,8 @@ def _open(path: Path) -> Scan:
             f"{path}: its header gives no place (goodRASFlag is 0), and programs guess another "
             "one: convert it again from the scan that it was made of (mri_convert)"
         )
-    affine = np.asarray(header.get_affine(), np.float64)
+    with np.errstate(all="ignore"):
+        affine = np.asarray(header.get_affine(), np.float64)
     i, j, k, num_channels = sizes
     shape: Shape = (i, j, k)
     dtype, num_values = np.dtype(_TYPES[code]).newbyteorder(">"), math.prod(sizes)

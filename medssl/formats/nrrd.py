@@ -367,6 +367,7 @@ def _find_space_axes(
     return has_direction
 
 
+@np.errstate(all="ignore")
 def _find_place(path: Path, header: Header) -> tuple[Affine, str]:
     """Return the affine (4, 4) in mm, voxel -> RAS+, of a header, and the unit it is in there."""
     space = header.get("space", "").lower()
@@ -384,8 +385,8 @@ def _find_place(path: Path, header: Header) -> tuple[Affine, str]:
             f"{path}: the header gives no voxel size: add `spacings`, e.g. `spacings: 0.7 0.7 2.5`,"
             " or `space directions`"
         )
-    affine[:3] *= _UNITS[unit]
-    return np.diag([*_SPACES.get(space, (-1, -1, 1)), 1]) @ affine + 0.0, unit
+    affine[:3] *= _UNITS[unit] * np.array(_SPACES.get(space, (-1, -1, 1)))[:, None]
+    return affine + 0.0, unit  # no minus zero
 
 
 def _place_by_directions(path: Path, header: Header) -> Affine:
@@ -403,9 +404,8 @@ def _place_by_directions(path: Path, header: Header) -> Affine:
     for column, vector in zip((*range(num_axes), 3), vectors, strict=True):
         affine[:size, column] = vector
     if num_axes < size:  # a slice in space: 1 mm thick, across its own axes
-        with np.errstate(all="ignore"):
-            across = np.cross(affine[:3, 0], affine[:3, 1])
-            affine[:3, 2] = across / np.linalg.norm(across)
+        across = np.cross(affine[:3, 0], affine[:3, 1])
+        affine[:3, 2] = across / np.linalg.norm(across)
     return affine
 
 

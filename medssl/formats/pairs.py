@@ -118,6 +118,7 @@ def _read_header(path: Path) -> Any:
     return Spm99AnalyzeHeader(start[: Spm99AnalyzeHeader.sizeof_hdr], check=False)
 
 
+@np.errstate(all="ignore")
 def _find_place(path: Path, header: Any) -> tuple[Affine, dict[str, str]]:
     """Return the affine (4, 4) in mm, voxel -> RAS+, of Analyze, and what is not certain of it."""
     mat = path.with_suffix(".mat")

@@ -187,11 +187,9 @@ class TeacherSection(Section):
     saved under a small rotation and scale too.
     """
 
-    source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = (
-        "previous_round", "ema",
-    )  # fmt: skip
+    source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = ("ema",)
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
-    probs: Literal["clean", "sampled"] = "clean"
+    probs: Literal["clean", "sampled"] = "sampled"
     ensemble: Annotated[int, Field(ge=1, le=16)] = 1
 
 
@@ -213,7 +211,7 @@ class TransportSection(Section):
 class TargetSection(Section):
     """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax."""
 
-    kind: Literal["hard", "soft"] = "soft"
+    kind: Literal["hard", "soft"] = "hard"
     temperature: Positive = 1.0
     student_temperature: Positive = 1.0
     assignment: Literal["argmax", "transport"] = "argmax"
@@ -303,7 +301,7 @@ class NoiseSection(Section):
     ``dropout`` is the student's where it shall differ from the network's.
     """
 
-    mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
+    mixing: Literal["none", "copy_paste", "cutmix"] = "cutmix"
     labeled_mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
     mixing_probability: Fraction = 0.5
     labeled_mixing_probability: Fraction = 0.5
@@ -351,17 +349,17 @@ refused ones what is left of 1."""
 class PseudoLabelSection(Section):
     """Loss between the student's view and the pseudo-target.
 
-    Cross-entropy by default: its optimum is the target itself, while that of Dice under doubt is a
-    larger structure, a little more so with each round. ``options`` are those of the loss by name,
-    such as ``{q: 0.7}`` of ``generalized_ce``. ``transition`` is for ``forward_ce``: row i holds
-    the probabilities of the classes that a teacher says of voxels of true class i; with
+    The optimum of cross-entropy is the target itself; that of Dice, where the target is uncertain,
+    is a larger structure, a little more so with each offline round. ``options`` are those of the
+    loss by name, such as ``{q: 0.7}`` of ``generalized_ce``. ``transition`` is for ``forward_ce``:
+    row i holds the probabilities of the classes that a teacher says of voxels of true class i; with
     ``held_out`` it is measured for each teacher on the validation cases.
     """
 
     name: Literal[
         "dice_ce", "ce", "dice", "mae", "generalized_ce", "symmetric_ce", "bootstrapped_ce",
         "forward_ce",
-    ] = "ce"  # fmt: skip
+    ] = "dice_ce"  # fmt: skip
     weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
     voxels: Voxels = "accepted"
@@ -373,7 +371,7 @@ class EntropySection(Section):
     """Entropy of order ``order`` (1 is Shannon) of the student, normalized by ln C."""
 
     order: Annotated[float, Field(ge=0.0, allow_inf_nan=True)] = 1.0
-    weight: NonNegative = 0.01
+    weight: NonNegative = 0.02
     ramp: Ramp = Ramp()
     voxels: Voxels = "accepted"
 
@@ -384,7 +382,7 @@ class ConsistencySection(Section):
     name: Literal[
         "mse", "ce", "kl", "total_variation", "pearson", "hellinger", "jensen_shannon"
     ] = "mse"  # fmt: skip
-    weight: NonNegative = 0.1
+    weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
     voxels: Voxels = "all"
 
@@ -426,7 +424,7 @@ class TrainSection(Section):
     steps: Auto | Count | Annotated[tuple[Count, ...], PerRound] = "auto"
     batch: Auto | Annotated[int, Field(ge=1, le=2**16)] = "auto"
     unlabeled_ratio: Ratio | Annotated[tuple[Ratio, ...], PerRound] = 1.0
-    start: Literal["scratch", "warm"] = "scratch"
+    start: Literal["scratch", "warm"] = "warm"
     schedule: Literal["joint", "pretrain"] = "joint"
     fine_tune: FineTuneSection = FineTuneSection()
     lr: Positive = 3e-3

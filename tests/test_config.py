@@ -230,6 +230,13 @@ def test_render_leaves_out_what_nobody_gave(tmp_path):
     assert render(load_config(), only_given=True) == ""
 
 
+@pytest.mark.parametrize("name", ["default.yaml", "methods.yaml", "plan.yaml"])
+def test_render_tells_a_file_from_a_default_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "seed: 3", name)
+    assert render(load_config(name), only_given=True).startswith("train.seed: 3")
+
+
 def test_what_render_prints_is_the_same_configuration_again(tmp_path):
     names = ", ".join(f"{value}: 'structure number {value}, höher'" for value in range(1, 60))
     given = [f"data.labels={{{names}}}", "train.steps=[" + "1000, " * 20 + "7]", "seed=3"]

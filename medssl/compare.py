@@ -106,9 +106,9 @@ def _parse_arm(text: str) -> tuple[str, list[str]]:
     return name, paths
 
 
-def _name_apart(texts: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Shorten paths to what follows the folders that they share; given names stay."""
-    paths = {text: Path(text).parts for text in texts if text not in given}
+def _name_apart(texts: Sequence[str], named: Sequence[str]) -> list[str]:
+    """Shorten paths to what follows the folders that they share; names that the user chose stay."""
+    paths = {text: Path(text).parts for text in texts if text not in named}
     parts = {t: p[:-1] if p[-1:] == ("evaluation",) else p for t, p in paths.items()}
     shared = 0
     while all(len(p) > shared + 1 for p in parts.values()) and (
@@ -209,8 +209,8 @@ def _find_classes(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
     ]
     shared = [name for name in per_arm[0] if all(name in names for names in per_arm)]
     if not shared:
-        found = "; ".join(f"{a.name}: {', '.join(n)}" for a, n in zip(arms, per_arm, strict=False))
-        raise InputError(f"the arms have no class in common ({found})")
+        listed = "; ".join(f"{a.name}: {', '.join(n)}" for a, n in zip(arms, per_arm, strict=False))
+        raise InputError(f"the arms have no class in common ({listed})")
     return shared, sorted({name for names in per_arm for name in names} - set(shared))
 
 

@@ -24,7 +24,7 @@ from pydantic import (
 IGNORE = 255
 """Class index, inside the program, of voxels without supervision."""
 
-MOST_TOLD = 20  # mistakes, and characters of a number
+MOST_DIGITS = 20  # of a label value
 LARGEST_LABEL = 2**31 - 1
 
 Value = TypeVar("Value")
@@ -74,9 +74,9 @@ class Section(BaseModel):
     @classmethod
     def _refuse_words(cls, value: object, info: ValidationInfo) -> object:
         """Refuse yes and no, which YAML reads as true and false, in the place of 1 and 0."""
-        wanted = cls.model_fields[str(info.field_name)].annotation
-        is_section = isinstance(wanted, type) and issubclass(wanted, Section)
-        if wanted is not bool and not is_section and _holds_bool(value):
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+        if annotation is not bool and not is_section and _holds_bool(value):
             raise ValueError("expected a number or a name (in quotes), not yes or no, on or off")
         return value
 
@@ -109,7 +109,7 @@ class DataSection(Section):
     @field_validator("root")
     @classmethod
     def _check_root(cls, root: Path | None) -> Path | None:
-        """Refuse what no system takes for a path."""
+        """Refuse a root that no system takes as a path."""
         if root is not None and ("\0" in str(root) or len(str(root)) > 4000):
             raise ValueError("no path: it has a null character, or more than 4000 letters")
         return root
@@ -117,14 +117,14 @@ class DataSection(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _check_labels(cls, labels: object) -> object:
-        """Refuse names in the place of values, the mistake that is made most."""
+        """Refuse names in place of values, the most frequent mistake."""
         for value, name in labels.items() if isinstance(labels, dict) else ():
             if not re.fullmatch(r"-?\d+", str(value)) or not isinstance(name, str):
                 raise ValueError(
                     f'expected values with names, as data.labels.1=liver or "{{1: liver}}", got '
                     f"{value!r}: {name!r}"
                 )
-            if len(str(value)) > MOST_TOLD or int(value) > LARGEST_LABEL:
+            if len(str(value)) > MOST_DIGITS or int(value) > LARGEST_LABEL:
                 raise ValueError(f"no label file holds a value as large as {show_value(value)}")
             if int(value) < 0:
                 raise ValueError(
@@ -139,7 +139,7 @@ class DataSection(Section):
 
 
 class PlanSection(Section):
-    """What the plan decides unless it is given: spacing in mm, patch_size in voxels.
+    """What the plan decides unless the user does: spacing in mm, patch_size in voxels.
 
     In dimension 2, slice by slice, both have two entries, those of the plane.
     """
@@ -161,10 +161,10 @@ class NetworkSection(Section):
     """The network: ``width`` scales the channels, ``depth`` counts the resolution levels.
 
     A list of widths has one entry per round, round 0 first: students larger than their teachers.
-    ``auto`` is dynunet, but in 2D unet where an ``encoder`` or ``pretrained`` is asked for. All but
-    dynunet are of segmentation-models-pytorch: in 2D, with an encoder (``auto`` is resnet18), which
-    ``pretrained`` starts from weights of ImageNet (a download), of six levels and without
-    ``deep_supervision``.
+    ``auto`` takes dynunet, or in 2D unet where ``encoder`` or ``pretrained`` is set. All others are
+    networks of segmentation-models-pytorch: in 2D only, with six levels, without
+    ``deep_supervision``, and with an encoder (``auto``: resnet18) that ``pretrained`` starts from
+    ImageNet weights (a download).
     """
 
     name: Auto | Literal["dynunet"] | PlaneNetwork = "auto"
@@ -177,21 +177,19 @@ class NetworkSection(Section):
 
 
 class TeacherSection(Section):
-    """Who makes the targets: the previous round's model (offline), an EMA of the student, itself.
+    """Who makes the targets: the model of the previous round (offline), an EMA, or the student.
 
     ``previous_round`` and ``ema`` together: offline pseudo-targets, online consistency. With
-    ``ensemble: k`` every round that has a successor trains k models of other seeds, and the mean
-    of their probs labels. ``probs: clean`` are those of the network without its noise, averaged
-    over mirrorings where they are saved; ``sampled`` the mean of the passes of
-    ``filter.uncertainty``, each with dropout and under a mirroring of its own, and where they are
-    saved under a small rotation and scale too.
+    ``ensemble: k`` every round that has a successor trains k models with different seeds, whose
+    mean probs are the pseudo-labels. ``probs: clean`` is the network without its noise;
+    pseudo-labels that are saved are averaged over mirrorings. ``probs: sampled`` is the mean of the
+    passes of ``filter.uncertainty``, each with dropout and another mirroring, and for saved
+    pseudo-labels with a small rotation and scale too.
     """
 
-    source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = (
-        "previous_round", "ema",
-    )  # fmt: skip
+    source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = ("ema",)
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
-    probs: Literal["clean", "sampled"] = "clean"
+    probs: Literal["clean", "sampled"] = "sampled"
     ensemble: Annotated[int, Field(ge=1, le=16)] = 1
 
 
@@ -213,7 +211,7 @@ class TransportSection(Section):
 class TargetSection(Section):
     """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax."""
 
-    kind: Literal["hard", "soft"] = "soft"
+    kind: Literal["hard", "soft"] = "hard"
     temperature: Positive = 1.0
     student_temperature: Positive = 1.0
     assignment: Literal["argmax", "transport"] = "argmax"
@@ -233,21 +231,21 @@ class ThresholdSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_more_and_more(cls, given: object) -> object:
+    def _keep_more_and_more(cls, section: object) -> object:
         """Give a share, which shall grow, a range of its own: thresholds fall."""
-        if isinstance(given, dict) and given.get("name") == "quantile":
-            return {"start": 0.8, "end": 0.95, **given}
-        return given
+        if isinstance(section, dict) and section.get("name") == "quantile":
+            return {"start": 0.8, "end": 0.95, **section}
+        return section
 
 
 class UncertaintySection(Section):
     """Filter of voxels by the uncertainty of MC dropout, of mirrorings, or of an ensemble.
 
     ``measure`` is predictive entropy or mutual information. A voxel is accepted while it is under
-    ``u + (ln C - u) r(t)`` with ``u = start ln 2``: ln 2 is the doubt between two classes, which a
-    boundary has however many classes there are. ``start: null`` refuses no voxel: the uncertainty
-    is measured for the review. ``online_passes`` are those of an online teacher in each step, as
-    many as ``passes`` where it is not given.
+    ``u + (ln C - u) r(t)`` with ``u = start ln 2``: ln 2 is the uncertainty between two classes,
+    which a boundary has however many classes there are. ``start: null`` refuses no voxel: the
+    uncertainty is measured for the review. ``online_passes`` are those of an online teacher in each
+    step, as many as ``passes`` where it is ``auto``.
     Source: Yu et al. 2019 (UA-MT), section 2.3, which has two classes.
     """
 
@@ -298,12 +296,13 @@ class RandAugmentSection(Section):
 class NoiseSection(Section):
     """Noise of the student: mixing, strong views, dropout, stochastic depth (survival p_L).
 
-    ``mixing`` goes both ways between labeled and unlabeled patches; ``labeled_mixing`` between
-    labeled ones, where that is not so: in round 0, and for students without mixing.
-    ``dropout`` is the student's where it shall differ from the network's.
+    ``mixing: copy_paste`` goes both ways between labeled and unlabeled patches, ``cutmix`` between
+    unlabeled ones. ``labeled_mixing`` is between labeled patches, wherever copy_paste does not mix
+    them: in round 0, and for students with another ``mixing``. ``dropout`` replaces that of
+    ``network`` in students.
     """
 
-    mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
+    mixing: Literal["none", "copy_paste", "cutmix"] = "cutmix"
     labeled_mixing: Literal["none", "copy_paste", "cutmix"] = "copy_paste"
     mixing_probability: Fraction = 0.5
     labeled_mixing_probability: Fraction = 0.5
@@ -332,7 +331,7 @@ Supervised = Literal["dice_ce", "ce", "dice"]
 
 
 class SupervisedSection(Section):
-    """Loss on labeled voxels; ``student`` is that beside pseudo-labels where it shall differ."""
+    """Loss on labeled voxels; ``student`` is the one beside pseudo-labels (``auto``: the same)."""
 
     name: Supervised = "dice_ce"
     student: Auto | Supervised = "auto"
@@ -351,17 +350,17 @@ refused ones what is left of 1."""
 class PseudoLabelSection(Section):
     """Loss between the student's view and the pseudo-target.
 
-    Cross-entropy by default: its optimum is the target itself, while that of Dice under doubt is a
-    larger structure, a little more so with each round. ``options`` are those of the loss by name,
-    such as ``{q: 0.7}`` of ``generalized_ce``. ``transition`` is for ``forward_ce``: row i holds
-    the probabilities of the classes that a teacher says of voxels of true class i; with
+    The optimum of cross-entropy is the target itself; that of Dice, where the target is uncertain,
+    is a larger structure, a little more so with each offline round. ``options`` are those of the
+    loss by name, such as ``{q: 0.7}`` of ``generalized_ce``. ``transition`` is for ``forward_ce``:
+    row i holds the probabilities of the classes that a teacher says of voxels of true class i; with
     ``held_out`` it is measured for each teacher on the validation cases.
     """
 
     name: Literal[
         "dice_ce", "ce", "dice", "mae", "generalized_ce", "symmetric_ce", "bootstrapped_ce",
         "forward_ce",
-    ] = "ce"  # fmt: skip
+    ] = "dice_ce"  # fmt: skip
     weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
     voxels: Voxels = "accepted"
@@ -373,7 +372,7 @@ class EntropySection(Section):
     """Entropy of order ``order`` (1 is Shannon) of the student, normalized by ln C."""
 
     order: Annotated[float, Field(ge=0.0, allow_inf_nan=True)] = 1.0
-    weight: NonNegative = 0.01
+    weight: NonNegative = 0.02
     ramp: Ramp = Ramp()
     voxels: Voxels = "accepted"
 
@@ -384,7 +383,7 @@ class ConsistencySection(Section):
     name: Literal[
         "mse", "ce", "kl", "total_variation", "pearson", "hellinger", "jensen_shannon"
     ] = "mse"  # fmt: skip
-    weight: NonNegative = 0.1
+    weight: NonNegative = 1.0
     ramp: Ramp = Ramp()
     voxels: Voxels = "all"
 
@@ -419,14 +418,14 @@ class TrainSection(Section):
     ``steps`` may have one entry per round, round 0 first.
     ``unlabeled_ratio``, unlabeled to labeled patches, may have one entry per student round.
     ``start: warm`` begins a student with its teacher's weights; ``student_lr`` is its learning rate
-    where that shall differ. ``schedule: pretrain`` leaves the labels out until the fine-tune.
+    (``auto``: ``lr``). ``schedule: pretrain`` leaves the labels out until the fine-tune.
     """
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 2
     steps: Auto | Count | Annotated[tuple[Count, ...], PerRound] = "auto"
     batch: Auto | Annotated[int, Field(ge=1, le=2**16)] = "auto"
     unlabeled_ratio: Ratio | Annotated[tuple[Ratio, ...], PerRound] = 1.0
-    start: Literal["scratch", "warm"] = "scratch"
+    start: Literal["scratch", "warm"] = "warm"
     schedule: Literal["joint", "pretrain"] = "joint"
     fine_tune: FineTuneSection = FineTuneSection()
     lr: Positive = 3e-3
@@ -459,8 +458,8 @@ class Config(Section):
 
     ``objective`` names the class of the losses as ``package.module:Class``; the built-in one is the
     equation of ``objective.py``. ``validation`` says how many of the labeled cases validate:
-    ``auto`` takes a fifth where 16 scans of 6 patients or more are labeled and none below, where
-    each of them is worth more in training; ``fifth`` takes one from five labeled scans on.
+    ``auto`` takes a fifth of them from 16 scans and 6 patients on, and none below, where each is
+    worth more in training; ``fifth`` takes a fifth from five labeled scans on.
     """
 
     data: DataSection = DataSection()
@@ -481,20 +480,20 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
         """Refuse settings that contradict each other."""
-        found = [*_check_teacher(self), *_check_idle(self), *_check_rest(self)]
-        if found:
-            raise ValueError("\n  - ".join(found))
+        problems = [*_check_teacher(self), *_check_idle(self), *_check_rest(self)]
+        if problems:
+            raise ValueError("\n  - ".join(problems))
         return self
 
 
 def _check_teacher(config: Config) -> Iterator[str]:
     """Yield what does not fit the teacher that was chosen."""
     source, case = list(config.teacher.source), config.filter.case
-    doubt = config.filter.uncertainty.source
-    if config.teacher.probs == "sampled" and doubt != "mc_dropout":
+    uncertainty = config.filter.uncertainty.source
+    if config.teacher.probs == "sampled" and uncertainty != "mc_dropout":
         yield (
             "teacher.probs=sampled is the mean of the passes of MC dropout, but "
-            f"filter.uncertainty.source={doubt}; set it to mc_dropout, or teacher.probs=clean"
+            f"filter.uncertainty.source={uncertainty}; set it to mc_dropout, or teacher.probs=clean"
         )
     if not source:
         yield "teacher.source is empty: name previous_round, ema or self"
@@ -511,7 +510,7 @@ def _check_teacher(config: Config) -> Iterator[str]:
     held_out = config.losses.pseudo_label.transition == "held_out"
     for key, value, neutral in (
         ("losses.pseudo_label.transition", "held_out" if held_out else "null", ("null",)),
-        ("filter.uncertainty.source", doubt, ("none", "mc_dropout")),
+        ("filter.uncertainty.source", uncertainty, ("none", "mc_dropout")),
         ("filter.case.stable", case.stable, (1.0,)),
         ("filter.case.draw", case.draw, ("uniform",)),
         ("filter.case.balance", case.balance, (False,)),
@@ -533,21 +532,21 @@ def _choose_prior(config: Config) -> str:
 
 def _check_rest(config: Config) -> Iterator[str]:
     """Yield all other contradictions."""
-    doubt, loss = config.filter.uncertainty.source, config.losses.pseudo_label
+    uncertainty, loss = config.filter.uncertainty.source, config.losses.pseudo_label
     threshold = config.filter.threshold
-    if doubt == "mc_dropout" and config.network.dropout == 0.0:
+    if uncertainty == "mc_dropout" and config.network.dropout == 0.0:
         yield (
             "filter.uncertainty.source=mc_dropout needs network.dropout above 0 (got 0.0): "
             "without dropout the passes do not differ; set network.dropout=0.1 or "
             "filter.uncertainty.source=none"
         )
-    if doubt == "mc_dropout" and config.noise.dropout == 0.0:
+    if uncertainty == "mc_dropout" and config.noise.dropout == 0.0:
         yield (
             "filter.uncertainty.source=mc_dropout needs noise.dropout above 0 (got 0.0), since "
             "students teach and are reviewed too; leave it out, or set "
             "filter.uncertainty.source=none"
         )
-    if doubt == "ensemble" and config.teacher.ensemble < 2:
+    if uncertainty == "ensemble" and config.teacher.ensemble < 2:
         yield "filter.uncertainty.source=ensemble needs teacher.ensemble of 2 or more (got 1)"
     if config.train.schedule == "pretrain" and config.train.fine_tune.share == 0.0:
         yield (
@@ -582,8 +581,8 @@ def _check_rest(config: Config) -> Iterator[str]:
 def _check_idle(config: Config) -> Iterator[str]:
     """Yield settings without effect, or with one that another setting has switched off."""
     threshold, draw = config.filter.threshold, config.filter.case.draw
-    doubt, target = config.filter.uncertainty, config.target
-    unlimited = doubt.source == "none" or doubt.start is None
+    uncertainty, target = config.filter.uncertainty, config.target
+    unlimited = uncertainty.source == "none" or uncertainty.start is None
     unbounded = threshold.name in ("none", "free", "soft", "quantile")
     if draw == "coverage" and unlimited and unbounded:
         yield (

@@ -363,13 +363,13 @@ def draw_difference(
     per_draw = (sums.sum(1) / counts.sum(1)).tolist()
     rng = np.random.default_rng(seed)
     means = np.empty(NUM_RESAMPLES)
-    for number in range(NUM_RESAMPLES):
+    for index in range(NUM_RESAMPLES):
         draws = rng.integers(len(table), size=len(table))
-        drawn = rng.integers(len(names), size=len(names))
-        count = counts[draws][:, drawn].sum(1)
-        total = sums[draws][:, drawn].sum(1)
+        resampled = rng.integers(len(names), size=len(names))
+        count = counts[draws][:, resampled].sum(1)
+        total = sums[draws][:, resampled].sum(1)
         has_some = count > 0  # not where only patients without a value were drawn
-        means[number] = (total[has_some] / count[has_some]).mean() if has_some.any() else np.nan
+        means[index] = (total[has_some] / count[has_some]).mean() if has_some.any() else np.nan
     low, high = np.nanpercentile(means, (2.5, 97.5))
     result: DrawDifference = {
         "mean": float(np.mean(per_draw)),
@@ -464,20 +464,20 @@ def _estimate(
 ) -> tuple[Estimate, NDArray[np.float64]]:
     """Return the estimate over finite values and the resampled means (empty below two patients)."""
     is_known = np.isfinite(values)
-    kept = values[is_known]
+    known = values[is_known]
     names = np.arange(len(values)) if patients is None else np.array(patients)
     _, owner = np.unique(names[is_known], return_inverse=True)
-    sums = np.asarray(np.bincount(owner, kept), dtype=np.float64)
+    sums = np.asarray(np.bincount(owner, known), dtype=np.float64)
     sizes = np.bincount(owner)
     means = _resample_means(sums, sizes, seed) if len(sums) > 1 else np.empty(0)
     low, high = np.percentile(means, [2.5, 97.5]).tolist() if len(means) else (None, None)
     estimate = Estimate(
-        mean=float(kept.mean()) if len(kept) else None,
+        mean=float(known.mean()) if len(known) else None,
         low=low,
         high=high,
-        n=len(kept),
+        n=len(known),
         num_patients=len(sums),
-        num_dropped=len(values) - len(kept),
+        num_dropped=len(values) - len(known),
     )
     return estimate, means
 
@@ -485,18 +485,19 @@ def _estimate(
 def _resample_means(
     sums: NDArray[np.float64], sizes: NDArray[np.int_], seed: int
 ) -> NDArray[np.float64]:
-    """Return the means over cases of NUM_RESAMPLES draws of as many patients, with replacement.
+    """Return the means over cases of NUM_RESAMPLES resamples of as many patients, with replacement.
 
     Args:
         sums: (P,), the sum over the cases of each patient.
         sizes: (P,), how many cases these are.
-        seed: Of the draws.
+        seed: Of the resampling.
     """
     rng = np.random.default_rng(seed)
-    number = len(sums)
-    step = max(1, 2_000_000 // number)  # bounds the memory of one block of draws
+    num_patients = len(sums)
+    step = max(1, 2_000_000 // num_patients)  # bounds the memory of one block of resamples
     blocks = []
     for start in range(0, NUM_RESAMPLES, step):
-        drawn = rng.integers(0, number, (min(step, NUM_RESAMPLES - start), number))
-        blocks.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+        shape = (min(step, NUM_RESAMPLES - start), num_patients)
+        resampled = rng.integers(0, num_patients, shape)
+        blocks.append(sums[resampled].sum(axis=1) / sizes[resampled].sum(axis=1))
     return np.concatenate(blocks)

@@ -293,8 +293,8 @@ class Objective(nn.Module):
         views = torch.cat([weak.flip(turn) for turn in turns])
         with sample_dropout(network):
             probs = torch.softmax(network(arrange(views)).float(), dim=1).chunk(count)
-        draws = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
-        mean, entropy, information = combine(draws, f"MC dropout ({count} passes)")
+        passes = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
+        mean, entropy, information = combine(passes, f"MC dropout ({count} passes)")
         return mean, information if section.measure == "mutual_information" else entropy
 
     def assign(self, probs: Tensor) -> Tensor:
@@ -354,8 +354,8 @@ class Objective(nn.Module):
         self.thresholds.update(probs, valid, progress)
         sure = valid
         if uncertainty is not None:
-            risen = ramp_value("sigmoid", progress, 0.0, 1.0)
-            limit = find_limit(self.config.filter.uncertainty, self.num_classes, risen)
+            rise = ramp_value("sigmoid", progress, 0.0, 1.0)
+            limit = find_limit(self.config.filter.uncertainty, self.num_classes, rise)
             sure = valid & (uncertainty < limit)
         confident = self.thresholds.accept(probs)
         accepted = confident & sure
@@ -430,14 +430,14 @@ def load_objective(name: str) -> type[Objective]:
     """
     module, _, kind = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), kind)
+        objective = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"objective={name}: {error}; expected package.module:Class of an installed package"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Objective)):
+    if not (isinstance(objective, type) and issubclass(objective, Objective)):
         raise InputError(f"objective={name}: {kind} is no subclass of medssl.objective:Objective")
-    return found
+    return objective
 
 
 def find_loss(name: str) -> Loss:
@@ -462,11 +462,11 @@ def build_loss(section: PseudoLabelSection, transition: Tensor | None = None) ->
 
     Args:
         section: Its settings.
-        transition: Matrix (C, C) of a teacher, where it was measured and not given.
+        transition: Matrix (C, C) of a teacher, where it was measured.
     """
-    given = section.transition
-    if transition is None and given is not None and given != "held_out":
-        transition = torch.tensor(given)
+    rows = section.transition
+    if transition is None and rows is not None and rows != "held_out":
+        transition = torch.tensor(rows)
     matrix = {} if transition is None else {"transition": transition}
     return functools.partial(find_loss(section.name), **section.options, **matrix)
 

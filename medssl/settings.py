@@ -1,4 +1,4 @@
-"""From texts to a configuration: presets, YAML and key=value merged, every mistake told at once.
+"""Resolve a configuration: presets, YAML and key=value merged, all mistakes reported at once.
 
 Order of precedence: defaults < preset (``method``) < YAML < ``key.path=value``.
 """
@@ -18,11 +18,12 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from medssl.config import MOST_TOLD, Config, InputError, show_value
+from medssl.config import Config, InputError, show_value
 
 MOST_BYTES = 2**17  # of a YAML file: a configuration has some hundred lines
 MOST_LETTERS = 10_000  # of a value on the command line
 MOST_NESTED = 12
+MOST_REPORTED = 20  # mistakes in one message
 
 SHORTCUTS = {
     "labeled": "data.labeled",
@@ -70,25 +71,25 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping, or refuse it where a key stands twice."""
-        seen: set[Any] = set()
+        keys: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, dict | list):  # such as {{ name }}, a placeholder of templates
                 raise yaml.constructor.ConstructorError(
                     None, None, "a key must be a word", key_node.start_mark
                 )
-            if key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
                 )
-            seen.add(key)
+            keys.add(key)
         return super().construct_mapping(node, deep)
 
 
 _INTEGER, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-_OWN_TAGS = {_INTEGER, _FLOAT, "tag:yaml.org,2002:timestamp"}
+_REPLACED_TAGS = {_INTEGER, _FLOAT, "tag:yaml.org,2002:timestamp"}
 _PlainLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in kinds if tag not in _OWN_TAGS]
+    first: [(tag, pattern) for tag, pattern in kinds if tag not in _REPLACED_TAGS]
     for first, kinds in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
@@ -159,7 +160,7 @@ def load_config(
         InputError: Naming all mistakes at once, with the nearest valid key.
     """
     problems: list[str] = []
-    given: dict[str, tuple[Any, str]] = {}
+    by_user: dict[str, tuple[Any, str]] = {}
     layers: list[tuple[dict[str, Any], str]] = []
     if first is not None and str(first).endswith((".yaml", ".yml")):
         layers.append((_spell_out(_read_yaml(Path(first)), problems), str(first)))
@@ -167,11 +168,11 @@ def load_config(
         layers.append(({"data.root": str(first)}, "command line"))
     layers.append((_parse_overrides(overrides, problems), "command line"))
     for values, source in layers:
-        given.update({key: (value, source) for key, value in values.items()})
-    method = given.get("method", ("default", "default"))[0]
+        by_user.update({key: (value, source) for key, value in values.items()})
+    method = by_user.get("method", ("default", "default"))[0]
     preset, preset_name = _read_method(str(method), problems)
     merged = {key: (value, f"method {preset_name}") for key, value in preset.items()}
-    merged.update(given)
+    merged.update(by_user)
     tree = _unflatten({key: value for key, (value, _) in merged.items()}, problems)
     config = _validate(tree, problems)
     sources = {key: merged.get(key, (None, "default"))[1] for key in _flatten(dump(config))}
@@ -234,19 +235,23 @@ def render(resolved: Resolved, only_given: bool = False) -> str:
     values = _flatten(dump(resolved.config))
     if only_given:
         sources = {key: resolved.sources.get(key, "default") for key in values}
-        own = [k for k, source in sources.items() if not source.startswith(("default", "method"))]
-        values = {key: values[key] for key in own if sources[key] != "plan"}
-    shown = {
+        values = {k: v for k, v in values.items() if not _is_decided(sources[k])}
+    texts = {
         key: yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
         for key, value in values.items()
     }
-    shown = {key: text.replace("\n...\n", "").strip() for key, text in shown.items()}
-    width = max((len(f"{key}: {text}") for key, text in shown.items()), default=0)
+    texts = {key: text.replace("\n...\n", "").strip() for key, text in texts.items()}
+    width = max((len(f"{key}: {text}") for key, text in texts.items()), default=0)
     width = min(width, 72)
     return "\n".join(
         f"{f'{key}: {text}':<{width}}  # {resolved.sources.get(key, 'default')}"
-        for key, text in shown.items()
+        for key, text in texts.items()
     )
+
+
+def _is_decided(source: str) -> bool:
+    """Tell whether a value comes from a default, a preset or the plan, and not from the user."""
+    return source in ("default", "plan") or source.startswith("method ")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -374,11 +379,11 @@ def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
         problems = problems + _explain_all(error.errors())
         config = Config()
     if problems:
-        told = [f"  - {problem}" for problem in dict.fromkeys(problems)]
-        more = len(told) - MOST_TOLD
-        lines = "\n".join(told[:MOST_TOLD] + ([f"  - and {more} more"] if more > 0 else []))
-        plural = "mistake" if len(told) == 1 else "mistakes"
-        raise InputError(f"{len(told)} {plural} in the configuration:\n{lines}")
+        items = [f"  - {problem}" for problem in dict.fromkeys(problems)]
+        more = len(items) - MOST_REPORTED
+        lines = "\n".join(items[:MOST_REPORTED] + ([f"  - and {more} more"] if more > 0 else []))
+        plural = "mistake" if len(items) == 1 else "mistakes"
+        raise InputError(f"{len(items)} {plural} in the configuration:\n{lines}")
     return config
 
 
@@ -391,10 +396,12 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             key = next(iter(_flatten({".".join(path): item["input"]})))
-            is_told = len(unknown) < MOST_TOLD  # to look for the nearest of thousands takes minutes
-            unknown[_explain_key(key, valid) if is_told else f"{show_value(key)}: unknown key"] = (
-                None
-            )
+            is_searched = (
+                len(unknown) < MOST_REPORTED
+            )  # to look for the nearest of thousands takes minutes
+            unknown[
+                _explain_key(key, valid) if is_searched else f"{show_value(key)}: unknown key"
+            ] = None
             continue
         while path and ".".join(path) not in valid:
             path.pop()  # the rest names a member of a union, or a place in a list
@@ -405,11 +412,11 @@ def _explain_all(items: Sequence[Any]) -> list[str]:
             message = "Input should be a list, such as [1, 2]"
         value = f" (got {show_value(item['input'])})" if path else ""
         wrong.setdefault((".".join(path), value), []).append(message + _offer_choice(item))
-    told = [
+    sentences = [
         f"{key}: {'; or: '.join(dict.fromkeys(m))}{value}" if key else m[0]
         for (key, value), m in wrong.items()
     ]
-    return [*unknown, *told]
+    return [*unknown, *sentences]
 
 
 def _explain_key(key: str, valid: Sequence[str]) -> str:
@@ -458,8 +465,8 @@ def hash_config(config: Config, ignore: Sequence[str] = ()) -> str:
         config: The resolved configuration.
         ignore: Keys to leave out as well; one that ends in a dot stands for all below it.
     """
-    kept = _list_deciding(config, ignore)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    deciding = _list_deciding(config, ignore)
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def list_changes(old: Config, new: Config) -> list[str]:
@@ -492,6 +499,6 @@ def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]
         "data.root",
     )  # fmt: skip
     skipped = (*skipped, *(key for key in ignore if key.endswith(".")))
-    kept = {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
-    kept = {k: v for k, v in kept.items() if k not in _ADDED or v != _ADDED[k]}
-    return {k: _RENAMED.get((k, str(v)), v) for k, v in kept.items()}
+    deciding = {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
+    deciding = {k: v for k, v in deciding.items() if k not in _ADDED or v != _ADDED[k]}
+    return {k: _RENAMED.get((k, str(v)), v) for k, v in deciding.items()}

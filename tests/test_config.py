@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -229,6 +230,13 @@ def test_render_leaves_out_what_nobody_gave(tmp_path):
     assert render(load_config(), only_given=True) == ""
 
 
+@pytest.mark.parametrize("name", ["default.yaml", "methods.yaml", "plan.yaml"])
+def test_render_tells_a_file_from_a_default_whatever_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "seed: 3", name)
+    assert render(load_config(name), only_given=True).startswith("train.seed: 3")
+
+
 def test_what_render_prints_is_the_same_configuration_again(tmp_path):
     names = ", ".join(f"{value}: 'structure number {value}, höher'" for value in range(1, 60))
     given = [f"data.labels={{{names}}}", "train.steps=[" + "1000, " * 20 + "7]", "seed=3"]
@@ -415,6 +423,64 @@ def test_runs_of_the_first_version_go_on_as_classic():
     assert hash_config(load_config().config) != first
     changed = load_config(overrides=["method=classic", "train.student_lr=1e-3"]).config
     assert hash_config(changed) != first
+
+
+HASHES = {
+    "bcp": "9add8179e4cd",
+    "classic": "e6cc0c81e778",
+    "cross_pseudo": "39887a78e2d7",
+    "curriculum": "7d4b03439d64",
+    "cutmix": "4caa5f22361f",
+    "default": "294922be3caa",
+    "ensemble": "3d7d5da9f180",
+    "entropy": "3315206f186d",
+    "fixmatch": "27a5a343adfc",
+    "flexmatch": "a61e8e9572da",
+    "freematch": "143f40bee733",
+    "labels_only": "1e22fcac06a2",
+    "mean_teacher": "a23b1dc94f72",
+    "noisy_student": "9c2200c90a7b",
+    "otamatch": "2439df5fc37d",
+    "pseudo_label": "14f8b5afbd65",
+    "robust": "f6e846ffc8fe",
+    "softmatch": "e15d09c4316a",
+    "st_plus_plus": "79ea905cca68",
+    "uamt": "30956bab7d38",
+    "unimatch": "88d58d706400",
+}
+"""Beginnings of the hashes of the presets, which runs that have been begun have on record."""
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_a_run_that_was_begun_with_a_preset_goes_on(method, tmp_path):
+    config = load_config(overrides=[f"method={method}"]).config
+    assert hash_config(config).startswith(HASHES[method])
+    recorded = load_config(write(tmp_path, yaml.safe_dump(dump(config)), "config.yaml")).config
+    assert recorded == config
+
+
+@pytest.mark.parametrize("method", list_methods())
+def test_a_preset_says_only_how_it_differs_from_the_defaults(method):
+    defaults = dump(Config())
+    for key, value in walk(yaml.safe_load(list_methods()[method].read_text())):
+        default = functools.reduce(lambda section, name: section[name], key, defaults)
+        # A range of thresholds is said where it is the paper's, so that quantile does not take it.
+        assert value != default or key[:2] == ("filter", "threshold"), ".".join(key)
+
+
+def walk(tree, prefix=()):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from walk(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def test_the_defaults_are_the_recipe_but_for_what_its_preset_says():
+    said = {key for key, _ in walk(yaml.safe_load(list_methods()["default"].read_text()))}
+    recipe, defaults = (dict(walk(dump(config))) for config in (load_config().config, Config()))
+    assert {key for key in defaults if recipe[key] != defaults[key]} == said
+    assert len(said) <= 5
 
 
 @pytest.mark.parametrize(

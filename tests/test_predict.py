@@ -547,7 +547,7 @@ def test_predictions_that_do_not_differ_are_an_error():
 @pytest.mark.parametrize(("num_classes", "last"), [(2, 1.0), (3, np.log(3) / np.log(2))])
 def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last):
     section = UncertaintySection(start=0.75)
-    found = [find_limit(section, num_classes, risen) / np.log(2) for risen in (0.0, 0.5, 1.0)]
+    found = [find_limit(section, num_classes, rise) / np.log(2) for rise in (0.0, 0.5, 1.0)]
     assert found == pytest.approx([0.75, (0.75 + last) / 2, last])
     assert find_limit(UncertaintySection(start=None), num_classes, 0.0) == np.inf
 

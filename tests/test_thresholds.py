@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from medssl.config import ThresholdSection
 from medssl.pseudo.thresholds import (
     HIGHEST,
-    LEAST_DOUBT,
+    LEAST_GAP,
     RULES,
     ClassThresholds,
     find_surface,
@@ -285,7 +285,7 @@ def test_quantile_keeps_all_voxels_that_are_equally_confident():
     thresholds = make("quantile", start=0.8)
     probs = voxels([(1, 1.0)] * 90 + [(1, 0.9)] * 10 + [(2, 0.6)] * 50)
     found = update(thresholds, probs)
-    assert found[1] == pytest.approx(1 - LEAST_DOUBT)
+    assert found[1] == pytest.approx(1 - LEAST_GAP)
     assert thresholds.accept(probs).flatten().tolist() == [True] * 90 + [False] * 10 + [True] * 50
 
 

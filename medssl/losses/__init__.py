@@ -1,10 +1,19 @@
 """Pure functions on logits: supervised, entropy and consistency losses, and the ramps of weights.
 
-Axes: B batch, C classes (background first), I J K voxels (K is absent in 2D). Logits are
-(B, C, I, J, K) in any floating dtype and are computed with in float32. `weight` is a map
-(B, 1, I, J, K) that scales each voxel's loss, `valid` a bool map of the same shape that says which
-voxels count at all. Every mean is over the valid voxels, whatever they weigh: dividing by the
-accepted voxels only would let a few of them make a huge gradient.
+Axes: B batch, C classes (background first), I J K voxels (K is absent in 2D). The losses share
+these arguments:
+
+- `logits`: (B, C, I, J, K) in any floating dtype; all is computed in float32.
+- `target`: classes (B, 1, I, J, K) of integers, 255 = ignore, or probs (B, C, I, J, K) of a
+  floating dtype. No gradient flows into it.
+- `weight`: (B, 1, I, J, K), scales the loss of each voxel; None means 1 everywhere. It does not
+  enter the denominator of a mean.
+- `valid`: bool (B, 1, I, J, K); voxels that are False are ignored like those with 255, and give
+  exactly zero gradient. None means every voxel.
+
+A map whose shape does not fit the logits, or a `valid` that is not bool, raises a ValueError. Every
+mean is over the valid voxels, whatever they weigh: dividing by the accepted voxels only would let a
+few of them make a huge gradient.
 """
 
 import torch
@@ -55,15 +64,17 @@ def check_map(name: str, voxels: Tensor | None, shape: torch.Size) -> None:
     Args:
         name: "weight" or "valid" (bool), for the message.
         voxels: The map, or None.
-        shape: The shape wanted; its second axis is taken as 1.
+        shape: The expected shape; its second axis is taken as 1.
 
     Raises:
         ValueError: The map has another shape, or `valid` is not bool.
     """
     if voxels is None:
         return
-    wanted = (shape[0], 1, *shape[2:])
-    if tuple(voxels.shape) != wanted:
-        raise ValueError(f"{name} has shape {tuple(voxels.shape)}, but the logits ask for {wanted}")
+    expected = (shape[0], 1, *shape[2:])
+    if tuple(voxels.shape) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(voxels.shape)}, but the logits ask for {expected}"
+        )
     if name == "valid" and voxels.dtype != torch.bool:
         raise ValueError(f"valid has dtype {voxels.dtype}, but it is a bool map")

@@ -9,7 +9,8 @@ kink there, apart): close to agreement they differ by a factor only. They differ
 pull on a student that is certain and wrong. Pearson pulls without bound and KL with a bounded
 force; total variation, Hellinger and Jensen-Shannon let go of it.
 
-A distance is a function of (log_probs, q); ``DISTANCES`` has its name in configurations.
+A distance is a function of (log_probs, q), that is ln p and q, both (B, C, I, J, K), and gives one
+number a voxel, (B, 1, I, J, K); ``DISTANCES`` has its name in configurations.
 """
 
 import math
@@ -36,15 +37,11 @@ def consistency_loss(
     The gradient goes into the logits only. It is finite for every finite logit and every target,
     one-hot targets included.
 
-    Args:
-        logits: The student on the noised view, (B, C, I, J, K).
-        target_probs: The teacher on the weak view, (B, C, I, J, K).
-        name: "mse", "ce", "kl", "total_variation", "pearson", "hellinger" or "jensen_shannon".
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored.
+    `logits` are the student's on the noised view, `target_probs` (B, C, I, J, K) the teacher's on
+    the weak view; `weight` and `valid` are those of `medssl.losses`.
 
     Raises:
-        ValueError: A shape does not fit the logits, `valid` is not bool, or the name is unknown.
+        ValueError: A shape does not fit the logits, or `DISTANCES` has no such name.
 
     Source: Tarvainen and Valpola 2017, Mean Teacher (`mse`); Csiszár 1967 (f-divergences).
     """
@@ -63,45 +60,27 @@ def consistency_loss(
 
 
 def mse(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return the mean over classes of (p - q)^2 of each voxel, (B, 1, I, J, K), in [0, 2 / C].
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
-    """
+    """Return the mean over classes of (p - q)^2 of each voxel, in [0, 2 / C]."""
     return (log_probs.exp() - q).square().mean(dim=1, keepdim=True)
 
 
 def ce(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return the cross-entropy -sum q ln p of each voxel, (B, 1, I, J, K), in nats.
+    """Return the cross-entropy -sum q ln p of each voxel, in nats.
 
     It is `kl` + the entropy of q: a constant apart, so with the same gradient.
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
     """
     return -(q * log_probs).sum(dim=1, keepdim=True)
 
 
 def kl(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return sum q ln(q / p) of each voxel, (B, 1, I, J, K), in nats; f(u) = u ln u, f''(1) = 1.
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
-    """
+    """Return sum q ln(q / p) of each voxel, in nats; f(u) = u ln u, f''(1) = 1."""
     return (torch.xlogy(q, q) - q * log_probs).sum(dim=1, keepdim=True)
 
 
 def total_variation(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return ``sum |q - p| / 2`` of each voxel, (B, 1, I, J, K); ``f(u) = |u - 1| / 2``.
+    """Return ``sum |q - p| / 2`` of each voxel; ``f(u) = |u - 1| / 2``.
 
     It has a kink at p = q: its gradient does not fade as the student comes close to the teacher.
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
 
     Example:
         One voxel of which teacher and student are sure, of different classes.
@@ -114,15 +93,11 @@ def total_variation(log_probs: Tensor, q: Tensor) -> Tensor:
 
 
 def pearson(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return sum (q - p)^2 / p of each voxel, (B, 1, I, J, K); f(u) = (u - 1)^2, f''(1) = 2.
+    """Return sum (q - p)^2 / p of each voxel; f(u) = (u - 1)^2, f''(1) = 2.
 
     Unbounded, and so is its gradient q^2 / p. Departure: below p = 1e-6 the factor 1 / p goes on
     as its tangent over ln p, 1e6 (1 + ln(1e-6 / p)). Clamped there, a confident student that is
     wrong would not be pulled at all; unclamped, 1 / p overflows.
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
     """
     lowest = math.log(_LOWEST_PEARSON_PROB)
     inverse = (-log_probs.clamp(min=lowest)).exp() * (1 + (lowest - log_probs).clamp(min=0))
@@ -130,25 +105,17 @@ def pearson(log_probs: Tensor, q: Tensor) -> Tensor:
 
 
 def hellinger(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return the squared Hellinger distance of each voxel, (B, 1, I, J, K), in [0, 2].
+    """Return the squared Hellinger distance of each voxel, in [0, 2].
 
     It is sum (sqrt q - sqrt p)^2, not halved; f(u) = (sqrt u - 1)^2, f''(1) = 1/2.
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
     """
     return (q.sqrt() - (log_probs / 2).exp()).square().sum(dim=1, keepdim=True)
 
 
 def jensen_shannon(log_probs: Tensor, q: Tensor) -> Tensor:
-    """Return [KL(q || m) + KL(p || m)] / 2 of each voxel, (B, 1, I, J, K), in [0, ln 2] nats.
+    """Return [KL(q || m) + KL(p || m)] / 2 of each voxel, in [0, ln 2] nats.
 
     m = (q + p) / 2; f(u) = [u ln u - (u + 1) ln((u + 1) / 2)] / 2, f''(1) = 1/4.
-
-    Args:
-        log_probs: ln p, (B, C, I, J, K).
-        q: (B, C, I, J, K).
 
     Source: Lin 1991 (with equal weights).
     """

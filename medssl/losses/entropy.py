@@ -58,14 +58,10 @@ def entropy_loss(
 ) -> Tensor:
     """Return the Renyi entropy over ln C, in [0, 1], averaged over the valid voxels.
 
-    Args:
-        logits: (B, C, I, J, K).
-        order: r in [0, inf]; 1 is Shannon, 0 is constant.
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored.
+    `order` is that of `renyi_entropy`; the other arguments are those of `medssl.losses`.
 
     Raises:
-        ValueError: A shape does not fit the logits, `valid` is not bool, or the order is negative.
+        ValueError: The order is negative.
 
     Source: Grandvalet and Bengio 2004 (Shannon).
     """

@@ -2,9 +2,8 @@
 
 Axes: B batch, C classes (background first), I J K voxels (K is absent in 2D).
 
-A target is either a class map (B, 1, I, J, K) of integers, 255 meaning "ignore", or probs
-(B, C, I, J, K) of a floating dtype. No gradient flows into it. Throughout, y is the target (one-hot
-for a class map) and p = softmax(logits).
+The arguments that the losses share are described in `medssl.losses`. Throughout, y is the target
+(one-hot for a class map) and p = softmax(logits).
 
 A loss whose sum over all C class targets does not depend on p is called symmetric. Its minimizer
 stays the same if a fraction of the targets under (C - 1) / C is replaced by the other classes,
@@ -31,15 +30,6 @@ def mae(
 
     On a class map it is 2 (1 - p_y), and its sum over the C class targets is 2 (C - 1).
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-
-    Raises:
-        ValueError: A shape does not fit the logits, or `valid` is not bool.
-
     Source: Ghosh, Kumar and Sastry 2017 (class maps).
     """
     log_probs, y, valid = align(logits, target, valid)
@@ -59,15 +49,10 @@ def generalized_ce(
     q -> 0 is the cross-entropy in nats; q = 1 is 1 - p_y, half of `mae` on a class map. The
     gradient is that of the cross-entropy times p_y^q.
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-        q: In (0, 1]; the larger, the more tolerant and the slower to learn.
+    q is in (0, 1]; the larger, the more tolerant and the slower to learn.
 
     Raises:
-        ValueError: A shape does not fit the logits, `valid` is not bool, or q is out of range.
+        ValueError: q is out of range.
 
     Source: Zhang and Sabuncu 2018, eq. 6. Departure: on probs, the mean over classes drawn from
         them.
@@ -94,18 +79,11 @@ def symmetric_ce(
     The reverse one is -sum p ln y with ln 0 := A. On a class map it is -A (1 - p_y), and its sum
     over the C class targets is -A (C - 1).
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-        alpha: Weight of the cross-entropy, which learns fast.
-        beta: Weight of the reverse cross-entropy, which tolerates noise.
-        log_zero: A, in nats, below 0.
+    `alpha` weighs the cross-entropy, which learns fast, `beta` the reverse one, which tolerates
+    noise; `log_zero` is A, in nats, below 0.
 
     Raises:
-        ValueError: A shape does not fit the logits, `valid` is not bool, alpha or beta is negative,
-            or log_zero is not below 0.
+        ValueError: alpha or beta is negative, or log_zero is not below 0.
 
     Source: Wang et al. 2019, Symmetric Cross Entropy. Departure: on probs, every ln y below A is A,
         so that the loss does not jump where y becomes 0.
@@ -136,30 +114,23 @@ def bootstrapped_ce(
     (1 - beta) * Shannon entropy of p, and it makes the student certain. With that gradient
     stopped, the second part would have none at all.
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-        beta: Share of the given target, in [0, 1]; the paper has 0.8 for hard, 0.95 for soft.
-        kind: "hard" or "soft".
+    `beta`, the share of the target, is in [0, 1]: 0.8 for hard and 0.95 for soft in the paper.
 
     Raises:
-        ValueError: A shape does not fit the logits, `valid` is not bool, beta is out of range, or
-            the kind is unknown.
+        ValueError: beta is out of range, or the kind is unknown.
 
     Source: Reed et al. 2015, Training Deep Neural Networks on Noisy Labels with Bootstrapping.
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}, but the share of the given target is in [0, 1]")
+        raise ValueError(f"beta is {beta}, but the share of the target is in [0, 1]")
     if kind not in ("hard", "soft"):
         raise ValueError(f"bootstrapping {kind!r} is unknown; there are 'hard' and 'soft'")
     log_probs, y, valid = align(logits, target, valid)
     if kind == "soft":
-        own = log_probs.exp()
+        student = log_probs.exp()
     else:
-        own = torch.zeros_like(y).scatter_(1, log_probs.argmax(dim=1, keepdim=True), 1.0)
-    mixed = beta * y + (1 - beta) * own
+        student = torch.zeros_like(y).scatter_(1, log_probs.argmax(dim=1, keepdim=True), 1.0)
+    mixed = beta * y + (1 - beta) * student
     return mean_over_valid(-(mixed * log_probs).sum(dim=1, keepdim=True), weight, valid)
 
 
@@ -177,16 +148,11 @@ def forward_ce(
     biased. So T is estimated on cases that the teacher did not train on (`estimate_transition`):
     on its own training cases a teacher looks perfect. Takes memory for C^2 values a voxel.
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-        transition: T (C, C), T[i, j] the probability of target j where the truth is i.
+    `transition` is T (C, C), T[i, j] the probability of target j where the truth is i.
 
     Raises:
-        ValueError: A shape does not fit the logits, `valid` is not bool, or the transition is no
-            matrix of probabilities whose rows sum to 1 and whose columns are not 0.
+        ValueError: The transition is no matrix of probabilities whose rows sum to 1 and whose
+            columns are not 0.
 
     Source: Patrini et al. 2017, Theorem 2.
     """
@@ -247,29 +213,29 @@ def estimate_transition(
 def _count_confusions(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Return (C, C) in voxels: what one case's prediction says where its label is i."""
     is_soft = prediction.is_floating_point()
-    wanted = (num_classes if is_soft else 1, *label.shape[1:])
-    if label.shape[0] != 1 or tuple(prediction.shape) != wanted:
+    expected = (num_classes if is_soft else 1, *label.shape[1:])
+    if label.shape[0] != 1 or tuple(prediction.shape) != expected:
         raise ValueError(
             f"a label of shape {tuple(label.shape)} goes with a prediction of "
             f"{tuple(prediction.shape)}, but one is (1, I, J, K) and the other "
             f"({'C' if is_soft else '1'}, I, J, K), where C is {num_classes}"
         )
-    kept = label[0] != IGNORE
+    counted = label[0] != IGNORE
     if not is_soft:
-        kept = kept & (prediction[0] != IGNORE)
-    true, said = label[0][kept].long(), prediction[:, kept]
-    for name, classes in (("label", true), ("prediction", true if is_soft else said)):
+        counted = counted & (prediction[0] != IGNORE)
+    true, predicted = label[0][counted].long(), prediction[:, counted]
+    for name, classes in (("label", true), ("prediction", true if is_soft else predicted)):
         if ((classes < 0) | (classes >= num_classes)).any():
             top = num_classes - 1
             raise ValueError(f"a {name} has classes outside 0 to {top} (and {IGNORE} = ignore)")
     if not is_soft:
-        pairs = true * num_classes + said[0].long()
-        counted = torch.bincount(pairs, minlength=num_classes**2)
-        return counted.view(num_classes, num_classes).double()
-    if not (said.isfinite() & (said >= 0)).all():
+        pairs = true * num_classes + predicted[0].long()
+        counts = torch.bincount(pairs, minlength=num_classes**2)
+        return counts.view(num_classes, num_classes).double()
+    if not (predicted.isfinite() & (predicted >= 0)).all():
         raise ValueError("a prediction has probs that are negative or not finite")
     sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
-    return sums.index_add_(0, true, said.T.double())
+    return sums.index_add_(0, true, predicted.T.double())
 
 
 def check_transition(transition: Tensor, num_classes: int) -> None:

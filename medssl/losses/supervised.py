@@ -2,8 +2,7 @@
 
 Axes: B batch, C classes (background first), I J K voxels (K is absent in 2D).
 
-A target is either a class map (B, 1, I, J, K) of integers, 255 meaning "ignore", or probs
-(B, C, I, J, K) of a floating dtype. No gradient flows into it.
+The arguments that the losses share are described in `medssl.losses`.
 """
 
 import torch
@@ -17,17 +16,7 @@ from medssl.losses import check_map, mean_over_valid, replace_ignored
 def ce(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """Return the cross-entropy in nats, averaged over the valid voxels.
-
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), scales each voxel; it does not enter the denominator.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-
-    Raises:
-        ValueError: A shape does not fit the logits, or `valid` is not bool.
-    """
+    """Return the cross-entropy in nats, averaged over the valid voxels."""
     log_probs, probs, valid = align(logits, target, valid)
     return _cross_entropy(log_probs, probs, weight, valid)
 
@@ -51,15 +40,7 @@ def dice(
     pushed with full force. Dice is a ratio, so a common factor of all weights cancels, but its
     gradient is bounded: its absolute values over all logits sum to 4 at most, for any weight.
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), enters all three sums.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-        smooth: s, in (weighted) voxels.
-
-    Raises:
-        ValueError: A shape does not fit the logits, or `valid` is not bool.
+    `weight` enters all three sums; `smooth` is s, in (weighted) voxels.
 
     Source: Wang et al. 2023, Dice Semimetric Losses (the overlap for soft labels); Isensee et al.
         2021, nnU-Net (sums over the batch, no background), which has s = 1e-5.
@@ -71,17 +52,7 @@ def dice(
 def dice_ce(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """Return `dice` + `ce`.
-
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        weight: (B, 1, I, J, K), as in each of the two.
-        valid: Bool (B, 1, I, J, K); voxels that are False are ignored like those with 255.
-
-    Raises:
-        ValueError: A shape does not fit the logits, or `valid` is not bool.
-    """
+    """Return `dice` + `ce`."""
     log_probs, probs, valid = align(logits, target, valid)
     overlap = _dice_loss(log_probs, probs, weight, valid, smooth=1.0)
     return overlap + _cross_entropy(log_probs, probs, weight, valid)
@@ -90,25 +61,17 @@ def dice_ce(
 def align(logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probs and target probs in float32 and the valid voxels, ignored ones replaced.
 
-    Args:
-        logits: (B, C, I, J, K).
-        target: Classes (B, 1, I, J, K), 255 = ignore, or probs (B, C, I, J, K).
-        valid: Bool (B, 1, I, J, K); None means every voxel that is not 255.
-
     Returns:
         Log-probs and probs (B, C, I, J, K), the probs one-hot if the target is a class map, and
         the valid voxels, bool (B, 1, I, J, K).
-
-    Raises:
-        ValueError: A shape does not fit the logits, or `valid` is not bool.
     """
     is_soft = target.is_floating_point()
     num_channels = logits.shape[1] if is_soft else 1
-    wanted = (logits.shape[0], num_channels, *logits.shape[2:])
-    if tuple(target.shape) != wanted:
+    expected = (logits.shape[0], num_channels, *logits.shape[2:])
+    if tuple(target.shape) != expected:
         kind = "probs" if is_soft else "class map"
         raise ValueError(
-            f"target ({kind}) has shape {tuple(target.shape)}, but the logits ask for {wanted}"
+            f"target ({kind}) has shape {tuple(target.shape)}, but the logits ask for {expected}"
         )
     check_map("valid", valid, logits.shape)
     if valid is None:

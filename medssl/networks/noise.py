@@ -175,18 +175,18 @@ def freeze_encoder(network: nn.Module, levels: int) -> int:
         blocks = [part.input_block, *part.downsamples, part.bottleneck]
         parts = [list(block.parameters()) for block in blocks]
     else:
-        found = list(part.parameters())
-        cuts = [round(len(found) * level / ENCODER_LEVELS) for level in range(ENCODER_LEVELS + 1)]
-        parts = [found[low:high] for low, high in itertools.pairwise(cuts)]
+        weights = list(part.parameters())
+        cuts = [round(len(weights) * level / ENCODER_LEVELS) for level in range(ENCODER_LEVELS + 1)]
+        parts = [weights[low:high] for low, high in itertools.pairwise(cuts)]
     if not 0 <= levels <= len(parts):
         raise InputError(
             f"train.fine_tune.frozen_levels={levels}: the encoder has {len(parts)} levels; set it "
             f"to 0 to {len(parts)}"
         )
-    weights = [weight for level in parts[:levels] for weight in level]
-    for weight in weights:
+    frozen = [weight for level in parts[:levels] for weight in level]
+    for weight in frozen:
         weight.requires_grad_(False)
-    return sum(weight.numel() for weight in weights)
+    return sum(weight.numel() for weight in frozen)
 
 
 def _drop_channels(
@@ -203,6 +203,6 @@ def _find_encoder_owner(network: nn.Module) -> nn.Module:
     """Return the DynUNet that a network is or holds, or its encoder in 2D."""
     for name, module in network.named_modules():
         if isinstance(module, DynUNet) or name.endswith("smp.encoder"):
-            found: nn.Module = module
-            return found
+            owner: nn.Module = module
+            return owner
     raise InputError(f"the network has no encoder that is known here: {type(network).__name__}")

@@ -180,9 +180,9 @@ def measure_confidence(probs: NDArray[np.float32], usual: Collection[int]) -> fl
         lowest counts.
     """
     classes = probs.argmax(0)
-    found = set(np.unique(classes[classes > 0]).tolist()) or {0}
+    present = set(np.unique(classes[classes > 0]).tolist()) or {0}
     expected = []
-    for index in found & set(usual) or found:
+    for index in present & set(usual) or present:
         mask = classes == index
         total = float(probs[index].sum(dtype=np.float64)) + float(mask.sum())
         expected.append(2 * float(probs[index][mask].sum(dtype=np.float64)) / total)
@@ -216,7 +216,7 @@ def review_case(
     trusted = trust_voxels(probs, uncertainty, section)
     foreground = classes > 0
     where = foreground if foreground.any() else np.ones_like(foreground)
-    kept = {i: classes == i for i in names if i > 0}
+    masks = {i: classes == i for i in names if i > 0}
     usual = {i for i, share in expectation.presence.items() if share > OFTEN}
     confidence = measure_confidence(probs, usual)
     reason = _find_reason(classes, confidence, usual, expectation.has_empty, names, section)
@@ -230,13 +230,13 @@ def review_case(
         agreement_per_class=dict(agreement),
         coverage=float(trusted.mean()),
         coverage_per_class={
-            names[i]: float(trusted[m].mean()) if m.any() else None for i, m in kept.items()
+            names[i]: float(trusted[m].mean()) if m.any() else None for i, m in masks.items()
         },
         volume_ml={
             names[i]: float(m.sum()) * (1.0 if voxel_ml is None else voxel_ml)
-            for i, m in kept.items()
+            for i, m in masks.items()
         },
-        share={i: float(m.mean()) for i, m in kept.items()},
+        share={i: float(m.mean()) for i, m in masks.items()},
         has_spacing=voxel_ml is not None,
     )
 

@@ -21,11 +21,11 @@ MEMORY = 0.99  # of the running counts, per step
 FEWEST = 20.0  # running count of voxels under which a class keeps its last threshold
 HIGHEST = 0.95
 NUM_BINS = 200  # of confidence; a bin is under 6 % of 1 - confidence wide
-LEAST_DOUBT = 1e-5  # 1 - confidence of the highest bin; about the resolution of a softmax
-DEVIATIONS = 2.0  # n of soft: its Gaussian has 1/n of the standard deviation of the confidence
+LEAST_GAP = 1e-5  # 1 - confidence of the highest bin; about the resolution of a softmax
+DEVIATIONS = 2.0  # n of soft: the sd of its Gaussian is that of the confidence, divided by n
 NARROWEST = 1e-4  # width of a Gaussian of soft, in confidence
 UNCOUNTED = ("none", "fixed", "curriculum")  # rules that ask for no statistics
-HALF = math.sqrt(2 * math.log(2))  # widths under the mean at which a Gaussian is 1/2
+HALF_WIDTH = math.sqrt(2 * math.log(2))  # of a Gaussian at half its maximum, in its sd
 FARTHEST = 13.0  # widths under the mean beyond which float32 has no Gaussian above 0
 
 
@@ -54,7 +54,7 @@ class ClassStatistics:
     floor: float
 
     @property
-    def enough(self) -> Tensor:
+    def has_enough(self) -> Tensor:
         """(C,) bool: the class has enough voxels to say something of them."""
         return self.predicted >= FEWEST
 
@@ -63,13 +63,13 @@ class ClassStatistics:
         """(C,) of the Gaussians of soft, in confidence."""
         return (self.variance.sqrt() / DEVIATIONS).clamp(min=NARROWEST)
 
-    def settle(self, wanted: Tensor) -> Tensor:
-        """Return the wanted thresholds (C,), but the last one for classes with too few voxels.
+    def settle(self, proposed: Tensor) -> Tensor:
+        """Return the proposed thresholds (C,), but the last one for classes with too few voxels.
 
         The background has the lowest threshold of the foreground classes: a stricter one takes
         away only the outer side of every surface, and masks grow.
         """
-        settled = torch.where(self.enough, wanted, self.last)
+        settled = torch.where(self.has_enough, proposed, self.last)
         settled[0] = settled[1:].min()
         return settled
 
@@ -113,7 +113,7 @@ def flex(statistics: ClassStatistics, section: ThresholdSection, progress: float
     """
     tau = interpolate(section, progress)
     share = statistics.reached / statistics.predicted.clamp(min=1.0)
-    best = torch.where(statistics.enough, share, 0.0)[1:].max()
+    best = torch.where(statistics.has_enough, share, 0.0)[1:].max()
     share = (share / best.clamp(min=1e-6)).clamp(max=1.0)
     return statistics.settle((tau * share / (2.0 - share)).clamp(statistics.floor, HIGHEST))
 
@@ -127,10 +127,10 @@ def free(statistics: ClassStatistics, section: ThresholdSection, progress: float
         confidence of the voxels predicted c, not the mean probability of c, which is its voxel
         share, and tau is a mean over classes, not over voxels; T_c is clamped.
     """
-    mean = torch.where(statistics.enough, statistics.mean, 0.0)
-    tau = mean.sum() / statistics.enough.sum().clamp(min=1)
-    wanted = tau * mean / mean.max().clamp(min=1e-6)
-    return statistics.settle(wanted.clamp(statistics.floor, HIGHEST))
+    mean = torch.where(statistics.has_enough, statistics.mean, 0.0)
+    tau = mean.sum() / statistics.has_enough.sum().clamp(min=1)
+    proposed = tau * mean / mean.max().clamp(min=1e-6)
+    return statistics.settle(proposed.clamp(statistics.floor, HIGHEST))
 
 
 def soft(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
@@ -142,23 +142,24 @@ def soft(statistics: ClassStatistics, section: ThresholdSection, progress: float
         those of the voxels predicted c, not of all; var_c is divided by the count, not by one
         less.
     """
-    return statistics.settle(statistics.mean - HALF * statistics.width)
+    return statistics.settle(statistics.mean - HALF_WIDTH * statistics.width)
 
 
 def quantile(statistics: ClassStatistics, section: ThresholdSection, progress: float) -> Tensor:
     """Return thresholds (C,) that the most confident voxels of each predicted class reach.
 
-    Their share moves from ``start`` to ``end``. At least that share is kept and at most one bin of
-    the histogram more: where many voxels are certain to `LEAST_DOUBT`, or equally confident, all of
-    them are kept. The background shares the lowest threshold, so its share is its own.
+    Their share moves from ``start`` to ``end``. At least that share is accepted and at most one bin
+    of the histogram more: where many voxels are within `LEAST_GAP` of certain, or equally
+    confident, all of them are. The background has the lowest threshold of the foreground classes,
+    and so another share.
 
     Source: Cascante-Bonilla et al. 2021 (curriculum labeling). Departures: percentiles are taken
         inside each predicted class, and from running counts.
     """
     above = statistics.histogram.flip(1).cumsum(1).flip(1)  # voxels in a bin or a higher one
     share = interpolate(section, progress) - 1e-6  # for the rounding of the counts
-    lowest = (above >= share * above[:, :1]).sum(1) - 1
-    return statistics.settle(statistics.edges[lowest])
+    lowest_bin = (above >= share * above[:, :1]).sum(1) - 1
+    return statistics.settle(statistics.edges[lowest_bin])
 
 
 def find_floor(num_classes: int) -> float:
@@ -168,12 +169,12 @@ def find_floor(num_classes: int) -> float:
 
 def find_lowest(section: ThresholdSection, num_classes: int) -> float:
     """Return the lowest threshold that a round may have; 0 where confidences alone decide it."""
-    given = {
+    lowest = {
         "fixed": section.start,
         "curriculum": min(section.start, section.end),
         "flex": find_floor(num_classes),
     }
-    return given.get(section.name, 0.0)
+    return lowest.get(section.name, 0.0)
 
 
 RULES: dict[str, Rule] = {
@@ -237,9 +238,9 @@ class ClassThresholds(nn.Module):
         first = 0.0 if section.name == "none" else HIGHEST if by_class else section.start
         self.register_buffer("thresholds", torch.full((num_classes,), first))
         # Until a class has enough voxels: a weight of 1 at confidence 1, and of 1/2 at HIGHEST.
-        self.register_buffer("widths", torch.full((num_classes,), (1 - HIGHEST) / HALF))
-        doubt = torch.logspace(math.log10(1 - 1 / num_classes), math.log10(LEAST_DOUBT), NUM_BINS)
-        edges = 1 - doubt
+        self.register_buffer("widths", torch.full((num_classes,), (1 - HIGHEST) / HALF_WIDTH))
+        gaps = torch.logspace(math.log10(1 - 1 / num_classes), math.log10(LEAST_GAP), NUM_BINS)
+        edges = 1 - gaps
         edges[0] = 0.0
         self.register_buffer("edges", edges, persistent=False)
 
@@ -266,7 +267,7 @@ class ClassThresholds(nn.Module):
             floor=self.floor,
         )
         self.thresholds.copy_(self.rule(statistics, self.section, progress))
-        self.widths.copy_(torch.where(statistics.enough, statistics.width, self.widths))
+        self.widths.copy_(torch.where(statistics.has_enough, statistics.width, self.widths))
         self.widths[0] = self.widths[1 + self.thresholds[1:].argmin()]
 
     def _count(self, confidence: Tensor, classes: Tensor, tau: float) -> None:
@@ -302,7 +303,7 @@ class ClassThresholds(nn.Module):
         if self.section.name != "soft":
             return self.accept(probs).float()
         confidence, classes = probs.float().max(dim=1, keepdim=True)
-        under = (self.thresholds[classes] - confidence) / self.widths[classes] + HALF
+        under = (self.thresholds[classes] - confidence) / self.widths[classes] + HALF_WIDTH
         return torch.exp(-under.clamp(0.0, FARTHEST).square() / 2)
 
 

@@ -40,7 +40,7 @@ def fit_potentials(
 
     Args:
         probs: (N, C); about 1e5 voxels are enough. Clamped to 1e-6 from below.
-        prior: (C,), wanted share of each class, above 0, sum 1.
+        prior: (C,), share that each class shall have, above 0, sum 1.
         epsilon: Weight of the entropy, above 0, in nats of cost; towards 0 the plan hardens.
         rho: Weight of the prior, in [0, inf]: 0 only sharpens probs, inf meets the prior exactly.
         iterations: Number of steps of the fixed point.
@@ -82,7 +82,7 @@ def assign(probs: Tensor, log_v: Tensor, epsilon: float) -> Tensor:
     Args:
         probs: (B, C, I, J, K), or (N, C). Clamped to 1e-6 from below.
         log_v: (C,), of `fit_potentials` with the same epsilon.
-        epsilon: Above 0.
+        epsilon: As in `fit_potentials`.
 
     Raises:
         ValueError: The number of potentials is not that of classes, or epsilon is not above 0.
@@ -126,14 +126,14 @@ class RunningTransport(nn.Module):
     An update is one step of the fixed point of `fit_potentials`, with the column sums of the batch
     averaged into the running ones, 1 / n of the n-th update and 0.1 from the tenth on. Sums are
     averaged, not their logarithms: a batch without an organ has hardly any of its sum, and the mean
-    of logarithms would be drawn down by it. The memory is short because the fixed point is slow
+    of logarithms would be pulled down by it. The memory is short because the fixed point is slow
     where voxels are certain: with rho / epsilon = 10 they follow a change in some 110 updates.
 
     Args:
         num_classes: Number of classes, with background.
-        prior: (C,), wanted share of each class among the voxels that updates see.
-        epsilon: Weight of the entropy, above 0.
-        rho: Weight of the prior, in [0, inf].
+        prior: As in `fit_potentials`, of the voxels that updates see.
+        epsilon: As in `fit_potentials`.
+        rho: As in `fit_potentials`.
 
     Raises:
         ValueError: The prior is no distribution over the classes, or a number is out of range.
@@ -173,8 +173,8 @@ class RunningTransport(nn.Module):
         rate = (1 / self.num_updates).clamp(min=1 - MEMORY)
         log_prior = self.prior.log()
         running = log_prior - self.log_v / power  # the column sums that gave these potentials
-        found = _sum_columns(_log_kernel(voxels, self.epsilon), self.log_v)
-        moved = torch.logaddexp(running + torch.log1p(-rate), found + rate.log())
+        batch = _sum_columns(_log_kernel(voxels, self.epsilon), self.log_v)
+        moved = torch.logaddexp(running + torch.log1p(-rate), batch + rate.log())
         self.log_v.copy_(power * (log_prior - moved))
 
 

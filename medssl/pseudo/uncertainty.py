@@ -17,27 +17,27 @@ from medssl.losses.entropy import renyi_entropy
 LEAST_PROB = 1e-12
 
 
-def find_limit(section: UncertaintySection, num_classes: int, risen: float) -> float:
+def find_limit(section: UncertaintySection, num_classes: int, rise: float) -> float:
     """Return the uncertainty, in nats, from which on a voxel is refused.
 
     Args:
         section: Its ``start``, None for no limit.
         num_classes: C, with background.
-        risen: Value of the ramp in [0, 1].
+        rise: Value of the ramp in [0, 1].
 
     Source: Yu et al. 2019 (UA-MT), section 2.3: from 3/4 ln 2 to ln 2. Departure: to ln C.
     """
     if section.start is None:
         return math.inf
     lowest = section.start * math.log(2)
-    return lowest + (math.log(num_classes) - lowest) * risen
+    return lowest + (math.log(num_classes) - lowest) * rise
 
 
-def combine(draws: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor, Tensor]:
+def combine(predictions: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return mean probs, predictive entropy and mutual information of several predictions.
 
     Args:
-        draws: Probs (B, C, I, J, K) of at least two predictions, read one at a time.
+        predictions: Probs (B, C, I, J, K) of at least two predictions, read one at a time.
         source: What made them, for the message.
 
     Returns:
@@ -52,7 +52,7 @@ def combine(draws: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor, Tenso
     first: Tensor | None = None
     total, total_entropy = torch.zeros(()), torch.zeros(())
     count, spread = 0, 0.0
-    for probs in draws:
+    for probs in predictions:
         if first is None:
             first = probs
             total, total_entropy = torch.zeros_like(probs), torch.zeros_like(probs[:, :1])

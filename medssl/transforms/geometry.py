@@ -1,7 +1,7 @@
 """Grids: where voxels lie in the world, and the way from one grid to another and back.
 
 Legend: C channels, I J K voxel axes. An affine (4, 4) float64 takes the index of a voxel's
-centre to RAS+ world coordinates in mm. Arrays are sampled at voxel centres, in float64
+center to RAS+ world coordinates in mm. Arrays are sampled at voxel centers, in float64
 coordinates, by scipy: no normalized coordinates, so no half-voxel convention to get wrong, and
 axes of one voxel need no special case.
 """
@@ -37,7 +37,7 @@ _EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """An array (C, I, J, K) with its affine (4, 4), voxel centre -> RAS+ world in mm.
+    """An array (C, I, J, K) with its affine (4, 4), voxel center -> RAS+ world in mm.
 
     A picture has no spacing: its affine is the identity, and the unit is the pixel. `header` is
     that of the file that the array is on the grid of; None for a picture and for all other grids.
@@ -93,14 +93,14 @@ def check_grid(shape: Shape, affine: Affine) -> None:
     """
     check_affine(affine)
     spacing = grid_spacing(affine)
-    shown = f"{' x '.join(f'{size:.4g}' for size in spacing)} mm"
+    text = f"{' x '.join(f'{size:.4g}' for size in spacing)} mm"
     low, high = _SPACINGS
     if not all(low <= size <= high for size in spacing):
-        raise ValueError(f"the spacing is {shown}, outside of {low:g} to {high:g} mm")
-    seen = [size for size, count in zip(spacing, shape, strict=True) if count > 1]
-    if seen and max(seen) > _MOST_UNEQUAL * min(seen):
+        raise ValueError(f"the spacing is {text}, outside of {low:g} to {high:g} mm")
+    sizes = [size for size, count in zip(spacing, shape, strict=True) if count > 1]
+    if sizes and max(sizes) > _MOST_UNEQUAL * min(sizes):
         raise ValueError(
-            f"the spacing is {shown}, one {max(seen) / min(seen):.4g} times another, where "
+            f"the spacing is {text}, one {max(sizes) / min(sizes):.4g} times another, where "
             f"{_MOST_UNEQUAL:g} times is the most that is taken"
         )
     distance = float(np.abs(affine[:3, 3]).max())
@@ -124,7 +124,7 @@ def cache_grid(shape: Shape, affine: Affine, spacing: GridSpacing) -> tuple[Shap
 
     The scan's own axes are kept (an oblique scan is not rotated: nothing is cut, nothing is
     blurred), reordered and flipped so that I, J, K point as closely as possible to right,
-    anterior, superior. Both grids have the same centre; the new one covers the field of view
+    anterior, superior. Both grids have the same center; the new one covers the field of view
     from outer voxel face to outer voxel face.
 
     Args:
@@ -150,8 +150,8 @@ def cache_grid(shape: Shape, affine: Affine, spacing: GridSpacing) -> tuple[Shap
     counts = np.maximum(np.ceil(old_shape * old_spacing / steps - _SLACK), 1).astype(int)
     grid = np.eye(4)
     grid[:3, :3] = affine[:3, :3][:, order] * (flips / old_spacing * steps)
-    centre = affine[:3, :3] @ ((np.asarray(shape) - 1) / 2) + affine[:3, 3]
-    grid[:3, 3] = centre - grid[:3, :3] @ ((counts - 1) / 2)
+    center = affine[:3, :3] @ ((np.asarray(shape) - 1) / 2) + affine[:3, 3]
+    grid[:3, 3] = center - grid[:3, :3] @ ((counts - 1) / 2)
     return (int(counts[0]), int(counts[1]), int(counts[2])), grid
 
 

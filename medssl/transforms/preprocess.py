@@ -48,10 +48,10 @@ class Normalization(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = [x is not None for x in (self.low, self.high, self.mean, self.std)]
-        if self.kind == "zscore" and any(given):
+        is_set = [x is not None for x in (self.low, self.high, self.mean, self.std)]
+        if self.kind == "zscore" and any(is_set):
             raise ValueError("zscore takes its numbers from each scan: give none")
-        if self.kind == "ct" and not all(given):
+        if self.kind == "ct" and not all(is_set):
             raise ValueError("ct needs low, high, mean and std")
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"low must be below high, got {self.low} and {self.high}")
@@ -141,7 +141,7 @@ def preprocess_label(
 ) -> NDArray[np.uint8]:
     """Bring a label to the cache grid: each class linearly, then the largest; 255 stays 255.
 
-    Nearest neighbour leaves steps on oblique surfaces and loses thin structures; the share of
+    Nearest neighbor leaves steps on oblique surfaces and loses thin structures; the share of
     each class does not. Voxels whose nearest native voxel is ignored are ignored.
 
     Args:

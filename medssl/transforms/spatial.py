@@ -96,8 +96,8 @@ def draw_spatial(
     start = _draw_start(rng, np.array(shape), size, target)
     axes = [torch.arange(n, dtype=torch.float32) for n in patch_size]
     offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
-    centre = torch.as_tensor((size - 1) / 2, dtype=torch.float32)
-    offsets = offsets - centre
+    center = torch.as_tensor((size - 1) / 2, dtype=torch.float32)
+    offsets = offsets - center
     sides = np.ones(len(size)) if spacing is None else np.array(spacing, dtype=float)
     matrix = _draw_matrix(rng, strength, sides)
     for axis in range(len(size)):
@@ -117,7 +117,7 @@ def draw_spatial(
         mode = "trilinear" if dimension == 3 else "bilinear"
         field = F.interpolate(field, size=tuple(patch_size), mode=mode, align_corners=True)
         offsets = offsets + field[0].movedim(0, -1)
-    return SpatialDraw(offsets + centre + torch.as_tensor(place, dtype=torch.float32))
+    return SpatialDraw(offsets + center + torch.as_tensor(place, dtype=torch.float32))
 
 
 def draw_turn(
@@ -181,8 +181,8 @@ def _draw_start(
     jitter = rng.integers(-(size // 4), size // 4, endpoint=True)
     if target is None:
         return anywhere
-    wanted = np.array(target) - size // 2 + jitter
-    start: NDArray[np.int_] = np.minimum(np.maximum(wanted, low - size // 16), high + size // 16)
+    nearby = np.array(target) - size // 2 + jitter
+    start: NDArray[np.int_] = np.minimum(np.maximum(nearby, low - size // 16), high + size // 16)
     return start
 
 

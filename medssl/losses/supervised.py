@@ -107,8 +107,10 @@ def align(logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor,
     wanted = (logits.shape[0], num_channels, *logits.shape[2:])
     if tuple(target.shape) != wanted:
         kind = "probs" if is_soft else "class map"
+        is_map = is_soft and target.shape[1:2] == (1,)
         raise ValueError(
             f"target ({kind}) has shape {tuple(target.shape)}, but the logits ask for {wanted}"
+            + ("; classes are integers: give target.long()" if is_map else "")
         )
     check_map("valid", valid, logits.shape)
     if valid is None:

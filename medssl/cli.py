@@ -563,11 +563,20 @@ def _sync_quietly(run: Path) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is wrong with this machine, and what medssl sees of it."""
-    from medssl.doctor import examine
+def doctor(
+    store: Annotated[
+        str,
+        typer.Argument(metavar="[RUNS_OR_STORE]", help="A folder of runs, or a tracking.uri."),
+    ] = "runs",
+) -> None:
+    """Say what is wrong with this machine and how to mend it, and what medssl sees of it."""
+    from medssl.tracking import check_uri, default_uri
 
-    text, healthy = examine()
+    uri = store if "://" in store else default_uri(Path(store))
+    check_uri(uri)
+    from medssl.doctor import examine  # slow to import: after the mistakes
+
+    text, healthy = examine(uri)
     print(text)
     if not healthy:
         raise SystemExit(FAILED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,13 +52,42 @@ def has_cpu_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def read_memory_limit(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes that this process may take at most: the machine's, or its cgroup's."""
-    total = float(psutil.virtual_memory().total)
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, float(text))
-    return total
+def read_memory_limit(root: Path = Path("/")) -> float:
+    """Return the bytes that this process may take at most: the machine's, or its cgroups'.
+
+    Args:
+        root: Where /proc and /sys lie.
+    """
+    limits = (limit for limit, _ in _read_memory_groups(root))
+    return min(float(psutil.virtual_memory().total), *limits, math.inf)
+
+
+def read_free_memory(root: Path = Path("/")) -> float:
+    """Return the bytes that are available to this process, within the limits of its cgroups.
+
+    Args:
+        root: Where /proc and /sys lie.
+    """
+    free = (limit - used for limit, used in _read_memory_groups(root))
+    return max(0.0, min(float(psutil.virtual_memory().available), *free, math.inf))
+
+
+def _read_memory_groups(root: Path) -> Iterator[tuple[float, float]]:
+    """Yield limit and use, in bytes, of each cgroup of this process that has a limit.
+
+    Files that the kernel keeps in memory, and gives back, do not count as used.
+    """
+    names = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder in _find_groups(root, "memory"):
+        for files in names:
+            try:
+                limit, used = (float((folder / name).read_text()) for name in files)
+                lines = (folder / "memory.stat").read_text().splitlines()
+            except (OSError, ValueError):  # no such file, or "max"
+                continue
+            parts = dict(line.split() for line in lines)
+            cached = sum(float(parts.get(kind, 0)) for kind in ("active_file", "inactive_file"))
+            yield limit, used - cached
 
 
 @contextlib.contextmanager
@@ -96,7 +126,9 @@ def count_cores(root: Path = Path("/")) -> int:
     Args:
         root: Where /proc and /sys lie.
     """
-    quotas = [quota for folder in _find_groups(root) if (quota := _read_quota(folder)) is not None]
+    quotas = [
+        quota for folder in _find_groups(root, "cpu") if (quota := _read_quota(folder)) is not None
+    ]
     return max(1, min([len(_list_cores()), *(round(quota) for quota in quotas)]))
 
 
@@ -136,21 +168,21 @@ def _has_autogroups(root: Path = Path("/")) -> bool:
         return False
 
 
-def _find_groups(root: Path) -> list[Path]:
-    """Return the folders of the cgroup of this process and of those above it."""
+def _find_groups(root: Path, controller: str) -> list[Path]:
+    """Return the folders of the cgroup of this process and of those above it, for a controller."""
     base = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    found = [base, base / "cpu"]
+    found = [base, base / controller]
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        if not controllers or "cpu" in controllers.split(","):
-            home = base if not controllers else base / "cpu"
+        if not controllers or controller in controllers.split(","):
+            home = base if not controllers else base / controller
             inner = Path(path.lstrip("/"))
             found += [home / part for part in (inner, *inner.parents)]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _read_quota(folder: Path) -> float | None:

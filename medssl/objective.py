@@ -33,7 +33,7 @@ from medssl.losses import robust, supervised
 from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
-from medssl.networks.build import SegmentationNetwork, arrange
+from medssl.networks.build import SegmentationNetwork, arrange, read_heads
 from medssl.networks.noise import drop_features, freeze_encoder, sample_dropout
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
@@ -79,7 +79,8 @@ class Objective(nn.Module):
     """Student, EMA teacher, filter and losses of one round.
 
     Args:
-        student: The network that learns.
+        student: The network that learns: any module whose forward returns logits, or a list of
+            them from full resolution downwards; ``forward_heads``, where it has one, goes first.
         config: The resolved configuration.
         class_names: Names of the classes, background first; monitors are named by them.
         prior: Share of each class in whole volumes, for ``target.assignment: transport``.
@@ -90,7 +91,7 @@ class Objective(nn.Module):
 
     def __init__(
         self,
-        student: SegmentationNetwork,
+        student: nn.Module,
         config: Config,
         class_names: Sequence[str],
         prior: Tensor | None = None,
@@ -102,7 +103,7 @@ class Objective(nn.Module):
         self.flips = tuple(flips)
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
-        self.student = student
+        self.student = cast(SegmentationNetwork, student)  # as it is in medssl's own trainings
         self.teacher = average(student, config.teacher.ema_decay)
         self.thresholds = ClassThresholds(config.filter.threshold, self.num_classes)
         self.transport: RunningTransport | None = None
@@ -232,7 +233,8 @@ class Objective(nn.Module):
 
     def _predict(self, image: Tensor) -> list[Tensor]:
         """Return the student's logits, full resolution first."""
-        return self.student.forward_heads(arrange(image))
+        forward = getattr(self.student, "forward_heads", self.student)
+        return read_heads(forward(arrange(image)), image)
 
     def _predict_views(
         self, x_l: Patches | None, x_v: Sequence[Patches]
@@ -292,7 +294,8 @@ class Objective(nn.Module):
         turns = draw_mirrorings(count, self.flips, generator)
         views = torch.cat([weak.flip(turn) for turn in turns])
         with sample_dropout(network):
-            probs = torch.softmax(network(arrange(views)).float(), dim=1).chunk(count)
+            logits = read_heads(network(arrange(views)), views)[0]
+            probs = torch.softmax(logits.float(), dim=1).chunk(count)
         passes = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
         mean, entropy, information = combine(passes, f"MC dropout ({count} passes)")
         return mean, information if section.measure == "mutual_information" else entropy
@@ -490,7 +493,7 @@ def predict_still(network: nn.Module, image: Tensor) -> Tensor:
     """Return the probs of a network without its noise; its mode stays as it is."""
     was_training = network.training
     network.eval()
-    logits = network(arrange(image))
+    logits = read_heads(network(arrange(image)), image)[0]
     network.train(was_training)
     return torch.softmax(logits.float(), dim=1)
 

@@ -297,7 +297,7 @@ def find_calls_of_the_current_gpu(module: str, source: str) -> list[str]:
         f"{module}:{call.lineno} calls {resolve(call.func, aliases)} without a device"
         for call in calls
         if re.fullmatch(
-            r"torch\.cuda\.(synchronize|empty_cache|current_\w+|mem_get_info|get_\w+"
+            r"torch\.cuda\.(synchronize|empty_cache|current_\w+|mem_get_info|get_(?!arch_list)\w+"
             r"|(max_)?memory_\w+|reset_\w+)",
             resolve(call.func, aliases),
         )
@@ -468,6 +468,7 @@ GREEN = [
     (find_unplaced_masks, "medssl.predict", "write_map(path, array, affine, header)"),
     (find_calls_of_the_current_gpu, "medssl.train", "import torch\ntorch.cuda.synchronize(gpu)"),
     (find_calls_of_the_current_gpu, "medssl.plan", "import torch\ntorch.cuda.is_available()"),
+    (find_calls_of_the_current_gpu, "medssl.doctor", "import torch\ntorch.cuda.get_arch_list()"),
     (find_nameless_modules, "medssl.data.io", ""),
     (
         find_missing_docstrings,

@@ -653,6 +653,8 @@ def test_a_target_of_another_shape_is_refused(loss):
         loss(logits, classes[:, 0])
     with pytest.raises(ValueError, match=r"probs.*\(2, 3, 2, 4\)"):
         loss(logits, classes.float())
+    with pytest.raises(ValueError, match=r"give target\.long\(\)"):
+        loss(logits, classes.float())
 
 
 def test_consistency_with_a_target_of_another_shape_is_refused():

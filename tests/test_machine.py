@@ -61,6 +61,35 @@ def test_cores_are_within_the_quota_of_the_container_or_job(tmp_path, affinity, 
     assert machine.count_cores(tmp_path) == cores
 
 
+STAT = "anon 5\nactive_file 1000\ninactive_file 3000\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "limit", "free"),
+    [
+        ({"memory.max": "9000\n", "memory.current": "9000\n", "memory.stat": STAT}, 9000, 4000),
+        ({"memory.max": "max\n", "memory.current": "9000\n", "memory.stat": STAT}, 99e9, 60e9),
+        ({"jobs/7/memory.max": "9000", "jobs/7/memory.current": "1", "jobs/7/memory.stat": ""},
+         9000, 8999),
+        ({"memory/memory.limit_in_bytes": "9000", "memory/memory.usage_in_bytes": "5000",
+          "memory/memory.stat": "inactive_file 1000\n"}, 9000, 5000),
+        ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "5",
+          "memory/memory.stat": ""}, 99e9, 60e9),
+        ({"memory.max": "9000", "memory.current": "9999", "memory.stat": ""}, 9000, 0),
+    ],
+)  # fmt: skip
+def test_memory_is_that_of_the_job_without_what_the_kernel_gives_back(
+    tmp_path, monkeypatch, files, limit, free
+):
+    found = namedtuple("Memory", "total available")(99e9, 60e9)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: found)
+    write(tmp_path, "proc/self/cgroup", "0::/jobs/7/step\n")
+    for name, text in files.items():
+        write(tmp_path, f"sys/fs/cgroup/{name}", text)
+    assert machine.read_memory_limit(tmp_path) == limit
+    assert machine.read_free_memory(tmp_path) == free
+
+
 def test_free_is_what_is_idle_or_gives_way_on_the_cores_of_this_process(monkeypatch, affinity):
     idle, busy = Core(0, 0, 0, 100, 0), Core(90, 0, 10, 0, 0)
     niced, waiting = Core(0, 100, 0, 0, 0), Core(0, 0, 0, 40, 60)

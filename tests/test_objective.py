@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 
 from medssl import objective as objective_module
@@ -309,6 +310,69 @@ class VoxelNetwork(nn.Module):
     def forward_heads(self, image):
         pools = (nn.AvgPool3d(2**level) for level in range(1, self.num_heads))
         return [self(image), *(pool(self(image)) for pool in pools)]
+
+
+class Heads(nn.Module):
+    """Any network of somebody else: logits, or what ``give`` makes of them."""
+
+    def __init__(self, give=lambda logits: logits):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.Dropout3d(0.2))
+        self.layers.append(nn.Conv3d(4, 3, 1))
+        self.give = give
+
+    def forward(self, image):
+        return self.give(self.layers(image))
+
+
+def learn_elsewhere(method, give=lambda logits: logits, cast=lambda batch: batch):
+    """Return terms and gradient of a network of somebody else, its batch cast to another kind."""
+    views = [view for view in configure(method).views if view != "feature_noise"]
+    config = configure(method, f"views={views}")
+    torch.manual_seed(0)
+    objective = make_objective(config, None, student=Heads(give))
+    terms = compute(objective, *map(cast, make_batch(config)))
+    return terms, find_gradient(objective, torch.stack(list(terms.values())).sum())
+
+
+@every_preset
+def test_any_module_is_a_student_with_batches_of_monai_too(method):
+    terms, gradient = learn_elsewhere(method)
+    assert all(term.isfinite() for term in terms.values())
+    assert gradient.any()
+    loaded, same = learn_elsewhere(method, cast=lambda b: {k: MetaTensor(v) for k, v in b.items()})
+    for name, term in terms.items():
+        assert torch.equal(torch.as_tensor(loaded[name]), term)
+    assert torch.equal(torch.as_tensor(same), gradient)
+
+
+def test_heads_of_any_module_are_a_list_of_logits(tiny_spec):
+    def add_a_head(logits):
+        return logits, nn.functional.avg_pool3d(logits, 2)
+
+    one, two = (learn_elsewhere("fixmatch", give)[0] for give in (lambda x: [x], add_a_head))
+    assert torch.equal(one["supervised"], learn_elsewhere("fixmatch")[0]["supervised"])
+    assert not torch.equal(one["supervised"], two["supervised"])
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda logits: {"out": logits},
+        lambda logits: [],
+        lambda logits: torch.stack([logits, logits], 1),  # as MONAI's DynUNet in training
+        lambda logits: logits[..., :4],
+    ],
+)
+def test_what_is_no_logits_of_the_image_is_refused_with_a_repair(give):
+    with pytest.raises(InputError, match=r"the network gave .* let its forward return logits"):
+        learn_elsewhere("default", give)
+
+
+def test_feature_noise_wants_an_encoder_that_is_known():
+    objective = make_objective(configure("unimatch"), None, student=Heads())
+    with pytest.raises(InputError, match=r"leave out feature_noise"):
+        compute(objective, *make_batch(objective.config))
 
 
 @every_preset

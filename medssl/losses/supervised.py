@@ -70,8 +70,10 @@ def align(logits: Tensor, target: Tensor, valid: Tensor | None) -> tuple[Tensor,
     expected = (logits.shape[0], num_channels, *logits.shape[2:])
     if tuple(target.shape) != expected:
         kind = "probs" if is_soft else "class map"
+        is_map = is_soft and target.shape[1:2] == (1,)
         raise ValueError(
             f"target ({kind}) has shape {tuple(target.shape)}, but the logits ask for {expected}"
+            + ("; classes are integers: give target.long()" if is_map else "")
         )
     check_map("valid", valid, logits.shape)
     if valid is None:

@@ -230,6 +230,29 @@ def arrange(image: Tensor) -> Tensor:
     )
 
 
+def read_heads(given: Any, image: Tensor) -> list[Tensor]:
+    """Return what any network gave for an image as a list of logits, full resolution first.
+
+    Args:
+        given: Logits (B, num_classes, I, J, K), or a list or tuple of them, of which later ones
+            may have a lower resolution.
+        image: The image (B, C, I, J, K).
+
+    Raises:
+        InputError: The network gave something else.
+    """
+    heads: list[Tensor] = list(given) if isinstance(given, list | tuple) else [given]
+    sizes = [tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__ for h in heads]
+    fits = [isinstance(h, Tensor) and h.ndim == image.ndim for h in heads]
+    if not heads or not all(fits) or sizes[0][2:] != tuple(image.shape[2:]):
+        raise InputError(
+            f"the network gave {', '.join(map(str, sizes)) or 'nothing'} for an image "
+            f"{tuple(image.shape)}; let its forward return logits (B, num_classes, I, J, K) on the "
+            "grid of the image, or a list of them from full resolution downwards"
+        )
+    return heads
+
+
 def build_network(spec: NetworkSpec, download: bool = False) -> SegmentationNetwork:
     """Build a network with fresh weights from torch's global random state.
 

@@ -205,4 +205,8 @@ def _find_encoder_owner(network: nn.Module) -> nn.Module:
         if isinstance(module, DynUNet) or name.endswith("smp.encoder"):
             owner: nn.Module = module
             return owner
-    raise InputError(f"the network has no encoder that is known here: {type(network).__name__}")
+    raise InputError(
+        f"the network has no encoder that is known here: {type(network).__name__}; take one of "
+        "medssl.networks.build, or leave out feature_noise (views) and the frozen levels "
+        "(train.fine_tune.frozen_levels=0)"
+    )

@@ -9,6 +9,8 @@ process that does.
 from medssl.tracking.mirror import Mirror
 from medssl.tracking.send import sync
 from medssl.tracking.server import serve
-from medssl.tracking.store import check_uri, choose_store, default_uri
+from medssl.tracking.store import check_uri, choose_store, default_uri, find_store_problem
 
-__all__ = ["Mirror", "check_uri", "choose_store", "default_uri", "serve", "sync"]
+__all__ = [
+    "Mirror", "check_uri", "choose_store", "default_uri", "find_store_problem", "serve", "sync",
+]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -10,12 +11,14 @@ import sqlite3
 import sys
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError
 from medssl.runs import lock
+from medssl.tracking.scrub import hide_password
 
 VIEW = "medssl"
 ENVIRONMENT = {
@@ -171,6 +174,38 @@ def _look_into(path: Path) -> tuple[bool, bool]:
 
 _USED = {"runs": "", "registered_models": "", "experiments": "where experiment_id != 0"}
 """Tables that are empty in a store that nobody has used; experiment 0 is MLflow's own."""
+
+
+def find_store_problem(uri: str) -> str:
+    """Return why a store cannot be used now, and the repair; "" if it can. None is made.
+
+    Only a server that ``uri`` names is asked, and of others than these nothing is known.
+    """
+    path = _find_file(uri)
+    if path is not None and path.is_file():
+        try:
+            _look_into(path)
+            with contextlib.closing(sqlite3.connect(path, timeout=5)) as store:
+                store.execute("begin immediate")
+        except InputError as error:
+            return str(error)
+        except sqlite3.Error as error:
+            return explain_store(path, error)
+    elif re.match("https?://", uri):
+        question = urllib.request.Request(f"{hide_password(uri).rstrip('/')}/health")
+        given = urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]
+        if given:
+            word = base64.b64encode(urllib.parse.unquote(given).encode()).decode()
+            question.add_header("Authorization", f"Basic {word}")
+        try:
+            urllib.request.urlopen(question, timeout=5).close()
+        except (OSError, ValueError) as error:
+            return (
+                f"the MLflow server {hide_password(uri)} does not answer ({error}): start it, or "
+                "train without it (tracking.uri=auto); runs keep everything, and `medssl sync RUN` "
+                "uploads it later"
+            )
+    return ""
 
 
 def explain_store(path: Path, error: Exception | str) -> str:

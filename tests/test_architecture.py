@@ -26,6 +26,7 @@ LAYERS = (
     "networks",
     "transforms",
     "metrics",
+    "formats",
     "data",
     "sides",
     "plan",

@@ -1,0 +1,123 @@
+"""An opened file, whatever its kind: where its voxels lie, and a way to read them.
+
+Legend: C channels, I J K voxel axes.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from medssl.config import InputError
+from medssl.transforms.geometry import Affine, Header, Shape, check_grid
+
+PIECE = 2**16
+"""Voxels, or bytes, that are read at once."""
+
+Color = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, ArithmeticError, zlib.error),
+    *(ImageFileError, HeaderDataError),
+)
+
+
+def read_nothing() -> str:
+    """Return no note: that of a file that holds none."""
+    return ""
+
+
+def name_no_color() -> dict[int, Color]:
+    """Return no color: those of a file that has none."""
+    return {}
+
+
+class Scan(NamedTuple):
+    """An opened file, of which the header has been read and checked, and no voxel.
+
+    Attributes:
+        shape: Shape (I, J, K).
+        affine: Affine (4, 4), voxel centre -> RAS+ world in mm; the identity where there is no
+            spacing.
+        num_channels: How many numbers a voxel has.
+        iterate_values: Yields all numbers in pieces (n,): along I fastest, then J, K, C. The file
+            is read to its end, where a checksum tells that no bit of it has changed.
+        header: What a mask needs to say the same of its place, in what JSON can hold.
+        read_note: Returns the text that a writer of this project left in the file.
+        read_colors: Returns the color of each value of a label, where values have one.
+    """
+
+    shape: Shape
+    affine: Affine
+    num_channels: int
+    iterate_values: Callable[[], Iterator[NDArray[Any]]]
+    header: Header | None = None
+    read_note: Callable[[], str] = read_nothing
+    read_colors: Callable[[], dict[int, Color]] = name_no_color
+
+
+def check_place(path: Path, shape: Shape, affine: Affine, unit: str) -> None:
+    """Refuse a grid that is none of a scan.
+
+    Raises:
+        InputError: Naming the file, and the unit that its header gives lengths in.
+    """
+    try:
+        check_grid(shape, affine)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: {error} (the unit of the header is {unit}); repair orientation, voxel size "
+            "or unit in the header, or convert the scan again"
+        ) from error
+
+
+def check_channels(path: Path, scan: Scan, num_channels: int | None) -> Scan:
+    """Return a scan if it has the declared channels, or any where none are declared.
+
+    Raises:
+        InputError: It has others.
+    """
+    if num_channels not in (None, scan.num_channels):
+        shape = (*scan.shape, scan.num_channels) if scan.num_channels > 1 else scan.shape
+        raise InputError(
+            f"{path}: shape {shape} holds {scan.num_channels} channels, declared are "
+            f"{num_channels}; the last axis of a 4D file is the channels: "
+            "declare them, or split the file"
+        )
+    return scan
+
+
+def check_label(path: Path, scan: Scan) -> Scan:
+    """Return a scan if it has one number a voxel.
+
+    Raises:
+        InputError: It has several.
+    """
+    if scan.num_channels != 1:
+        shape = (*scan.shape, scan.num_channels)
+        raise InputError(f"{path}: a label is (I, J, K), got shape {shape}")
+    return scan
+
+
+def guard(path: Path, read: Callable[[], Any]) -> Any:
+    """Run a read; an unreadable file becomes an InputError that names it."""
+    try:
+        return read()
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): allow it (chmod)") from error
+    except MemoryError as error:
+        raise InputError(f"{path}: too large for the memory ({error}); cut it") from error
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}): the file is damaged or incomplete, "
+            "copy or convert it again"
+        ) from error

@@ -177,6 +177,7 @@ def test_the_header_holds_the_images_in_order_and_no_name(tmp_path):
         "format": "dicom",
         "path": str(tmp_path),
         "shape": [7, 5, 4],
+        "frame_of_reference": slices[0].FrameOfReferenceUID,
         "instances": [image.SOPInstanceUID for image in slices],
     }
 

@@ -20,7 +20,7 @@ import re
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -65,8 +65,9 @@ _FIELDS = (
     *("GantryDetectorTilt", *_DIFFERING),
 )
 _TAGS = (
-    *("SOPInstanceUID", "SeriesInstanceUID", "Modality", "SeriesDescription", "PatientName"),
-    *("PatientID", "ImageType", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel"),
+    *("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "PatientName"),
+    *("SeriesDescription", "PatientID", "ImageType", "Rows", "Columns", "NumberOfFrames"),
+    "SamplesPerPixel",
     *("PhotometricInterpretation", "SharedFunctionalGroupsSequence"),
     *("PerFrameFunctionalGroupsSequence", *_FIELDS),
 )
@@ -112,6 +113,7 @@ class Plane(NamedTuple):
         place: The file.
         frame: Index of the frame in it, from 0.
         instance: SOPInstanceUID.
+        frame_of_reference: FrameOfReferenceUID; empty if there is none.
         position: Center of the first pixel (3,), LPS in mm.
         directions: Unit vectors (2, 3) along a row (I) and along a column (J), LPS.
         spacing: Distance of pixels along I and J in mm.
@@ -124,6 +126,7 @@ class Plane(NamedTuple):
     place: Place
     frame: int
     instance: str
+    frame_of_reference: str
     position: NDArray[np.float64]
     directions: NDArray[np.float64]
     spacing: tuple[float, float]
@@ -160,6 +163,23 @@ def keep_quiet() -> Iterator[None]:
         yield
 
 
+def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:
+    """Run a read; whatever pydicom raises of a damaged file becomes an InputError that names it."""
+
+    def attempt() -> Any:
+        try:
+            return read()
+        except (InputError, MemoryError, OSError):
+            raise
+        except Exception as error:  # of all kinds, also late, as the fields are converted
+            raise InputError(
+                f"{place}: cannot be read as DICOM ({type(error).__name__}): the file is damaged "
+                "or incomplete, copy it again"
+            ) from error
+
+    return guard(Path(str(place)), attempt)
+
+
 @keep_quiet()
 def list_series(path: Path) -> list[Series]:
     """Return what a folder with all below it, an archive, or a file holds, series by series.
@@ -189,6 +209,7 @@ def open_scan(path: Path) -> Scan:
         "format": "dicom",
         "path": str(path.absolute()),
         "shape": list(shape),
+        "frame_of_reference": planes[0].frame_of_reference,
         "instances": list(dict.fromkeys(plane.instance for plane in planes)),
     }
     return Scan(shape, affine, 1, partial(_iterate_values, planes), header)
@@ -206,7 +227,7 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
         plane
         for place, header in group
         if not _name_other(header)
-        for plane in guard(_as_path(place), partial(_find_planes, place, header))
+        for plane in guard_dicom(place, partial(find_planes, place, header))
     ]
     return _stack(path, planes)
 
@@ -259,18 +280,13 @@ def _order(name: str) -> list[tuple[int, str]]:
     return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", name)]
 
 
-def _as_path(place: Place) -> Path:
-    """Return what a message calls a file."""
-    return Path(str(place))
-
-
 def _is_dicom(place: Place) -> bool:
     """Tell whether a file is DICOM, with or without the preamble, by its first bytes."""
     try:
         with place.open("rb") as file:
             start = file.read(132)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise OSError(f"{error}") from error  # a member that is damaged, or has a password
+    except (RuntimeError, NotImplementedError) as error:  # has a password, or is packed strangely
+        raise InputError(f"{place}: cannot be unpacked ({error}): unpack the archive") from error
     is_bare = start[:2] == b"\x08\x00" and start[3:4] == b"\x00"  # an element of group 0008
     return start[128:] == b"DICM" or is_bare
 
@@ -278,16 +294,12 @@ def _is_dicom(place: Place) -> bool:
 def _read(place: Place, **options: Any) -> Any:
     """Read a file by pydicom."""
     pydicom = load("pydicom")
-    try:
+
+    def read() -> Any:
         with place.open("rb") as file:
             return pydicom.dcmread(file, force=True, **options)
-    except MemoryError:
-        raise
-    except Exception as error:  # pydicom raises all kinds of them on damaged files
-        raise InputError(
-            f"{place}: cannot be read as DICOM ({type(error).__name__}): the file is damaged or "
-            "incomplete, copy it again"
-        ) from error
+
+    return guard_dicom(place, read)
 
 
 def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
@@ -296,7 +308,7 @@ def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
     found = defaultdict(list)
     files = guard(path, partial(_list_files, path))
     for place in files:
-        if guard(_as_path(place), partial(_is_dicom, place)):
+        if guard_dicom(place, partial(_is_dicom, place)):
             header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
             if "SeriesInstanceUID" in header or "Rows" in header:
                 found[str(header.get("SeriesInstanceUID", ""))].append((place, header))
@@ -365,8 +377,12 @@ def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple
 # ---------------------------------------------------------------- slices
 
 
-def _find_planes(place: Place, header: Any) -> list[Plane]:
-    """Return the slices of a file by its header."""
+def find_planes(place: Place, header: Any) -> list[Plane]:
+    """Return the slices of a file by its header, as they come in it.
+
+    Raises:
+        InputError: It does not say of each where it lies.
+    """
     frames = header.get("PerFrameFunctionalGroupsSequence")
     count = int(header.get("NumberOfFrames") or 1)
     if frames is None and count > 1:
@@ -425,6 +441,7 @@ def _find_plane(what: str, place: Place, frame: int, header: Any, fields: dict[s
         place,
         frame,
         str(header.get("SOPInstanceUID", "")),
+        str(header.get("FrameOfReferenceUID") or ""),
         _read_numbers(what, fields, "ImagePositionPatient", 3),
         directions / np.linalg.norm(directions, axis=1, keepdims=True),
         (columns_apart, rows_apart),
@@ -600,7 +617,7 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
     for place, group in groupby(planes, key=lambda plane: plane.place):
         frames = list(group)
         dataset = read_dataset(place, with_pixels=True)
-        for plane, stored in zip(frames, _decode(place, dataset, frames), strict=True):
+        for plane, stored in zip(frames, decode(place, dataset, frames), strict=True):
             if plane.rescale is None:
                 yield load("pydicom.pixels").apply_modality_lut(stored, dataset).ravel()
             else:
@@ -608,8 +625,12 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
                 yield (stored * slope + intercept).ravel()
 
 
-def _decode(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
-    """Yield the stored values (J, I) of some frames of a file."""
+def decode(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
+    """Yield the stored values (J, I) of some frames of a file.
+
+    Raises:
+        InputError: The file is damaged, or its compression is not known.
+    """
     pixels = load("pydicom.pixels")
     frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
     for plane in planes:

@@ -24,7 +24,9 @@ FEWEST_PATIENTS = 6
 class Case:
     """One scan: one file per channel (or one 4D file), and perhaps its label.
 
-    `split` is what a list says of the case: labeled, unlabeled, val, test, or nothing.
+    `split` is what a list says of the case: labeled, unlabeled, val, test, or nothing. `segments`
+    are the names in its label file with the label values that they have here, where the kind of
+    file has names (DICOM, segmentations of 3D Slicer).
     """
 
     case_id: str
@@ -32,6 +34,7 @@ class Case:
     label: Path | None
     patient_id: str
     split: str = ""
+    segments: tuple[tuple[str, int], ...] = ()
 
     def without_label(self) -> "Case":
         """Return the case with no way to its label."""

@@ -7,7 +7,7 @@ the file that it belongs to. The name of a file says its kind (`medssl.formats.r
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.formats import nifti
-from medssl.formats.readers import Reader, find_reader, get_reader
+from medssl.data.cases import Case
+from medssl.formats import dicom_files, nifti
+from medssl.formats.readers import DICOM, Reader, find_reader, get_reader
 from medssl.formats.scan import Color, Scan, guard
 from medssl.transforms.geometry import (
     MAX_DISPLACEMENT,
@@ -116,7 +117,7 @@ def _fill(array: NDArray[np.float32], scan: Scan) -> None:
 
 
 def read_label(
-    path: Path, label_values: tuple[int, ...], ignore: int | None
+    path: Path, label_values: tuple[int, ...], ignore: int | None, case: Case | None = None
 ) -> tuple[NDArray[np.uint8], Affine]:
     """Read a label as class indices.
 
@@ -124,6 +125,7 @@ def read_label(
         path: The label file.
         label_values: Value of each class index; index 0 is the background.
         ignore: Value that means: not annotated; it becomes 255.
+        case: The case that it is the label of; a label in DICOM cannot be read without.
 
     Returns:
         Classes (I, J, K) uint8, 255 = ignore, and the affine.
@@ -132,7 +134,7 @@ def read_label(
         InputError: The file cannot be read, or holds values that are not integers or not
             declared.
     """
-    scan = get_reader(path).format.open_label(path)
+    scan = _open_label(path, case)
     known = {value: index for index, value in enumerate(label_values)}
     if ignore is not None:
         known[ignore] = IGNORE
@@ -165,14 +167,14 @@ def read_label(
     return classes, scan.affine
 
 
-def read_label_values(path: Path) -> LabelFacts:
-    """Return what a label holds.
+def read_label_values(path: Path, case: Case | None = None) -> LabelFacts:
+    """Return what a label holds; `case` is the one that it is the label of.
 
     Raises:
         InputError: The file cannot be read, holds values that are not integers, or more of them
             than a label can.
     """
-    scan = get_reader(path).format.open_label(path)
+    scan = _open_label(path, case)
 
     def count() -> LabelFacts:
         counts: Counter[int] = Counter()
@@ -189,7 +191,8 @@ def read_label_values(path: Path) -> LabelFacts:
                     "Give the label in its place"
                 )
         mark = _MARKED.search(scan.read_note())
-        origin = mark["origin"] if mark and int(mark["crc"], 16) == crc else ""
+        is_whole = mark and (int(mark["crc"], 16) == crc or get_reader(path) is DICOM)
+        origin = mark["origin"] if mark and is_whole else ""  # what is DICOM is never changed
         return LabelFacts(
             dict(sorted(counts.items())),
             scan.affine,
@@ -203,7 +206,7 @@ def read_label_values(path: Path) -> LabelFacts:
     return facts
 
 
-def read_origin(path: Path) -> str:
+def read_origin(path: Path, case: Case | None = None) -> str:
     """Return what a model made a label as, if it did and nobody has changed a voxel, else nothing.
 
     The voxels of a label without a mark are not read.
@@ -211,9 +214,32 @@ def read_origin(path: Path) -> str:
     Raises:
         InputError: The file cannot be read, or is no label.
     """
-    scan = get_reader(path).format.open_label(path)
+    scan = _open_label(path, case)
     marked = _MARKED.search(guard(path, scan.read_note))
-    return read_label_values(path).origin if marked else ""
+    return read_label_values(path, case).origin if marked else ""
+
+
+def _open_label(path: Path, case: Case | None) -> Scan:
+    """Open a label; values are those of its case, where the file names them."""
+    reader = get_reader(path)
+    values = dict(case.segments) if case else {}
+    if reader is DICOM and case:
+        source = get_reader(case.images[0]).format.open_image(case.images[0], None)
+        return dicom_files.open_segments(path, source, values or None)
+    scan = reader.format.open_label(path)
+    if not values:
+        return scan
+    named = {old: values.get(name, 0) for old, name in reader.format.read_names(path).items()}
+    return scan._replace(iterate_values=partial(_rename, scan, named))
+
+
+def _rename(scan: Scan, values: Mapping[int, int]) -> Iterator[NDArray[Any]]:
+    """Yield the values of a scan, some of which stand for others."""
+    for piece in scan.iterate_values():
+        renamed = piece.astype(np.int64)
+        for old, new in values.items():
+            renamed[piece == old] = new
+        yield renamed
 
 
 def read_geometry(path: Path) -> tuple[Shape, Affine]:
@@ -264,11 +290,12 @@ def write_mask(
     ignore: int = IGNORE,
     header: Header | None = None,
     origin: str = "",
+    names: Sequence[str] = (),
 ) -> None:
     """Write class indices as a mask with the original label values, atomically.
 
     Args:
-        path: A file name that ends in .nii, .nii.gz, .png (one slice), .tif or .tiff.
+        path: A file name whose suffix is that of a kind that is written.
         classes: Class indices (I, J, K); 255 = not trusted.
         affine: Affine (4, 4) of the scan that the mask belongs to; a picture keeps none.
         label_values: Value of each class index.
@@ -276,6 +303,7 @@ def write_mask(
         header: Of the scan, if it has one: the mask then says the same of its place, word by word.
         origin: What a model makes this mask as, such as `pseudo-mask`; it is written down in the
             file, so that nobody takes it for a person's label. Nothing for labels.
+        names: Of the classes, for kinds of files that keep names.
 
     Raises:
         ValueError: There is a class without a value, or `ignore` is the value of a class, or the
@@ -305,7 +333,8 @@ def write_mask(
         for plane in np.moveaxis(array, -1, 0):
             crc = _add_crc(plane.ravel(order="F"), crc)
         mark = _MARK.format(origin=origin, crc=crc)
-    reader.format.write(path, array, affine, header, mark)
+    named = dict(zip(label_values, names, strict=True)) if names else {}
+    reader.format.write(path, array, affine, header, mark, named)
 
 
 def _get_writer(path: Path) -> Reader:
@@ -336,7 +365,7 @@ def write_map(
 
     The affine and the header are those of the scan, as in `write_mask`.
     """
-    _get_writer(path).format.write(path, array.astype(np.float32), affine, header, "")
+    _get_writer(path).format.write(path, array.astype(np.float32), affine, header, "", {})
 
 
 def _round(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ Source: MetaIO, https://itk.org/Wiki/ITK/MetaIO/Documentation, and what ITK read
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +86,12 @@ def open_label(path: Path) -> Scan:
 
 
 def write(
-    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
+    path: Path,
+    array: NDArray[Any],
+    affine: Affine,
+    header: Header | None,
+    note: str,
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Write (I, J, K) or (I, J, K, C), compressed, atomically.
 
@@ -97,6 +102,7 @@ def write(
         header: Of the scan (`Scan.header`), if it is on this grid and a MetaImage: the new file
             says the same of its place, word by word.
         note: A text for `Scan.read_note`.
+        names: Of label values, which this kind does not keep.
 
     Raises:
         ValueError: The header is that of another grid.

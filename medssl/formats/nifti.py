@@ -13,7 +13,7 @@ they were: it opens on the voxels of the scan, in whichever program.
 
 import gzip
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,12 @@ def describe(path: Path, header: Any) -> Scan:
 
 
 def write(
-    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
+    path: Path,
+    array: NDArray[Any],
+    affine: Affine,
+    header: Header | None,
+    note: str,
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Write (I, J, K) or (I, J, K, C), atomically.
 
@@ -110,6 +115,7 @@ def write(
         header: Of the scan (`Scan.header`), if it is on this grid and a NIfTI file: the new file
             says the same of its place, word by word.
         note: A text for `Scan.read_note`.
+        names: Of label values, which this kind does not keep.
 
     Raises:
         ValueError: The header is that of another grid.

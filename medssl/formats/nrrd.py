@@ -17,7 +17,7 @@ Source: Definition of NRRD File Format, https://teem.sourceforge.net/nrrd/format
 import gzip
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -163,7 +163,12 @@ def read_segments(path: Path) -> dict[int, str]:
 
 
 def write(
-    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
+    path: Path,
+    array: NDArray[Any],
+    affine: Affine,
+    header: Header | None,
+    note: str,
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Write (I, J, K) or (I, J, K, C), gzipped, atomically.
 
@@ -174,6 +179,7 @@ def write(
         header: Of the scan (`Scan.header`), if it is on this grid and an NRRD file: the new file
             says the same of its place, word by word.
         note: A text for `Scan.read_note`.
+        names: Of label values, which this kind does not keep.
 
     Raises:
         ValueError: The header is that of another grid.

@@ -212,7 +212,12 @@ def _read_note(path: Path) -> str:
 
 
 def write(
-    path: Path, array: NDArray[Any], affine: Affine, header: Header | None, note: str
+    path: Path,
+    array: NDArray[Any],
+    affine: Affine,
+    header: Header | None,
+    note: str,
+    names: Mapping[int, str] | None = None,
 ) -> None:
     """Write (I, J, K) or (I, J, K, C), atomically: a PNG holds one slice, a TIFF the pages (C, K).
 
@@ -222,6 +227,7 @@ def write(
         affine: Of the grid; a picture keeps none.
         header: Of the scan; a picture keeps none.
         note: A text for `Scan.read_note`: a chunk of a PNG, the tag Software of a TIFF.
+        names: Of label values, which this kind does not keep.
 
     Raises:
         ValueError: The format cannot hold this array without a change.

@@ -1,6 +1,11 @@
-"""Which kind of file a path is, by its name alone; what reads and writes it is imported later."""
+"""Which kind of file a path is, by its name; what reads and writes it is imported later."""
 
 import importlib
+import itertools
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -30,10 +35,18 @@ class Format(Protocol):
         affine: "Affine",
         header: "Header | None",
         note: str,
+        names: "Mapping[int, str]",
     ) -> None:
-        """Write (I, J, K) or (I, J, K, C), atomically, with a note for `Scan.read_note`."""
+        """Write (I, J, K) or (I, J, K, C), atomically, with a note for `Scan.read_note`.
+
+        The names are those of label values, in kinds that keep them.
+        """
+
+    def read_names(self, path: Path) -> dict[int, str]:
+        """Return the names of the values of a label, where its kind has names."""
 
 
+_MOST_OPENED = 20  # files that tell whether a folder holds DICOM
 _PICTURE_TYPES = ("uint8", "uint16", "int32")
 
 
@@ -49,6 +62,7 @@ class Reader:
         mask_suffix: Of a mask of an image of this kind; empty: that of the image.
         map_suffix: Of a map of floats.
         label_types: Types that a mask may have, the smallest first.
+        has_names: Whether its labels may name their values (`Format.read_names`).
     """
 
     name: str
@@ -58,6 +72,7 @@ class Reader:
     mask_suffix: str = ".nii.gz"
     map_suffix: str = ".nii.gz"
     label_types: tuple[str, ...] = ("uint8", "int16", "int32")
+    has_names: bool = False
 
     @property
     def format(self) -> Format:
@@ -67,8 +82,16 @@ class Reader:
 
 
 NIFTI = Reader("NIfTI (.nii, .nii.gz)", (".nii.gz", ".nii"), "nifti")
+DICOM = Reader(
+    "DICOM", (".dcm", ".dicom", ".ima"), "dicom_files", mask_suffix=".dcm", has_names=True
+)
 READERS = (
     NIFTI,
+    DICOM,
+    Reader("NRRD", (".seg.nrrd", ".nrrd", ".nhdr"), "nrrd", True, ".nrrd", ".nrrd", has_names=True),
+    Reader("MetaImage (.mha, .mhd)", (".mha", ".mhd"), "metaimage", True, ".mha", ".mha"),
+    Reader("MGH (.mgz, .mgh)", (".mgz", ".mgh"), "mgh"),
+    Reader("Analyze (.hdr with .img)", (".hdr",), "pairs"),
     Reader("PNG", (".png",), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
     Reader("JPEG", (".jpg", ".jpeg"), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
     Reader("TIFF", (".tif", ".tiff"), "pictures", False, "", ".tiff", _PICTURE_TYPES),
@@ -76,15 +99,10 @@ READERS = (
 KINDS = f"{', '.join(reader.name for reader in READERS[:-1])} or {READERS[-1].name}"
 """The kinds that are read, in words."""
 
-
-_DICOM = (".dcm", ".dicom", ".ima")
 _SLICER = "convert it by 3D Slicer or ITK-SNAP (save as .nii.gz)"
 _OTHER_SCANS = {
-    **dict.fromkeys(_DICOM, "convert it: dcm2niix -z y -o OUT FOLDER"),
-    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd", ".gipl", ".gipl.gz", ".vtk"), _SLICER),
-    **dict.fromkeys((".mgz", ".mgh"), "convert it: mri_convert IN OUT.nii.gz (FreeSurfer)"),
+    **dict.fromkeys((".gipl", ".gipl.gz", ".vtk"), _SLICER),
     ".mnc": "convert it: mnc2nii IN OUT.nii (MINC), or nib-convert IN OUT.nii.gz (nibabel)",
-    **dict.fromkeys((".img", ".hdr"), "convert it: nib-convert IN.hdr OUT.nii.gz (nibabel)"),
     **dict.fromkeys((".head", ".brik", ".brik.gz"), "convert it: 3dAFNItoNIFTI IN (AFNI)"),
     **dict.fromkeys(
         (".npy", ".npz", ".mat", ".h5", ".hdf5"), "write it as NIfTI with its spacing and position"
@@ -106,9 +124,49 @@ def strip_suffix(name: str) -> str | None:
 
 
 def find_reader(path: Path) -> Reader | None:
-    """Return the kind of a file by its name, or None for one that is not read."""
+    """Return the kind of a file by its name, or None for one that is not read.
+
+    A folder that holds DICOM, an archive of it, and one series of it (`FOLDER#UID`) are DICOM.
+    """
     name = path.name.lower()
-    return next((reader for reader in READERS if name.endswith(reader.suffixes)), None)
+    reader = next((reader for reader in READERS if name.endswith(reader.suffixes)), None)
+    return DICOM if reader is None and is_series(path) else reader
+
+
+def is_series(path: Path) -> bool:
+    """Tell whether a path is a folder or ZIP archive that holds DICOM, or names a series of one."""
+    before, sign, uid = str(path).rpartition("#")
+    if sign and set(uid) <= set("0123456789.") and not os.path.lexists(path):
+        path = Path(before)
+    if os.path.isdir(path):
+        files = (Path(where, name) for where, _, names in os.walk(path) for name in sorted(names))
+        visible = (file for file in files if file.name[0] != ".")
+        return any(is_dicom(file) for file in itertools.islice(visible, _MOST_OPENED))
+    if path.suffix.lower() != ".zip" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        members = [name for name in archive.namelist() if not name.endswith("/")][:_MOST_OPENED]
+        return any(_is_dicom_member(archive, name) for name in members)
+
+
+def _is_dicom_member(archive: zipfile.ZipFile, name: str) -> bool:
+    """Tell whether a member of an archive is DICOM."""
+    try:
+        with archive.open(name) as file:
+            return file.read(132)[128:] == b"DICM"
+    except (OSError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile):
+        return False  # it is named when it is read
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell whether a file is DICOM: by `.dcm`, or by the magic word at byte 128."""
+    if path.suffix.lower() in DICOM.suffixes:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def get_reader(path: Path) -> Reader:
@@ -128,11 +186,6 @@ def explain_kind(path: Path) -> str:
     """Say how a scan of a kind that is not read is converted; empty for what is no such scan."""
     name = path.name.lower()
     return next((how for suffix, how in _OTHER_SCANS.items() if name.endswith(suffix)), "")
-
-
-def has_dicom_suffix(path: Path) -> bool:
-    """Tell whether a name is that of a DICOM file."""
-    return path.suffix.lower() in _DICOM
 
 
 def has_spacing(path: Path) -> bool:

@@ -56,17 +56,41 @@ def read_segments(
             of its segments overlap, or a wanted one is not there.
     """
     dataset = read_dataset(path, with_pixels=True)
-    modality = dataset.get("Modality")
-    if modality not in ("SEG", "RTSTRUCT"):
-        raise InputError(
-            f"{path}: a label in DICOM is a segmentation (SEG) or a structure set (RTSTRUCT), this "
-            f"is {modality or 'no DICOM file'}"
-        )
+    modality = _check_modality(path, dataset)
     guard_dicom(path, partial(_refuse_strangers, path, dataset, source))
     find = _find_segments if modality == "SEG" else _find_regions
     regions = guard_dicom(path, partial(find, path, dataset, source))
     label, names = guard_dicom(path, partial(_fill, path, source, regions, values))
     return label, names
+
+
+@keep_quiet()
+def list_segments(path: Path) -> dict[int, str]:
+    """Return the names of the segments of a SEG, or of the regions of an RTSTRUCT, by number.
+
+    Raises:
+        InputError: It is neither.
+    """
+    dataset = read_dataset(path, with_pixels=False)
+    modality = _check_modality(path, dataset)
+    if modality == "SEG":
+        found = [(s.SegmentNumber, s.get("SegmentLabel")) for s in dataset.SegmentSequence]
+    else:
+        regions = dataset.get("StructureSetROISequence", ())
+        found = [(roi.ROINumber, roi.get("ROIName")) for roi in regions]
+    kind = "segment" if modality == "SEG" else "region"
+    return {int(number): str(name or f"{kind} {number}") for number, name in found if number}
+
+
+def _check_modality(path: Path, dataset: Any) -> str:
+    """Return SEG or RTSTRUCT, or refuse a file that is neither."""
+    modality = str(dataset.get("Modality") or "")
+    if modality not in ("SEG", "RTSTRUCT"):
+        raise InputError(
+            f"{path}: a label in DICOM is a segmentation (SEG) or a structure set (RTSTRUCT), this "
+            f"is {modality or 'no DICOM file'}"
+        )
+    return modality
 
 
 @keep_quiet()

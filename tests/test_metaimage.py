@@ -106,6 +106,14 @@ def test_a_changed_bit_of_compressed_data_is_found(tmp_path):
         guard(path, lambda: read(metaimage.open_image(path, 1)))
 
 
+@pytest.mark.parametrize("compress", [zlib.compress, gzip.compress])
+def test_what_stands_behind_compressed_data_is_refused(tmp_path, compress):
+    data = compress(COUNT) + b"more"
+    path = save(tmp_path / "a.mha", PLAIN + "CompressedData = True\n", data)
+    with pytest.raises(InputError, match="behind the compressed data stands what"):
+        guard(path, lambda: read(metaimage.open_image(path, 1)))
+
+
 @pytest.mark.parametrize("size", [-1, 11])
 def test_a_detached_file_is_read_past_what_it_begins_with(tmp_path, size):
     (tmp_path / "data.raw").write_bytes(b"hello\nyou!\n" + COUNT)

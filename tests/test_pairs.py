@@ -131,6 +131,7 @@ def test_names_in_capitals_are_a_pair_too(tmp_path):
     [
         (0, b"ENVI", "it is no header of Analyze or NIfTI"),
         (42, b"\xff\x7f", "the header declares 393204"),
+        (70, b"\x00\x04", "voxels of the type 1024 are not read"),
         (70, b"\x20\x00", "voxels are complex64, not numbers"),
         (80, b"\0\0\0\0", "flattens"),
         (108, b"\0\0\xc0\xc0", "begin at byte -6"),
@@ -171,10 +172,12 @@ def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):
         name, suffix = file
         path = tmp_path / f"{name}{suffix}"
         path.write_bytes(data.draw(change(samples[path.name])))
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            read_all(pairs, tmp_path / f"{name}.hdr")
-        path.write_bytes(samples[path.name])
+        try:
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")
+                read_all(pairs, tmp_path / f"{name}.hdr")
+        finally:
+            path.write_bytes(samples[path.name])
 
     try_one()
 

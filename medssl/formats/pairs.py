@@ -82,7 +82,11 @@ def _open(path: Path) -> Scan:
     """Read the header of a pair and compare what it declares with the size of its other file."""
     head, data = find_pair(path)
     header = _read_header(head)
-    sizes, dtype = [int(size) for size in header.get_data_shape()], header.get_data_dtype()
+    sizes = [int(size) for size in header.get_data_shape()]
+    try:
+        dtype = header.get_data_dtype()
+    except KeyError as error:  # of Analyze
+        raise InputError(f"{head}: voxels of the type {error} are not read: convert it") from error
     num_values, offset = math.prod(sizes), int(header.get_data_offset())
     if offset < 0:
         raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")

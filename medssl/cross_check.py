@@ -70,7 +70,7 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
 
     splits = prepared.splits
     labeled = take(prepared.dataset, splits, "labeled")
-    made = [c for c in labeled if c.label is not None and read_origin(c.label)]
+    made = [c for c in labeled if c.label is not None and read_origin(c.label, c)]
     if made:
         listed = "\n".join(f"  {case.case_id}: {case.label}" for case in made)
         raise InputError(

@@ -503,7 +503,7 @@ def _read_label(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Read the label of a case and refuse one on another grid than its scan."""
     assert case.label is not None, "cases without a label were left out"
-    label, affine = read_label(case.label, label_values, ignore)
+    label, affine = read_label(case.label, label_values, ignore, case)
     shape, image_affine = read_geometry(case.images[0])
     if label.shape != shape:
         raise InputError(
@@ -527,7 +527,7 @@ def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) ->
         try:
             _read_label(case, label_values, ignore)
             assert case.label is not None, "cases without a label were left out"
-            if origin := read_origin(case.label):
+            if origin := read_origin(case.label, case):
                 raise InputError(
                     f"{case.label}: is a {origin} of a model, as it was made, and measures nothing "
                     "but how alike models are: give a person's label, or take this one away"

@@ -367,7 +367,7 @@ def _collect_foreground(
     for case in labeled:
         if case.label is None:
             continue
-        classes, _ = read_label(case.label, label_values, ignore)
+        classes, _ = read_label(case.label, label_values, ignore, case)
         image = read_image(case.images, num_channels).array[channel]
         found.append(image[(classes > 0) & (classes < len(label_values))])
     values = np.concatenate(found) if found else np.zeros(0, np.float32)

@@ -165,7 +165,9 @@ def find_mirrored(
     for case in chosen:
         if case.label is None:
             continue
-        moments = _measure_moments(*read_label(case.label, label_values, ignore), len(label_values))
+        moments = _measure_moments(
+            *read_label(case.label, label_values, ignore, case), len(label_values)
+        )
         for one, other in itertools.combinations(moments, 2):
             seen[one, other].append(_compare(moments[one], moments[other], axis))
     found = [

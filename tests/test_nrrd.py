@@ -353,7 +353,7 @@ def make_layers(*boxes):
 def test_the_layers_of_slicer_become_one_label(tmp_path, boxes, segments, names, rows):
     path = save_segments(tmp_path / "a.seg.nrrd", make_layers(*boxes), segments)
     scan = nrrd.open_label(path)
-    assert nrrd.read_segments(path) == names
+    assert nrrd.read_names(path) == names
     assert read(scan)[:, 0, 0, 0].tolist() == rows
     assert (read(scan) == np.array(rows).reshape(4, 1, 1, 1)).all()
     assert scan.affine[0, 0] == 1
@@ -400,7 +400,7 @@ def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):
         path.write_bytes(content)
         read_all(nrrd, path)
         with suppress(InputError):
-            nrrd.read_segments(path)
+            nrrd.read_names(path)
 
     try_one()
 

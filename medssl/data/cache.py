@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import Case
+from medssl.data.files import hash_source
 from medssl.data.io import read_image, read_label
 from medssl.data.trained import hash_voxels
 from medssl.formats.readers import has_spacing, name_mask_suffix
 from medssl.machine import count_cores
 from medssl.runs import (
     find_changed,
-    hash_file,
     hash_files,
     hash_json,
     read_json,
@@ -171,7 +171,7 @@ def _look_up(entries: Path, case: Case) -> tuple[Path, list[str], dict[str, Any]
     """Return the entry of a case, the hashes of its files, and what describes it if it is whole."""
     if Path(case.case_id).name != case.case_id:
         raise InputError("a case_id names a folder: rename it without path separators")
-    sources = [_hash_source(path) for path in case.images]
+    sources = [hash_source(path) for path in case.images]
     entry = entries / case.case_id / hash_json(sources)[:16]
     meta = _read_mark(entry / "meta.json")
     is_whole = meta is not None and meta["sources"] == sources and not find_changed(entry, meta)
@@ -211,7 +211,8 @@ def _open_label(
 ) -> Path:
     """Return the folder of a label and its voxel lists, made anew if they are not whole."""
     made_from = {
-        "source": _hash_source(path),
+        "source": hash_source(path),
+        **({"segments": [list(pair) for pair in case.segments]} if case.segments else {}),
         "label_values": list(label_values),
         "ignore": ignore,
         "affine": meta["affine"],
@@ -221,7 +222,7 @@ def _open_label(
     mark = _read_mark(folder / "label.json")
     if mark is not None and made_from.items() <= mark.items() and not find_changed(folder, mark):
         return folder
-    classes, affine = read_label(path, label_values, ignore)
+    classes, affine = read_label(path, label_values, ignore, case)
     native = np.asarray(meta["native_affine"])
     _compare(path, classes.shape, affine, tuple(meta["native_shape"]), native)
     # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
@@ -289,14 +290,6 @@ def _draw_voxels(label: NDArray[np.uint8], seed: int) -> dict[str, Any]:
             where = np.sort(generator.choice(where, MAX_CLASS_VOXELS, replace=False))
         drawn[str(index)] = np.stack(np.unravel_index(where, label.shape), 1).astype(np.int32)
     return drawn
-
-
-def _hash_source(path: Path) -> str:
-    """Return the SHA-256 of a source file."""
-    try:
-        return hash_file(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): is it there?") from error
 
 
 def _write_mark(path: Path, content: dict[str, Any], *names: str) -> None:

@@ -274,7 +274,7 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
 def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, Any]:
     """Return the facts that a label adds: volumes, values, its faults beside the image."""
     try:
-        label = read_label_values(path)
+        label = read_label_values(path, case)
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
     size = abs(float(np.linalg.det(label.affine[:3, :3])))

@@ -13,7 +13,18 @@ from pathlib import Path
 
 from medssl.config import InputError
 from medssl.data.cases import Case, show_text
-from medssl.formats.readers import KINDS, explain_kind, has_dicom_suffix, has_spacing, strip_suffix
+from medssl.formats.readers import (
+    DICOM,
+    KINDS,
+    explain_kind,
+    find_reader,
+    has_spacing,
+    is_dicom,
+    is_series,
+    split_series,
+    strip_suffix,
+)
+from medssl.runs import hash_file, hash_json
 
 _MASK_WORD = (
     "(?:labels?|lbl|masks?|seg|segs|segm|segmentations?|gt|groundtruth|annotations?|rois?|manual)"
@@ -29,27 +40,36 @@ _PATIENT = re.compile(r"^(sub-[A-Za-z0-9]+|(?:patient|subject|pat)[-_]?\d+)(?=[-
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}
 _MAX_CHANNELS = 8  # a folder with more images than this holds several cases
 _NUM_SHOWN = 12
+_SPLIT = (".hdr", ".img", ".mhd", ".nhdr")  # headers whose voxels may be in another file
+_LARGEST_HEADER = 2**16
 
 
 def keep_scans(paths: Iterable[Path]) -> list[Path]:
-    """Return the scans among files, or, where there is none, the pictures.
+    """Return the scans among paths, or, where there is none, the pictures.
 
     Pictures beside scans are previews of them.
     """
-    scans = [path for path in paths if strip_suffix(path.name) is not None]
+    scans = [path for path in paths if find_reader(path) is not None]
     return [path for path in scans if has_spacing(path)] or scans
+
+
+def is_scan(path: Path) -> bool:
+    """Tell whether there is a file of a kind that is read, or a DICOM series, at a path."""
+    return find_reader(path) is not None and (os.path.isfile(path) or is_series(path))
 
 
 def find_scan(path: Path) -> Path:
     """Return the file that a path means: what it names, or what stands in its place.
 
-    That is a name in the other Unicode form (macOS writes accents apart, NFD), or the one scan in
-    a folder that is called like a scan, as some archives are unpacked.
+    That is a name in the other Unicode form (macOS writes accents apart, NFD), the one scan in a
+    folder that is called like a scan, as some archives are unpacked, or the header of an .img.
     """
     if not os.path.lexists(path):
         for form in ("NFC", "NFD"):
             other = Path(unicodedata.normalize(form, str(path)))
             path = other if os.path.lexists(other) else path
+    if path.suffix.lower() == ".img" and path.with_suffix(".hdr").is_file():
+        return path.with_suffix(".hdr")
     if strip_suffix(path.name) is not None and os.path.isdir(path):
         inside = keep_scans(entry for entry in sorted(path.iterdir()) if _is_visible_file(entry))
         return inside[0] if len(inside) == 1 else path
@@ -64,20 +84,39 @@ def _is_visible_file(path: Path) -> bool:
 def list_scans(folder: Path) -> dict[str, Path]:
     """Return stem (in NFC) -> path of the scans in a folder; hidden and `._*` files are ignored.
 
-    Scans are NIfTI files or, in a folder without one, pictures.
+    A folder or archive of DICOM is a scan; in a folder without any scan, pictures are.
 
     Raises:
-        InputError: Two files have the same stem.
+        InputError: Two files have the same stem, or the slices of a series lie loose.
     """
     found: dict[str, Path] = {}
-    names = {path: find_scan(path) for path in sorted(folder.iterdir())}
-    names = {path: scan for path, scan in names.items() if path.name[0] != "."}
-    for path in keep_scans(path for path, scan in names.items() if os.path.isfile(scan)):
+    visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
+    _refuse_loose_slices(folder, visible)
+    names = {path: find_scan(path) for path in visible}
+    halves = {path for path, scan in names.items() if scan != path and scan in names}
+    for path in keep_scans(path for path, scan in names.items() if is_scan(scan)):
         stem = unicodedata.normalize("NFC", strip_suffix(path.name) or path.name)
+        if path in halves:
+            continue
         if stem in found:
             raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
         found[stem] = names[path]
     return found
+
+
+def _refuse_loose_slices(folder: Path, paths: Sequence[Path]) -> None:
+    """Refuse the slices of a series that lie among scans: each would be taken for a scan."""
+    files = [path for path in paths if os.path.isfile(path) and is_dicom(path)]
+    if len(files) < 2:
+        return
+    from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
+
+    series = [one for path in files for one in list_series(path) if one.is_image]
+    if len({one.uid for one in series}) < len(series):
+        raise InputError(
+            f"{folder}: holds {len(series)} images of {len({one.uid for one in series})} DICOM "
+            "series: put the slices of each scan into a folder of its own"
+        )
 
 
 def find_unread(folder: Path) -> list[str]:
@@ -94,7 +133,7 @@ def find_unread(folder: Path) -> list[str]:
                 f"{place}: a scan of another kind than {KINDS}: {explain_kind(path)}, or move it "
                 "elsewhere"
             )
-        elif strip_suffix(path.name) is not None and os.path.isdir(find_scan(path)):
+        elif strip_suffix(path.name) is not None and not is_scan(find_scan(path)):
             problems.append(f"{place}: a folder that holds no scan or several: name one of them so")
     return problems
 
@@ -142,6 +181,71 @@ def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
+def list_sources(path: Path) -> list[Path]:
+    """Return the files that a scan is read from: itself, those of a series, or header and data."""
+    folder, _ = split_series(path)
+    if os.path.isdir(folder):
+        return walk_files(folder)
+    if path.suffix.lower() not in _SPLIT:
+        return [folder]
+    with path.open("rb") as file:
+        text = file.read(_LARGEST_HEADER).decode("latin-1")
+    return [
+        other
+        for other in sorted(path.parent.iterdir())
+        if other == path or other.stem == path.stem or other.name in text
+        if os.path.isfile(other)
+    ]
+
+
+def hash_source(path: Path) -> str:
+    """Return the SHA-256 of a scan: of its file, or of the hashes of its files.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        files = list_sources(path)
+        if files == [path]:
+            return hash_file(path)
+        return hash_json([[file.name, hash_file(file)] for file in files])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): is it there?") from error
+
+
+def walk_scans(root: Path) -> list[Path]:
+    """Return the scans below a folder: files, series of DICOM, and masks in DICOM; no previews.
+
+    A series is its folder, if that holds no other image, else `FOLDER#UID`, or its one file.
+    """
+    files = walk_files(root)
+    plain = [path for path in files if find_reader(path) not in (None, DICOM)]
+    halves = {path.with_suffix(".hdr") for path in plain if path.suffix.lower() == ".img"}
+    scans = [path for path in plain if path.suffix.lower() != ".img"]
+    scans += [path.with_suffix(".img") for path in sorted(halves - set(plain))]
+    others = [path for path in files if path not in set(plain)]
+    if any(is_dicom(path) or is_series(path) for path in others):
+        scans += _walk_series(root, others)
+    return keep_scans(scans)
+
+
+def _walk_series(root: Path, files: Sequence[Path]) -> list[Path]:
+    """Return the DICOM series and masks among files, and the archives of series."""
+    from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
+
+    series = list_series(root) if any(map(is_dicom, files)) else []
+    counts = Counter(one.folder for one in series if one.is_image)
+    found = []
+    for one in series:
+        if one.is_image and counts[one.folder] == 1:
+            found.append(one.folder)
+        elif one.is_image:
+            found.append(one.files[0] if len(one.files) == 1 else Path(f"{one.folder}#{one.uid}"))
+        elif one.modality in ("SEG", "RTSTRUCT"):
+            found += one.files
+    return [*found, *(path for path in files if is_series(path))]
+
+
 def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
     """Say of every file below a folder whether it is used, and if not, why, in groups.
 
@@ -152,10 +256,11 @@ def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
     Returns:
         Lines: how many files are used, then one line a reason.
     """
-    known = {os.path.realpath(path) for path in used}
+    used = list(used)
+    known = {os.path.realpath(file) for path in used for file in list_sources(path)}
     files = walk_files(root, hidden=True)
     reasons: dict[str, list[Path]] = defaultdict(list)
-    has_scans = any(strip_suffix(path) is not None and has_spacing(Path(path)) for path in known)
+    has_scans = any(find_reader(path) is not None and has_spacing(path) for path in used)
     for path in files:
         if os.path.realpath(path) not in known:
             reasons[_explain_file(path, root, has_scans)].append(path)
@@ -182,7 +287,7 @@ def _explain_file(path: Path, root: Path, has_scans: bool) -> str:
             return "pictures beside NIfTI files, taken for previews"
         return "scans that the layout or the list does not name"
     if is_dicom(path):
-        return f"DICOM, {explain_kind(Path('a.dcm'))}"
+        return "DICOM that the layout or the list does not name"
     if explain_kind(path):
         return f"scans of a kind that is not read, {explain_kind(path)}"
     return f"no scans ({path.suffix.lower() or 'no suffix'})"
@@ -199,19 +304,12 @@ def _show_folders(paths: Sequence[Path], root: Path) -> str:
     )
 
 
-def is_dicom(path: Path) -> bool:
-    """Tell whether a file is DICOM: by `.dcm`, or by the magic word at byte 128."""
-    if has_dicom_suffix(path):
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
 def is_mask(path: Path, root: Path) -> bool:
     """Tell whether a file is a mask by its name (`mask`, `*_seg`, ...) or that of a folder."""
+    if find_reader(path) is DICOM and os.path.isfile(path):
+        from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
+
+        return any(one.modality in ("SEG", "RTSTRUCT") for one in list_series(path))
     stem = strip_suffix(path.name) or path.name
     folders = path.relative_to(root).parts[:-1]
     return bool(_MASK_NAME.search(stem)) or any(_MASK_FOLDER.match(name) for name in folders)
@@ -314,18 +412,17 @@ def describe_unknown(root: Path) -> str:
         The lines to print: the tree as understood, and what to do next.
     """
     paths = walk_files(root)
-    scans = keep_scans(paths)
-    others = [path for path in paths if strip_suffix(path.name) is None]
+    scans = walk_scans(root)
+    others = [path for path in paths if find_reader(path) is None]
     lines = [f"{root}: this is none of the layouts that medssl reads."]
     if not paths:
         lines.append("The folder is empty (hidden files are not counted).")
     if scans:
         lines += _describe_scans(root, scans)
-    dicom = [path for path in others if is_dicom(path)]
-    lines += _describe_dicom(root, dicom)
-    if others and not scans and not dicom:
+    lines += _describe_dicom(root, [path for path in paths if is_dicom(path)])
+    if others and not scans:
         lines.append(f"It holds no scan that is read, {KINDS}.")
-    lines += explain_files(root, [*scans, *dicom])[1:]
+    lines += explain_files(root, scans)[1:]
     return "\n".join([*lines, _LAYOUTS])
 
 
@@ -408,7 +505,7 @@ def write_draft(root: Path, file: Path) -> str:
         raise InputError(f"--draft {file}: there is no folder {file.parent}; make it first")
     if not root.is_dir():
         raise InputError(f"{root}: is no folder; --draft makes a list of the scans in a folder")
-    cases, _ = recognize_tree(root, keep_scans(walk_files(root)))
+    cases, _ = recognize_tree(root, walk_scans(root))
     if not cases:
         raise InputError(f"{root}: holds no scan that is read, {KINDS}: there is nothing to list")
     num_channels = max(len(case.images) for case in cases)
@@ -437,19 +534,18 @@ def _path_from(folder: Path, path: Path) -> str:
     return str(absolute.relative_to(start) if absolute.is_relative_to(start) else absolute)
 
 
-def _describe_dicom(root: Path, dicom: Sequence[Path]) -> list[str]:
-    """Return the lines that convert DICOM series."""
-    if not dicom:
+def _describe_dicom(root: Path, files: Sequence[Path]) -> list[str]:
+    """List the DICOM series of a tree."""
+    if not files:
         return []
-    folders = sorted({path.parent for path in dicom})
-    out = f"{root.resolve().name}_nifti"
-    return [
-        f"DICOM: {_count(len(dicom), 'file')} in {_count(len(folders), 'folder')} "
-        f"({_join(_show(folder, root) for folder in folders)}). Convert first:",
-        f"  mkdir -p {shlex.quote(out)} && "
-        f"dcm2niix -z y -o {shlex.quote(out)} {shlex.quote(str(root))}",
-        f"  then: medssl check {shlex.quote(out)}",
-    ]
+    from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
+
+    series = list_series(root)
+    lines = [f"DICOM: {_count(len(files), 'file')} of {len(series)} series:"]
+    lines += [f"  {one} in {_show(one.folder, root)}" for one in series[:_NUM_SHOWN]]
+    if len(series) > _NUM_SHOWN:
+        lines.append(f"  ... and {len(series) - _NUM_SHOWN} more")
+    return lines
 
 
 def _describe_case(case: Case, root: Path) -> str:

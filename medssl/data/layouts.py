@@ -26,9 +26,9 @@ from medssl.data.files import (
     find_unread,
     guess_patient,
     is_mask,
-    keep_scans,
+    is_scan,
     list_scans,
-    walk_files,
+    walk_scans,
 )
 from medssl.formats.readers import (
     KINDS,
@@ -68,9 +68,73 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
+    dataset = _name_segments(dataset)
     notes = (*dataset.notes, *_find_left_out(dataset))
     cases = tuple(sorted(dataset.cases, key=lambda case: case.case_id))
     return replace(dataset, cases=cases, notes=notes)
+
+
+def _name_segments(dataset: Dataset) -> Dataset:
+    """Give every case the label values of the names in its label file, where files have names.
+
+    With declared labels a name is what was declared by it. Without, names keep their numbers if
+    these are the same in all files, else they are numbered in the order of the alphabet.
+    """
+    names: dict[str, dict[int, str]] = {}
+    problems = []
+    for case in dataset.cases:
+        reader = find_reader(case.label) if case.label else None
+        if case.label and reader and reader.has_names:
+            try:
+                names[case.case_id] = reader.format.read_names(case.label)
+            except InputError as error:
+                problems.append(f"{case.case_id}: {error}")
+    raise_all(problems, str(dataset.root))
+    if not any(names.values()):
+        return dataset
+    values = _number_names(list(names.values()), dataset.labels)
+    for case_id, named in names.items():
+        if named and not any(_fold(name) in values for name in named.values()):
+            problems.append(
+                f"{case_id}: its label holds {sorted(named.values())}, of which none is declared "
+                f"({sorted(values)}): name them by data.labels"
+            )
+    raise_all(problems, str(dataset.root))
+    cases = tuple(
+        replace(
+            case,
+            segments=tuple(
+                (name, values[_fold(name)])
+                for name in names.get(case.case_id, {}).values()
+                if _fold(name) in values
+            ),
+        )
+        for case in dataset.cases
+    )
+    shown = {_fold(name): name for named in names.values() for name in named.values()}
+    labels = dataset.labels or {0: "background", **{values[key]: shown[key] for key in values}}
+    return replace(dataset, cases=cases, labels=dict(sorted(labels.items())))
+
+
+def _number_names(
+    files: Sequence[Mapping[int, str]], labels: Mapping[int, str] | None
+) -> dict[str, int]:
+    """Return the label value of each name, folded."""
+    if labels is not None:
+        return {_fold(name): value for value, name in labels.items() if value}
+    values: dict[str, set[int]] = defaultdict(set)
+    for named in files:
+        for number, name in named.items():
+            values[_fold(name)].add(number)
+    numbers = [number for same in values.values() for number in same]
+    if len(set(numbers)) == len(numbers) == len(values):
+        return {name: same.pop() for name, same in values.items()}
+    return {name: number for number, name in enumerate(sorted(values), 1)}
+
+
+def _fold(name: str) -> str:
+    """Return a name of a segment as names are compared: by no case, space or underscore."""
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
 def list_files(dataset: Dataset) -> list[Path]:
@@ -96,10 +160,8 @@ def _find_left_out(dataset: Dataset) -> list[str]:
     known, are_scans = {os.path.realpath(path) for path in used}, has_spacing(used[0])
     counts = Counter(
         str(path.parent.relative_to(root))
-        for path in walk_files(root)
-        if strip_suffix(path.name) is not None
-        and has_spacing(path) == are_scans
-        and os.path.realpath(path) not in known
+        for path in walk_scans(root)
+        if has_spacing(path) == are_scans and os.path.realpath(path) not in known
     )
     if counts:
         places = [f"{place} ({count})" for place, count in counts.most_common(_MAX_HINTS)]
@@ -173,7 +235,7 @@ def _is_folders(root: Path) -> bool:
         return False
     if (root / "labels").is_dir():
         return True
-    return not any(is_mask(path, root) for path in keep_scans(walk_files(root)))
+    return not any(is_mask(path, root) for path in walk_scans(root))
 
 
 def _detect_file_format(path: Path, or_nothing: bool = False) -> tuple[str, Path] | None:
@@ -810,7 +872,7 @@ def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
 
 def _is_bad(path: Path) -> bool:
     """Tell whether a path is no scan."""
-    return strip_suffix(path.name) is None or not os.path.isfile(path)
+    return not is_scan(path)
 
 
 def _is_utf8(text: str) -> bool:

@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError
-from medssl.data.files import find_scan, find_unread, keep_scans, walk_files
+from medssl.data.files import find_scan, find_unread, is_scan, keep_scans, walk_scans
 from medssl.data.layouts import read_dataset
-from medssl.formats.readers import KINDS, get_reader, has_spacing, name_mask_suffix, strip_suffix
+from medssl.formats.readers import (
+    FORMATS,
+    KINDS,
+    find_reader,
+    get_reader,
+    has_spacing,
+    is_dicom,
+    is_series,
+    name_mask_suffix,
+    strip_suffix,
+)
 from medssl.runs import hash_file, lock, read_json, write_json
 
 RECORD = "predictions.json"
@@ -56,6 +66,7 @@ def plan_predictions(
     *,
     maps: Sequence[str] = (),
     overwrite: bool = False,
+    format: str | None = None,
 ) -> PlannedPredictions:
     """Say which scans are read and which files are written, before anything is computed.
 
@@ -65,6 +76,7 @@ def plan_predictions(
         num_channels: Channels of the model.
         maps: What else is written of each scan: `probs`, `uncertainty`.
         overwrite: Whether files that no prediction wrote may be replaced; scans never are.
+        format: Of the masks, one of `FORMATS`; None: that of each scan.
 
     Raises:
         InputError: No scan was found, masks would lie among their scans, or files that no
@@ -76,7 +88,7 @@ def plan_predictions(
     _refuse_folder_of_scans(out, scans)
     targets = {
         name: [
-            f"{name}{name_mask_suffix(images[0])}",
+            f"{name}{FORMATS[format] if format else _name_output_suffix(images[0])}",
             *(f"{name}_{map_name}{get_reader(images[0]).map_suffix}" for map_name in maps),
         ]
         for name, images in scans.items()
@@ -90,6 +102,11 @@ def plan_predictions(
     protect_files(out, written, overwrite, [p for paths in scans.values() for p in paths])
     masks = {name: out / files[0] for name, files in targets.items()}
     return PlannedPredictions(scans, masks, tuple(problems), tuple(notes))
+
+
+def _name_output_suffix(image: Path) -> str:
+    """Return the suffix of the mask of a scan, in its own kind."""
+    return get_reader(image).output_suffix or name_mask_suffix(image)
 
 
 def _refuse_folder_of_scans(out: Path, scans: Scans) -> None:
@@ -360,19 +377,19 @@ def _add_scan(name: str, images: tuple[Path, ...], scans: Scans, problems: list[
 def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]:
     """Return the scans of an input: a file, or a folder without what is hidden in it."""
     path = find_scan(path)
-    if not path.exists():
+    if not path.exists() and not is_series(path):
         raise InputError(f"{path}: no such file or folder")
     if not path.is_dir():
-        if strip_suffix(path.name) is None:
+        if find_reader(path) is None:
             raise InputError(f"{path}: no scan that is read, {KINDS}")
+        return [path]
+    if any(is_dicom(entry) for entry in sorted(path.iterdir()) if entry.is_file()):
         return [path]
     problems += [f"{path.parent / problem}" for problem in find_unread(path)]
     entries = [find_scan(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")]
-    visible = [entry for entry in entries if entry.is_file()]
+    visible = [entry for entry in dict.fromkeys(entries) if is_scan(entry)]
     files = keep_scans(visible)
-    below = [
-        file for file in keep_scans(walk_files(path)) if file.parent != path and file not in files
-    ]
+    below = [scan for scan in walk_scans(path) if not _lies_in(scan, [path, *files])]
     if not files:
         hint = f"; some lie in folders below it: name {below[0].parent}" if below else ""
         raise InputError(f"{path}: no scan that is read, {KINDS}{hint}")
@@ -383,6 +400,15 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
         names = _list([file.name for file in previews])
         notes.append(f"{path}: pictures beside scans are left out: {names}")
     return files
+
+
+def _lies_in(scan: Path, places: Sequence[Path]) -> bool:
+    """Tell whether a scan is one of some places, or lies in one that is a folder of DICOM."""
+    return (
+        scan in places
+        or scan.parent == places[0]
+        or any(place in scan.parents for place in places[1:])
+    )
 
 
 def _group_files(

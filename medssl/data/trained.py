@@ -13,8 +13,9 @@ import numpy as np
 
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, take_test_with_labels
+from medssl.data.files import hash_source
 from medssl.data.layouts import read_dataset
-from medssl.runs import find_edited, hash_file, list_rounds, read_json, write_json
+from medssl.runs import find_edited, list_rounds, read_json, write_json
 from medssl.settings import load_config
 
 RECORD = "trained_on.json"
@@ -157,7 +158,7 @@ def find_trained_on(
             return True
         if case.label is None or not hashes:
             return False
-        return any(hash_file(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
+        return any(hash_source(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
 
     seen = [case.case_id for case in dataset.cases if is_seen(case)]
     alike = [

@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
+from medssl.formats.readers import split_series
 from medssl.formats.scan import Scan, check_place, guard
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -84,6 +85,7 @@ class Series(NamedTuple):
         shape: Columns, rows and number of images; None if it is no image.
         other: Why the series is no image, such as `a segmentation`; empty if it is one.
         folder: Where the first of its files lies.
+        files: All of its files; of an archive, that.
     """
 
     uid: str
@@ -93,6 +95,7 @@ class Series(NamedTuple):
     shape: Shape | None
     other: str
     folder: Path
+    files: tuple[Path, ...]
 
     @property
     def is_image(self) -> bool:
@@ -252,13 +255,6 @@ def read_dataset(place: Place, *, with_pixels: bool) -> Any:
 # ---------------------------------------------------------------- files and series
 
 
-def split_choice(path: Path) -> tuple[Path, str]:
-    """Return the path and the beginning of the UID of `PATH#UID`; empty if none is named."""
-    before, sign, uid = str(path).rpartition("#")
-    is_choice = bool(sign) and not path.exists() and re.fullmatch(r"[0-9.]+", uid) is not None
-    return (Path(before), uid) if is_choice else (path, "")
-
-
 def _list_files(path: Path) -> list[Place]:
     """Return all files at a path, hidden ones aside."""
     if path.is_dir():
@@ -304,7 +300,7 @@ def _read(place: Place, **options: Any) -> Any:
 
 def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
     """Return the headers of all DICOM files at a path, by SeriesInstanceUID."""
-    path, _ = split_choice(path)
+    path, _ = split_series(path)
     found = defaultdict(list)
     files = guard(path, partial(_list_files, path))
     for place in files:
@@ -337,7 +333,7 @@ def _describe(group: Sequence[tuple[Place, Any]]) -> Series:
     images = [header for _, header in group if not _name_other(header)]
     place, first = group[0] if not images else next(p for p in group if p[1] is images[0])
     count = sum(int(image.get("NumberOfFrames") or 1) for image in images)
-    folder = Path(str(place.root.filename)) if isinstance(place, zipfile.Path) else place.parent
+    folder = _find_file(place) if isinstance(place, zipfile.Path) else place.parent
     private = f"{first.get('PatientName', '')} {first.get('PatientID', '')}"
     words = [re.escape(word) for word in re.split(r"[\W_]+", private) if len(word) > 2]
     description = str(first.get("SeriesDescription") or "")
@@ -351,12 +347,18 @@ def _describe(group: Sequence[tuple[Place, Any]]) -> Series:
         (int(first.Columns), int(first.Rows), count) if images else None,
         "" if images else _name_other(first),
         folder,
+        tuple(dict.fromkeys(_find_file(place) for place, _ in group)),
     )
+
+
+def _find_file(place: Place) -> Path:
+    """Return a file, or the archive that it is a member of."""
+    return Path(str(place.root.filename)) if isinstance(place, zipfile.Path) else place
 
 
 def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple[Place, Any]]:
     """Return the files of the series that a path names, or of the only one with images."""
-    source, wanted = split_choice(path)
+    source, wanted = split_series(path)
     listed = [_describe(group) for group in found.values()]
     lines = "".join(f"\n  {series}" for series in listed)
     matching = [series for series in listed if series.uid.startswith(wanted)]

@@ -132,7 +132,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
 
 
 def open_label(path: Path) -> Scan:
-    """Open a label; of a segmentation of 3D Slicer the layers become one, see `read_segments`.
+    """Open a label; of a segmentation of 3D Slicer the layers become one, see `read_names`.
 
     Raises:
         InputError: The file cannot be read or is not understood; and, while it is read, segments
@@ -149,7 +149,7 @@ def open_label(path: Path) -> Scan:
     return scan._replace(num_channels=1, iterate_values=iterate)
 
 
-def read_segments(path: Path) -> dict[int, str]:
+def read_names(path: Path) -> dict[int, str]:
     """Return the names of the values of a label that 3D Slicer wrote as a segmentation.
 
     The values are those of the file, unless segments of different layers have the same: then all

@@ -63,6 +63,7 @@ class Reader:
         map_suffix: Of a map of floats.
         label_types: Types that a mask may have, the smallest first.
         has_names: Whether its labels may name their values (`Format.read_names`).
+        output_suffix: Of the masks that `medssl predict` writes, if not the mask_suffix.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Reader:
     map_suffix: str = ".nii.gz"
     label_types: tuple[str, ...] = ("uint8", "int16", "int32")
     has_names: bool = False
+    output_suffix: str = ""
 
     @property
     def format(self) -> Format:
@@ -83,7 +85,9 @@ class Reader:
 
 NIFTI = Reader("NIfTI (.nii, .nii.gz)", (".nii.gz", ".nii"), "nifti")
 DICOM = Reader(
-    "DICOM", (".dcm", ".dicom", ".ima"), "dicom_files", mask_suffix=".dcm", has_names=True
+    *("DICOM", (".rtstruct.dcm", ".labelmap.dcm", ".dcm", ".dicom", ".ima"), "dicom_files"),
+    has_names=True,
+    output_suffix=".dcm",
 )
 READERS = (
     NIFTI,
@@ -91,11 +95,21 @@ READERS = (
     Reader("NRRD", (".seg.nrrd", ".nrrd", ".nhdr"), "nrrd", True, ".nrrd", ".nrrd", has_names=True),
     Reader("MetaImage (.mha, .mhd)", (".mha", ".mhd"), "metaimage", True, ".mha", ".mha"),
     Reader("MGH (.mgz, .mgh)", (".mgz", ".mgh"), "mgh"),
-    Reader("Analyze (.hdr with .img)", (".hdr",), "pairs"),
+    Reader("Analyze (.hdr with .img)", (".hdr", ".img"), "pairs"),
     Reader("PNG", (".png",), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
     Reader("JPEG", (".jpg", ".jpeg"), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
     Reader("TIFF", (".tif", ".tiff"), "pictures", False, "", ".tiff", _PICTURE_TYPES),
 )
+FORMATS = {
+    "nifti": ".nii.gz",
+    "nrrd": ".nrrd",
+    "mha": ".mha",
+    "dicom-seg": ".dcm",
+    "dicom-labelmap": ".labelmap.dcm",
+    "dicom-rtstruct": ".rtstruct.dcm",
+}
+"""Suffixes of masks by the name of a format."""
+
 KINDS = f"{', '.join(reader.name for reader in READERS[:-1])} or {READERS[-1].name}"
 """The kinds that are read, in words."""
 
@@ -135,9 +149,7 @@ def find_reader(path: Path) -> Reader | None:
 
 def is_series(path: Path) -> bool:
     """Tell whether a path is a folder or ZIP archive that holds DICOM, or names a series of one."""
-    before, sign, uid = str(path).rpartition("#")
-    if sign and set(uid) <= set("0123456789.") and not os.path.lexists(path):
-        path = Path(before)
+    path, _ = split_series(path)
     if os.path.isdir(path):
         files = (Path(where, name) for where, _, names in os.walk(path) for name in sorted(names))
         visible = (file for file in files if file.name[0] != ".")
@@ -147,6 +159,13 @@ def is_series(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         members = [name for name in archive.namelist() if not name.endswith("/")][:_MOST_OPENED]
         return any(_is_dicom_member(archive, name) for name in members)
+
+
+def split_series(path: Path) -> tuple[Path, str]:
+    """Return the path and the beginning of the UID of `PATH#UID`; empty if none is named."""
+    before, sign, uid = str(path).rpartition("#")
+    is_choice = bool(sign and uid) and set(uid) <= set("0123456789.") and not os.path.lexists(path)
+    return (Path(before), uid) if is_choice else (path, "")
 
 
 def _is_dicom_member(archive: zipfile.ZipFile, name: str) -> bool:

@@ -124,7 +124,7 @@ def _draw(
         classes, _ = read_label(mask, run.label_values, untrusted)
         reference = None
         if with_reference and case.label is not None:
-            reference, _ = read_label(case.label, run.label_values, _find_ignore(run))
+            reference, _ = read_label(case.label, run.label_values, _find_ignore(run), case)
         shown = volume.array[0] if volume.has_spacing else volume.array.mean(0)
         arrays = [shown, classes, *([] if reference is None else [reference])]
         turned = [_to_ras(array, volume.affine) for array in arrays]

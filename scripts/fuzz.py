@@ -43,9 +43,9 @@ from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
 from medssl.report import write_report
 from medssl.rounds import loop, student, teacher
+from medssl.run_folder import read_folder, read_points
 from medssl.runs import StopFlag
 from medssl.settings import dump, load_config
-from medssl.tracking.folder import read_folder, read_points
 from medssl.tracking.note import describe, write_note
 from medssl.tracking.scrub import make_scrub
 

@@ -29,8 +29,7 @@ from medssl.data.io import write_map, write_mask
 from medssl.metrics import paired_difference
 from medssl.pseudo.overlays import CLASS_COLORS, render_overlay, write_overlay
 from medssl.report import figures, overlays, write_report
-from medssl.report.figures import _spread, draw_pairs
-from medssl.report.read import pair_dice, read_run
+from medssl.report.figures import _spread, draw_pairs, pair_dice
 from medssl.report.sentences import (
     Names,
     choose_names,
@@ -38,6 +37,7 @@ from medssl.report.sentences import (
     explain_row,
     write_verdict,
 )
+from medssl.run_folder import read_folder_with_tables
 from medssl.runs import Journal, hash_record
 
 VALUES = (0, 1, 4)
@@ -369,7 +369,7 @@ def test_a_record_that_cannot_be_read_does_not_stop_the_page(
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("medssl.report.read.find_edited", refuse)
+    monkeypatch.setattr("medssl.run_folder.find_edited", refuse)
     assert "Not what this run was begun with" not in report(run).text
 
 
@@ -418,14 +418,15 @@ def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
 def test_the_verdict_follows_the_interval(
     tmp_path: Path, gain: float, kind: str, word: str
 ) -> None:
-    run = read_run(write_run(tmp_path, gain=gain, num_unlabeled=1, shape=(8, 8, 8)))
+    run = read_folder_with_tables(write_run(tmp_path, gain=gain, num_unlabeled=1, shape=(8, 8, 8)))
     verdict = write_verdict(run, "")
     assert verdict.kind == kind
     assert verdict.word.startswith(word)
 
 
 def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path, num_test=5, gain=0.05, num_unlabeled=1, shape=(8, 8, 8)))
+    folder = write_run(tmp_path, num_test=5, gain=0.05, num_unlabeled=1, shape=(8, 8, 8))
+    run = read_folder_with_tables(folder)
     verdict = write_verdict(run, "")
     assert verdict.word == "Not measured"
     assert "on 5 test cases" in verdict.sentence
@@ -633,10 +634,10 @@ def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) ->
 
 def test_a_case_without_a_pseudonym_gets_a_number(run: Path) -> None:
     (run / "pseudonyms.json").unlink()
-    names = choose_names(read_run(run), share=True)
+    names = choose_names(read_folder_with_tables(run), share=True)
     assert re.fullmatch(r"case_\d{3}", names.case("test_00"))
     assert names.case("never heard of") == "case ?"
-    assert choose_names(read_run(run), share=False).case("test_00") == "test_00"
+    assert choose_names(read_folder_with_tables(run), share=False).case("test_00") == "test_00"
 
 
 def test_numbers_are_not_taken_for_case_ids() -> None:
@@ -649,7 +650,7 @@ def test_numbers_are_not_taken_for_case_ids() -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_the_most_uncertain_scan_comes_first(run: Path) -> None:
-    rows = read_run(run).rounds[-1].review
+    rows = read_folder_with_tables(run).rounds[-1].review
     worst = max(rows, key=lambda row: float(row["uncertainty"]))["case_id"]
     listed = report(run).html.partition('id="annotate"')[2]
     places = {row["case_id"]: listed.find(str(escape(row["case_id"]))) for row in rows}
@@ -670,21 +671,21 @@ def test_agreement_has_a_panel_per_class_where_the_review_has_a_column_per_class
 
 
 def list_panels(run: Path) -> list[str]:
-    files = read_run(run)
+    files = read_folder_with_tables(run)
     return [panel.column for panel in figures._list_panels(files, files.rounds, "agreement")]
 
 
 def test_steps_without_a_summary_are_the_sum_of_done_rounds(run: Path) -> None:
     (run / "summary.json").unlink()
     (run / "round_2" / "done.json").unlink()
-    assert count_steps(read_run(run)) == 800
+    assert count_steps(read_folder_with_tables(run)) == 800
 
 
 def test_a_step_that_stands_twice_counts_once(run: Path) -> None:
     line = {"round": 0, "step": 50, "time": 1.0, "metrics": {"losses/total": 7.0, "x": None}}
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(line) + "\n")
-    points = read_run(run).rounds[0].curves["losses/total"]
+    points = read_folder_with_tables(run).rounds[0].curves["losses/total"]
     assert [step for step, _ in points] == list(range(50, 401, 50))
     assert points[0] == (50, 7.0)
 

@@ -21,9 +21,9 @@ import yaml
 from PIL import Image
 
 from medssl.config import InputError
+from medssl.run_folder import read_folder
 from medssl.runs import read_json, write_json
 from medssl.tracking import Mirror, default_uri, send, serve, server, store, sync
-from medssl.tracking.folder import read_folder
 from medssl.tracking.scrub import make_scrub
 
 CLASSES = ("anterior", "posterior")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.config import IGNORE, CaseFilterSection, FilterSection, InputError
+from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
 from medssl.data.pseudo_labels import (
@@ -165,28 +165,6 @@ def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
             short = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow(short)
     write_text(folder / "review.csv", text.getvalue())
-
-
-def read_review(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of the review.csv of a round.
-
-    Raises:
-        InputError: It is missing or damaged.
-    """
-    path = folder / "review.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        for row in rows:
-            if None in row or not all(isinstance(cell, str) for cell in row.values()):
-                raise ValueError(f"the row of {row['case_id']} has too few or too many cells")
-            float(row["accepted"])
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(
-            f"{path}: damaged ({type(error).__name__}: {error}); restore it, or delete "
-            f"{folder / 'done.json'} and start the same medssl train command: it is written anew"
-        ) from error
-    return rows
 
 
 def weigh_cases(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medssl.tracking.folder import RunFolder, is_finite
+from medssl.run_folder import RunFolder, is_finite
 from medssl.tracking.scrub import Scrub
 
 _PARTS = ("labeled", "unlabeled", "val", "test")
@@ -40,7 +40,7 @@ def write_note(folder: RunFolder, scrub: Scrub) -> str:
         "",
         *_write_round_table(folder),
     ]
-    for round_index, done in folder.rounds.items():
+    for round_index, done in folder.done_rounds.items():
         reasons = "; ".join(done.get("gate", {}).get("reasons", []))
         if reasons and not done["gate"].get("passed", True):
             lines.append(f"Round {round_index} did not pass its gate: {scrub(reasons)}.  ")
@@ -82,13 +82,13 @@ def _say_outcome(folder: RunFolder) -> str:
 
 def _write_round_table(folder: RunFolder) -> list[str]:
     """Write one line for each completed round, as Markdown."""
-    if not folder.rounds:
+    if not folder.done_rounds:
         return []
     lines = [
         "| round | steps | gate | kept cases | agreement | val Dice | test Dice |",
         "|---|---|---|---|---|---|---|",
     ]
-    for round_index, done in folder.rounds.items():
+    for round_index, done in folder.done_rounds.items():
         gate = done.get("gate", {}).get("passed")
         cells = [
             str(round_index),

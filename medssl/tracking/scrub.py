@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError
-from medssl.tracking.folder import RunFolder
+from medssl.run_folder import RunFolder
 
 Scrub = Callable[[str], str]
 

@@ -19,8 +19,8 @@ from typing import Any
 import yaml
 
 from medssl.config import InputError
+from medssl.run_folder import RunFolder, is_finite, read_folder, read_points
 from medssl.runs import Shape, hash_file, hash_json, list_rounds, lock, read_json, write_json
-from medssl.tracking.folder import RunFolder, is_finite, read_folder, read_points
 from medssl.tracking.note import describe, write_note
 from medssl.tracking.scrub import (
     Scrub,
@@ -336,7 +336,7 @@ def _log_metrics(client: Any, run_id: str, entries: Iterable[Mapping[str, Any]])
 
 def _send_round_metrics(target: _Target) -> None:
     """Send to the parent what each completed round came to; its step is the round."""
-    for round_index, done in target.folder.rounds.items():
+    for round_index, done in target.folder.done_rounds.items():
         kept = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
         for key in ("agreement", "kept_cases", "seconds"):
             if is_finite(done.get(key)):

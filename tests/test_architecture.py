@@ -23,6 +23,7 @@ LAYERS = (
     "runs",
     "metrics",
     "run_folder",
+    "names",
     "tracking",
     "losses",
     "networks",

@@ -27,12 +27,11 @@ from medssl.cli import app
 from medssl.config import InputError
 from medssl.data.io import write_map, write_mask
 from medssl.metrics import paired_difference
+from medssl.names import Names, choose_names
 from medssl.pseudo.overlays import CLASS_COLORS, render_overlay, write_overlay
 from medssl.report import figures, overlays, write_report
 from medssl.report.figures import _spread, draw_pairs, pair_dice
 from medssl.report.sentences import (
-    Names,
-    choose_names,
     count_steps,
     explain_row,
     write_verdict,
@@ -634,18 +633,9 @@ def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) ->
 
 def test_a_case_without_a_pseudonym_gets_a_number(run: Path) -> None:
     (run / "pseudonyms.json").unlink()
-    names = choose_names(read_folder_with_tables(run), share=True)
+    names = choose_names(read_folder_with_tables(run))
     assert re.fullmatch(r"case_\d{3}", names.case("test_00"))
     assert names.case("never heard of") == "case ?"
-    assert choose_names(read_folder_with_tables(run), share=False).case("test_00") == "test_00"
-
-
-def test_numbers_are_not_taken_for_case_ids() -> None:
-    names = Names({"12": "case_a", "p1": "case_b", "scan_1": "case_c"})
-    assert names.text("12 of 14 kept, p1 lost, scan_1, scan_10") == (
-        "12 of 14 kept, case_b lost, case_c, scan_10"
-    )
-    assert names.text("0.9 Dice/case, losses/total") == "0.9 Dice/case, losses/total"
 
 
 @pytest.mark.usefixtures("quick")
@@ -798,11 +788,11 @@ def test_a_reason_that_all_scans_have_is_said_once(run: Path) -> None:
 
 def test_a_class_that_is_not_there_is_not_called_distrusted() -> None:
     row = {"coverage/organ": "0.6", "coverage/lesion": "", "volume_ml/lesion": "0.0"}
-    assert explain_row(row, ["organ", "lesion"], Names({})) == "only 60% of organ is trusted"
+    assert explain_row(row, ["organ", "lesion"], Names()) == "only 60% of organ is trusted"
     old = {**row, "coverage/lesion": "0.0000"}  # as version 0.1.0 wrote it
-    assert "lesion" not in explain_row(old, ["organ", "lesion"], Names({}))
+    assert "lesion" not in explain_row(old, ["organ", "lesion"], Names())
     there = {**old, "volume_ml/lesion": "1.5"}
-    assert explain_row(there, ["organ", "lesion"], Names({})) == "only 0% of lesion is trusted"
+    assert explain_row(there, ["organ", "lesion"], Names()) == "only 0% of lesion is trusted"
 
 
 def test_before_and_after_are_paired_class_by_class() -> None:

@@ -15,10 +15,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from medssl.metrics import mean_known
+from medssl.names import Names, choose_names
 from medssl.pseudo.overlays import CLASS_COLORS
 from medssl.report import figures, overlays, sentences
 from medssl.report.overlays import Overlay, Sources
-from medssl.report.sentences import Names, format_number
+from medssl.report.sentences import format_number
 from medssl.run_folder import RoundFolder, RunFolder, number, read_folder_with_tables
 from medssl.runs import write_text
 
@@ -79,7 +80,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 
 def _write_page(run: RunFolder, drawings: Drawings, share: bool) -> Path:
     """Write one of the two pages."""
-    names = sentences.choose_names(run, share)
+    names = choose_names(run) if share else Names(shared=False)
     environment = Environment(
         loader=PackageLoader("medssl.report", "."),
         autoescape=True,
@@ -426,7 +427,10 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
         versions["revision"] = provenance["revision"]
     if provenance.get("threads"):
         versions["threads"] = provenance["threads"]
-    config = _remove_paths(dict(run.config)) if names.shared else dict(run.config)
+    config = names.tree(dict(run.config))
+    if names.shared:
+        config.pop("tracking", None)
+        config.get("data", {}).pop("root", None)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
     command = str(provenance.get("command") or "")
     folder = "RUN" if names.shared else shlex.quote(str(run.path))
@@ -448,12 +452,3 @@ def _hide_arguments(command: str) -> str:
     words = command.split()
     kept = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
     return " ".join([*words[:2], *kept])
-
-
-def _remove_paths(tree: Any) -> Any:
-    """Return settings without texts that look like a path, and without the data's root."""
-    if isinstance(tree, dict):
-        return {k: _remove_paths(v) for k, v in tree.items() if k not in ("root", "tracking")}
-    if isinstance(tree, list):
-        return [_remove_paths(value) for value in tree]
-    return "[path]" if isinstance(tree, str) and re.search(r"[\\/]", tree) else tree

@@ -1,13 +1,13 @@
-"""What the report says in words: headline, verdict, caveats, and the names that may be shown."""
+"""What the report says in words: headline, verdict, caveats."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from medssl.metrics import MIN_CASES_FOR_VERDICT, mean_known
+from medssl.names import Names
 from medssl.run_folder import RoundFolder, RunFolder, number
 
 MISSING = "–"
@@ -17,61 +17,6 @@ EVIDENCE = (
     "[+0.019, +0.172] over as many more steps on the labels alone (docs/evidence.md)."
 )
 """What the recipe gained in docs/acdc_3.csv; a test holds it against that."""
-
-_FILE = r"[^\s,;:'\"()]*\.(?:nii|gz|nrrd|mha|dcm|png|jpe?g|tiff?|csv|json|ya?ml|npy|db)\b"
-_PATH = re.compile(rf"(?:(?<=\s)|^|(?<=['\"(=]))(?:[~.]{{0,2}}[\\/]|[A-Za-z]:[\\/])\S+|{_FILE}")
-
-
-@dataclass(frozen=True)
-class Names:
-    """How cases and texts are shown: as they are, or fit to be shared.
-
-    ``pseudonyms`` holds every case that the run knows, or nothing if the names are kept.
-    """
-
-    pseudonyms: Mapping[str, str]
-    hidden: tuple[str, ...] = ()
-
-    @property
-    def shared(self) -> bool:
-        """Whether names and paths are left out."""
-        return bool(self.hidden) or bool(self.pseudonyms)
-
-    def case(self, case_id: str) -> str:
-        """Return the name to show for a case; an unknown one is not shown when shared."""
-        return self.pseudonyms.get(case_id, "case ?" if self.shared else case_id)
-
-    def text(self, text: str) -> str:
-        """Return a sentence, when shared without case ids, paths and file names."""
-        if not self.shared:
-            return text
-        for word in self.hidden:
-            text = text.replace(word, "[left out]")
-        text = _PATH.sub("[path]", text)
-        for case_id in sorted(self.pseudonyms, key=len, reverse=True):
-            if case_id in text and (len(case_id) > 3 or not case_id.isdigit()):
-                bounded = rf"(?<![\w]){re.escape(case_id)}(?![\w])"
-                text = re.sub(bounded, self.pseudonyms[case_id], text)
-        return text
-
-
-def choose_names(run: RunFolder, share: bool) -> Names:
-    """Return the names to show; a case without a pseudonym gets a number in a shared report."""
-    if not share:
-        return Names({})
-    known: set[str] = {str(row["case_id"]) for row in run.rows}
-    for part in ("labeled", "unlabeled", "val", "test"):
-        known.update(run.list_part(part))
-    for entry in run.rounds:
-        known.update(row["case_id"] for row in entry.review)
-        known.update(str(row["case_id"]) for row in entry.rows)
-    pseudonyms = {str(key): str(name) for key, name in run.pseudonyms.items()}
-    for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
-        pseudonyms[case_id] = f"case_{index:03d}"
-    dataset = run.splits.get("dataset") or {}
-    roots = (dataset.get("root"), (run.config.get("data") or {}).get("root"), str(run.path))
-    hidden = tuple(str(root) for root in roots if root and len(str(root)) > 2)
-    return Names(pseudonyms, hidden or ("\0",))
 
 
 def count(amount: int, noun: str) -> str:

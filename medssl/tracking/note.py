@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from medssl.names import Names
 from medssl.run_folder import RunFolder, is_finite
-from medssl.tracking.scrub import Scrub
 
 _PARTS = ("labeled", "unlabeled", "val", "test")
 
@@ -27,7 +27,7 @@ def describe(folder: RunFolder) -> dict[str, str]:
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
-def write_note(folder: RunFolder, scrub: Scrub) -> str:
+def write_note(folder: RunFolder, names: Names) -> str:
     """Write what this training was, in sentences."""
     facts = describe(folder)
     lines = [
@@ -43,10 +43,10 @@ def write_note(folder: RunFolder, scrub: Scrub) -> str:
     for round_index, done in folder.done_rounds.items():
         reasons = "; ".join(done.get("gate", {}).get("reasons", []))
         if reasons and not done["gate"].get("passed", True):
-            lines.append(f"Round {round_index} did not pass its gate: {scrub(reasons)}.  ")
+            lines.append(f"Round {round_index} did not pass its gate: {names.text(reasons)}.  ")
     if folder.plan.get("reasons"):
         lines += ["", "Why it was planned so:", ""]
-        lines += [f"- {scrub(str(reason))}" for reason in folder.plan["reasons"]]
+        lines += [f"- {names.text(str(reason))}" for reason in folder.plan["reasons"]]
     lines += [
         "",
         f"Everything else is in the run folder `{folder.path.name}`: report, masks, model.",

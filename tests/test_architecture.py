@@ -28,6 +28,7 @@ LAYERS = (
     "losses",
     "networks",
     "transforms",
+    "overlays",
     "data",
     "sides",
     "plan",

@@ -28,8 +28,8 @@ from medssl.config import InputError
 from medssl.data.io import write_map, write_mask
 from medssl.metrics import paired_difference
 from medssl.names import Names, choose_names
-from medssl.pseudo.overlays import CLASS_COLORS, render_overlay, write_overlay
-from medssl.report import figures, overlays, write_report
+from medssl.overlays import CLASS_COLORS, render_overlay, write_overlay
+from medssl.report import figures, scans, write_report
 from medssl.report.figures import _spread, draw_pairs, pair_dice
 from medssl.report.sentences import (
     count_steps,
@@ -313,7 +313,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw coarsely: for tests that read the page and do not look at it."""
-    monkeypatch.setattr(overlays, "render_overlay", lambda *args, **kwargs: b"picture")
+    monkeypatch.setattr(scans, "render_overlay", lambda *args, **kwargs: b"picture")
     monkeypatch.setattr(figures, "_DPI", 30)
 
 
@@ -457,13 +457,13 @@ def test_only_labels_of_test_cases_are_opened(run: Path, monkeypatch: pytest.Mon
 def record_labels(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Record every file that is read as a label or mask."""
     opened: list[Path] = []
-    read = overlays.read_label
+    read = scans.read_label
 
     def recording(path: Path, *args: Any) -> Any:
         opened.append(path)
         return read(path, *args)
 
-    monkeypatch.setattr(overlays, "read_label", recording)
+    monkeypatch.setattr(scans, "read_label", recording)
     return opened
 
 

@@ -24,8 +24,8 @@ from medssl.data.pseudo_labels import (
     read_stability,
     write_pseudo_label,
 )
+from medssl.overlays import show_channels, write_overlay
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
-from medssl.pseudo.overlays import write_overlay
 from medssl.runs import write_text
 from medssl.transforms.geometry import to_native
 
@@ -99,7 +99,7 @@ def label_cases(
         _write_mask(folder, case, probs, uncertainty, label_values, section)
         if number <= NUM_OVERLAYS:
             write_overlay(
-                _show_image(case),
+                show_channels(np.asarray(case.image(), np.float32), not case.has_spacing),
                 probs.argmax(0).astype(np.uint8),
                 folder / "overlays" / f"{case.case_id}.png",
                 title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
@@ -112,13 +112,6 @@ def label_cases(
             print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
     _write_review(folder, reviews)
     return reviews
-
-
-def _show_image(case: CachedCase) -> NDArray[np.float32]:
-    """Return the first channel (I, J, K) of a scan, the mean of the colours of a picture."""
-    image = np.asarray(case.image(), dtype=np.float32)
-    shown: NDArray[np.float32] = image[0] if case.has_spacing else image.mean(0)
-    return shown
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """A run folder becomes one self-contained HTML page: reads files only, trains and predicts nothing.
 
-Reading order: sentences (what is said of a run folder), figures and overlays (what is shown), page
+Reading order: sentences (what is said of a run folder), figures and scans (what is shown), page
 (all of it into template.html).
 """
 

@@ -22,7 +22,7 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from medssl.metrics import Row, compare_cases
-from medssl.pseudo.overlays import color_of
+from medssl.overlays import color_of
 from medssl.run_folder import Point, RoundFolder, RunFolder, number
 
 INK, MUTED, GRID = "#1F2933", "#5F6B76", "#E3E7EB"

@@ -16,9 +16,9 @@ from markupsafe import Markup, escape
 
 from medssl.metrics import mean_known
 from medssl.names import Names, choose_names
-from medssl.pseudo.overlays import CLASS_COLORS
-from medssl.report import figures, overlays, sentences
-from medssl.report.overlays import Overlay, Sources
+from medssl.overlays import CLASS_COLORS
+from medssl.report import figures, scans, sentences
+from medssl.report.scans import Overlay, Sources
 from medssl.report.sentences import format_number
 from medssl.run_folder import RoundFolder, RunFolder, number, read_folder_with_tables
 from medssl.runs import write_text
@@ -53,7 +53,7 @@ class Drawings:
         return self._plots[draw]
 
     def show(self, draw: Callable[..., Overlay], case_id: str, *where: Any) -> Overlay:
-        """Return what a function of ``overlays`` draws of a case."""
+        """Return what a function of ``scans`` draws of a case."""
         key = (draw, case_id, *where)
         if key not in self._overlays:
             self._overlays[key] = draw(self.run, self.sources, case_id, *where)
@@ -74,7 +74,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         InputError: It is no run folder.
     """
     run = read_folder_with_tables(Path(run_dir))
-    drawings = Drawings(run, overlays.find_sources(run))
+    drawings = Drawings(run, scans.find_sources(run))
     return _write_page(run, drawings, share=False), _write_page(run, drawings, share=True)
 
 
@@ -156,7 +156,7 @@ def _list_facts(run: RunFolder) -> list[tuple[str, str]]:
 
 def _describe_verdict(run: RunFolder, sources: Sources, names: Names) -> dict[str, Any]:
     """Return the verdict as the template shows it."""
-    verdict = sentences.write_verdict(run, overlays.describe_patients(run, sources))
+    verdict = sentences.write_verdict(run, scans.describe_patients(run, sources))
     return {
         "kind": verdict.kind.replace(" ", "-"),
         "word": verdict.word,
@@ -299,7 +299,7 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
     if ranked:
         pictures = [
             _show(
-                drawings.show(overlays.draw_test_case, case_id),
+                drawings.show(scans.draw_test_case, case_id),
                 role,
                 names,
                 _describe_dice(run, case_id),
@@ -318,7 +318,7 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
     picked = _pick(ranked, ("Most certain", "Median", "Least certain"))[:2]
     pictures = [
         _show(
-            drawings.show(overlays.draw_pseudo_mask, case_id, last.path),
+            drawings.show(scans.draw_pseudo_mask, case_id, last.path),
             role,
             names,
             f"uncertainty {format_number(found[case_id])} nats",
@@ -390,7 +390,7 @@ def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
     ]
     pictures = [
         _show(
-            drawings.show(overlays.draw_pseudo_mask, row["case_id"], last.path, 5.0),
+            drawings.show(scans.draw_pseudo_mask, row["case_id"], last.path, 5.0),
             f"{place}",
             names,
             f"uncertainty {format_number(row.get('uncertainty'))} nats",

@@ -1,4 +1,4 @@
-"""Overlays of the report: finds the scans of a run again and draws masks onto them.
+"""The scans of a report: finds those of a run again and has masks drawn onto them.
 
 The label of a case is opened only if it is a test case and an evaluation exists.
 Axes: I, J, K voxel axes; drawn in RAS+ orientation.
@@ -20,7 +20,7 @@ from medssl.data.files import name_mask_suffix
 from medssl.data.io import find_untrusted_value, read_image, read_label
 from medssl.data.layouts import read_dataset
 from medssl.data.trained import find_data
-from medssl.pseudo.overlays import render_overlay
+from medssl.overlays import render_overlay, show_channels
 from medssl.run_folder import RunFolder, number
 
 Array = npt.NDArray[Any]
@@ -125,7 +125,7 @@ def _draw(
         reference = None
         if with_reference and case.label is not None:
             reference, _ = read_label(case.label, run.label_values, _find_ignore(run))
-        shown = volume.array[0] if volume.has_spacing else volume.array.mean(0)
+        shown = show_channels(volume.array, not volume.has_spacing)
         arrays = [shown, classes, *([] if reference is None else [reference])]
         turned = [_to_ras(array, volume.affine) for array in arrays]
         image, prediction, *label = turned

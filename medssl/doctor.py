@@ -26,9 +26,9 @@ from medssl.machine import (
     read_free_memory,
     read_memory_limit,
 )
+from medssl.names import hide_password
 from medssl.runs import describe_provenance
 from medssl.tracking import find_store_problem
-from medssl.tracking.scrub import hide_password
 
 LOW_DISK_GB = 5.0
 LOW_MEMORY_GB = 4.0

@@ -22,11 +22,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from medssl.config import InputError
-from medssl.settings import parse_yaml
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -118,7 +116,7 @@ class Measured(Shape):
     notes: list[str] = []
 
 
-class _Sections(Shape):
+class Sections(Shape):
     """config.yaml."""
 
     data: dict[str, Any] = {}
@@ -289,10 +287,10 @@ def _replace_nonfinite(content: Any) -> Any:
     return content
 
 
-_ANEW = "restore it, or delete it and start the command again that wrote it, which makes it anew"
+ANEW = "restore it, or delete it and start the command again that wrote it, which makes it anew"
 
 
-def read_json(path: Path, shape: type[BaseModel] | None = None, repair: str = _ANEW) -> Any:
+def read_json(path: Path, shape: type[BaseModel] | None = None, repair: str = ANEW) -> Any:
     """Read a JSON file that holds an object, as all files of a run do.
 
     Args:
@@ -329,21 +327,6 @@ def read_json(path: Path, shape: type[BaseModel] | None = None, repair: str = _A
                 f"{path}: damaged, or of another version: {_list_problems(error)}; {repair}"
             ) from error
     return content
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the config.yaml of a run as it stands there; its sections are mappings.
-
-    Raises:
-        InputError: It is damaged.
-    """
-    try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
-        _Sections.model_validate(content)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {_ANEW}") from error
-    config: dict[str, Any] = content
-    return config
 
 
 def _find_owner(path: Path) -> str:

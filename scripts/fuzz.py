@@ -39,15 +39,15 @@ from medssl.config import Config, InputError
 from medssl.data.io import read_geometry, read_image, read_label, read_label_values
 from medssl.data.phantoms import write_phantoms
 from medssl.evaluate import evaluate_run
+from medssl.names import choose_names
 from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
 from medssl.report import write_report
 from medssl.rounds import loop, student, teacher
+from medssl.run_folder import read_folder, read_points
 from medssl.runs import StopFlag
 from medssl.settings import dump, load_config
-from medssl.tracking.folder import read_folder, read_points
 from medssl.tracking.note import describe, write_note
-from medssl.tracking.scrub import make_scrub
 
 MOST_BYTES = 2 * 2**30  # more than there are before the first input
 ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
@@ -281,7 +281,7 @@ def tell(run: Path) -> None:
     """Read what MLflow gets."""
     folder = read_folder(run)
     describe(folder)
-    write_note(folder, make_scrub(folder))
+    write_note(folder, choose_names(folder))
     list(read_points(folder, 0))
 
 

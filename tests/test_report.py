@@ -27,17 +27,16 @@ from medssl.cli import app
 from medssl.config import InputError
 from medssl.data.io import write_map, write_mask
 from medssl.metrics import paired_difference
-from medssl.pseudo.overlays import CLASS_COLORS, render_overlay, write_overlay
-from medssl.report import figures, overlays, write_report
-from medssl.report.figures import _spread, draw_pairs
-from medssl.report.read import pair_dice, read_run
+from medssl.names import Names, choose_names
+from medssl.overlays import CLASS_COLORS, render_overlay, write_overlay
+from medssl.report import figures, scans, write_report
+from medssl.report.figures import _spread, draw_pairs, pair_dice
 from medssl.report.sentences import (
-    Names,
-    choose_names,
     count_steps,
     explain_row,
     write_verdict,
 )
+from medssl.run_folder import read_folder_with_tables
 from medssl.runs import Journal, hash_record
 
 VALUES = (0, 1, 4)
@@ -314,7 +313,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw coarsely: for tests that read the page and do not look at it."""
-    monkeypatch.setattr(overlays, "render_overlay", lambda *args, **kwargs: b"picture")
+    monkeypatch.setattr(scans, "render_overlay", lambda *args, **kwargs: b"picture")
     monkeypatch.setattr(figures, "_DPI", 30)
 
 
@@ -369,7 +368,7 @@ def test_a_record_that_cannot_be_read_does_not_stop_the_page(
     def refuse(folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("medssl.report.read.find_edited", refuse)
+    monkeypatch.setattr("medssl.run_folder.find_edited", refuse)
     assert "Not what this run was begun with" not in report(run).text
 
 
@@ -418,14 +417,15 @@ def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
 def test_the_verdict_follows_the_interval(
     tmp_path: Path, gain: float, kind: str, word: str
 ) -> None:
-    run = read_run(write_run(tmp_path, gain=gain, num_unlabeled=1, shape=(8, 8, 8)))
+    run = read_folder_with_tables(write_run(tmp_path, gain=gain, num_unlabeled=1, shape=(8, 8, 8)))
     verdict = write_verdict(run, "")
     assert verdict.kind == kind
     assert verdict.word.startswith(word)
 
 
 def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path, num_test=5, gain=0.05, num_unlabeled=1, shape=(8, 8, 8)))
+    folder = write_run(tmp_path, num_test=5, gain=0.05, num_unlabeled=1, shape=(8, 8, 8))
+    run = read_folder_with_tables(folder)
     verdict = write_verdict(run, "")
     assert verdict.word == "Not measured"
     assert "on 5 test cases" in verdict.sentence
@@ -457,13 +457,13 @@ def test_only_labels_of_test_cases_are_opened(run: Path, monkeypatch: pytest.Mon
 def record_labels(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Record every file that is read as a label or mask."""
     opened: list[Path] = []
-    read = overlays.read_label
+    read = scans.read_label
 
     def recording(path: Path, *args: Any) -> Any:
         opened.append(path)
         return read(path, *args)
 
-    monkeypatch.setattr(overlays, "read_label", recording)
+    monkeypatch.setattr(scans, "read_label", recording)
     return opened
 
 
@@ -633,23 +633,14 @@ def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) ->
 
 def test_a_case_without_a_pseudonym_gets_a_number(run: Path) -> None:
     (run / "pseudonyms.json").unlink()
-    names = choose_names(read_run(run), share=True)
+    names = choose_names(read_folder_with_tables(run))
     assert re.fullmatch(r"case_\d{3}", names.case("test_00"))
     assert names.case("never heard of") == "case ?"
-    assert choose_names(read_run(run), share=False).case("test_00") == "test_00"
-
-
-def test_numbers_are_not_taken_for_case_ids() -> None:
-    names = Names({"12": "case_a", "p1": "case_b", "scan_1": "case_c"})
-    assert names.text("12 of 14 kept, p1 lost, scan_1, scan_10") == (
-        "12 of 14 kept, case_b lost, case_c, scan_10"
-    )
-    assert names.text("0.9 Dice/case, losses/total") == "0.9 Dice/case, losses/total"
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_most_uncertain_scan_comes_first(run: Path) -> None:
-    rows = read_run(run).rounds[-1].review
+    rows = read_folder_with_tables(run).rounds[-1].review
     worst = max(rows, key=lambda row: float(row["uncertainty"]))["case_id"]
     listed = report(run).html.partition('id="annotate"')[2]
     places = {row["case_id"]: listed.find(str(escape(row["case_id"]))) for row in rows}
@@ -670,21 +661,21 @@ def test_agreement_has_a_panel_per_class_where_the_review_has_a_column_per_class
 
 
 def list_panels(run: Path) -> list[str]:
-    files = read_run(run)
+    files = read_folder_with_tables(run)
     return [panel.column for panel in figures._list_panels(files, files.rounds, "agreement")]
 
 
 def test_steps_without_a_summary_are_the_sum_of_done_rounds(run: Path) -> None:
     (run / "summary.json").unlink()
     (run / "round_2" / "done.json").unlink()
-    assert count_steps(read_run(run)) == 800
+    assert count_steps(read_folder_with_tables(run)) == 800
 
 
 def test_a_step_that_stands_twice_counts_once(run: Path) -> None:
     line = {"round": 0, "step": 50, "time": 1.0, "metrics": {"losses/total": 7.0, "x": None}}
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(line) + "\n")
-    points = read_run(run).rounds[0].curves["losses/total"]
+    points = read_folder_with_tables(run).rounds[0].curves["losses/total"]
     assert [step for step, _ in points] == list(range(50, 401, 50))
     assert points[0] == (50, 7.0)
 
@@ -797,11 +788,11 @@ def test_a_reason_that_all_scans_have_is_said_once(run: Path) -> None:
 
 def test_a_class_that_is_not_there_is_not_called_distrusted() -> None:
     row = {"coverage/organ": "0.6", "coverage/lesion": "", "volume_ml/lesion": "0.0"}
-    assert explain_row(row, ["organ", "lesion"], Names({})) == "only 60% of organ is trusted"
+    assert explain_row(row, ["organ", "lesion"], Names()) == "only 60% of organ is trusted"
     old = {**row, "coverage/lesion": "0.0000"}  # as version 0.1.0 wrote it
-    assert "lesion" not in explain_row(old, ["organ", "lesion"], Names({}))
+    assert "lesion" not in explain_row(old, ["organ", "lesion"], Names())
     there = {**old, "volume_ml/lesion": "1.5"}
-    assert explain_row(there, ["organ", "lesion"], Names({})) == "only 0% of lesion is trusted"
+    assert explain_row(there, ["organ", "lesion"], Names()) == "only 0% of lesion is trusted"
 
 
 def test_before_and_after_are_paired_class_by_class() -> None:

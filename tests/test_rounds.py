@@ -28,9 +28,9 @@ from medssl.rounds import run as run_of_rounds
 from medssl.rounds import student as students
 from medssl.rounds import teacher as teachers
 from medssl.rounds.run import measure_validation
+from medssl.run_folder import read_folder
 from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
 from medssl.settings import list_methods, load_config
-from medssl.tracking.folder import read_folder
 
 SMALL = [
     "method=classic",
@@ -778,7 +778,7 @@ def test_a_copy_of_a_round_inside_the_run_is_none(start, tmp_path):
     shutil.copytree(folder / "round_0", folder / "round_1_old")
     shutil.copytree(folder / "round_0", folder / "round_0 copy")
     start("rounds=0")
-    assert list(read_folder(folder).rounds) == [0]
+    assert list(read_folder(folder).done_rounds) == [0]
 
 
 def test_a_full_disk_at_the_end_does_not_hide_what_came_first(start, monkeypatch):

@@ -11,10 +11,10 @@ from medssl.data.io import read_image
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
 from medssl.data.trained import find_data, find_rounds, find_trained_on, hash_voxels, read_splits
-from medssl.report import overlays
-from medssl.report.read import read_run
+from medssl.report import scans
 from medssl.rounds import loop
 from medssl.rounds.deliver import Outcome
+from medssl.run_folder import read_folder_with_tables
 from medssl.runs import read_json, write_json
 from medssl.settings import load_config
 
@@ -44,7 +44,7 @@ def hash_scan(case):
 def test_a_run_reads_its_own_list_again(run):
     _, data = read_splits(run)
     assert data.root.name == "my draft.csv"
-    sources = overlays.find_sources(read_run(run))
+    sources = scans.find_sources(read_folder_with_tables(run))
     assert not sources.problem
     assert len(sources.cases) == 5
 

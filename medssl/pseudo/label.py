@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.config import IGNORE, CaseFilterSection, FilterSection, InputError
+from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
 from medssl.data.pseudo_labels import (
@@ -24,8 +24,8 @@ from medssl.data.pseudo_labels import (
     read_stability,
     write_pseudo_label,
 )
+from medssl.overlays import show_channels, write_overlay
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
-from medssl.pseudo.overlays import write_overlay
 from medssl.runs import write_text
 from medssl.transforms.geometry import to_native
 
@@ -99,7 +99,7 @@ def label_cases(
         _write_mask(folder, case, probs, uncertainty, label_values, section)
         if number <= NUM_OVERLAYS:
             write_overlay(
-                _show_image(case),
+                show_channels(np.asarray(case.image(), np.float32), not case.has_spacing),
                 probs.argmax(0).astype(np.uint8),
                 folder / "overlays" / f"{case.case_id}.png",
                 title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
@@ -112,13 +112,6 @@ def label_cases(
             print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
     _write_review(folder, reviews)
     return reviews
-
-
-def _show_image(case: CachedCase) -> NDArray[np.float32]:
-    """Return the first channel (I, J, K) of a scan, the mean of the colors of a picture."""
-    image = np.asarray(case.image(), dtype=np.float32)
-    shown: NDArray[np.float32] = image[0] if case.has_spacing else image.mean(0)
-    return shown
 
 
 def _compare(
@@ -165,28 +158,6 @@ def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
             short = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow(short)
     write_text(folder / "review.csv", text.getvalue())
-
-
-def read_review(folder: Path) -> list[dict[str, str]]:
-    """Return the rows of the review.csv of a round.
-
-    Raises:
-        InputError: It is missing or damaged.
-    """
-    path = folder / "review.csv"
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True))
-        for row in rows:
-            if None in row or not all(isinstance(cell, str) for cell in row.values()):
-                raise ValueError(f"the row of {row['case_id']} has too few or too many cells")
-            float(row["accepted"])
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(
-            f"{path}: damaged ({type(error).__name__}: {error}); restore it, or delete "
-            f"{folder / 'done.json'} and start the same medssl train command: it is written anew"
-        ) from error
-    return rows
 
 
 def weigh_cases(

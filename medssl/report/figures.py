@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from PIL import Image
 
-from medssl.pseudo.overlays import color_of
-from medssl.report.read import Point, RoundFiles, RunFiles, number
+from medssl.metrics import Row, compare_cases
+from medssl.overlays import color_of
+from medssl.run_folder import Point, RoundFolder, RunFolder, number
 
 INK, MUTED, GRID = "#1F2933", "#5F6B76", "#E3E7EB"
 GAIN, LOSS, BASELINE = "#1B5E9E", "#B4451F", "#9AA5B1"
@@ -80,6 +81,21 @@ def _style() -> Any:
             "figure.facecolor": "white",
         }
     )
+
+
+def pair_dice(
+    ours: Sequence[Row], theirs: Sequence[Row]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the Dice of two models side by side, by case_id, of the cases that both have."""
+    tables = [{str(row["case_id"]): row for row in rows} for rows in (ours, theirs)]
+    shared = [case_id for case_id in tables[0] if case_id in tables[1]]
+    first, second = compare_cases([[table[case_id] for case_id in shared] for table in tables])
+    known = [
+        (case_id, a, b)
+        for case_id, a, b in zip(shared, first, second, strict=True)
+        if a is not None and b is not None
+    ]
+    return {case_id: a for case_id, a, _ in known}, {case_id: b for case_id, _, b in known}
 
 
 def draw_pairs(
@@ -170,7 +186,7 @@ def _draw_scatter(
     return figure
 
 
-def draw_curves(run: RunFiles) -> bytes:
+def draw_curves(run: RunFolder) -> bytes:
     """Draw losses, learning rate and validation Dice against the step, one line per round."""
     present = {name for entry in run.rounds for name in entry.curves}
     wanted = [f"losses/{name}" for name in LOSSES] + ["val/dice", "monitors/lr"]
@@ -200,7 +216,7 @@ def draw_curves(run: RunFiles) -> bytes:
         return _save(figure)
 
 
-def draw_coverage_curves(run: RunFiles) -> bytes:
+def draw_coverage_curves(run: RunFolder) -> bytes:
     """Draw accepted fraction and threshold of each class against the step, one column a round."""
     rounds = [entry for entry in run.rounds if _list_class_curves(run, entry, "coverage")]
     if not rounds:
@@ -232,7 +248,7 @@ def draw_coverage_curves(run: RunFiles) -> bytes:
         return _save(figure)
 
 
-def draw_reviews(run: RunFiles) -> bytes:
+def draw_reviews(run: RunFolder) -> bytes:
     """Draw, per round, coverage and agreement of each class; a dot is a scan.
 
     Agreement has a panel per class where review.csv has a column per class, else one for all.
@@ -262,7 +278,7 @@ def draw_reviews(run: RunFiles) -> bytes:
         return _save(figure)
 
 
-def _list_panels(run: RunFiles, rounds: Sequence[RoundFiles], kind: str) -> list[Panel]:
+def _list_panels(run: RunFolder, rounds: Sequence[RoundFolder], kind: str) -> list[Panel]:
     """Return the panels of coverage or agreement that have a value."""
     panels = [
         Panel(f"{kind}/{run.classes[index]}", run.classes[index], class_color(index))
@@ -275,7 +291,7 @@ def _list_panels(run: RunFiles, rounds: Sequence[RoundFiles], kind: str) -> list
     return panels
 
 
-def _draw_strips(axes: Axes, rounds: Sequence[RoundFiles], panel: Panel) -> None:
+def _draw_strips(axes: Axes, rounds: Sequence[RoundFolder], panel: Panel) -> None:
     """Draw a column of dots per round that has values."""
     shown = [entry for entry in rounds if _take(entry, panel.column)]
     for place, entry in enumerate(shown):
@@ -291,12 +307,12 @@ def class_color(index: int) -> str:
     return BASELINE if index == 0 else color_of(index)
 
 
-def list_shown_classes(run: RunFiles) -> list[int]:
+def list_shown_classes(run: RunFolder) -> list[int]:
     """Return the classes that figures show: background and the first seven others."""
     return sorted(run.classes)[: _MAX_CLASSES + 1]
 
 
-def _list_class_curves(run: RunFiles, entry: RoundFiles, kind: str) -> dict[int, Sequence[Point]]:
+def _list_class_curves(run: RunFolder, entry: RoundFolder, kind: str) -> dict[int, Sequence[Point]]:
     """Return the curves of a monitor per class; its key may end in the index or in the name."""
     curves: dict[int, Sequence[Point]] = {}
     for index in list_shown_classes(run):
@@ -308,7 +324,7 @@ def _list_class_curves(run: RunFiles, entry: RoundFiles, kind: str) -> dict[int,
     return curves
 
 
-def is_unfiltered(run: RunFiles) -> bool:
+def is_unfiltered(run: RunFolder) -> bool:
     """Return whether the students of a run learned from every voxel of their pseudo-labels."""
     shares = [
         value
@@ -319,13 +335,13 @@ def is_unfiltered(run: RunFiles) -> bool:
     return bool(shares) and min(shares) == 1.0
 
 
-def _take(entry: RoundFiles, column: str) -> list[float]:
+def _take(entry: RoundFolder, column: str) -> list[float]:
     """Return the numbers of a column of review.csv."""
     values = [number(row.get(column)) for row in entry.review]
     return [value for value in values if value is not None]
 
 
-def _find_floor(rounds: Sequence[RoundFiles], keys: Sequence[str]) -> float:
+def _find_floor(rounds: Sequence[RoundFolder], keys: Sequence[str]) -> float:
     """Return the lower end of an axis of fractions, a multiple of 0.1."""
     lowest = min(value for entry in rounds for key in keys for value in _take(entry, key))
     return max(0.0, math.floor(10 * lowest - 0.3) / 10)
@@ -386,7 +402,7 @@ def _name_lines(axes: Axes, lines: Sequence[tuple[int, Sequence[Point], int]]) -
         _place_labels(axes, step, [end[1:] for end in ends if end[0] == step])
 
 
-def _name_classes(axes: Axes, run: RunFiles, curves: Mapping[int, Sequence[Point]]) -> None:
+def _name_classes(axes: Axes, run: RunFolder, curves: Mapping[int, Sequence[Point]]) -> None:
     """Write the name of its class at the end of each line."""
     ends = [
         (*_end(points), f" {_shorten(run.classes[index], 18)}", class_color(index))

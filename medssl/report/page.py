@@ -15,11 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from medssl.metrics import mean_known
-from medssl.pseudo.overlays import CLASS_COLORS
-from medssl.report import figures, overlays, sentences
-from medssl.report.overlays import Overlay, Sources
-from medssl.report.read import RoundFiles, RunFiles, number, pair_dice, read_run
-from medssl.report.sentences import Names, format_number
+from medssl.names import Names, choose_names
+from medssl.overlays import CLASS_COLORS
+from medssl.report import figures, scans, sentences
+from medssl.report.scans import Overlay, Sources
+from medssl.report.sentences import format_number
+from medssl.run_folder import RoundFolder, RunFolder, number, read_folder_with_tables
 from medssl.runs import write_text
 
 NUM_LISTED = 12
@@ -39,20 +40,20 @@ class Picture:
 class Drawings:
     """The pictures of a run that show no names: each is drawn once for both pages."""
 
-    def __init__(self, run: RunFiles, sources: Sources) -> None:
+    def __init__(self, run: RunFolder, sources: Sources) -> None:
         self.run = run
         self.sources = sources
-        self._plots: dict[Callable[[RunFiles], bytes], bytes] = {}
+        self._plots: dict[Callable[[RunFolder], bytes], bytes] = {}
         self._overlays: dict[tuple[object, ...], Overlay] = {}
 
-    def plot(self, draw: Callable[[RunFiles], bytes]) -> bytes:
+    def plot(self, draw: Callable[[RunFolder], bytes]) -> bytes:
         """Return what a function of ``figures`` draws."""
         if draw not in self._plots:
             self._plots[draw] = draw(self.run)
         return self._plots[draw]
 
     def show(self, draw: Callable[..., Overlay], case_id: str, *where: Any) -> Overlay:
-        """Return what a function of ``overlays`` draws of a case."""
+        """Return what a function of ``scans`` draws of a case."""
         key = (draw, case_id, *where)
         if key not in self._overlays:
             self._overlays[key] = draw(self.run, self.sources, case_id, *where)
@@ -72,14 +73,14 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     Raises:
         InputError: It is no run folder.
     """
-    run = read_run(Path(run_dir))
-    drawings = Drawings(run, overlays.find_sources(run))
+    run = read_folder_with_tables(Path(run_dir))
+    drawings = Drawings(run, scans.find_sources(run))
     return _write_page(run, drawings, share=False), _write_page(run, drawings, share=True)
 
 
-def _write_page(run: RunFiles, drawings: Drawings, share: bool) -> Path:
+def _write_page(run: RunFolder, drawings: Drawings, share: bool) -> Path:
     """Write one of the two pages."""
-    names = sentences.choose_names(run, share)
+    names = choose_names(run) if share else Names(shared=False)
     environment = Environment(
         loader=PackageLoader("medssl.report", "."),
         autoescape=True,
@@ -89,8 +90,8 @@ def _write_page(run: RunFiles, drawings: Drawings, share: bool) -> Path:
     )
     environment.filters["code"] = _mark_code
     page = environment.get_template("template.html").render(
-        title="medssl report" if share else f"{run.folder.resolve().name}: medssl report",
-        name="" if share else run.folder.resolve().name,
+        title="medssl report" if share else f"{run.path.resolve().name}: medssl report",
+        name="" if share else run.path.resolve().name,
         shared=share,
         started=str(run.provenance.get("started") or "")[:10],
         headline=sentences.write_headline(run, names),
@@ -113,7 +114,7 @@ def _write_page(run: RunFiles, drawings: Drawings, share: bool) -> Path:
         annotate=_show_annotate(drawings, names),
         origin=_describe_origin(run, names),
     )
-    path = run.folder / ("report_share.html" if share else "report.html")
+    path = run.path / ("report_share.html" if share else "report.html")
     write_text(path, page)
     return path
 
@@ -135,7 +136,7 @@ def _embed(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}" if png else ""
 
 
-def _list_facts(run: RunFiles) -> list[tuple[str, str]]:
+def _list_facts(run: RunFolder) -> list[tuple[str, str]]:
     """Return the numbers of the strip under the headline."""
     parts = ("labeled", "unlabeled", "val", "test")
     titles = ("labeled", "unlabeled", "validation", "test")
@@ -153,9 +154,9 @@ def _list_facts(run: RunFiles) -> list[tuple[str, str]]:
     ]
 
 
-def _describe_verdict(run: RunFiles, sources: Sources, names: Names) -> dict[str, Any]:
+def _describe_verdict(run: RunFolder, sources: Sources, names: Names) -> dict[str, Any]:
     """Return the verdict as the template shows it."""
-    verdict = sentences.write_verdict(run, overlays.describe_patients(run, sources))
+    verdict = sentences.write_verdict(run, scans.describe_patients(run, sources))
     return {
         "kind": verdict.kind.replace(" ", "-"),
         "word": verdict.word,
@@ -164,7 +165,7 @@ def _describe_verdict(run: RunFiles, sources: Sources, names: Names) -> dict[str
     }
 
 
-def _place_interval(run: RunFiles) -> dict[str, Any] | None:
+def _place_interval(run: RunFolder) -> dict[str, Any] | None:
     """Return where the interval of the paired difference lies on a line of 100 units."""
     paired = run.paired
     difference, low, high = (number(paired.get(key)) for key in ("mean", "low", "high"))
@@ -182,7 +183,7 @@ def _place_interval(run: RunFiles) -> dict[str, Any] | None:
     return {"at": {key: place(value) for key, value in marks.items()}, "text": texts}
 
 
-def _tabulate_classes(run: RunFiles) -> list[dict[str, str]]:
+def _tabulate_classes(run: RunFolder) -> list[dict[str, str]]:
     """Return what was measured of each class on the test cases, by the delivered model."""
     rows = []
     for name, entry in (run.evaluation.get("classes") or {}).items():
@@ -207,11 +208,11 @@ def _tabulate_classes(run: RunFiles) -> list[dict[str, str]]:
     return rows
 
 
-def _show_pairs(run: RunFiles, names: Names) -> Picture:
+def _show_pairs(run: RunFolder, names: Names) -> Picture:
     """Return the dot plot of Dice per case, labels only against delivered."""
     title = "Every test case, before and after"
     first = run.rounds[0].rows if run.rounds and run.rounds[0].index == 0 else ()
-    before, after = pair_dice(first, run.rows)
+    before, after = figures.pair_dice(first, run.rows)
     shared = sorted(before)
     if shared and run.delivered == "round_0":
         average = mean_known([after[case_id] for case_id in shared])
@@ -286,7 +287,7 @@ def _show_coverage(drawings: Drawings) -> list[Picture]:
     ]
 
 
-def _list_colors(run: RunFiles) -> list[tuple[str, str]]:
+def _list_colors(run: RunFolder) -> list[tuple[str, str]]:
     """Return name and colour of each foreground class for the key of the overlays."""
     return [(name, figures.class_color(i)) for i, name in sorted(run.classes.items()) if i > 0]
 
@@ -298,7 +299,7 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
     if ranked:
         pictures = [
             _show(
-                drawings.show(overlays.draw_test_case, case_id),
+                drawings.show(scans.draw_test_case, case_id),
                 role,
                 names,
                 _describe_dice(run, case_id),
@@ -317,7 +318,7 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
     picked = _pick(ranked, ("Most certain", "Median", "Least certain"))[:2]
     pictures = [
         _show(
-            drawings.show(overlays.draw_pseudo_mask, case_id, last.folder),
+            drawings.show(scans.draw_pseudo_mask, case_id, last.path),
             role,
             names,
             f"uncertainty {format_number(found[case_id])} nats",
@@ -331,7 +332,7 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
     return {"pictures": pictures, "note": note, "has_reference": False}
 
 
-def _describe_dice(run: RunFiles, case_id: str) -> str:
+def _describe_dice(run: RunFolder, case_id: str) -> str:
     """Return the Dice of a case, and of its classes where there are few."""
     row = next(row for row in run.rows if row["case_id"] == case_id)
     names = sentences.list_classes(run)
@@ -355,7 +356,7 @@ def _show(overlay: Overlay, role: str, names: Names, caption: str) -> Picture:
     return Picture(title, caption, _embed(overlay.png), problem)
 
 
-def _rank_by_uncertainty(entry: RoundFiles) -> list[Mapping[str, str]]:
+def _rank_by_uncertainty(entry: RoundFolder) -> list[Mapping[str, str]]:
     """Return the rows of review.csv, the most uncertain case first, unknown ones last."""
 
     def key(row: Mapping[str, str]) -> tuple[float, str]:
@@ -389,7 +390,7 @@ def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
     ]
     pictures = [
         _show(
-            drawings.show(overlays.draw_pseudo_mask, row["case_id"], last.folder, 5.0),
+            drawings.show(scans.draw_pseudo_mask, row["case_id"], last.path, 5.0),
             f"{place}",
             names,
             f"uncertainty {format_number(row.get('uncertainty'))} nats",
@@ -417,7 +418,7 @@ def _percent(value: object) -> str:
     return sentences.MISSING if found is None else f"{found:.0%}"
 
 
-def _describe_origin(run: RunFiles, names: Names) -> dict[str, Any]:
+def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
     """Return why the run is as it is, and how to make it again."""
     provenance = run.provenance
     versions = dict(provenance.get("versions") or {})
@@ -426,17 +427,20 @@ def _describe_origin(run: RunFiles, names: Names) -> dict[str, Any]:
         versions["revision"] = provenance["revision"]
     if provenance.get("threads"):
         versions["threads"] = provenance["threads"]
-    config = _remove_paths(dict(run.config)) if names.shared else dict(run.config)
+    config = names.tree(dict(run.config))
+    if names.shared:
+        config.pop("tracking", None)
+        config.get("data", {}).pop("root", None)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
     command = str(provenance.get("command") or "")
-    folder = "RUN" if names.shared else shlex.quote(str(run.folder))
+    folder = "RUN" if names.shared else shlex.quote(str(run.path))
     scan = "SCAN.nii.gz" if run.plan.get("has_spacing", True) else "PICTURE.png"
     return {
         "reasons": [names.text(str(reason)) for reason in run.plan.get("reasons") or ()],
         "command": _hide_arguments(command) if names.shared else command,
         "versions": [(key, str(value)) for key, value in versions.items()],
         "config": text,
-        "has_model": (run.folder / "model" / "model.json").is_file(),
+        "has_model": (run.path / "model" / "model.json").is_file(),
         "predict": f"medssl predict {folder} {scan} --out OUT",
         "evaluate": f"medssl evaluate {folder}",
         "dataset": "" if names.shared else str((run.splits.get("dataset") or {}).get("root") or ""),
@@ -448,12 +452,3 @@ def _hide_arguments(command: str) -> str:
     words = command.split()
     kept = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
     return " ".join([*words[:2], *kept])
-
-
-def _remove_paths(tree: Any) -> Any:
-    """Return settings without texts that look like a path, and without the data's root."""
-    if isinstance(tree, dict):
-        return {k: _remove_paths(v) for k, v in tree.items() if k not in ("root", "tracking")}
-    if isinstance(tree, list):
-        return [_remove_paths(value) for value in tree]
-    return "[path]" if isinstance(tree, str) and re.search(r"[\\/]", tree) else tree

@@ -1,14 +1,14 @@
-"""What the report says in words: headline, verdict, caveats, and the names that may be shown."""
+"""What the report says in words: headline, verdict, caveats."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from medssl.metrics import MIN_CASES_FOR_VERDICT, mean_known
-from medssl.report.read import RoundFiles, RunFiles, number
+from medssl.names import Names
+from medssl.run_folder import RoundFolder, RunFolder, number
 
 MISSING = "–"
 EVIDENCE = (
@@ -17,61 +17,6 @@ EVIDENCE = (
     "[+0.019, +0.172] over as many more steps on the labels alone (docs/evidence.md)."
 )
 """What the recipe gained in docs/acdc_3.csv; a test holds it against that."""
-
-_FILE = r"[^\s,;:'\"()]*\.(?:nii|gz|nrrd|mha|dcm|png|jpe?g|tiff?|csv|json|ya?ml|npy|db)\b"
-_PATH = re.compile(rf"(?:(?<=\s)|^|(?<=['\"(=]))(?:[~.]{{0,2}}[\\/]|[A-Za-z]:[\\/])\S+|{_FILE}")
-
-
-@dataclass(frozen=True)
-class Names:
-    """How cases and texts are shown: as they are, or fit to be shared.
-
-    ``pseudonyms`` holds every case that the run knows, or nothing if the names are kept.
-    """
-
-    pseudonyms: Mapping[str, str]
-    hidden: tuple[str, ...] = ()
-
-    @property
-    def shared(self) -> bool:
-        """Whether names and paths are left out."""
-        return bool(self.hidden) or bool(self.pseudonyms)
-
-    def case(self, case_id: str) -> str:
-        """Return the name to show for a case; an unknown one is not shown when shared."""
-        return self.pseudonyms.get(case_id, "case ?" if self.shared else case_id)
-
-    def text(self, text: str) -> str:
-        """Return a sentence, when shared without case ids, paths and file names."""
-        if not self.shared:
-            return text
-        for word in self.hidden:
-            text = text.replace(word, "[left out]")
-        text = _PATH.sub("[path]", text)
-        for case_id in sorted(self.pseudonyms, key=len, reverse=True):
-            if case_id in text and (len(case_id) > 3 or not case_id.isdigit()):
-                bounded = rf"(?<![\w]){re.escape(case_id)}(?![\w])"
-                text = re.sub(bounded, self.pseudonyms[case_id], text)
-        return text
-
-
-def choose_names(run: RunFiles, share: bool) -> Names:
-    """Return the names to show; a case without a pseudonym gets a number in a shared report."""
-    if not share:
-        return Names({})
-    known: set[str] = {str(row["case_id"]) for row in run.rows}
-    for part in ("labeled", "unlabeled", "val", "test"):
-        known.update(run.list_part(part))
-    for entry in run.rounds:
-        known.update(row["case_id"] for row in entry.review)
-        known.update(str(row["case_id"]) for row in entry.rows)
-    pseudonyms = {str(key): str(name) for key, name in run.pseudonyms.items()}
-    for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
-        pseudonyms[case_id] = f"case_{index:03d}"
-    dataset = run.splits.get("dataset") or {}
-    roots = (dataset.get("root"), (run.config.get("data") or {}).get("root"), str(run.folder))
-    hidden = tuple(str(root) for root in roots if root and len(str(root)) > 2)
-    return Names(pseudonyms, hidden or ("\0",))
 
 
 def count(amount: int, noun: str) -> str:
@@ -101,12 +46,12 @@ def format_number(value: object, digits: int = 3, sign: bool = False) -> str:
     return text.replace("-", "−")
 
 
-def list_classes(run: RunFiles) -> list[str]:
+def list_classes(run: RunFolder) -> list[str]:
     """Return the names of the foreground classes."""
     return [name for index, name in sorted(run.classes.items()) if index > 0]
 
 
-def count_steps(run: RunFiles) -> int | None:
+def count_steps(run: RunFolder) -> int | None:
     """Return the steps of all rounds that are done, or None where no file says it."""
     total = number(run.summary.get("total_steps"))
     if total is not None:
@@ -115,7 +60,7 @@ def count_steps(run: RunFiles) -> int | None:
     return int(sum(s for s in steps if s is not None)) if any(steps) else None
 
 
-def write_headline(run: RunFiles, names: Names) -> str:
+def write_headline(run: RunFolder, names: Names) -> str:
     """Return one sentence: what was trained on what."""
     dataset = run.splits.get("dataset") or {}
     where = "" if names.shared or not dataset.get("name") else f" of {dataset['name']}"
@@ -140,7 +85,7 @@ def write_headline(run: RunFiles, names: Names) -> str:
     return f"A model was trained on {parts} scans{where}{what}: {', '.join(effort)}."
 
 
-def describe_status(run: RunFiles) -> str:
+def describe_status(run: RunFolder) -> str:
     """Return a sentence if the run did not end with a delivered model; else nothing."""
     status = str(run.state.get("status", ""))
     step, index = run.state.get("step", "?"), run.state.get("round", "?")
@@ -168,7 +113,7 @@ class VerdictText:
     details: tuple[str, ...]
 
 
-def write_verdict(run: RunFiles, patients: str) -> VerdictText:
+def write_verdict(run: RunFolder, patients: str) -> VerdictText:
     """Return what may be said of the delivered model against labels only.
 
     Args:
@@ -237,7 +182,7 @@ def _describe_folds(check: Mapping[str, Any], gain: str, interval: str) -> str:
     )
 
 
-def _say_why_not_measured(run: RunFiles) -> str:
+def _say_why_not_measured(run: RunFolder) -> str:
     """Return why there is no paired difference."""
     num_test = len(run.list_part("test"))
     if run.evaluation:
@@ -263,7 +208,7 @@ def _say_why_not_measured(run: RunFiles) -> str:
     )
 
 
-def _list_caveats(run: RunFiles, patients: str) -> list[str]:
+def _list_caveats(run: RunFolder, patients: str) -> list[str]:
     """Return what a reader of the verdict has to know."""
     details = []
     steps, total = _baseline_steps(run), count_steps(run)
@@ -299,14 +244,14 @@ def _list_caveats(run: RunFiles, patients: str) -> list[str]:
     return details
 
 
-def _count_patches_of_students(run: RunFiles) -> float:
+def _count_patches_of_students(run: RunFolder) -> float:
     """Return how many times the patches of a labeled step a student's step has; 1 if unknown."""
     batch, unlabeled = (number(run.plan.get(key)) for key in ("batch", "num_unlabeled"))
     views = run.config.get("views") or ["strong"]
     return 1.0 + len(views) * (unlabeled or 0.0) / batch if batch else 1.0
 
 
-def _baseline_steps(run: RunFiles) -> int | None:
+def _baseline_steps(run: RunFolder) -> int | None:
     """Return the steps of round 0."""
     given = number((run.summary.get("baseline") or {}).get("steps"))
     if given is None and run.rounds and run.rounds[0].index == 0:
@@ -333,24 +278,21 @@ class RoundRow:
     test: str
 
 
-def tabulate_rounds(run: RunFiles, names: Names) -> list[RoundRow]:
+def tabulate_rounds(run: RunFolder, names: Names) -> list[RoundRow]:
     """Return the table of rounds."""
     return [_describe_round(run, entry, names) for entry in run.rounds]
 
 
-def _describe_round(run: RunFiles, entry: RoundFiles, names: Names) -> RoundRow:
+def _describe_round(run: RunFolder, entry: RoundFolder, names: Names) -> RoundRow:
     """Return the row of one round."""
-    listed = {r.get("round"): r for r in run.summary.get("rounds") or () if isinstance(r, dict)}
-    known = {**(listed.get(entry.index) or {}), **entry.done}
+    known = entry.known
     gate = known.get("gate") or {}
     passed = {True: "passed", False: "rejected"}[bool(gate["passed"])] if "passed" in gate else ""
     final = known.get("final") or {}
     accepted = [number(row.get("accepted")) for row in entry.review]
     kept = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
     coverage = mean_known([number(row.get("coverage")) for row in entry.review])
-    agreement = number(final.get("monitors/agreement"))
-    if agreement is None:
-        agreement = number(known.get("agreement"))
+    agreement = number(known.get("agreement"))
     if agreement is None:
         agreement = mean_known([number(row.get("agreement")) for row in entry.review])
     test = number((run.evaluation.get("rounds") or {}).get(entry.name))

@@ -32,7 +32,7 @@ from medssl.predict import (
     predict_probs,
     save_model,
 )
-from medssl.pseudo.label import read_review, weigh_cases
+from medssl.pseudo.label import weigh_cases
 from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
 from medssl.rounds.run import (
     Run,
@@ -45,6 +45,7 @@ from medssl.rounds.run import (
     predict_members,
     to_tensor,
 )
+from medssl.run_folder import read_review
 from medssl.runs import (
     ModelMark,
     RoundMark,
@@ -361,7 +362,7 @@ def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
     """Return the pseudo-labeled cases that the student of a round learns from."""
     source, section = run.round_folder(teacher), run.config.filter.case
     offline = "previous_round" in run.config.teacher.source
-    rows = {row["case_id"]: row for row in read_review(source)}
+    rows = {row["case_id"]: row for row in read_review(source / "review.csv")}
     accepted = [row for row in rows.values() if row["accepted"] == "1"]
     changed = find_changed(source, read_json(source / "done.json", RoundMark))
     if rows.keys() != {case.case_id for case in run.unlabeled}:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from medssl.tracking.folder import RunFolder, is_finite
-from medssl.tracking.scrub import Scrub
+from medssl.names import Names
+from medssl.run_folder import RunFolder, is_finite
 
 _PARTS = ("labeled", "unlabeled", "val", "test")
 
@@ -27,7 +27,7 @@ def describe(folder: RunFolder) -> dict[str, str]:
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
 
-def write_note(folder: RunFolder, scrub: Scrub) -> str:
+def write_note(folder: RunFolder, names: Names) -> str:
     """Write what this training was, in sentences."""
     facts = describe(folder)
     lines = [
@@ -40,13 +40,13 @@ def write_note(folder: RunFolder, scrub: Scrub) -> str:
         "",
         *_write_round_table(folder),
     ]
-    for round_index, done in folder.rounds.items():
+    for round_index, done in folder.done_rounds.items():
         reasons = "; ".join(done.get("gate", {}).get("reasons", []))
         if reasons and not done["gate"].get("passed", True):
-            lines.append(f"Round {round_index} did not pass its gate: {scrub(reasons)}.  ")
+            lines.append(f"Round {round_index} did not pass its gate: {names.text(reasons)}.  ")
     if folder.plan.get("reasons"):
         lines += ["", "Why it was planned so:", ""]
-        lines += [f"- {scrub(str(reason))}" for reason in folder.plan["reasons"]]
+        lines += [f"- {names.text(str(reason))}" for reason in folder.plan["reasons"]]
     lines += [
         "",
         f"Everything else is in the run folder `{folder.path.name}`: report, masks, model.",
@@ -82,13 +82,13 @@ def _say_outcome(folder: RunFolder) -> str:
 
 def _write_round_table(folder: RunFolder) -> list[str]:
     """Write one line for each completed round, as Markdown."""
-    if not folder.rounds:
+    if not folder.done_rounds:
         return []
     lines = [
         "| round | steps | gate | kept cases | agreement | val Dice | test Dice |",
         "|---|---|---|---|---|---|---|",
     ]
-    for round_index, done in folder.rounds.items():
+    for round_index, done in folder.done_rounds.items():
         gate = done.get("gate", {}).get("passed")
         cells = [
             str(round_index),

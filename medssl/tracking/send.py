@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,10 @@ from typing import Any
 import yaml
 
 from medssl.config import InputError
+from medssl.names import Names, choose_names, hide_password, refuse_names
+from medssl.run_folder import RunFolder, is_finite, read_folder, read_points
 from medssl.runs import Shape, hash_file, hash_json, list_rounds, lock, read_json, write_json
-from medssl.tracking.folder import RunFolder, is_finite, read_folder, read_points
 from medssl.tracking.note import describe, write_note
-from medssl.tracking.scrub import (
-    Scrub,
-    hide_password,
-    make_scrub,
-    match_ids,
-    match_roots,
-    refuse_names,
-    scrub_tree,
-)
 from medssl.tracking.store import (
     ENVIRONMENT,
     choose,
@@ -113,7 +105,7 @@ class _Target:
 
     client: Any
     folder: RunFolder
-    scrub: Scrub
+    names: Names
     record: dict[str, Any]
     save: Callable[[], None]
 
@@ -160,7 +152,7 @@ def _open_target(folder: RunFolder, uri: str, experiment: str) -> _Target:
     if key == "own store" and not _has_artifacts(folder.path.parent, record["parent"]):
         record["sent"] = {k: v for k, v in record["sent"].items() if k in ("params", "version")}
     save = lambda: write_json(path, records)  # noqa: E731 one expression, used once
-    return _Target(client, folder, make_scrub(folder), record, save)
+    return _Target(client, folder, choose_names(folder), record, save)
 
 
 def _check_record(path: Path, record: Any) -> dict[str, Any]:
@@ -236,14 +228,14 @@ def _send_params(target: _Target) -> None:
     plan = {k: v for k, v in folder.plan.items() if k not in ("reasons", "estimate")}
     config = {k: v for k, v in _clean_config(target).items() if k != "tracking"}
     values = dict(_flatten(config))
-    values.update(_flatten(scrub_tree(plan, target.scrub), "plan"))
+    values.update(_flatten(target.names.tree(plan), "plan"))
     params = [Param(_clean_key(key), value) for key, value in values.items()]
 
     def send() -> None:
         for first in range(0, len(params), 100):
             target.client.log_batch(target.parent, params=params[first : first + 100])
         parts = {k: v for k, v in folder.splits.items() if k != "dataset"}
-        digest = hash_json(scrub_tree(parts, target.scrub))[:8]
+        digest = hash_json(target.names.tree(parts))[:8]
         data = Dataset(folder.dataset, digest, source_type="local", source=folder.dataset)
         target.client.log_inputs(target.parent, [DatasetInput(data, [])])
 
@@ -256,7 +248,7 @@ def _clean_config(target: _Target) -> dict[str, Any]:
     data = dict(config.get("data", {}))
     if data.get("root"):
         data["root"] = Path(data["root"]).name or target.folder.dataset
-    cleaned: dict[str, Any] = scrub_tree({**config, "data": data}, target.scrub)
+    cleaned: dict[str, Any] = target.names.tree({**config, "data": data})
     return cleaned
 
 
@@ -291,8 +283,8 @@ def _send_tags(target: _Target) -> None:
     """Send the tags and the note, where they have changed."""
     from mlflow.entities import RunTag
 
-    tags = {key: target.scrub(value) for key, value in describe(target.folder).items()}
-    tags["mlflow.note.content"] = write_note(target.folder, target.scrub)[:7900]
+    tags = {key: target.names.text(value) for key, value in describe(target.folder).items()}
+    tags["mlflow.note.content"] = write_note(target.folder, target.names)[:7900]
     target.once(
         "tags",
         hash_json(tags),
@@ -336,7 +328,7 @@ def _log_metrics(client: Any, run_id: str, entries: Iterable[Mapping[str, Any]])
 
 def _send_round_metrics(target: _Target) -> None:
     """Send to the parent what each completed round came to; its step is the round."""
-    for round_index, done in target.folder.rounds.items():
+    for round_index, done in target.folder.done_rounds.items():
         kept = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
         for key in ("agreement", "kept_cases", "seconds"):
             if is_finite(done.get(key)):
@@ -412,13 +404,13 @@ def _send_overlays(target: _Target) -> None:
 
 
 def _send_documents(target: _Target) -> None:
-    """Send the resolved configuration, the plan and the summaries, scrubbed."""
+    """Send the resolved configuration, the plan and the summaries, without names."""
     folder = target.folder
     documents = {
         "config.yaml": _clean_config(target),
-        "plan.json": scrub_tree(folder.plan, target.scrub),
-        "summary.json": scrub_tree(folder.summary, target.scrub),
-        "evaluation.json": scrub_tree(folder.evaluation, target.scrub),
+        "plan.json": target.names.tree(folder.plan),
+        "summary.json": target.names.tree(folder.summary),
+        "evaluation.json": target.names.tree(folder.evaluation),
     }
     for name, content in documents.items():
         if not content:
@@ -461,9 +453,8 @@ def _send_report(target: _Target) -> None:
 
     def send() -> None:
         text = path.read_text(encoding="utf-8")
-        ids = match_ids(name for name in target.folder.pseudonyms if not name.isdigit())
         visible = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)  # in pictures anything can be read
-        refuse_names(path, ids.findall(visible) + match_roots(target.folder).findall(visible))
+        refuse_names(path, replace(target.names, numbers=False).find(visible))
         target.client.log_text(target.parent, text, "report.html")
 
     target.once("report.html", hash_file(path), send)
@@ -480,8 +471,8 @@ def _send_model(target: _Target) -> None:
     if not target.folder.is_finished or not path.is_file():
         return
     texts = [text for pair in _flatten(read_json(path)) for text in pair]
-    scrub = make_scrub(target.folder, numbers=False)  # it is full of them
-    refuse_names(path, (text for text in texts if scrub(text) != text))
+    names = replace(target.names, numbers=False)  # it is full of them
+    refuse_names(path, (text for text in texts if names.text(text) != text))
     if _measure_model(target.folder) > _MODEL_LIMIT:
         target.once(
             "model", "model.json", lambda: target.client.log_artifact(target.parent, path, "model")

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError
+from medssl.names import hide_password
 from medssl.runs import lock
-from medssl.tracking.scrub import hide_password
 
 VIEW = "medssl"
 ENVIRONMENT = {

@@ -41,6 +41,12 @@ def color_of(index: int) -> str:
     return CLASS_COLORS[(index - 1) % len(CLASS_COLORS)]
 
 
+def show_channels(image: Array, is_picture: bool) -> Array:
+    """Return what is shown of (C, I, J, K): the first channel, of a picture the mean of colors."""
+    shown: Array = image.mean(0) if is_picture else image[0]
+    return shown
+
+
 def render_overlay(
     image: Array,
     classes: Array,

@@ -1,4 +1,4 @@
-"""Overlays of the report: finds the scans of a run again and draws masks onto them.
+"""The scans of a report: finds those of a run again and has masks drawn onto them.
 
 The label of a case is opened only if it is a test case and an evaluation exists.
 Axes: I, J, K voxel axes; drawn in RAS+ orientation.
@@ -20,8 +20,8 @@ from medssl.data.io import find_untrusted_value, read_image, read_label
 from medssl.data.layouts import read_dataset
 from medssl.data.trained import find_data
 from medssl.formats.readers import name_mask_suffix
-from medssl.pseudo.overlays import render_overlay
-from medssl.report.read import RunFiles, number
+from medssl.overlays import render_overlay, show_channels
+from medssl.run_folder import RunFolder, number
 
 Array = npt.NDArray[Any]
 
@@ -47,7 +47,7 @@ class Overlay:
     problem: str = ""
 
 
-def find_sources(run: RunFiles) -> Sources:
+def find_sources(run: RunFolder) -> Sources:
     """Read the data set of a run again, without the labels that are not evaluation's."""
     data = run.config.get("data") or {}
     about = {"root": data.get("root"), **(run.splits.get("dataset") or {})}
@@ -67,7 +67,7 @@ def find_sources(run: RunFiles) -> Sources:
     return Sources(cases, max(1, len(dataset.channels)))
 
 
-def describe_patients(run: RunFiles, sources: Sources) -> str:
+def describe_patients(run: RunFolder, sources: Sources) -> str:
     """Return a sentence on how far the test cases are independent; nothing if they are."""
     test = [sources.cases[case_id] for case_id in run.list_part("test") if case_id in sources.cases]
     if not test:
@@ -89,14 +89,14 @@ def describe_patients(run: RunFiles, sources: Sources) -> str:
     return ""
 
 
-def draw_test_case(run: RunFiles, sources: Sources, case_id: str) -> Overlay:
+def draw_test_case(run: RunFolder, sources: Sources, case_id: str) -> Overlay:
     """Draw a test case with the delivered model's prediction and the reference label."""
-    folder = run.folder / "evaluation" / "predictions"
+    folder = run.path / "evaluation" / "predictions"
     return _draw(run, sources, case_id, folder, width=9.0, with_reference=True)
 
 
 def draw_pseudo_mask(
-    run: RunFiles, sources: Sources, case_id: str, folder: Path, width: float = 9.0
+    run: RunFolder, sources: Sources, case_id: str, folder: Path, width: float = 9.0
 ) -> Overlay:
     """Draw an unlabeled case with the pseudo-mask of a round's folder, ``width`` inches wide."""
     masks = folder / "pseudo_masks"
@@ -104,7 +104,7 @@ def draw_pseudo_mask(
 
 
 def _draw(
-    run: RunFiles,
+    run: RunFolder,
     sources: Sources,
     case_id: str,
     folder: Path,
@@ -125,7 +125,7 @@ def _draw(
         reference = None
         if with_reference and case.label is not None:
             reference, _ = read_label(case.label, run.label_values, _find_ignore(run), case)
-        shown = volume.array[0] if volume.has_spacing else volume.array.mean(0)
+        shown = show_channels(volume.array, not volume.has_spacing)
         arrays = [shown, classes, *([] if reference is None else [reference])]
         turned = [_to_ras(array, volume.affine) for array in arrays]
         image, prediction, *label = turned
@@ -146,7 +146,7 @@ def _draw(
     return Overlay(case_id, png)
 
 
-def _find_problem(run: RunFiles, sources: Sources, case_id: str, mask: Path) -> str:
+def _find_problem(run: RunFolder, sources: Sources, case_id: str, mask: Path) -> str:
     """Return why a case cannot be drawn, or nothing."""
     if sources.problem:
         return sources.problem
@@ -159,7 +159,7 @@ def _find_problem(run: RunFiles, sources: Sources, case_id: str, mask: Path) -> 
     return "" if run.label_values else "plan.json and model.json are missing: no label values"
 
 
-def _find_ignore(run: RunFiles) -> int | None:
+def _find_ignore(run: RunFolder) -> int | None:
     """Return the label value that means: not annotated."""
     given = number((run.config.get("data") or {}).get("ignore"))
     given = number(run.plan.get("ignore")) if given is None else given

@@ -1,0 +1,138 @@
+"""What must not leave: case ids, paths, names of files, user names and passwords.
+
+One rule for all that goes out: for MLflow, for the delivered model and for a report that is shared.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medssl.config import InputError
+from medssl.run_folder import RunFolder
+
+PATH = "[path]"
+"""What stands in the place of a path or a name of a file."""
+
+_ENDINGS = "nii|gz|nrrd|mha|mhd|dcm|png|jpe?g|tiff?|csv|jsonl?|ya?ml|np[yz]|db|txt|html|pth?"
+_PATHS = re.compile(
+    r"(?<=sqlite:)/+\S+|(?<=file:)/+\S+"
+    r"|(?:^|(?<=[\s'\"`([{<>=:;,|]))(?!(?<=:)//)(?:[~.]{0,2}[\\/]|[a-z]:[\\/])\S+"
+    rf"|[^\s,;:'\"()]*\.(?:{_ENDINGS})\b",
+    re.IGNORECASE,
+)
+_WHOLE = re.compile(r"(?:~?/|[A-Za-z]:[\\/]).*?(?=: |$)")
+
+
+@dataclass(frozen=True)
+class Names:
+    """How cases and texts are shown: as they are, or fit to leave.
+
+    Attributes:
+        pseudonyms: Of every case that the run knows.
+        roots: The folders that the run has to do with.
+        shared: Whether names and paths are hidden; otherwise all is shown as it is.
+        numbers: Whether a case id of digits alone is hidden too; not in what is full of numbers.
+    """
+
+    pseudonyms: Mapping[str, str] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
+    shared: bool = True
+    numbers: bool = True
+
+    def case(self, case_id: str) -> str:
+        """Return the name to show for a case; an unknown one is not shown when shared."""
+        return self.pseudonyms.get(case_id, "case ?") if self.shared else case_id
+
+    def text(self, text: str) -> str:
+        """Return a text, when shared without case ids, paths, names of files and passwords.
+
+        A case id becomes its pseudonym wherever it stands between characters that are no letters
+        or digits; in running text a number of one or two digits is left alone. A text that begins
+        as a path does is one up to the first colon, since paths may hold spaces.
+        """
+        if not self.shared:
+            return text
+        if text in self.pseudonyms and (self.numbers or not text.isdigit()):
+            return self.pseudonyms[text]
+        text = _WHOLE.sub(PATH, text, count=1) if _WHOLE.match(text) else text
+        text = _PATHS.sub(PATH, self._roots.sub(PATH, hide_password(text)))
+        return self._ids.sub(lambda match: self.pseudonyms[match.group()], text)
+
+    def tree(self, value: Any) -> Any:
+        """Return plain data with every text, keys included, fit to be shown.
+
+        A value without spaces in which a slash stands is a path, also one that begins with no dot.
+        """
+        if isinstance(value, str):
+            is_path = self.shared and re.fullmatch(r"\S*[\\/]\S*", value)
+            return PATH if is_path and value not in self.pseudonyms else self.text(value)
+        if isinstance(value, Mapping):
+            return {self._key(key): self.tree(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.tree(item) for item in value]
+        return value
+
+    def _key(self, key: object) -> object:
+        """Return a key fit to be shown."""
+        return self.text(key) if isinstance(key, str) else key
+
+    def find(self, text: str) -> list[str]:
+        """Return the case ids and known folders that stand in a text that was made to be shown."""
+        return [*self._ids.findall(text), *self._roots.findall(text)]
+
+    @functools.cached_property
+    def _ids(self) -> re.Pattern[str]:
+        """Case ids that stand alone; digits behind a decimal point do not."""
+        ids = [i for i in self.pseudonyms if not i.isdigit() or (self.numbers and len(i) > 2)]
+        return re.compile(rf"(?<![A-Za-z0-9])(?<!\d\.)(?:{_either(ids)})(?![A-Za-z0-9])")
+
+    @functools.cached_property
+    def _roots(self) -> re.Pattern[str]:
+        """The folders, with what follows them; a bare word is one only where a path goes on."""
+        paths = {root.rstrip("\\/") for root in self.roots}
+        known = _either(path for path in paths if re.search(r"[\\/]", path))
+        words = _either(path for path in paths if path and not re.search(r"[\\/.]", path))
+        return re.compile(rf"(?<![\w.])(?:(?:{known})(?![\w-])|(?:{words})(?=[\\/]))\S*")
+
+
+def _either(texts: Iterable[str]) -> str:
+    """Return a pattern of any of the texts, the longest first; of none nothing matches."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def choose_names(folder: RunFolder) -> Names:
+    """Return the names under which a run may leave; a case without a pseudonym gets a number."""
+    known = {str(row["case_id"]) for row in folder.rows}
+    for part in ("labeled", "unlabeled", "val", "test"):
+        known.update(folder.list_part(part))
+    for entry in folder.rounds:
+        known.update(str(row["case_id"]) for row in (*entry.review, *entry.rows))
+    pseudonyms = dict(folder.pseudonyms)
+    for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
+        pseudonyms[case_id] = f"case_{index:03d}"
+    about, data = folder.splits.get("dataset") or {}, folder.config.get("data") or {}
+    roots = (about.get("root"), about.get("source"), data.get("root"), folder.path)
+    return Names(pseudonyms, tuple(str(root) for root in roots if root))
+
+
+def hide_password(uri: str) -> str:
+    """Return a URL without user name and password."""
+    return re.sub(r"://[^/@\s]+@", "://", uri)
+
+
+def refuse_names(path: Path, found: Iterable[str]) -> None:
+    """Refuse a file that others made for going out if something was found in it.
+
+    Raises:
+        InputError: It holds a case_id or a path; it stays here.
+    """
+    for text in found:
+        raise InputError(
+            f"{path} holds a case_id or a path, {text.strip()[:80]!r}, and so was not sent to "
+            "MLflow; medssl never writes one there: make the file again with this version"
+        )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from medssl.config import Config, InputError
+from medssl.data.layouts import read_dataset
 from medssl.settings import (
     SHORTCUTS,
     dump,
@@ -56,6 +57,38 @@ def test_every_preset_resolves_and_begins_with_a_sentence_about_itself(method):
 @pytest.mark.parametrize("path", sorted(find_configs().glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_comes_along_resolves(path):
     assert load_config(path, ["data.root=somewhere"]).config.data.root is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "normalization", "channels"),
+    [("ct", "ct", 1), ("mr", "zscore", 1), ("mr_channels", "zscore", 4), ("pet_ct", "auto", 2)],
+)
+def test_the_configurations_of_modalities_read_what_they_show(
+    tmp_path, name, normalization, channels
+):
+    path = find_configs() / f"{name}.yaml"
+    (images := tmp_path / "images").mkdir()
+    (labels := tmp_path / "labels").mkdir()
+    for case_id in ("P01", "P02"):
+        (labels / f"{case_id}.nii.gz").touch()
+        for index in range(channels):
+            ending = f"_{index:04d}" if channels > 1 else ""
+            (images / f"{case_id}{ending}.nii.gz").touch()
+    config = load_config(path, [f"data.root={tmp_path}"]).config
+    dataset = read_dataset(tmp_path, config.data.format, config.data.labels)
+    assert config.plan.normalization == normalization
+    assert [len(case.images) for case in dataset.cases] == [channels] * 2
+    assert dataset.labels == {0: "background", **(config.data.labels or {})}
+
+
+def test_the_list_that_the_configuration_for_pet_and_ct_shows_names_its_channels(tmp_path):
+    text = (find_configs() / "pet_ct.yaml").read_text()
+    assert '{"channels": ["CT", "PET"], "cases": [{"case_id": "P01",' in text
+    case = {"case_id": "P01", "image": "a.nii.gz", "image_1": "b.nii.gz"}
+    for name in ("a.nii.gz", "b.nii.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "cases.json").write_text(json.dumps({"channels": ["CT", "PET"], "cases": [case]}))
+    assert read_dataset(tmp_path / "cases.json", "auto", {1: "lesion"}).channels == ("CT", "PET")
 
 
 def test_the_command_line_wins_over_the_yaml_and_the_yaml_over_the_preset(tmp_path):

@@ -40,7 +40,7 @@ from medssl.data.trained import resolve_model
 from medssl.machine import explain_out_of_memory, has_bfloat16
 from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
 from medssl.networks.noise import sample_dropout
-from medssl.plan import OVERLAP, Plan
+from medssl.plan import Plan
 from medssl.pseudo.uncertainty import combine
 from medssl.runs import (
     FULL,
@@ -55,6 +55,7 @@ from medssl.runs import (
 from medssl.transforms.geometry import Header, Volume, to_native
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
+from medssl.windows import OVERLAP, Window
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
@@ -90,6 +91,11 @@ class ModelInfo(BaseModel):
     intensity_range: tuple[tuple[float, float], ...] = ()
     spacing_range: tuple[tuple[float, float], ...] = ()
     provenance: dict[str, Any] = {}
+
+    @property
+    def window(self) -> Window:
+        """How the network is moved over a scan, averaged over mirrorings."""
+        return Window(self.patch_size, self.precision, self.flips, self.slice_axis)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -233,37 +239,31 @@ def load_model(path: Path, device: str = "cpu") -> Model:
 
 
 @torch.no_grad()
-def predict_logits(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    slice_axis: int | None = None,
-) -> Tensor:
+def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
     """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K).
 
     Windows overlap by half and are blended with Gaussian weights; a volume smaller than the
-    patch is padded and cut back. With a slice axis the windows lie in slices along it, and
-    ``patch_size`` has two entries. The network's mode is left as it is.
+    patch is padded and cut back. With a slice axis the windows lie in slices along it. Nothing is
+    mirrored, and the network's mode is left as it is.
 
     Raises:
         FloatingPointError: The logits are not finite.
     """
-    if slice_axis is not None:
-        slices = image[0].movedim(1 + slice_axis, 0)
-        logits = predict_logits(network, slices, patch_size, precision)
-        return logits.movedim(0, 1 + slice_axis)[None]
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    if window.slice_axis is not None:
+        slices = image[0].movedim(1 + window.slice_axis, 0)
+        logits = predict_logits(network, slices, window._replace(slice_axis=None))
+        return logits.movedim(0, 1 + window.slice_axis)[None]
+    dtype = torch.bfloat16 if window.precision == "bfloat16" else torch.float32
 
-    def run(window: Tensor) -> Tensor:
-        with torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32):
-            return network(arrange(window)).float()  # type: ignore[no-any-return]  # a module's call is Any
+    def run(patch: Tensor) -> Tensor:
+        with torch.autocast(patch.device.type, dtype, enabled=dtype != torch.float32):
+            return network(arrange(patch)).float()  # type: ignore[no-any-return]  # a module's call is Any
 
     logits = torch.as_tensor(
         sliding_window_inference(
             image,
-            tuple(patch_size),
-            1 if len(patch_size) == 3 else SLICES,
+            window.patch_size,
+            1 if len(window.patch_size) == 3 else SLICES,
             run,
             overlap=OVERLAP,
             mode="gaussian",
@@ -275,47 +275,32 @@ def predict_logits(
     return logits
 
 
-def predict_probs(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    flips: Sequence[int] = (),
-    slice_axis: int | None = None,
-) -> Tensor:
-    """Return probs (1, num_classes, I, J, K), averaged over all mirrorings along ``flips``."""
+def predict_probs(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
+    """Return probs (1, num_classes, I, J, K), averaged over all mirrorings of the window."""
     total, count = torch.zeros(()), 0
-    for probs in predict_mirrored(network, image, patch_size, precision, flips, slice_axis):
+    for probs in predict_mirrored(network, image, window):
         total, count = total.to(image.device) + probs, count + 1
     return total / count
 
 
 def predict_mirrored(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    flips: Sequence[int],
-    slice_axis: int | None = None,
+    network: SegmentationNetwork, image: Tensor, window: Window
 ) -> Iterator[Tensor]:
-    """Yield probs (1, num_classes, I, J, K) under each mirroring along ``flips``, none first."""
-    for size in range(len(flips) + 1):
-        for subset in itertools.combinations(flips, size):
+    """Yield probs (1, num_classes, I, J, K) under each mirroring of the window, none first."""
+    for size in range(len(window.flips) + 1):
+        for subset in itertools.combinations(window.flips, size):
             axes = [axis + 2 for axis in subset]
-            logits = predict_logits(network, image.flip(axes), patch_size, precision, slice_axis)
+            logits = predict_logits(network, image.flip(axes), window)
             yield torch.softmax(logits, dim=1).flip(axes)
 
 
 def sample_probs(
     networks: Sequence[SegmentationNetwork],
     image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
+    window: Window,
     passes: int,
     rng: np.random.Generator,
     spacing: Sequence[float],
-    flips: Sequence[int] = (),
-    slice_axis: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the probs (1, num_classes, I, J, K) of passes with dropout, each seen from elsewhere.
 
@@ -326,13 +311,10 @@ def sample_probs(
     Args:
         networks: Of an ensemble, or one.
         image: (1, C, I, J, K).
-        patch_size: Of a window, in voxels.
-        precision: float32 or bfloat16.
+        window: Its flips are those that may be drawn.
         passes: How many.
         rng: Source of the turns; dropout draws from torch's global state.
         spacing: Voxel size in mm of the three axes.
-        flips: Axes of the volume that may be mirrored.
-        slice_axis: Along which a network in 2D sees slices.
 
     Source: Wang et al. 2019, Aleatoric uncertainty estimation with test-time augmentation; Gal and
         Ghahramani 2016 (dropout).
@@ -340,10 +322,10 @@ def sample_probs(
     first: Tensor | None = None
     for number in range(passes):
         network = networks[number % len(networks)]
-        matrix = draw_turn(rng, flips, slice_axis, spacing) if number else np.eye(3)
+        matrix = draw_turn(rng, window.flips, window.slice_axis, spacing) if number else np.eye(3)
         seen = turn_volume(image, matrix, "border") if number else image
         with sample_dropout(network):
-            logits = predict_logits(network, seen, patch_size, precision, slice_axis)
+            logits = predict_logits(network, seen, window)
         probs = torch.softmax(logits, dim=1)
         if first is None:
             first = probs
@@ -356,12 +338,7 @@ def sample_probs(
 
 
 def measure_uncertainty(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    passes: int,
-    slice_axis: int | None = None,
+    network: SegmentationNetwork, image: Tensor, window: Window, passes: int
 ) -> tuple[Tensor, Tensor]:
     """Return predictive entropy and mutual information (1, 1, I, J, K), in nats, of MC dropout.
 
@@ -372,8 +349,7 @@ def measure_uncertainty(
     """
     with sample_dropout(network):
         draws = (
-            torch.softmax(predict_logits(network, image, patch_size, precision, slice_axis), dim=1)
-            for _ in range(passes)
+            torch.softmax(predict_logits(network, image, window), dim=1) for _ in range(passes)
         )
         _, entropy, information = combine(draws, f"MC dropout ({passes} passes)")
     return entropy, information
@@ -402,14 +378,13 @@ def predict_case(
     volume = read_image(images, len(model.info.channels))
     prepared = preprocess_image(volume, model.info.preprocessing)
     tensor = torch.from_numpy(prepared.array)[None].to(model.device)
-    flips = model.info.flips if test_time_flips else ()
-    size, precision, axis = model.info.patch_size, model.info.precision, model.info.slice_axis
-    probs = predict_probs(model.network, tensor, size, precision, flips, axis)[0]
+    window = model.info.window if test_time_flips else model.info.window.plain
+    probs = predict_probs(model.network, tensor, window)[0]
     native = _return(probs, prepared, volume)
     uncertainty = None
     if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
-        entropy, _ = measure_uncertainty(model.network, tensor, size, precision, passes, axis)
+        entropy, _ = measure_uncertainty(model.network, tensor, window, passes)
         uncertainty = _return(entropy[0], prepared, volume)[0]
     return Prediction(
         probs=native,

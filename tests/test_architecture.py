@@ -24,6 +24,7 @@ LAYERS = (
     "tracking",
     "losses",
     "networks",
+    "windows",
     "transforms",
     "metrics",
     "data",

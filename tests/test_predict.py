@@ -33,6 +33,7 @@ from medssl.predict import (
 )
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
+from medssl.windows import Window
 
 ISOTROPIC = np.diag([1.0, 1, 1, 1])
 ANISOTROPIC = np.diag([0.8, 0.8, 2.5, 1])
@@ -504,10 +505,10 @@ def test_a_scan_outside_of_the_training_range_is_flagged(oracle, tmp_path, scan,
 
 def test_flips_at_test_time_average_to_a_symmetric_answer(network):
     image = torch.randn(1, 1, 8, 8, 8)
-    probs = predict_probs(network, image, (8, 8, 8), "float32", (0, 2))
-    mirrored = predict_probs(network, image.flip([2]), (8, 8, 8), "float32", (0, 2))
+    probs = predict_probs(network, image, Window((8, 8, 8), flips=(0, 2)))
+    mirrored = predict_probs(network, image.flip([2]), Window((8, 8, 8), flips=(0, 2)))
     assert torch.allclose(probs.flip([2]), mirrored, atol=1e-5)
-    plain = predict_probs(network, image, (8, 8, 8), "float32")
+    plain = predict_probs(network, image, Window((8, 8, 8)))
     assert not torch.allclose(plain, probs, atol=1e-4)
 
 
@@ -515,13 +516,13 @@ def test_a_volume_of_one_patch_is_predicted_as_by_the_network(network):
     image = torch.randn(1, 1, 8, 8, 8)
     with torch.no_grad():
         expected = torch.softmax(network(image), dim=1)
-    found = predict_probs(network, image, (8, 8, 8), "float32")
+    found = predict_probs(network, image, Window((8, 8, 8)))
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_mutual_information_is_between_zero_and_the_entropy(network):
     image = torch.randn(1, 1, 8, 8, 8)
-    entropy, information = measure_uncertainty(network, image, (8, 8, 8), "float32", 4)
+    entropy, information = measure_uncertainty(network, image, Window((8, 8, 8)), 4)
     assert entropy.shape == information.shape == (1, 1, 8, 8, 8)
     assert (entropy <= np.log(3) + 1e-5).all()
     assert (information >= 0).all()
@@ -555,7 +556,7 @@ def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last)
 def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):
     network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).eval()
     with pytest.raises(InputError, match="no active dropout"):
-        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), (8, 8, 8), "float32", 2)
+        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2)
 
 
 def touch(folder, *names):
@@ -617,11 +618,10 @@ class DroppingOracle(Oracle):
 
 def take_samples(network, image, passes=6, slice_axis=None, seed=0):
     patch = image.shape[2:] if slice_axis is None else image.shape[2:4]
+    window = Window(tuple(patch), flips=(0,), slice_axis=slice_axis)
     rng = np.random.default_rng(seed)
     spacing = (1.0, 1.0, 4.0)
-    return list(
-        sample_probs([network], image, patch, "float32", passes, rng, spacing, (0,), slice_axis)
-    )
+    return list(sample_probs([network], image, window, passes, rng, spacing))
 
 
 @pytest.mark.parametrize("slice_axis", [None, 2])

@@ -199,6 +199,6 @@ def measure_window(plan: Plan) -> float:
     times = []
     for _ in range(2):
         started = time.perf_counter()
-        predict_logits(network, image, plan.patch_size, plan.precision)
+        predict_logits(network, image, plan.window._replace(slice_axis=None))
         times.append(time.perf_counter() - started)
     return min(times) / count

@@ -7,16 +7,15 @@ along its slice axis are a batch, and their logits are stacked to a volume again
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
@@ -37,11 +36,16 @@ from medssl.data.predictions import (
     plan_predictions,
 )
 from medssl.data.trained import resolve_model
-from medssl.machine import explain_out_of_memory, has_bfloat16
-from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
+from medssl.machine import (
+    count_free_memory,
+    explain_out_of_memory,
+    has_bfloat16,
+    is_out_of_memory,
+)
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
 from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan
-from medssl.pseudo.uncertainty import combine
+from medssl.pseudo.uncertainty import combine_slab, refuse_equal
 from medssl.runs import (
     FULL,
     hash_file,
@@ -52,17 +56,20 @@ from medssl.runs import (
     write_file,
     write_json,
 )
-from medssl.transforms.geometry import Header, Volume, to_native
+from medssl.transforms.geometry import Box, Header, Volume, WayBack
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
-from medssl.windows import OVERLAP, Window
+from medssl.windows import MOST_PARTS, Window, align_slabs, slide
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
 Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
-SLICES = 8  # windows of slices that go through a network in 2D at once
+SLAB_BYTES = 2**31  # of the slabs that are held at once; a scan with larger ones is cut
+
+Advance = Callable[[int], object]
+"""Is told how many windows have gone through a network."""
 
 
 class ModelInfo(BaseModel):
@@ -139,14 +146,14 @@ class Model:
 class Prediction:
     """What a model says of one scan, on the scan's grid.
 
-    ``probs`` (num_classes, I, J, K) float32; ``mask`` (I, J, K) uint8 class indices;
-    ``uncertainty`` (I, J, K) float32 in nats, or None; ``flags`` are sentences about what lies
-    outside of the training range; ``header`` places the scan's voxels, None for a picture.
+    ``mask`` (I, J, K) uint8 class indices; ``probs`` (num_classes, I, J, K) float32,
+    or None; ``uncertainty`` (I, J, K) float32 in nats, or None; ``flags`` are sentences about what
+    lies outside of the training range; ``header`` places the scan's voxels, None for a picture.
     """
 
-    probs: NDArray[np.float32]
     mask: NDArray[np.uint8]
     affine: NDArray[np.float64]
+    probs: NDArray[np.float32] | None
     uncertainty: NDArray[np.float32] | None
     flags: tuple[str, ...]
     header: Header | None = None
@@ -238,60 +245,73 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     return Model(network.to(device).eval(), info, torch.device(device))
 
 
-@torch.no_grad()
 def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
-    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K).
-
-    Windows overlap by half and are blended with Gaussian weights; a volume smaller than the
-    patch is padded and cut back. With a slice axis the windows lie in slices along it. Nothing is
-    mirrored, and the network's mode is left as it is.
-
-    Raises:
-        FloatingPointError: The logits are not finite.
-    """
-    if window.slice_axis is not None:
-        slices = image[0].movedim(1 + window.slice_axis, 0)
-        logits = predict_logits(network, slices, window._replace(slice_axis=None))
-        return logits.movedim(0, 1 + window.slice_axis)[None]
-    dtype = torch.bfloat16 if window.precision == "bfloat16" else torch.float32
-
-    def run(patch: Tensor) -> Tensor:
-        with torch.autocast(patch.device.type, dtype, enabled=dtype != torch.float32):
-            return network(arrange(patch)).float()  # type: ignore[no-any-return]  # a module's call is Any
-
-    logits = torch.as_tensor(
-        sliding_window_inference(
-            image,
-            window.patch_size,
-            1 if len(window.patch_size) == 3 else SLICES,
-            run,
-            overlap=OVERLAP,
-            mode="gaussian",
-            padding_mode="constant",
-        )
-    )
-    if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError("the network gave logits that are not finite")
-    return logits
+    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K), as ``slide``."""
+    return _gather(slide(network, image, window), image, window)
 
 
 def predict_probs(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
     """Return probs (1, num_classes, I, J, K), averaged over all mirrorings of the window."""
-    total, count = torch.zeros(()), 0
-    for probs in predict_mirrored(network, image, window):
-        total, count = total.to(image.device) + probs, count + 1
-    return total / count
+    return _gather(_average(network, image, window), image, window)
 
 
 def predict_mirrored(
     network: SegmentationNetwork, image: Tensor, window: Window
 ) -> Iterator[Tensor]:
     """Yield probs (1, num_classes, I, J, K) under each mirroring of the window, none first."""
-    for size in range(len(window.flips) + 1):
-        for subset in itertools.combinations(window.flips, size):
-            axes = [axis + 2 for axis in subset]
-            logits = predict_logits(network, image.flip(axes), window)
-            yield torch.softmax(logits, dim=1).flip(axes)
+    for axes in window.mirrorings:
+        slabs = (torch.softmax(slab, 0) for slab in slide(network, image, window, axes))
+        yield _gather(slabs, image, window)
+
+
+def _gather(slabs: Iterable[Tensor], image: Tensor, window: Window) -> Tensor:
+    """Return slabs (C, I, J, K) of an image as one (1, C, I, J, K), on its device."""
+    axis, start = window.find_axis(image.shape[2:]), 0
+    whole: Tensor | None = None
+    for slab in slabs:
+        if whole is None:
+            whole = torch.empty((1, len(slab), *image.shape[2:]), device=image.device)
+        whole[0].narrow(1 + axis, start, slab.shape[1 + axis]).copy_(slab)
+        start += slab.shape[1 + axis]
+    assert whole is not None, "every image has a slab"
+    return whole
+
+
+def _average(
+    network: SegmentationNetwork,
+    image: Tensor,
+    window: Window,
+    box: Box | None = None,
+    advance: Advance = int,
+) -> Iterator[Tensor]:
+    """Yield slabs of probs (num_classes, I, J, K), averaged over the mirrorings of the window."""
+    axes = window.mirrorings
+    views = [slide(network, image, window, view, box, advance) for view in axes]
+    for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
+        total = torch.softmax(slabs[0], dim=0)
+        for slab in slabs[1:]:
+            total += torch.softmax(slab, dim=0)
+        yield total / len(axes)
+
+
+def _doubt(
+    network: SegmentationNetwork,
+    image: Tensor,
+    window: Window,
+    passes: int,
+    box: Box | None = None,
+    advance: Advance = int,
+) -> Iterator[Tensor]:
+    """Yield slabs (2, I, J, K) of predictive entropy and mutual information of MC dropout."""
+    spread = 0.0
+    with sample_dropout(network):
+        views = [slide(network, image, window, (), box, advance) for _ in range(passes)]
+        for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
+            draws = (torch.softmax(slab, dim=0)[None] for slab in slabs)
+            _, entropy, information, differ = combine_slab(draws)
+            spread = max(spread, differ)
+            yield torch.cat([entropy[0], information[0]])
+    refuse_equal(spread, f"MC dropout ({passes} passes)")
 
 
 def sample_probs(
@@ -347,12 +367,8 @@ def measure_uncertainty(
 
     Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
     """
-    with sample_dropout(network):
-        draws = (
-            torch.softmax(predict_logits(network, image, window), dim=1) for _ in range(passes)
-        )
-        _, entropy, information = combine(draws, f"MC dropout ({passes} passes)")
-    return entropy, information
+    maps = _gather(_doubt(network, image, window, passes), image, window)
+    return maps[:, :1], maps[:, 1:]
 
 
 @explain_out_of_memory("the scan does not fit the memory; cut it, or use a machine with more")
@@ -361,46 +377,118 @@ def predict_case(
     images: tuple[Path, ...],
     passes: int = 0,
     test_time_flips: bool = True,
+    probs_in: Path | None = None,
+    advance: Advance = int,
 ) -> Prediction:
-    """Segment one scan and bring the result back to its own grid.
+    """Segment one scan and bring the result back to its own grid, slab by slab.
 
     Args:
         model: A loaded model.
         images: One file per channel, or one 4D file.
         passes: MC dropout passes for the uncertainty map; 0 for none.
         test_time_flips: Average over the mirrorings that training used.
+        probs_in: A folder with room for the probs, which are mapped from a file there that has no
+            name; None: they are not kept.
+        advance: Is told how many windows have gone through the network.
 
     Raises:
         InputError: A file cannot be read, has other channels than the model, or needs more memory
             than there is.
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
-    volume = read_image(images, len(model.info.channels))
-    prepared = preprocess_image(volume, model.info.preprocessing)
-    tensor = torch.from_numpy(prepared.array)[None].to(model.device)
-    window = model.info.window if test_time_flips else model.info.window.plain
-    probs = predict_probs(model.network, tensor, window)[0]
-    native = _return(probs, prepared, volume)
+    info = model.info
+    volume = read_image(images, len(info.channels))
+    flags, shape, affine, header = (
+        _find_flags(info, volume),
+        volume.shape,
+        volume.affine,
+        volume.header,
+    )
+    prepared = preprocess_image(volume, info.preprocessing)
+    del volume  # its voxels are not needed any more
+    way = WayBack(prepared.shape, prepared.affine, shape, affine)
+    image = torch.from_numpy(prepared.array)[None]
+    window = info.window if test_time_flips else info.window.plain
+    mask = np.empty(shape, np.uint8)
+    classes = info.network.num_classes
+    probs: NDArray[np.float32] | None = None
+    for box, slab in predict_native(model.network, image, window, way, classes, advance=advance):
+        mask[box] = slab.argmax(0)
+        if probs_in is not None:
+            if probs is None:
+                probs = _map_probs(probs_in, (classes, *shape))
+            probs[(slice(None), *box)] = slab
     uncertainty = None
     if passes:
+        uncertainty = np.empty(shape, np.float32)
+        native = predict_native(model.network, image, window, way, classes, passes, advance)
+        for box, slab in native:
+            uncertainty[box] = slab[0]
+    return Prediction(mask, affine, probs, uncertainty, flags, header)
+
+
+def _map_probs(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an array on the disk, which is gone with the last that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def predict_native(
+    network: SegmentationNetwork,
+    image: Tensor,
+    window: Window,
+    way: WayBack,
+    num_classes: int,
+    passes: int = 0,
+    advance: Advance = int,
+) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+    """Yield what a network says of a scan, box by box of the scan's own grid.
+
+    A scan whose slabs do not fit the memory is cut into parts, each of which repeats the windows
+    that it shares with its neighbor; where memory runs out all the same, into twice as many.
+
+    Args:
+        network: The network.
+        image: (1, C, I, J, K) on the cache grid.
+        window: How it is moved over the image.
+        way: From the cache grid to that of the scan.
+        num_classes: C, with background.
+        passes: Of MC dropout, whose entropy and mutual information are yielded, in nats; 0 for the
+            probs of the network, averaged over the mirrorings of the window.
+        advance: Is told how many windows have gone through the network.
+
+    Yields:
+        A box of the scan's grid, and its probs (num_classes, I, J, K), or both maps (2, I, J, K).
+
+    Raises:
+        InputError: All passes are the same, or the network has no active dropout.
+    """
+    axis, cut = window.find_axis(way.shape), window.find_cut(way.shape)
+    views = passes or len(window.mirrorings)
+    limit = min(SLAB_BYTES, count_free_memory() / 2)
+    parts = window.choose_parts(way.shape, num_classes, views, limit)
+    waiting = list(way.cut(cut, parts))
+    if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
-        entropy, _ = measure_uncertainty(model.network, tensor, window, passes)
-        uncertainty = _return(entropy[0], prepared, volume)[0]
-    return Prediction(
-        probs=native,
-        mask=native.argmax(0).astype(np.uint8),
-        affine=volume.affine,
-        uncertainty=uncertainty,
-        flags=_find_flags(model.info, volume),
-        header=volume.header,
-    )
-
-
-def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float32]:
-    """Bring maps (C, I, J, K) back to the scan's grid."""
-    array = maps.cpu().numpy().astype(np.float32)
-    i, j, k = volume.array.shape[1:]
-    return to_native(array, prepared.affine, (i, j, k), volume.affine)
+    while waiting:
+        source = way.find_source(waiting[0])
+        slabs = (
+            _doubt(network, image, window, passes, source, advance)
+            if passes
+            else _average(network, image, window, source, advance)
+        )
+        try:
+            arrays = (slab.cpu().numpy() for slab in slabs)
+            yield from way.stream(arrays, axis, waiting[0])
+            del waiting[0]
+            continue
+        except (MemoryError, RuntimeError) as error:
+            halves = list(way.cut(cut, 2, waiting[0]))
+            if not is_out_of_memory(error) or len(halves) < 2 or len(waiting) >= MOST_PARTS:
+                raise
+        del slabs, arrays
+        waiting[:1] = halves
 
 
 def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
@@ -473,7 +561,12 @@ def predict_files(
                 problems.append(f"{images[0]}: not tried, since there is no room for its mask")
                 continue
             try:
-                found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
+                found = predict_case(
+                    model,
+                    images,
+                    passes=MC_PASSES if uncertainty else 0,
+                    probs_in=out if probs else None,
+                )
                 _write_prediction(model.info, plan.masks[name], name, found, probs, record)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
@@ -506,6 +599,7 @@ def _write_prediction(
     files = [mask]
     if probs:
         files.append(out / f"{name}_probs{suffix}")
+        assert found.probs is not None, "asked for"
         write_map(files[-1], np.moveaxis(found.probs, 0, -1), found.affine, found.header)
     if found.uncertainty is not None:
         files.append(out / f"{name}_uncertainty{suffix}")

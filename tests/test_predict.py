@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from medssl import predict
+from medssl import predict, windows
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
 from medssl.data import predictions
@@ -33,7 +33,7 @@ from medssl.predict import (
 )
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
-from medssl.windows import Window
+from medssl.windows import Window, slide
 
 ISOTROPIC = np.diag([1.0, 1, 1, 1])
 ANISOTROPIC = np.diag([0.8, 0.8, 2.5, 1])
@@ -303,7 +303,7 @@ def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp
 @pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])
 def test_scans_smaller_and_thinner_than_the_patch_are_segmented(oracle, tmp_path, shape):
     write_scan(tmp_path / "a.nii", shape=shape)
-    found = predict_case(oracle, (tmp_path / "a.nii",))
+    found = predict_case(oracle, (tmp_path / "a.nii",), probs_in=tmp_path)
     assert found.mask.shape == shape
     assert found.probs.shape == (2, *shape)
     assert np.allclose(found.probs.sum(0), 1, atol=1e-5)
@@ -378,9 +378,9 @@ def test_a_scan_that_the_network_has_no_memory_for_is_named_and_the_others_are_s
     def refuse_large(network, image, *rest):
         if image.shape[2] > 20:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
-        return predict_probs(network, image, *rest)
+        return slide(network, image, *rest)
 
-    monkeypatch.setattr(predict, "predict_probs", refuse_large)
+    monkeypatch.setattr(predict, "slide", refuse_large)
     with pytest.raises(InputError, match=r"1 of 2 scans .*\n.*large\.nii: .*does not fit"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
     assert (tmp_path / "out" / "small.nii.gz").exists()
@@ -541,7 +541,7 @@ def test_entropy_and_mutual_information_worked_by_hand():
 
 
 def test_predictions_that_do_not_differ_are_an_error():
-    with pytest.raises(InputError, match="3 predictions of mirrorings are the same"):
+    with pytest.raises(InputError, match="predictions of mirrorings are the same"):
         combine([torch.full((1, 2, 1, 1, 1), 0.5)] * 3, "mirrorings")
 
 
@@ -685,3 +685,40 @@ def test_a_mask_that_cannot_be_written_stops_no_other_and_a_full_disk_is_not_tri
     with pytest.raises(SomeFailedError, match=r"2 of 3 .*\n.*disk is full\n.*c\.nii: not tried"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "new", report=lambda text: None)
     assert tried == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_scan_in_parts_gets_the_mask_of_the_scan_as_a_whole(saved, tmp_path, monkeypatch):
+    write_scan(tmp_path / "a.nii", ANISOTROPIC, (30, 26, 8))
+    model = load_model(saved)
+    told = []
+    options = {"passes": 2, "probs_in": tmp_path, "advance": told.append}
+    whole = predict_case(model, (tmp_path / "a.nii",), **options)
+    num_windows = sum(told)
+    monkeypatch.setattr(predict, "SLAB_BYTES", 1)
+    monkeypatch.setattr(windows, "MOST_PARTS", 3)
+    parts = predict_case(model, (tmp_path / "a.nii",), **options)
+    assert sum(told) > 2.2 * num_windows, "parts repeat the windows that they share"
+    assert np.array_equal(whole.mask, parts.mask)
+    np.testing.assert_allclose(parts.probs, whole.probs, atol=1e-5)
+    assert abs(parts.uncertainty - whole.uncertainty).mean() < 0.05
+
+
+def test_where_memory_runs_out_a_scan_is_cut_again_and_goes_on(oracle, tmp_path, monkeypatch):
+    box = write_scan(tmp_path / "a.nii", shape=(30, 26, 18))
+    whole = predict_case(oracle, (tmp_path / "a.nii",)).mask
+    tried = []
+
+    def refuse_large(network, image, window, mirrored, part, *rest):
+        sizes = [p.stop - p.start for p in part]
+        tried.append(sizes)
+        slabs = slide(network, image, window, mirrored, part, *rest)
+        yield next(slabs)
+        if min(sizes) > 12:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        yield from slabs
+
+    monkeypatch.setattr(predict, "slide", refuse_large)
+    mask = predict_case(oracle, (tmp_path / "a.nii",)).mask
+    assert len(tried) > 2
+    assert np.array_equal(mask, whole)
+    assert dice(mask == 1, box) >= 0.99

@@ -377,7 +377,7 @@ def write_map(
     if is_picture(path) and array.ndim == 4:
         i, j, k, c = array.shape
         array = np.moveaxis(array, -1, 2).reshape(i, j, c * k)
-    _write(path, array.astype(np.float32), affine, header)
+    _write(path, array.astype(np.float32, copy=False), affine, header)
 
 
 def _open(path: Path) -> Any:

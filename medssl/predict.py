@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from medssl.config import InputError
 from medssl.data.io import (
@@ -399,7 +401,7 @@ def predict_case(
     info = model.info
     volume = read_image(images, len(info.channels))
     flags, shape, affine, header = (
-        _find_flags(info, volume),
+        find_flags(info, volume),
         volume.shape,
         volume.affine,
         volume.header,
@@ -465,9 +467,7 @@ def predict_native(
         InputError: All passes are the same, or the network has no active dropout.
     """
     axis, cut = window.find_axis(way.shape), window.find_cut(way.shape)
-    views = passes or len(window.mirrorings)
-    limit = min(SLAB_BYTES, count_free_memory() / 2)
-    parts = window.choose_parts(way.shape, num_classes, views, limit)
+    parts = choose_parts(window, way, num_classes, passes or len(window.mirrorings))
     waiting = list(way.cut(cut, parts))
     if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
@@ -491,8 +491,14 @@ def predict_native(
         waiting[:1] = halves
 
 
-def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
-    """Say what of a scan lies outside of what the model was trained on."""
+def choose_parts(window: Window, way: WayBack, num_classes: int, num_views: int) -> int:
+    """Return into how many parts a scan is cut so that its slabs leave half of the memory free."""
+    limit = min(SLAB_BYTES, count_free_memory() / 2)
+    return window.choose_parts(way.shape, num_classes, num_views, limit)
+
+
+def find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
+    """Return sentences on what of a scan lies outside of what the model was trained on."""
     found = find_contradictions(volume)
     flags = [f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in found.items()]
     if volume.has_spacing != info.has_spacing:
@@ -524,6 +530,7 @@ def predict_files(
     probs: bool = False,
     uncertainty: bool = False,
     overwrite: bool = False,
+    num_windows: int = 0,
     report: Callable[[str], object] = print,
 ) -> None:
     """Segment files and folders of scans; one mask each, and predictions.json.
@@ -539,6 +546,7 @@ def predict_files(
         probs: Write class probabilities, (I, J, K, num_classes); a TIFF has the pages (C, K).
         uncertainty: Write the predictive entropy of MC dropout, in nats.
         overwrite: Replace what stands there all the same; scans never are.
+        num_windows: Of all scans, for a bar on a terminal; 0 for none.
         report: Is told of every file.
 
     Raises:
@@ -555,6 +563,7 @@ def predict_files(
     problems = list(plan.problems)
     is_full = False
     record = Record(out)
+    bar = _show_bar(num_windows)
     try:
         for name, images in plan.scans.items():
             if is_full:
@@ -566,15 +575,19 @@ def predict_files(
                     images,
                     passes=MC_PASSES if uncertainty else 0,
                     probs_in=out if probs else None,
+                    advance=bar.update,
                 )
                 _write_prediction(model.info, plan.masks[name], name, found, probs, record)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
-                report(f"{images[0]}: no mask, see below")
+                with bar.external_write_mode():
+                    report(f"{images[0]}: no mask, see below")
                 is_full = getattr(error.__cause__, "errno", None) in FULL
                 continue
-            report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+            with bar.external_write_mode():
+                report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
     finally:
+        bar.close()
         with contextlib.suppress(*[InputError] * is_full):  # of that disk all has been said
             record.write()
     if problems:
@@ -582,6 +595,12 @@ def predict_files(
         listed = "\n".join(f"  - {problem}" for problem in problems)
         kind = SomeFailedError if len(problems) < total else InputError
         raise kind(f"{len(problems)} of {total} scans were not segmented:\n{listed}")
+
+
+def _show_bar(num_windows: int) -> tqdm[Any]:
+    """Return a bar of windows with the remaining time, which is silent but on a terminal."""
+    is_shown = num_windows and sys.stderr.isatty()
+    return tqdm(total=num_windows, unit="window", dynamic_ncols=True, disable=not is_shown)
 
 
 def explain_failure(error: Exception) -> str:

@@ -34,6 +34,7 @@ LAYERS = (
     "objective",
     "cross_pseudo",
     "predict",
+    "costs",
     "train",
     "evaluate",
     "rounds",

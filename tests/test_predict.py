@@ -294,7 +294,7 @@ def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp
     image = nib.load(paths[1])
     image.set_qform(FLIPPED, 3, update_affine=False)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), paths[1])
-    flags = predict._find_flags(oracle.info, read_image(paths, 2))
+    flags = predict.find_flags(oracle.info, read_image(paths, 2))
     named = [flag for flag in flags if "not the one in pixdim" in flag]
     assert len(named) == 1
     assert ": channel 1: 0.8 x 0.8 x 2.5 mm against 1 x 1 x 1.2 mm" in named[0]

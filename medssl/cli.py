@@ -378,13 +378,21 @@ def predict(
 
     _check_device(device)
     maps = ["probs"] * probs + ["uncertainty"] * uncertainty
-    plan_predictions(inputs, out, count_model_channels(model), maps=maps, overwrite=overwrite)
-    from medssl.predict import load_model, predict_files  # slow to import: after the mistakes
+    channels = count_model_channels(model)
+    plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite)
+    from medssl.costs import forecast  # slow to import: after the mistakes
+    from medssl.predict import load_model, predict_files
 
     loaded = load_model(model, _take_device(device))
-    wanted = {"probs": probs, "uncertainty": uncertainty, "overwrite": overwrite}
+    wanted = {"probs": probs, "uncertainty": uncertainty}
     try:
-        predict_files(loaded, inputs, out, **wanted, report=print)
+        costs = forecast(loaded, plan.scans, **wanted)
+        print(costs.describe(len(plan.scans), out), flush=True)
+        wanted["overwrite"] = overwrite
+        predict_files(loaded, inputs, out, **wanted, num_windows=costs.num_windows, report=print)
+    except KeyboardInterrupt:
+        print(f"stopped: the masks of finished scans stand in {out}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except SomeFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(FAILED) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,24 @@ def _read_memory_groups(root: Path) -> Iterator[tuple[float, float]]:
             yield limit, used - cached
 
 
+def count_free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes that this process may still take: of the machine, its cgroup, its limit."""
+    free = float(psutil.virtual_memory().available)
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, float(text) - float(used.read_text()))
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed != resource.RLIM_INFINITY:
+        free = min(free, float(allowed - psutil.Process().memory_info().vms))
+    return max(free, 0.0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is what numpy and torch say when memory does not suffice."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turn what numpy and torch say when memory does not suffice into advice.
@@ -100,8 +119,7 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        if not is_out_of_memory(error):
             raise
         raise InputError(f"{advice} ({error})") from error
 

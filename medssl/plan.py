@@ -29,6 +29,7 @@ from medssl.networks.build import (
 from medssl.sides import find_mirrored, find_sided
 from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
 from medssl.transforms.preprocess import Normalization, Preprocessing
+from medssl.windows import OVERLAP, Window
 
 CPU_PATCH_VOXELS = 110_000
 GPU_PATCH_VOXELS = 128**3
@@ -54,7 +55,6 @@ DEFAULT_ENCODER = "resnet18"
 CPU_FILTERS = 16
 GPU_FILTERS = 32
 MOST_FILTERS = 320
-OVERLAP = 0.5  # of neighboring windows at prediction, fraction
 
 
 class Plan(BaseModel):
@@ -92,6 +92,11 @@ class Plan(BaseModel):
     def dimension(self) -> Literal[2, 3]:
         """2 for a network that sees slices, 3 for one that sees volumes."""
         return 3 if self.slice_axis is None else 2
+
+    @property
+    def window(self) -> Window:
+        """How the network is moved over a scan, averaged over mirrorings."""
+        return Window(self.patch_size, self.precision, self.flips, self.slice_axis)
 
 
 def make_plan(

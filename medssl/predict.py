@@ -7,20 +7,21 @@ along its slice axis are a batch, and their logits are stacked to a volume again
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from monai.inferers import sliding_window_inference
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from medssl.config import InputError
 from medssl.data.io import (
@@ -37,11 +38,16 @@ from medssl.data.predictions import (
 )
 from medssl.data.trained import resolve_model
 from medssl.formats.readers import get_reader
-from medssl.machine import explain_out_of_memory, has_bfloat16
-from medssl.networks.build import NetworkSpec, SegmentationNetwork, arrange, build_network
+from medssl.machine import (
+    count_free_memory,
+    explain_out_of_memory,
+    has_bfloat16,
+    is_out_of_memory,
+)
+from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
 from medssl.networks.noise import sample_dropout
-from medssl.plan import OVERLAP, Plan
-from medssl.pseudo.uncertainty import combine
+from medssl.plan import Plan
+from medssl.pseudo.uncertainty import combine_slab, refuse_equal
 from medssl.runs import (
     FULL,
     hash_file,
@@ -52,16 +58,20 @@ from medssl.runs import (
     write_file,
     write_json,
 )
-from medssl.transforms.geometry import Header, Volume, to_native
+from medssl.transforms.geometry import Box, Header, Volume, WayBack
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
+from medssl.windows import MOST_PARTS, Window, align_slabs, slide
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
 Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
-SLICES = 8  # windows of slices that go through a network in 2D at once
+SLAB_BYTES = 2**31  # of the slabs that are held at once; a scan with larger ones is cut
+
+Advance = Callable[[int], object]
+"""Is told how many windows have gone through a network."""
 
 
 class ModelInfo(BaseModel):
@@ -90,6 +100,11 @@ class ModelInfo(BaseModel):
     intensity_range: tuple[tuple[float, float], ...] = ()
     spacing_range: tuple[tuple[float, float], ...] = ()
     provenance: dict[str, Any] = {}
+
+    @property
+    def window(self) -> Window:
+        """How the network is moved over a scan, averaged over mirrorings."""
+        return Window(self.patch_size, self.precision, self.flips, self.slice_axis)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -133,14 +148,14 @@ class Model:
 class Prediction:
     """What a model says of one scan, on the scan's grid.
 
-    ``probs`` (num_classes, I, J, K) float32; ``mask`` (I, J, K) uint8 class indices;
-    ``uncertainty`` (I, J, K) float32 in nats, or None; ``flags`` are sentences about what lies
-    outside of the training range; ``header`` places the scan's voxels, None for a picture.
+    ``mask`` (I, J, K) uint8 class indices; ``probs`` (num_classes, I, J, K) float32,
+    or None; ``uncertainty`` (I, J, K) float32 in nats, or None; ``flags`` are sentences about what
+    lies outside of the training range; ``header`` places the scan's voxels, None for a picture.
     """
 
-    probs: NDArray[np.float32]
     mask: NDArray[np.uint8]
     affine: NDArray[np.float64]
+    probs: NDArray[np.float32] | None
     uncertainty: NDArray[np.float32] | None
     flags: tuple[str, ...]
     header: Header | None = None
@@ -232,90 +247,82 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     return Model(network.to(device).eval(), info, torch.device(device))
 
 
-@torch.no_grad()
-def predict_logits(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    slice_axis: int | None = None,
-) -> Tensor:
-    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K).
-
-    Windows overlap by half and are blended with Gaussian weights; a volume smaller than the
-    patch is padded and cut back. With a slice axis the windows lie in slices along it, and
-    ``patch_size`` has two entries. The network's mode is left as it is.
-
-    Raises:
-        FloatingPointError: The logits are not finite.
-    """
-    if slice_axis is not None:
-        slices = image[0].movedim(1 + slice_axis, 0)
-        logits = predict_logits(network, slices, patch_size, precision)
-        return logits.movedim(0, 1 + slice_axis)[None]
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-
-    def run(window: Tensor) -> Tensor:
-        with torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32):
-            return network(arrange(window)).float()  # type: ignore[no-any-return]  # a module's call is Any
-
-    logits = torch.as_tensor(
-        sliding_window_inference(
-            image,
-            tuple(patch_size),
-            1 if len(patch_size) == 3 else SLICES,
-            run,
-            overlap=OVERLAP,
-            mode="gaussian",
-            padding_mode="constant",
-        )
-    )
-    if not bool(torch.isfinite(logits).all()):
-        raise FloatingPointError("the network gave logits that are not finite")
-    return logits
+def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
+    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K), as ``slide``."""
+    return _gather(slide(network, image, window), image, window)
 
 
-def predict_probs(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    flips: Sequence[int] = (),
-    slice_axis: int | None = None,
-) -> Tensor:
-    """Return probs (1, num_classes, I, J, K), averaged over all mirrorings along ``flips``."""
-    total, count = torch.zeros(()), 0
-    for probs in predict_mirrored(network, image, patch_size, precision, flips, slice_axis):
-        total, count = total.to(image.device) + probs, count + 1
-    return total / count
+def predict_probs(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
+    """Return probs (1, num_classes, I, J, K), averaged over all mirrorings of the window."""
+    return _gather(_average(network, image, window), image, window)
 
 
 def predict_mirrored(
+    network: SegmentationNetwork, image: Tensor, window: Window
+) -> Iterator[Tensor]:
+    """Yield probs (1, num_classes, I, J, K) under each mirroring of the window, none first."""
+    for axes in window.mirrorings:
+        slabs = (torch.softmax(slab, 0) for slab in slide(network, image, window, axes))
+        yield _gather(slabs, image, window)
+
+
+def _gather(slabs: Iterable[Tensor], image: Tensor, window: Window) -> Tensor:
+    """Return slabs (C, I, J, K) of an image as one (1, C, I, J, K), on its device."""
+    axis, start = window.find_axis(image.shape[2:]), 0
+    whole: Tensor | None = None
+    for slab in slabs:
+        if whole is None:
+            whole = torch.empty((1, len(slab), *image.shape[2:]), device=image.device)
+        whole[0].narrow(1 + axis, start, slab.shape[1 + axis]).copy_(slab)
+        start += slab.shape[1 + axis]
+    assert whole is not None, "every image has a slab"
+    return whole
+
+
+def _average(
     network: SegmentationNetwork,
     image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    flips: Sequence[int],
-    slice_axis: int | None = None,
+    window: Window,
+    box: Box | None = None,
+    advance: Advance = int,
 ) -> Iterator[Tensor]:
-    """Yield probs (1, num_classes, I, J, K) under each mirroring along ``flips``, none first."""
-    for size in range(len(flips) + 1):
-        for subset in itertools.combinations(flips, size):
-            axes = [axis + 2 for axis in subset]
-            logits = predict_logits(network, image.flip(axes), patch_size, precision, slice_axis)
-            yield torch.softmax(logits, dim=1).flip(axes)
+    """Yield slabs of probs (num_classes, I, J, K), averaged over the mirrorings of the window."""
+    axes = window.mirrorings
+    views = [slide(network, image, window, view, box, advance) for view in axes]
+    for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
+        total = torch.softmax(slabs[0], dim=0)
+        for slab in slabs[1:]:
+            total += torch.softmax(slab, dim=0)
+        yield total / len(axes)
+
+
+def _doubt(
+    network: SegmentationNetwork,
+    image: Tensor,
+    window: Window,
+    passes: int,
+    box: Box | None = None,
+    advance: Advance = int,
+) -> Iterator[Tensor]:
+    """Yield slabs (2, I, J, K) of predictive entropy and mutual information of MC dropout."""
+    spread = 0.0
+    with sample_dropout(network):
+        views = [slide(network, image, window, (), box, advance) for _ in range(passes)]
+        for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
+            draws = (torch.softmax(slab, dim=0)[None] for slab in slabs)
+            _, entropy, information, differ = combine_slab(draws)
+            spread = max(spread, differ)
+            yield torch.cat([entropy[0], information[0]])
+    refuse_equal(spread, f"MC dropout ({passes} passes)")
 
 
 def sample_probs(
     networks: Sequence[SegmentationNetwork],
     image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
+    window: Window,
     passes: int,
     rng: np.random.Generator,
     spacing: Sequence[float],
-    flips: Sequence[int] = (),
-    slice_axis: int | None = None,
 ) -> Iterator[Tensor]:
     """Yield the probs (1, num_classes, I, J, K) of passes with dropout, each seen from elsewhere.
 
@@ -326,13 +333,10 @@ def sample_probs(
     Args:
         networks: Of an ensemble, or one.
         image: (1, C, I, J, K).
-        patch_size: Of a window, in voxels.
-        precision: float32 or bfloat16.
+        window: Its flips are those that may be drawn.
         passes: How many.
         rng: Source of the turns; dropout draws from torch's global state.
         spacing: Voxel size in mm of the three axes.
-        flips: Axes of the volume that may be mirrored.
-        slice_axis: Along which a network in 2D sees slices.
 
     Source: Wang et al. 2019, Aleatoric uncertainty estimation with test-time augmentation; Gal and
         Ghahramani 2016 (dropout).
@@ -340,10 +344,10 @@ def sample_probs(
     first: Tensor | None = None
     for number in range(passes):
         network = networks[number % len(networks)]
-        matrix = draw_turn(rng, flips, slice_axis, spacing) if number else np.eye(3)
+        matrix = draw_turn(rng, window.flips, window.slice_axis, spacing) if number else np.eye(3)
         seen = turn_volume(image, matrix, "border") if number else image
         with sample_dropout(network):
-            logits = predict_logits(network, seen, patch_size, precision, slice_axis)
+            logits = predict_logits(network, seen, window)
         probs = torch.softmax(logits, dim=1)
         if first is None:
             first = probs
@@ -356,12 +360,7 @@ def sample_probs(
 
 
 def measure_uncertainty(
-    network: SegmentationNetwork,
-    image: Tensor,
-    patch_size: Sequence[int],
-    precision: str,
-    passes: int,
-    slice_axis: int | None = None,
+    network: SegmentationNetwork, image: Tensor, window: Window, passes: int
 ) -> tuple[Tensor, Tensor]:
     """Return predictive entropy and mutual information (1, 1, I, J, K), in nats, of MC dropout.
 
@@ -370,13 +369,8 @@ def measure_uncertainty(
 
     Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
     """
-    with sample_dropout(network):
-        draws = (
-            torch.softmax(predict_logits(network, image, patch_size, precision, slice_axis), dim=1)
-            for _ in range(passes)
-        )
-        _, entropy, information = combine(draws, f"MC dropout ({passes} passes)")
-    return entropy, information
+    maps = _gather(_doubt(network, image, window, passes), image, window)
+    return maps[:, :1], maps[:, 1:]
 
 
 @explain_out_of_memory("the scan does not fit the memory; cut it, or use a machine with more")
@@ -385,51 +379,126 @@ def predict_case(
     images: tuple[Path, ...],
     passes: int = 0,
     test_time_flips: bool = True,
+    probs_in: Path | None = None,
+    advance: Advance = int,
 ) -> Prediction:
-    """Segment one scan and bring the result back to its own grid.
+    """Segment one scan and bring the result back to its own grid, slab by slab.
 
     Args:
         model: A loaded model.
         images: One file per channel, or one 4D file.
         passes: MC dropout passes for the uncertainty map; 0 for none.
         test_time_flips: Average over the mirrorings that training used.
+        probs_in: A folder with room for the probs, which are mapped from a file there that has no
+            name; None: they are not kept.
+        advance: Is told how many windows have gone through the network.
 
     Raises:
         InputError: A file cannot be read, has other channels than the model, or needs more memory
             than there is.
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
-    volume = read_image(images, len(model.info.channels))
-    prepared = preprocess_image(volume, model.info.preprocessing)
-    tensor = torch.from_numpy(prepared.array)[None].to(model.device)
-    flips = model.info.flips if test_time_flips else ()
-    size, precision, axis = model.info.patch_size, model.info.precision, model.info.slice_axis
-    probs = predict_probs(model.network, tensor, size, precision, flips, axis)[0]
-    native = _return(probs, prepared, volume)
+    info = model.info
+    volume = read_image(images, len(info.channels))
+    flags, shape, affine, header = (
+        find_flags(info, volume),
+        volume.shape,
+        volume.affine,
+        volume.header,
+    )
+    prepared = preprocess_image(volume, info.preprocessing)
+    del volume  # its voxels are not needed any more
+    way = WayBack(prepared.shape, prepared.affine, shape, affine)
+    image = torch.from_numpy(prepared.array)[None]
+    window = info.window if test_time_flips else info.window.plain
+    mask = np.empty(shape, np.uint8)
+    classes = info.network.num_classes
+    probs: NDArray[np.float32] | None = None
+    for box, slab in predict_native(model.network, image, window, way, classes, advance=advance):
+        mask[box] = slab.argmax(0)
+        if probs_in is not None:
+            if probs is None:
+                probs = _map_probs(probs_in, (classes, *shape))
+            probs[(slice(None), *box)] = slab
     uncertainty = None
     if passes:
+        uncertainty = np.empty(shape, np.float32)
+        native = predict_native(model.network, image, window, way, classes, passes, advance)
+        for box, slab in native:
+            uncertainty[box] = slab[0]
+    return Prediction(mask, affine, probs, uncertainty, flags, header)
+
+
+def _map_probs(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return an array on the disk, which is gone with the last that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, np.float32, "w+", shape=shape)
+
+
+def predict_native(
+    network: SegmentationNetwork,
+    image: Tensor,
+    window: Window,
+    way: WayBack,
+    num_classes: int,
+    passes: int = 0,
+    advance: Advance = int,
+) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+    """Yield what a network says of a scan, box by box of the scan's own grid.
+
+    A scan whose slabs do not fit the memory is cut into parts, each of which repeats the windows
+    that it shares with its neighbor; where memory runs out all the same, into twice as many.
+
+    Args:
+        network: The network.
+        image: (1, C, I, J, K) on the cache grid.
+        window: How it is moved over the image.
+        way: From the cache grid to that of the scan.
+        num_classes: C, with background.
+        passes: Of MC dropout, whose entropy and mutual information are yielded, in nats; 0 for the
+            probs of the network, averaged over the mirrorings of the window.
+        advance: Is told how many windows have gone through the network.
+
+    Yields:
+        A box of the scan's grid, and its probs (num_classes, I, J, K), or both maps (2, I, J, K).
+
+    Raises:
+        InputError: All passes are the same, or the network has no active dropout.
+    """
+    axis, cut = window.find_axis(way.shape), window.find_cut(way.shape)
+    parts = choose_parts(window, way, num_classes, passes or len(window.mirrorings))
+    waiting = list(way.cut(cut, parts))
+    if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
-        entropy, _ = measure_uncertainty(model.network, tensor, size, precision, passes, axis)
-        uncertainty = _return(entropy[0], prepared, volume)[0]
-    return Prediction(
-        probs=native,
-        mask=native.argmax(0).astype(np.uint8),
-        affine=volume.affine,
-        uncertainty=uncertainty,
-        flags=_find_flags(model.info, volume),
-        header=volume.header,
-    )
+    while waiting:
+        source = way.find_source(waiting[0])
+        slabs = (
+            _doubt(network, image, window, passes, source, advance)
+            if passes
+            else _average(network, image, window, source, advance)
+        )
+        try:
+            arrays = (slab.cpu().numpy() for slab in slabs)
+            yield from way.stream(arrays, axis, waiting[0])
+            del waiting[0]
+            continue
+        except (MemoryError, RuntimeError) as error:
+            halves = list(way.cut(cut, 2, waiting[0]))
+            if not is_out_of_memory(error) or len(halves) < 2 or len(waiting) >= MOST_PARTS:
+                raise
+        del slabs, arrays
+        waiting[:1] = halves
 
 
-def _return(maps: Tensor, prepared: Volume, volume: Volume) -> NDArray[np.float32]:
-    """Bring maps (C, I, J, K) back to the scan's grid."""
-    array = maps.cpu().numpy().astype(np.float32)
-    i, j, k = volume.array.shape[1:]
-    return to_native(array, prepared.affine, (i, j, k), volume.affine)
+def choose_parts(window: Window, way: WayBack, num_classes: int, num_views: int) -> int:
+    """Return into how many parts a scan is cut so that its slabs leave half of the memory free."""
+    limit = min(SLAB_BYTES, count_free_memory() / 2)
+    return window.choose_parts(way.shape, num_classes, num_views, limit)
 
 
-def _find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
-    """Say what of a scan lies outside of what the model was trained on."""
+def find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
+    """Return sentences on what of a scan lies outside of what the model was trained on."""
     found = find_contradictions(volume)
     flags = [f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in found.items()]
     if volume.has_spacing != info.has_spacing:
@@ -461,6 +530,7 @@ def predict_files(
     probs: bool = False,
     uncertainty: bool = False,
     overwrite: bool = False,
+    num_windows: int = 0,
     report: Callable[[str], object] = print,
 ) -> None:
     """Segment files and folders of scans; one mask each, and predictions.json.
@@ -476,6 +546,7 @@ def predict_files(
         probs: Write class probabilities, (I, J, K, num_classes); a TIFF has the pages (C, K).
         uncertainty: Write the predictive entropy of MC dropout, in nats.
         overwrite: Replace what stands there all the same; scans never are.
+        num_windows: Of all scans, for a bar on a terminal; 0 for none.
         report: Is told of every file.
 
     Raises:
@@ -492,21 +563,31 @@ def predict_files(
     problems = list(plan.problems)
     is_full = False
     record = Record(out)
+    bar = _show_bar(num_windows)
     try:
         for name, images in plan.scans.items():
             if is_full:
                 problems.append(f"{images[0]}: not tried, since there is no room for its mask")
                 continue
             try:
-                found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
+                found = predict_case(
+                    model,
+                    images,
+                    passes=MC_PASSES if uncertainty else 0,
+                    probs_in=out if probs else None,
+                    advance=bar.update,
+                )
                 _write_prediction(model.info, plan.masks[name], name, found, probs, record)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
-                report(f"{images[0]}: no mask, see below")
+                with bar.external_write_mode():
+                    report(f"{images[0]}: no mask, see below")
                 is_full = getattr(error.__cause__, "errno", None) in FULL
                 continue
-            report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+            with bar.external_write_mode():
+                report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
     finally:
+        bar.close()
         with contextlib.suppress(*[InputError] * is_full):  # of that disk all has been said
             record.write()
     if problems:
@@ -514,6 +595,12 @@ def predict_files(
         listed = "\n".join(f"  - {problem}" for problem in problems)
         kind = SomeFailedError if len(problems) < total else InputError
         raise kind(f"{len(problems)} of {total} scans were not segmented:\n{listed}")
+
+
+def _show_bar(num_windows: int) -> tqdm[Any]:
+    """Return a bar of windows with the remaining time, which is silent but on a terminal."""
+    is_shown = num_windows and sys.stderr.isatty()
+    return tqdm(total=num_windows, unit="window", dynamic_ncols=True, disable=not is_shown)
 
 
 def explain_failure(error: Exception) -> str:
@@ -531,6 +618,7 @@ def _write_prediction(
     files = [mask]
     if probs:
         files.append(out / f"{name}_probs{suffix}")
+        assert found.probs is not None, "asked for"
         write_map(files[-1], np.moveaxis(found.probs, 0, -1), found.affine, found.header)
     if found.uncertainty is not None:
         files.append(out / f"{name}_uncertainty{suffix}")

@@ -7,6 +7,7 @@ from scipy.spatial.transform import Rotation
 
 from medssl.transforms.geometry import (
     Volume,
+    WayBack,
     affines_differ,
     cache_grid,
     grid_spacing,
@@ -209,3 +210,23 @@ def test_a_volume_knows_its_spacing_and_refuses_what_is_none():
     for affine in (np.zeros((4, 4)), np.diag([1, 1, 0, 1.0]), np.diag([1, np.nan, 1, 1])):
         with pytest.raises(ValueError, match="affine"):
             Volume(np.zeros((1, 2, 3, 4)), affine)
+
+
+@pytest.mark.parametrize("spacing", [(None, None, None), (0.7, 1.3, 0.9), (2.5, 2.5, 2.5)], ids=str)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slab_by_slab_and_part_by_part_the_way_back_is_that_of_the_whole(axis, parts, spacing):
+    rng = np.random.default_rng(0)
+    affine = make_affine((2, 0, 1), (1, -1, -1), (0.8, 2.0, 1.1), (0, 0, 10), 30)
+    shape = (12, 7, 11)
+    grid_shape, grid = cache_grid(shape, affine, spacing)
+    probs = rng.random((2, *grid_shape)).astype(np.float32)
+    way = WayBack(grid_shape, grid, shape, affine)
+    native = np.full((2, *shape), np.nan, np.float32)
+    for box in way.cut((axis + 1) % 3, parts):
+        source = probs[(slice(None), *way.find_source(box))]
+        count = source.shape[1 + axis]
+        slabs = (source.take(range(s, min(s + 3, count)), 1 + axis) for s in range(0, count, 3))
+        for place, values in way.stream(slabs, axis, box):
+            native[(slice(None), *place)] = values
+    np.testing.assert_allclose(native, resample(probs, grid, shape, affine, "linear"), atol=1e-6)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from medssl import predict
+from medssl import predict, windows
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
 from medssl.data import predictions
@@ -33,6 +33,7 @@ from medssl.predict import (
 )
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
+from medssl.windows import Window, slide
 
 ISOTROPIC = np.diag([1.0, 1, 1, 1])
 ANISOTROPIC = np.diag([0.8, 0.8, 2.5, 1])
@@ -293,7 +294,7 @@ def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp
     image = nib.load(paths[1])
     image.set_qform(FLIPPED, 3, update_affine=False)
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), paths[1])
-    flags = predict._find_flags(oracle.info, read_image(paths, 2))
+    flags = predict.find_flags(oracle.info, read_image(paths, 2))
     named = [flag for flag in flags if "not the one in pixdim" in flag]
     assert len(named) == 1
     assert ": channel 1: 0.8 x 0.8 x 2.5 mm against 1 x 1 x 1.2 mm" in named[0]
@@ -302,7 +303,7 @@ def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp
 @pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])
 def test_scans_smaller_and_thinner_than_the_patch_are_segmented(oracle, tmp_path, shape):
     write_scan(tmp_path / "a.nii", shape=shape)
-    found = predict_case(oracle, (tmp_path / "a.nii",))
+    found = predict_case(oracle, (tmp_path / "a.nii",), probs_in=tmp_path)
     assert found.mask.shape == shape
     assert found.probs.shape == (2, *shape)
     assert np.allclose(found.probs.sum(0), 1, atol=1e-5)
@@ -377,9 +378,9 @@ def test_a_scan_that_the_network_has_no_memory_for_is_named_and_the_others_are_s
     def refuse_large(network, image, *rest):
         if image.shape[2] > 20:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
-        return predict_probs(network, image, *rest)
+        return slide(network, image, *rest)
 
-    monkeypatch.setattr(predict, "predict_probs", refuse_large)
+    monkeypatch.setattr(predict, "slide", refuse_large)
     with pytest.raises(InputError, match=r"1 of 2 scans .*\n.*large\.nii: .*does not fit"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
     assert (tmp_path / "out" / "small.nii.gz").exists()
@@ -504,10 +505,10 @@ def test_a_scan_outside_of_the_training_range_is_flagged(oracle, tmp_path, scan,
 
 def test_flips_at_test_time_average_to_a_symmetric_answer(network):
     image = torch.randn(1, 1, 8, 8, 8)
-    probs = predict_probs(network, image, (8, 8, 8), "float32", (0, 2))
-    mirrored = predict_probs(network, image.flip([2]), (8, 8, 8), "float32", (0, 2))
+    probs = predict_probs(network, image, Window((8, 8, 8), flips=(0, 2)))
+    mirrored = predict_probs(network, image.flip([2]), Window((8, 8, 8), flips=(0, 2)))
     assert torch.allclose(probs.flip([2]), mirrored, atol=1e-5)
-    plain = predict_probs(network, image, (8, 8, 8), "float32")
+    plain = predict_probs(network, image, Window((8, 8, 8)))
     assert not torch.allclose(plain, probs, atol=1e-4)
 
 
@@ -515,13 +516,13 @@ def test_a_volume_of_one_patch_is_predicted_as_by_the_network(network):
     image = torch.randn(1, 1, 8, 8, 8)
     with torch.no_grad():
         expected = torch.softmax(network(image), dim=1)
-    found = predict_probs(network, image, (8, 8, 8), "float32")
+    found = predict_probs(network, image, Window((8, 8, 8)))
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_mutual_information_is_between_zero_and_the_entropy(network):
     image = torch.randn(1, 1, 8, 8, 8)
-    entropy, information = measure_uncertainty(network, image, (8, 8, 8), "float32", 4)
+    entropy, information = measure_uncertainty(network, image, Window((8, 8, 8)), 4)
     assert entropy.shape == information.shape == (1, 1, 8, 8, 8)
     assert (entropy <= np.log(3) + 1e-5).all()
     assert (information >= 0).all()
@@ -540,7 +541,7 @@ def test_entropy_and_mutual_information_worked_by_hand():
 
 
 def test_predictions_that_do_not_differ_are_an_error():
-    with pytest.raises(InputError, match="3 predictions of mirrorings are the same"):
+    with pytest.raises(InputError, match="predictions of mirrorings are the same"):
         combine([torch.full((1, 2, 1, 1, 1), 0.5)] * 3, "mirrorings")
 
 
@@ -555,7 +556,7 @@ def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last)
 def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):
     network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).eval()
     with pytest.raises(InputError, match="no active dropout"):
-        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), (8, 8, 8), "float32", 2)
+        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2)
 
 
 def touch(folder, *names):
@@ -617,11 +618,10 @@ class DroppingOracle(Oracle):
 
 def take_samples(network, image, passes=6, slice_axis=None, seed=0):
     patch = image.shape[2:] if slice_axis is None else image.shape[2:4]
+    window = Window(tuple(patch), flips=(0,), slice_axis=slice_axis)
     rng = np.random.default_rng(seed)
     spacing = (1.0, 1.0, 4.0)
-    return list(
-        sample_probs([network], image, patch, "float32", passes, rng, spacing, (0,), slice_axis)
-    )
+    return list(sample_probs([network], image, window, passes, rng, spacing))
 
 
 @pytest.mark.parametrize("slice_axis", [None, 2])
@@ -685,3 +685,40 @@ def test_a_mask_that_cannot_be_written_stops_no_other_and_a_full_disk_is_not_tri
     with pytest.raises(SomeFailedError, match=r"2 of 3 .*\n.*disk is full\n.*c\.nii: not tried"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "new", report=lambda text: None)
     assert tried == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_scan_in_parts_gets_the_mask_of_the_scan_as_a_whole(saved, tmp_path, monkeypatch):
+    write_scan(tmp_path / "a.nii", ANISOTROPIC, (30, 26, 8))
+    model = load_model(saved)
+    told = []
+    options = {"passes": 2, "probs_in": tmp_path, "advance": told.append}
+    whole = predict_case(model, (tmp_path / "a.nii",), **options)
+    num_windows = sum(told)
+    monkeypatch.setattr(predict, "SLAB_BYTES", 1)
+    monkeypatch.setattr(windows, "MOST_PARTS", 3)
+    parts = predict_case(model, (tmp_path / "a.nii",), **options)
+    assert sum(told) > 2.2 * num_windows, "parts repeat the windows that they share"
+    assert np.array_equal(whole.mask, parts.mask)
+    np.testing.assert_allclose(parts.probs, whole.probs, atol=1e-5)
+    assert abs(parts.uncertainty - whole.uncertainty).mean() < 0.05
+
+
+def test_where_memory_runs_out_a_scan_is_cut_again_and_goes_on(oracle, tmp_path, monkeypatch):
+    box = write_scan(tmp_path / "a.nii", shape=(30, 26, 18))
+    whole = predict_case(oracle, (tmp_path / "a.nii",)).mask
+    tried = []
+
+    def refuse_large(network, image, window, mirrored, part, *rest):
+        sizes = [p.stop - p.start for p in part]
+        tried.append(sizes)
+        slabs = slide(network, image, window, mirrored, part, *rest)
+        yield next(slabs)
+        if min(sizes) > 12:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        yield from slabs
+
+    monkeypatch.setattr(predict, "slide", refuse_large)
+    mask = predict_case(oracle, (tmp_path / "a.nii",)).mask
+    assert len(tried) > 2
+    assert np.array_equal(mask, whole)
+    assert dice(mask == 1, box) >= 0.99

@@ -31,6 +31,7 @@ from medssl.rounds.run import measure_validation
 from medssl.run_folder import read_folder
 from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
 from medssl.settings import list_methods, load_config
+from medssl.windows import Window
 
 SMALL = [
     "method=classic",
@@ -161,9 +162,9 @@ def test_an_online_teacher_labels_all_scans_in_full_at_the_end_only(start, monke
     passes = []
     real = teachers.sample_probs
 
-    def count(networks, image, patch_size, precision, number, *others):
+    def count(networks, image, window, number, *others):
         passes.append(number)
-        return real(networks, image, patch_size, precision, number, *others)
+        return real(networks, image, window, number, *others)
 
     monkeypatch.setattr(teachers, "sample_probs", count)
     folder = start("method=default", "rounds=2", settings=SMALL)
@@ -194,8 +195,8 @@ def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     probs, doubt = read_pseudo_label(folder / "round_0" / "pseudo_labels" / case_id)
     (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/*/image.npy")
     tensor = torch.from_numpy(np.load(image).astype(np.float32))[None]
-    window = ((16, 16, 16), models[0].info.precision)
-    own = [teachers.predict_probs(m.network, tensor, *window)[0].numpy() for m in models]
+    window = Window((16, 16, 16), models[0].info.precision)
+    own = [teachers.predict_probs(m.network, tensor, window)[0].numpy() for m in models]
     assert np.abs(probs - (own[0] + own[1]) / 2).max() < 0.02
     assert np.abs(own[0] - own[1]).max() > 0.02
     mean = (own[0] + own[1]) / 2
@@ -244,8 +245,7 @@ def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeyp
     earlier = {"first": say(0, 0, 0, 2, 2), "second": say(1, 1, 0, 0, 2)}
     monkeypatch.setattr(run_of_rounds, "predict_probs", lambda *_: say(1, 1, 2, 2, 0))
     monkeypatch.setattr(teachers, "predict_probs", lambda network, *_: earlier[network])
-    shape = {"patch_size": (5, 1, 1), "precision": "float32", "slice_axis": None, "flips": ()}
-    plan = SimpleNamespace(**shape, num_classes=3, device="cpu")
+    plan = SimpleNamespace(window=Window((5, 1, 1)), num_classes=3, device="cpu")
     settings = ["method=classic", "filter.uncertainty.source=none"]
     config = load_config(overrides=settings).config
     case = SimpleNamespace(case_id="a", image=lambda: np.zeros((1, 5, 1, 1), np.float32))
@@ -590,7 +590,8 @@ def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, 
     assert np.array_equal(label[0].numpy(), np.load(path))
     teacher = teachers.load_model(folder / "round_0")
     image = torch.from_numpy(np.load(path.parents[1] / "image.npy").astype(np.float32))[None]
-    probs = teachers.predict_probs(teacher.network, image, (16, 16, 16), teacher.info.precision)
+    window = Window((16, 16, 16), teacher.info.precision)
+    probs = teachers.predict_probs(teacher.network, image, window)
     assert torch.equal(target.argmax(0), probs[0].argmax(0))
     assert set(target.unique().tolist()) <= {0.0, 1.0}
     assert not torch.equal(target, shifted)

@@ -28,6 +28,7 @@ from medssl.rounds import loop
 from medssl.runs import read_json, write_json
 from medssl.settings import load_config
 from medssl.transforms.preprocess import Normalization, Preprocessing
+from medssl.windows import Window
 
 FULL = Path(__file__).with_name("full.yaml")
 
@@ -422,9 +423,9 @@ def test_slices_go_through_the_network_one_by_one_and_come_back_in_order():
     network = build_network(FLAT).eval()
     image = torch.randn(1, 1, 12, 5, 10)
     with torch.no_grad():
-        whole = predict_logits(network, image, (12, 12), "float32", slice_axis=1)
+        whole = predict_logits(network, image, Window((12, 12), slice_axis=1))
         for j in (0, 3):
-            one = predict_logits(network, image[:, :, :, j], (12, 12), "float32")
+            one = predict_logits(network, image[:, :, :, j], Window((12, 12)))
             torch.testing.assert_close(whole[:, :, :, j], one)
 
 

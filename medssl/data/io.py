@@ -365,7 +365,9 @@ def write_map(
 
     The affine and the header are those of the scan, as in `write_mask`.
     """
-    _get_writer(path).format.write(path, array.astype(np.float32), affine, header, "", {})
+    _get_writer(path).format.write(
+        path, array.astype(np.float32, copy=False), affine, header, "", {}
+    )
 
 
 def _round(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:

@@ -49,6 +49,30 @@ def combine(predictions: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor,
 
     Source: Gal 2016, Uncertainty in Deep Learning, equation 3.24.
     """
+    mean, entropy, information, spread = combine_slab(predictions)
+    refuse_equal(spread, source)
+    return mean, entropy, information
+
+
+def refuse_equal(spread: float, source: str) -> None:
+    """Refuse predictions that do not differ anywhere.
+
+    Args:
+        spread: The largest difference of two of them.
+        source: What made them, for the message.
+
+    Raises:
+        InputError: They say nothing about uncertainty.
+    """
+    if spread == 0.0:
+        raise InputError(
+            f"the predictions of {source} are the same: they tell no uncertainty; set "
+            "filter.uncertainty.source=none"
+        )
+
+
+def combine_slab(predictions: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return what ``combine`` does of a part of a scan, and how far its predictions differ."""
     first: Tensor | None = None
     total, total_entropy = torch.zeros(()), torch.zeros(())
     count, spread = 0, 0.0
@@ -60,14 +84,9 @@ def combine(predictions: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor,
         total += probs
         total_entropy += entropy_of(probs)
         count += 1
-    if spread == 0.0:
-        raise InputError(
-            f"{count} predictions of {source} are the same: they tell no uncertainty; set "
-            "filter.uncertainty.source=none"
-        )
     mean = total / count
     entropy = entropy_of(mean)
-    return mean, entropy, (entropy - total_entropy / count).clamp(min=0.0)
+    return mean, entropy, (entropy - total_entropy / count).clamp(min=0.0), spread
 
 
 def entropy_of(probs: Tensor) -> Tensor:

@@ -186,8 +186,7 @@ def _predict_unlabeled(run: Run) -> dict[str, str] | None:
 def _segment(run: Run, model: Model, case: CachedCase, path: Path) -> None:
     """Write the mask of a case."""
     image = to_tensor(case, run.plan.device)
-    size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
-    probs = predict_probs(model.network, image, size, precision, run.plan.flips, axis)[0]
+    probs = predict_probs(model.network, image, run.plan.window)[0]
     native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
     place = (native.argmax(0).astype(np.uint8), case.native_affine, run.plan.label_values)
     write_mask(path, *place, header=case.native_header, origin="prediction")

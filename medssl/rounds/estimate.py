@@ -23,7 +23,7 @@ from medssl.machine import explain_out_of_memory, read_memory_limit
 from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
 from medssl.objective import Objective, build_loss, load_objective
 from medssl.plan import Plan, count_unlabeled, describe_student
-from medssl.predict import SLICES, predict_logits
+from medssl.predict import predict_logits
 from medssl.rounds.run import count_models
 from medssl.rounds.student import (
     choose_sampling,
@@ -32,6 +32,7 @@ from medssl.rounds.student import (
 )
 from medssl.runs import Journal, StopFlag
 from medssl.train import train
+from medssl.windows import SLICES
 
 TRIED_STEPS = 4  # at least, of which the last ones are timed
 MOST_TRIED = 24
@@ -199,6 +200,6 @@ def measure_window(plan: Plan) -> float:
     times = []
     for _ in range(2):
         started = time.perf_counter()
-        predict_logits(network, image, plan.patch_size, plan.precision)
+        predict_logits(network, image, plan.window._replace(slice_axis=None))
         times.append(time.perf_counter() - started)
     return min(times) / count

@@ -87,8 +87,7 @@ def load_members(run: Run, index: int) -> list[Model]:
 
 def predict_members(run: Run, members: Sequence[Model], image: torch.Tensor) -> list[torch.Tensor]:
     """Return the probs (1, num_classes, I, J, K) of each model, averaged over mirrorings."""
-    window = (run.plan.patch_size, run.plan.precision, run.plan.flips, run.plan.slice_axis)
-    return [predict_probs(model.network, image, *window) for model in members]
+    return [predict_probs(model.network, image, run.plan.window) for model in members]
 
 
 @torch.no_grad()
@@ -102,8 +101,7 @@ def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
             continue
         label = np.array(mapped)  # of a map that is cut while the scan is segmented we would die
         image = to_tensor(case, run.plan.device)
-        size, precision, axis = run.plan.patch_size, run.plan.precision, run.plan.slice_axis
-        probs = predict_probs(network, image, size, precision, slice_axis=axis)
+        probs = predict_probs(network, image, run.plan.window.plain)
         classes = probs[0].argmax(0).cpu().numpy()
         classes[label == IGNORE] = IGNORE
         dice: dict[str, float | None] = {}

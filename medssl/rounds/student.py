@@ -237,9 +237,8 @@ def _compare_with_average(
     agreements: list[float | None] = []
     for case in {case.case_id: case for case in chosen}.values():
         image = to_tensor(case, run.plan.device)
-        window = (run.plan.patch_size, run.plan.precision, (), run.plan.slice_axis)
         maps = [
-            predict_probs(network, image, *window)[0].argmax(0).cpu().numpy()
+            predict_probs(network, image, run.plan.window.plain)[0].argmax(0).cpu().numpy()
             for network in (objective.student, objective.predictor)
         ]
         both = measure_agreement(maps[0], maps[1], range(1, run.plan.num_classes))

@@ -112,10 +112,9 @@ def _label_case(
     one (Yang et al. 2022, ST++, equation 4).
     """
     image = to_tensor(case, run.plan.device)
-    window = (run.plan.patch_size, run.plan.precision)
-    axis = run.plan.slice_axis
+    window = run.plan.window
     if is_glance(run.config, index, run.num_rounds):
-        probs = predict_probs(members[0].network, image, *window, (), axis)
+        probs = predict_probs(members[0].network, image, window.plain)
         doubt = entropy_of(probs)
     elif run.config.teacher.probs == "sampled":
         probs, doubt = _sample_label(run, members, case, image)
@@ -125,7 +124,7 @@ def _label_case(
     if earlier:
         classes = probs[0].argmax(0).cpu().numpy()
         named = range(1, run.plan.num_classes)
-        then = [predict_probs(m.network, image, *window, (), axis) for m in earlier]
+        then = [predict_probs(m.network, image, window.plain) for m in earlier]
         agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
         stability = float(np.mean(agreements))
     return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
@@ -135,19 +134,16 @@ def _sample_label(
     run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean of MC-dropout passes, each seen from elsewhere, and its uncertainty."""
-    section, plan = run.config.filter.uncertainty, run.plan
+    section = run.config.filter.uncertainty
     seed = seed_from(run.config.train.seed, case.case_id, "mc_dropout")
     torch.manual_seed(seed)
     draws = sample_probs(
         [model.network for model in members],
         image,
-        plan.patch_size,
-        plan.precision,
+        run.plan.window,
         section.passes,
         np.random.default_rng(seed),
         case.spacing,
-        plan.flips,
-        plan.slice_axis,
     )
     probs, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
     return probs, information if section.measure == "mutual_information" else entropy
@@ -157,8 +153,7 @@ def _predict_label(
     run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the probs of the un-noised teacher, averaged over mirrorings, and an uncertainty."""
-    window = (run.plan.patch_size, run.plan.precision)
-    axis, flips = run.plan.slice_axis, run.plan.flips
+    window = run.plan.window
     section = run.config.filter.uncertainty
     all_probs = predict_members(run, members, image)
     probs = torch.stack(all_probs).mean(0)
@@ -166,11 +161,11 @@ def _predict_label(
     if section.source == "mc_dropout":
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
         network, passes = members[0].network, section.passes
-        entropy, information = measure_uncertainty(network, image, *window, passes, axis)
+        entropy, information = measure_uncertainty(network, image, window, passes)
     elif section.source == "ensemble" and len(members) > 1:  # the last round has one
         _, entropy, information = combine(all_probs, "the ensemble")
     elif section.source == "flips":
-        turned = predict_mirrored(members[0].network, image, *window, flips, axis)
+        turned = predict_mirrored(members[0].network, image, window)
         _, entropy, information = combine(turned, "mirrorings")
     return probs, information if section.measure == "mutual_information" else entropy
 

@@ -6,6 +6,9 @@ coordinates, by scipy: no normalized coordinates, so no half-voxel convention to
 axes of one voxel need no special case.
 """
 
+import itertools
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +24,9 @@ GridSpacing = tuple[float | None, float | None, float | None]
 """Spacing of a grid that is laid over a scan; None keeps the scan's own, so nothing is resampled
 along that axis."""
 
+Box = tuple[slice, slice, slice]
+"""A part of a grid: from which voxel to before which one, along I, J, K."""
+
 Header = dict[str, Any]
 """What a header says of the place of its voxels, field by field and in its own unit, in what JSON
 can hold; its keys are those of the kind of file (`medssl.formats`)."""
@@ -33,6 +39,8 @@ _MOST_UNEQUAL = 200.0  # ratio of two spacings of one scan; that of retinal scan
 _FARTHEST = 1e6  # mm from the origin, where float32 still tells voxels apart
 _SLACK = 0.1  # voxels of the field of view that a grid may leave uncovered, both sides together
 _EXACT = 1e-4  # voxels: grids closer than this are the same up to the order of their axes
+_SAME = 1e-2  # voxels by which a cache grid may lie beside the one that its scan has
+_PIECE = 2**24  # values that are brought back at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,15 +222,149 @@ def to_native(
         ValueError: The grid that `probs` are on is not one that was laid over this scan.
     """
     shape = (probs.shape[1], probs.shape[2], probs.shape[3])
-    expected_shape, expected = cache_grid(native_shape, native_affine, grid_spacing(affine))
-    if shape != expected_shape or affines_differ(expected, affine, shape) > 1e-2:
-        raise ValueError(
-            f"probs of shape {shape} are not on the cache grid of this scan: "
-            f"expected shape {expected_shape}, affine {expected.tolist()}, got {affine.tolist()}"
+    way = WayBack(shape, affine, native_shape, native_affine)
+    return way.bring(probs, (0, 0, 0), way.whole)
+
+
+class WayBack:
+    """From the cache grid of a scan back to its own grid, all at once or part by part.
+
+    Args:
+        shape: Shape (I, J, K) of the cache grid.
+        affine: Affine (4, 4) of the cache grid.
+        native_shape: Shape (I, J, K) of the scan.
+        native_affine: Affine (4, 4) of the scan.
+
+    Raises:
+        ValueError: The cache grid is not one that was laid over this scan.
+    """
+
+    def __init__(
+        self, shape: Shape, affine: Affine, native_shape: Shape, native_affine: Affine
+    ) -> None:
+        expected_shape, expected = cache_grid(native_shape, native_affine, grid_spacing(affine))
+        if shape != expected_shape or affines_differ(expected, affine, shape) > _SAME:
+            raise ValueError(
+                f"probs of shape {shape} are not on the cache grid of this scan: expected shape "
+                f"{expected_shape}, affine {expected.tolist()}, got {affine.tolist()}"
+            )
+        self.shape, self.native_shape = shape, native_shape
+        matrix: Affine = np.linalg.inv(affine) @ native_affine  # native voxel -> cache voxel
+        exact = _find_order(matrix, shape, native_shape)
+        self._is_exact = exact is not None
+        self._matrix = matrix if exact is None else exact
+        self._order = np.abs(matrix[:3, :3]).argmax(1)  # cache axis -> native axis
+
+    @property
+    def whole(self) -> Box:
+        """All of the scan's grid."""
+        i, j, k = self.native_shape
+        return slice(0, i), slice(0, j), slice(0, k)
+
+    def cut(self, axis: int, parts: int, box: Box | None = None) -> Iterator[Box]:
+        """Yield parts of a box of the scan's grid, cut along an axis of the cache grid."""
+        box, native = box or self.whole, self._order[axis]
+        ends = np.linspace(box[native].start, box[native].stop, parts + 1).astype(int).tolist()
+        for start, stop in itertools.pairwise(ends):
+            if start < stop:
+                yield _replace(box, native, slice(start, stop))
+
+    def find_source(self, box: Box) -> Box:
+        """Return the voxels of the cache grid that those of a box of the scan's come from."""
+        i, j, k = (
+            slice(*self._reach(axis, [part.start, part.stop - 1]))
+            for axis, part in enumerate(box[native] for native in self._order)
         )
-    native = resample(probs, affine, native_shape, native_affine, "linear")
-    assert native.shape == (probs.shape[0], *native_shape), "resample kept its promise"
-    return native.astype(np.float32, copy=False)
+        return i, j, k
+
+    def _reach(self, axis: int, ends: list[int]) -> tuple[int, int]:
+        """Return from which voxel to before which one of a cache axis these native ones reach."""
+        slack = 0.0 if self._is_exact else 2 * _SAME
+        along = self._matrix[axis, self._order[axis]] * np.array(ends) + self._matrix[axis, 3]
+        size = self.shape[axis]
+        first = min(max(int(np.floor(along.min() - slack)), 0), size - 1)
+        return first, max(min(int(np.ceil(along.max() + slack)) + 1, size), first + 1)
+
+    def bring(
+        self, probs: NDArray[np.float32], start: tuple[int, int, int], box: Box
+    ) -> NDArray[np.float32]:
+        """Return values (C, I, J, K) float32 of a box of the scan's grid.
+
+        Args:
+            probs: Values (C, I, J, K) of a part of the cache grid that holds all that
+                ``find_source`` of the box names.
+            start: The first voxel of that part.
+            box: What is wanted.
+        """
+        size = [part.stop - part.start for part in box]
+        matrix = self._matrix[:3, :3]
+        if self._is_exact:
+            source = (
+                slice(part.start - begin, part.stop - begin)
+                for part, begin in zip(self.find_source(box), start, strict=True)
+            )
+            return _turn(probs[(slice(None), *source)], self._matrix).astype(np.float32, copy=False)
+        offset = matrix @ [part.start for part in box] + self._matrix[:3, 3] - np.array(start)
+        native = np.empty((len(probs), *size), dtype=np.float32)
+        for source_class, target in zip(probs, native, strict=True):
+            ndimage.affine_transform(
+                source_class,
+                matrix,
+                offset,
+                output_shape=tuple(size),
+                output=target,
+                order=1,
+                mode="nearest",
+            )
+        return native
+
+    def stream(
+        self, slabs: Iterable[NDArray[np.float32]], axis: int, box: Box
+    ) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+        """Bring slabs of the cache grid back as they come.
+
+        Args:
+            slabs: Values (C, I, J, K), in order along an axis, of all that ``find_source`` of the
+                box names.
+            axis: That axis of the cache grid.
+            box: The part of the scan's grid that is wanted.
+
+        Yields:
+            Boxes of the scan's grid, and their values (C, I, J, K) float32.
+        """
+        native = self._order[axis]
+        places = list(range(box[native].start, box[native].stop))
+        if self._matrix[axis, native] < 0:
+            places.reverse()
+        plane = math.prod(part.stop - part.start for a, part in enumerate(box) if a != native)
+        start = [part.start for part in self.find_source(box)]
+        held: NDArray[np.float32] | None = None
+        for slab in slabs:
+            held = slab if held is None else np.concatenate([held, slab], axis=1 + axis)
+            stop = start[axis] + held.shape[1 + axis]
+            most = max(1, _PIECE // (len(held) * plane))
+            while places and (piece := self._find_ready(axis, places[:most], stop)):
+                places = places[len(piece) :]
+                part = _replace(box, native, slice(min(piece), max(piece) + 1))
+                i, j, k = start
+                yield part, self.bring(held, (i, j, k), part)
+            if places:
+                passed = min(self._reach(axis, places[:1])[0], stop) - start[axis]
+                held = np.take(held, range(passed, held.shape[1 + axis]), axis=1 + axis)
+                start[axis] += passed
+        assert not places, "the slabs covered the box"
+
+    def _find_ready(self, axis: int, places: list[int], stop: int) -> list[int]:
+        """Return the first native planes that need nothing of a cache axis from `stop` on."""
+        return list(
+            itertools.takewhile(lambda place: self._reach(axis, [place])[1] <= stop, places)
+        )
+
+
+def _replace(box: Box, axis: int, part: slice) -> Box:
+    """Return a box with another part along an axis."""
+    i, j, k = (part if a == axis else old for a, old in enumerate(box))
+    return i, j, k
 
 
 def affines_differ(first: Affine, second: Affine, shape: Shape) -> float:
@@ -242,20 +384,30 @@ def affines_differ(first: Affine, second: Affine, shape: Shape) -> float:
     return float(np.linalg.norm(moved[:3] - corners[:3], axis=0).max())
 
 
-def _reorder(array: NDArray[Any], matrix: Affine, to_shape: Shape) -> NDArray[Any] | None:
-    """Copy with axes reordered and flipped if that is all that `matrix` does, else None."""
+def _find_order(matrix: Affine, shape: Shape, to_shape: Shape) -> Affine | None:
+    """Return `matrix` free of rounding if all that it does is to reorder and flip axes, or None."""
     turn = np.rint(matrix[:3, :3])
     is_permutation = (np.abs(turn).sum(0) == 1).all() and (np.abs(turn).sum(1) == 1).all()
     if not is_permutation:
         return None
     sources = np.abs(turn).argmax(0)  # new axis -> old axis
-    old_shape = tuple(array.shape[1 + source] for source in sources)
-    shift = np.where(turn.sum(1) < 0, np.asarray(array.shape[1:]) - 1, 0)
+    old_shape = tuple(shape[source] for source in sources)
     exact = np.eye(4)
-    exact[:3, :3], exact[:3, 3] = turn, shift
+    exact[:3, :3] = turn
+    exact[:3, 3] = np.where(turn.sum(1) < 0, np.asarray(shape) - 1, 0)
     ends = np.asarray([*to_shape, 1.0]) * np.abs(matrix - exact)
-    if old_shape != to_shape or ends.sum(1).max() > _EXACT:
-        return None
-    result = np.transpose(array, (0, *(1 + sources)))
-    flipped = tuple(1 + axis for axis in range(3) if turn[sources[axis], axis] < 0)
-    return np.ascontiguousarray(np.flip(result, flipped))
+    return exact if old_shape == to_shape and ends.sum(1).max() <= _EXACT else None
+
+
+def _reorder(array: NDArray[Any], matrix: Affine, to_shape: Shape) -> NDArray[Any] | None:
+    """Copy with axes reordered and flipped if that is all that `matrix` does, else None."""
+    i, j, k = array.shape[1:]
+    exact = _find_order(matrix, (i, j, k), to_shape)
+    return None if exact is None else _turn(array, exact)
+
+
+def _turn(array: NDArray[Any], exact: Affine) -> NDArray[Any]:
+    """Copy with the axes reordered and flipped."""
+    order = np.abs(exact[:3, :3]).argmax(0)  # new axis -> old axis
+    flipped = tuple(1 + axis for axis in range(3) if exact[order[axis], axis] < 0)
+    return np.ascontiguousarray(np.flip(np.transpose(array, (0, *(1 + order))), flipped))

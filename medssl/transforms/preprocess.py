@@ -26,6 +26,7 @@ from medssl.transforms.geometry import (
 MOST_VOXELS = 2**31  # of a cache grid that is finer than its scan
 
 _LOW, _HIGH = 0.5, 99.5  # percentiles between which the intensities of a scan are believed
+_PIECE = 2**22  # values in float64 at once
 _EMPTY = 1 / 3  # share of exact zeros above which zero means: nothing was measured here
 
 
@@ -103,7 +104,11 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
             f"the scan has {num_channels} channels, the model was made for "
             f"{len(recipe.normalization)}: give the channels it was trained on, in their order"
         )
-    num_bad = int(volume.array.size - np.count_nonzero(np.isfinite(volume.array)))
+    num_bad = sum(
+        plane.size - np.count_nonzero(np.isfinite(plane))
+        for channel in volume.array
+        for plane in channel
+    )
     if num_bad:
         raise InputError(
             f"{num_bad} of {volume.array.size} voxels are NaN or infinite: "
@@ -113,7 +118,7 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
     _refuse_huge(volume, shape, affine)
     normalized = np.empty(volume.array.shape, dtype=np.float32)
     for index, how in enumerate(recipe.normalization):
-        normalized[index] = _normalize(volume.array[index], how)
+        _normalize(volume.array[index], how, normalized[index])
     resampled = resample(normalized, volume.affine, shape, affine, "linear")
     return Volume(resampled, affine, volume.has_spacing)
 
@@ -180,21 +185,25 @@ def measure_percentiles(volume: Volume) -> tuple[tuple[float, float, float], ...
     )
 
 
-def _normalize(channel: NDArray[np.float32], how: Normalization) -> NDArray[np.float32]:
-    """Normalize one channel (I, J, K); a constant one becomes zero."""
-    if how.kind == "ct":
-        assert how.mean is not None, "validated"
-        assert how.std is not None, "validated"
-        return (np.clip(channel, how.low, how.high) - np.float32(how.mean)) / np.float32(how.std)
-    numbers = None
-    measured = channel[channel != 0]
-    if measured.size < (1 - _EMPTY) * channel.size:
-        numbers = _measure_zscore(measured)
-    numbers = numbers or _measure_zscore(channel.ravel())
-    if numbers is None:
-        return np.zeros(channel.shape, dtype=np.float32)
+def _normalize(
+    channel: NDArray[np.float32], how: Normalization, result: NDArray[np.float32]
+) -> None:
+    """Normalize one channel (I, J, K) into another array, plane by plane; a constant one is 0."""
+    numbers = how.low, how.high, how.mean, how.std
+    if how.kind == "zscore":
+        measured = None
+        if np.count_nonzero(channel) < (1 - _EMPTY) * channel.size:
+            measured = _measure_zscore(channel[channel != 0])
+        measured = measured or _measure_zscore(channel.ravel())
+        if measured is None:
+            result[:] = 0
+            return
+        numbers = measured
     low, high, mean, std = numbers
-    return ((np.clip(channel, low, high) - mean) / std).astype(np.float32)
+    assert mean is not None, "validated"
+    assert std is not None, "validated"
+    for plane, target in zip(channel, result, strict=True):
+        target[:] = (np.clip(plane, low, high) - np.float32(mean)) / np.float32(std)
 
 
 def _measure_zscore(values: NDArray[np.float32]) -> tuple[float, float, float, float] | None:
@@ -204,5 +213,13 @@ def _measure_zscore(values: NDArray[np.float32]) -> tuple[float, float, float, f
     low, high = (float(limit) for limit in np.percentile(values, (_LOW, _HIGH)))
     if low == high:  # a few bright voxels on an even ground: they are what there is to see
         low, high = float(values.min()), float(values.max())
-    believed = np.clip(values.astype(np.float64), low, high)
-    return low, high, float(believed.mean()), float(believed.std())
+
+    def add(center: float, power: int) -> float:
+        pieces = (values[start : start + _PIECE] for start in range(0, values.size, _PIECE))
+        return sum(
+            float(((np.clip(piece.astype(np.float64), low, high) - center) ** power).sum())
+            for piece in pieces
+        )
+
+    mean = add(0.0, 1) / values.size
+    return low, high, mean, math.sqrt(add(mean, 2) / values.size)

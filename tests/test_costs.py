@@ -1,0 +1,160 @@
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from medssl.costs import Costs, forecast
+from medssl.networks.build import build_network
+from medssl.predict import MC_PASSES, Model, describe_model, predict_case, save_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_noise(path, shape=(30, 26, 20), spacing=(1.0, 1.0, 1.0)):
+    voxels = np.random.default_rng(0).normal(50, 20, shape).astype(np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([*spacing, 1])), path)
+    return path
+
+
+@pytest.fixture
+def model(tiny_plan, tiny_spec):
+    torch.manual_seed(0)
+    plan = tiny_plan.model_copy(update={"patch_size": (16, 16, 16), "flips": (0, 2)})
+    info = describe_model(plan, {})
+    return Model(build_network(tiny_spec).eval(), info, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("uncertainty", [False, True])
+def test_as_many_windows_are_forecast_as_go_through_the_network(model, tmp_path, uncertainty):
+    scans = {
+        "a": (write_noise(tmp_path / "a.nii"),),
+        "b": (write_noise(tmp_path / "b.nii", (20, 9, 40), (1.7, 1.0, 0.8)),),
+    }
+    told = []
+    for images in scans.values():
+        predict_case(model, images, passes=MC_PASSES * uncertainty, advance=told.append)
+    costs = forecast(model, scans, uncertainty=uncertainty)
+    assert costs.num_windows == sum(told) > 4
+
+
+def test_costs_grow_with_the_scan_and_what_is_written_of_it(model, tmp_path):
+    small = {"a": (write_noise(tmp_path / "a.nii", (20, 20, 20)),)}
+    large = {"b": (write_noise(tmp_path / "b.nii", (90, 90, 60)),)}
+    few, many, maps = (
+        forecast(model, small),
+        forecast(model, large),
+        forecast(model, large, probs=True, uncertainty=True),
+    )
+    assert few.num_windows < many.num_windows < maps.num_windows
+    assert few.peak < many.peak
+    assert few.disk < many.disk < 90 * 90 * 60 * 4 * 3 < maps.disk
+
+
+def test_a_scan_that_cannot_be_read_costs_nothing_and_is_left_to_be_named_later(model, tmp_path):
+    (tmp_path / "bad.nii").write_bytes(b"no scan")
+    assert forecast(model, {"bad": (tmp_path / "bad.nii",)}).num_windows == 0
+
+
+def test_costs_are_told_beside_what_there_is(tmp_path):
+    told = Costs(peak=2.5e9, seconds=600, disk=3e7, num_windows=70).describe(3, tmp_path / "new")
+    assert told.startswith("3 scans, 70 windows: about 10 minutes; 2.5 GB of memory, ")
+    assert "at most 0.03 GB of disk" in told
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    save_model(tmp_path / "run" / "model", model.network, model.info)
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_finished_scans_and_no_half_file(saved, tmp_path):
+    write_noise(tmp_path / "in" / "a.nii", (12, 12, 12))
+    write_noise(tmp_path / "in" / "b.nii", (200, 200, 200))
+    command = [sys.executable, "-m", "medssl", "predict", saved, tmp_path / "in", "--probs"]
+    process = subprocess.Popen(
+        [*map(str, command), "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    first, second = process.stdout.readline(), process.stdout.readline()
+    assert first.startswith("2 scans, ")
+    assert second.startswith(str(tmp_path / "out" / "a.nii.gz"))
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors == f"stopped: the masks of finished scans stand in {tmp_path / 'out'}\n"
+    names = ["a.nii.gz", "a_probs.nii.gz", "predictions.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert set(json.loads((tmp_path / "out" / "predictions.json").read_text())["scans"]) == {"a"}
+
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+import psutil, torch
+from medssl import predict
+from medssl.costs import forecast
+from medssl.predict import load_model, predict_files
+
+model, scans = load_model(Path(sys.argv[1])), Path(sys.argv[2])
+torch.set_num_threads(1)
+tried = []
+real = predict.slide
+
+def slide(network, image, window, mirrored, box, advance):
+    tried.append([part.stop - part.start for part in box])
+    return real(network, image, window, mirrored, box, advance)
+
+predict.slide = slide
+if sys.argv[4] == "bound":
+    predict.count_free_memory = lambda: 1e12  # as where nobody says what there is
+    costs = forecast(model, {"a": (scans / "a.nii",)})
+    predict_files(model, [scans / "small.nii"], Path(sys.argv[3]), report=str)
+    tried.clear()
+    room = int(float(sys.argv[5]))
+    limit = psutil.Process().memory_info().vms + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+predict_files(model, [scans / "a.nii"], Path(sys.argv[3]), report=str)
+print(tried)
+"""
+
+
+@pytest.mark.slow
+def test_under_a_limit_of_memory_a_scan_is_segmented_in_smaller_slabs(model, tmp_path):
+    shape = (40, 240, 230)
+    info = model.info.model_copy(update={"patch_size": (32, 32, 32), "flips": (0, 1)})
+    save_model(tmp_path / "run" / "model", model.network, info)
+    write_noise(tmp_path / "in" / "a.nii", shape)
+    write_noise(tmp_path / "in" / "small.nii", (40, 40, 40))
+    tried, masks = {}, {}
+    for kind, room in (("free", 0), ("bound", 260e6)):
+        out = tmp_path / kind
+        command = [sys.executable, "-c", CHILD, tmp_path / "run", tmp_path / "in", out, kind, room]
+        done = subprocess.run(
+            [*map(str, command)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        tried[kind] = json.loads(done.stdout.splitlines()[-1])
+        masks[kind] = np.asanyarray(nib.load(out / "a.nii.gz").dataobj)
+    assert tried["free"] == [list(shape)] * 4, "four mirrorings of the whole"
+    assert min(map(min, tried["bound"])) < 40 or len(tried["bound"]) > 4
+    assert (masks["free"] != masks["bound"]).mean() <= 1e-6

@@ -21,6 +21,7 @@ import typer
 
 from medssl import __version__
 from medssl.config import DataSection, InputError
+from medssl.formats.readers import FORMATS
 from medssl.runs import FULL, describe_full_disk, list_rounds
 from medssl.settings import (
     Resolved,
@@ -116,6 +117,12 @@ def _parse_amount(text: str) -> float:
     if not 0 <= value < math.inf:
         raise typer.BadParameter(f"{text!r} is no number from 0 on")
     return value
+
+
+def _check_format(format: str | None) -> None:
+    """Refuse a format that masks are not written in."""
+    if format is not None and format not in FORMATS:
+        raise InputError(f"--format {format}: is none of {', '.join(FORMATS)}")
 
 
 def _check_device(name: str) -> None:
@@ -369,6 +376,10 @@ def predict(
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Write a map of predictive entropy, in nats.")
     ] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(help=f"Of the masks; default: that of each scan. {', '.join(FORMATS)}."),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
@@ -379,17 +390,25 @@ def predict(
     _check_device(device)
     maps = ["probs"] * probs + ["uncertainty"] * uncertainty
     channels = count_model_channels(model)
-    plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite)
+    _check_format(format)
+    plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
     from medssl.costs import forecast  # slow to import: after the mistakes
     from medssl.predict import load_model, predict_files
 
     loaded = load_model(model, _take_device(device))
-    wanted = {"probs": probs, "uncertainty": uncertainty}
     try:
-        costs = forecast(loaded, plan.scans, **wanted)
+        costs = forecast(loaded, plan.scans, probs=probs, uncertainty=uncertainty)
         print(costs.describe(len(plan.scans), out), flush=True)
-        wanted["overwrite"] = overwrite
-        predict_files(loaded, inputs, out, **wanted, num_windows=costs.num_windows, report=print)
+        predict_files(
+            loaded,
+            inputs,
+            out,
+            probs=probs,
+            uncertainty=uncertainty,
+            overwrite=overwrite,
+            format=format,
+            num_windows=costs.num_windows,
+        )
     except KeyboardInterrupt:
         print(f"stopped: the masks of finished scans stand in {out}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

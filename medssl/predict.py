@@ -530,6 +530,7 @@ def predict_files(
     probs: bool = False,
     uncertainty: bool = False,
     overwrite: bool = False,
+    format: str | None = None,
     num_windows: int = 0,
     report: Callable[[str], object] = print,
 ) -> None:
@@ -546,6 +547,7 @@ def predict_files(
         probs: Write class probabilities, (I, J, K, num_classes); a TIFF has the pages (C, K).
         uncertainty: Write the predictive entropy of MC dropout, in nats.
         overwrite: Replace what stands there all the same; scans never are.
+        format: Of the masks, one of `medssl.formats.readers.FORMATS`; None: that of each scan.
         num_windows: Of all scans, for a bar on a terminal; 0 for none.
         report: Is told of every file.
 
@@ -556,7 +558,7 @@ def predict_files(
     """
     maps = ["probs"] * probs + ["uncertainty"] * uncertainty
     channels = len(model.info.channels)
-    plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite)
+    plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
     for note in plan.notes:
         report(f"note: {note}")
     remove_leftovers(out, is_shared=True, below=False)
@@ -624,6 +626,7 @@ def _write_prediction(
         files.append(out / f"{name}_uncertainty{suffix}")
         write_map(files[-1], found.uncertainty, found.affine, found.header)
     place = (found.mask, found.affine, info.label_values)
-    write_mask(mask, *place, header=found.header, origin="prediction")
+    names = [info.labels[index] for index in range(len(info.label_values))]
+    write_mask(mask, *place, header=found.header, origin="prediction", names=names)
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
     record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})

@@ -21,6 +21,7 @@ from medssl.formats.readers import (
     has_spacing,
     is_dicom,
     is_series,
+    name_scan,
     split_series,
     strip_suffix,
 )
@@ -95,7 +96,7 @@ def list_scans(folder: Path) -> dict[str, Path]:
     names = {path: find_scan(path) for path in visible}
     halves = {path for path, scan in names.items() if scan != path and scan in names}
     for path in keep_scans(path for path, scan in names.items() if is_scan(scan)):
-        stem = unicodedata.normalize("NFC", strip_suffix(path.name) or path.name)
+        stem = unicodedata.normalize("NFC", name_scan(path))
         if path in halves:
             continue
         if stem in found:
@@ -310,7 +311,7 @@ def is_mask(path: Path, root: Path) -> bool:
         from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
 
         return any(one.modality in ("SEG", "RTSTRUCT") for one in list_series(path))
-    stem = strip_suffix(path.name) or path.name
+    stem = name_scan(path)
     folders = path.relative_to(root).parts[:-1]
     return bool(_MASK_NAME.search(stem)) or any(_MASK_FOLDER.match(name) for name in folders)
 
@@ -318,9 +319,11 @@ def is_mask(path: Path, root: Path) -> bool:
 def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[Path]]:
     """Group scans into cases by their names; returns the cases and the masks that fit to none."""
     folders: dict[Path, list[Path]] = defaultdict(list)
-    for path in scans:
+    series = [path for path in scans if find_reader(path) is DICOM]
+    for path in sorted(set(scans) - set(series)):
         folders[path.parent].append(path)
-    cases, images, masks = [], [], []
+    images: list[Path] = []
+    cases, masks = _pair_series(root, series)
     for folder, paths in folders.items():
         own_masks = [path for path in paths if is_mask(path, root)]
         own_images = sorted(set(paths) - set(own_masks))
@@ -331,6 +334,26 @@ def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[
             masks += own_masks
     paired, unmatched = _match_by_stem(root, images, masks)
     return sorted(cases + paired, key=lambda case: case.case_id), unmatched
+
+
+def _pair_series(root: Path, paths: Sequence[Path]) -> tuple[list[Case], list[Path]]:
+    """Make cases of DICOM series and the masks that refer to them; returns the other masks too."""
+    if not paths:
+        return [], []
+    from medssl.formats.segmentation import list_references  # heavy: only where there is DICOM
+
+    masks = {path: list_references(path) for path in paths if is_mask(path, root)}
+    cases = []
+    for path in sorted(set(paths) - set(masks)):
+        uids = list_references(path)
+        ranked = sorted(masks, key=lambda mask: (-len(masks[mask] & uids), str(mask)))
+        label = ranked[0] if ranked and masks[ranked[0]] & uids else None
+        parts = [part for part in path.relative_to(root).parts if not _COMMON_FOLDER.match(part)]
+        names = [name_scan(Path(part)).replace("#", "_") for part in parts] or [root.name]
+        patient_id = names[0] if len(names) > 1 else guess_patient(names[0])
+        cases.append(Case("_".join(names), (path,), label, patient_id))
+    used = {case.label for case in cases}
+    return cases, [mask for mask in masks if mask not in used]
 
 
 def _is_patient_folder(
@@ -373,7 +396,7 @@ def _group_channels(images: Sequence[Path], masks: set[str]) -> list[tuple[str, 
     """Group `<case>_0000`, `<case>_0001`: channels where a mask is called <case>, or all agree."""
     groups: dict[tuple[Path, str], dict[str, Path]] = defaultdict(dict)
     for path in images:
-        stem = strip_suffix(path.name) or path.name
+        stem = name_scan(path)
         number = re.search(r"_\d{4}$", stem)
         groups[path.parent, stem[: number.start()] if number else stem][
             number.group() if number else ""
@@ -400,7 +423,7 @@ def _name_by_path(case: Case, root: Path) -> Case:
 
 def _bare_stem(path: Path) -> str:
     """Return a stem without mask words, image words and the separators around them."""
-    stem = _MASK_NAME.sub("", strip_suffix(path.name) or path.name)
+    stem = _MASK_NAME.sub("", name_scan(path))
     stem = re.sub(r"(?:^|[-_. ])(?:image|img|scan|volume)(?=$|[-_. ])|_0000$", "", stem, flags=re.I)
     return re.sub(r"[-_. ]+", "_", stem).strip("_").lower()
 

@@ -36,6 +36,7 @@ from medssl.formats.readers import (
     explain_kind,
     find_reader,
     has_spacing,
+    name_scan,
     strip_suffix,
 )
 
@@ -433,7 +434,7 @@ def _find_channels(image: Path, num_channels: int) -> tuple[Path, ...]:
 def _make_case(images: tuple[Path, ...], label: Path | None, case_id: str = "") -> Case:
     """Make a case whose id is its file's name."""
     if not case_id:
-        stem = strip_suffix(images[0].name) or images[0].name
+        stem = name_scan(images[0])
         case_id = stem if len(images) == 1 else stem.removesuffix("_0000")
     case_id = unicodedata.normalize("NFC", case_id)
     return Case(case_id, images, label, guess_patient(case_id))

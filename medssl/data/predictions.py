@@ -19,6 +19,7 @@ from medssl.config import InputError
 from medssl.data.files import find_scan, find_unread, is_scan, keep_scans, walk_scans
 from medssl.data.layouts import read_dataset
 from medssl.formats.readers import (
+    DICOM,
     FORMATS,
     KINDS,
     find_reader,
@@ -27,6 +28,7 @@ from medssl.formats.readers import (
     is_dicom,
     is_series,
     name_mask_suffix,
+    name_scan,
     strip_suffix,
 )
 from medssl.runs import hash_file, lock, read_json, write_json
@@ -86,13 +88,17 @@ def plan_predictions(
     notes: list[str] = []
     scans = find_scans(inputs, num_channels, problems, notes)
     _refuse_folder_of_scans(out, scans)
-    targets = {
-        name: [
-            f"{name}{FORMATS[format] if format else _name_output_suffix(images[0])}",
-            *(f"{name}_{map_name}{get_reader(images[0]).map_suffix}" for map_name in maps),
-        ]
-        for name, images in scans.items()
-    }
+    if format and format.startswith("dicom"):
+        for name in [n for n, images in scans.items() if find_reader(images[0]) is not DICOM]:
+            problems.append(
+                f"{scans.pop(name)[0]}: is no DICOM series, to whose images a mask in DICOM "
+                "refers: leave out --format, or name another"
+            )
+    targets = {}
+    for name, images in scans.items():
+        mask = f"{name}{FORMATS[format] if format else _name_output_suffix(images[0])}"
+        suffix = get_reader(Path(mask)).map_suffix
+        targets[name] = [mask, *(f"{name}_{map_name}{suffix}" for map_name in maps)]
     for name in _find_twins(targets):
         listed = ", ".join(str(path) for path in scans.pop(name))
         problems.append(f"{listed}: another scan of this call has its file {targets.pop(name)[0]}")
@@ -184,14 +190,13 @@ def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:
     wanted: dict[str, set[str]] = defaultdict(set)
     for file in files:
         path = Path(file)
-        wanted[path.parent.as_posix()].add(_fold(strip_suffix(path.name) or path.name))
+        wanted[path.parent.as_posix()].add(_fold(name_scan(path)))
     return [
         path
         for folder, stems in wanted.items()
         if (out / folder).is_dir()
         for path in sorted((out / folder).iterdir())
-        if (strip_suffix(path.name) or not path.is_dir())
-        and _fold(strip_suffix(path.name) or path.name) in stems
+        if (strip_suffix(path.name) or not path.is_dir()) and _fold(name_scan(path)) in stems
     ]
 
 
@@ -417,7 +422,7 @@ def _group_files(
     """Add scans of files, which have all channels or end in the number of one."""
     groups: dict[str, dict[str, list[Path]]] = {}
     for file in {os.path.abspath(path): path for path in files}.values():
-        name = strip_suffix(file.name) or file.name
+        name = name_scan(file)
         channel = ""
         if num_channels > 1 and re.search(r"_\d{4}$", name) and not _is_whole(file, num_channels):
             name, channel = name[:-5], name[-4:]

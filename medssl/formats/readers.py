@@ -137,6 +137,12 @@ def strip_suffix(name: str) -> str | None:
     return None
 
 
+def name_scan(path: Path) -> str:
+    """Return the name of a scan: that of its file without the suffix, or of its folder."""
+    bare = strip_suffix(path.name)
+    return bare or (path.stem if path.suffix.lower() == ".zip" else path.name)
+
+
 def find_reader(path: Path) -> Reader | None:
     """Return the kind of a file by its name, or None for one that is not read.
 

@@ -24,6 +24,7 @@ from medssl.formats.dicom import (
     find_planes,
     guard_dicom,
     keep_quiet,
+    open_scan,
     read_dataset,
 )
 from medssl.formats.scan import Scan
@@ -132,18 +133,39 @@ def _fill(
     return label, {value: name for value, (name, _) in taken.items()}
 
 
+@keep_quiet()
+def list_references(path: Path) -> set[str]:
+    """Return the UIDs of the images and the frame of reference of a series, or of a mask's scan.
+
+    Empty for a series that is refused when it is read.
+    """
+    if path.is_file() and path.suffix.lower() != ".zip":
+        dataset = read_dataset(path, with_pixels=False)
+        if dataset.get("Modality") in ("SEG", "RTSTRUCT"):
+            return _find_references(dataset)
+    try:
+        header = open_scan(path).header or {}
+    except InputError:
+        return set()
+    return {header["frame_of_reference"], *header["instances"]} - {""}
+
+
+def _find_references(dataset: Any) -> set[str]:
+    """Return the UIDs of the images and the frame of reference that a file refers to."""
+    keywords = (
+        *("FrameOfReferenceUID", "ReferencedFrameOfReferenceUID"),
+        "ReferencedSOPInstanceUID",
+    )
+    return {str(element.value) for element in dataset.iterall() if element.keyword in keywords}
+
+
 def _refuse_strangers(path: Path, dataset: Any, source: Scan) -> None:
     """Refuse a label that refers to other images than those of a scan from DICOM."""
     header = source.header or {}
     if header.get("format") != "dicom":
         return
-    frames, images = set(), set()
-    for element in dataset.iterall():
-        if element.keyword in ("FrameOfReferenceUID", "ReferencedFrameOfReferenceUID"):
-            frames.add(str(element.value))
-        elif element.keyword == "ReferencedSOPInstanceUID":
-            images.add(str(element.value))
-    if header["frame_of_reference"] in frames or images & set(header["instances"]):
+    uids = {header["frame_of_reference"], *header["instances"]} - {""}
+    if uids & _find_references(dataset):
         return
     raise InputError(
         f"{path}: belongs to other images than {header['path']}: it refers to none of them, "

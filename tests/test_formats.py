@@ -1,0 +1,216 @@
+# One scan in every kind of file: the same voxels, the same way from check to the mask.
+import shutil
+import zipfile
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from commands import run_command
+from series import make_slices, save
+
+from medssl.config import InputError
+from medssl.data.files import hash_source
+from medssl.data.io import read_image, read_label, read_label_values, read_origin, write_mask
+from medssl.data.layouts import read_dataset
+from medssl.data.phantoms import make_phantom
+from medssl.formats import dicom_files, metaimage, nrrd
+from medssl.formats.readers import KINDS
+
+AFFINE = np.array([[-1.0, 0, 0, 20], [0, -1.0, 0, 10], [0, 0, 2.0, -30], [0, 0, 0, 1]])
+NAMES = {1: "Left Lobe", 2: "right lobe", 3: "core"}
+LABELS = [f"data.labels.{value}={name}" for value, name in NAMES.items()]
+SHAPE = (24, 28, 16)
+VALUES = (0, 1, 2, 3)
+
+
+def make_case(index):
+    image, classes = make_phantom(0, index, SHAPE, "organs")
+    return image.astype(np.int16), classes
+
+
+def write_series(folder, image):
+    return save(folder, make_slices((image + 1000).astype(np.int16), AFFINE))
+
+
+def write_object(path, series, classes):
+    """Write a label as SEG, or RTSTRUCT where the path says so."""
+    header = dicom_files.open_image(series, None).header
+    dicom_files.write(path, classes, AFFINE, header, "", NAMES)
+
+
+def zip_folder(folder):
+    path = folder.with_name(f"{folder.name}.zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"study/{file.name}")
+    shutil.rmtree(folder)
+    return path
+
+
+def write_nibabel(kind, path, array):
+    kind(array, AFFINE).to_filename(path)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """A data set with a case of each kind, image and label."""
+    root = tmp_path_factory.mktemp("mixed")
+    images, labels = root / "images", root / "labels"
+    images.mkdir()
+    labels.mkdir()
+    cases = {name: make_case(index) for index, name in enumerate("abcdefg")}
+    for name in "abg":
+        write_series(images / name, cases[name][0])
+    write_object(labels / "a.dcm", images / "a", cases["a"][1])
+    write_object(labels / "b.rtstruct.dcm", images / "b", cases["b"][1])
+    zip_folder(images / "b")
+    nrrd.write(images / "c.nrrd", cases["c"][0], AFFINE, None, "")
+    nrrd.write(labels / "c.nrrd", cases["c"][1], AFFINE, None, "")
+    metaimage.write(images / "d.mha", cases["d"][0], AFFINE, None, "")
+    metaimage.write(labels / "d.mha", cases["d"][1], AFFINE, None, "")
+    write_nibabel(nib.MGHImage, images / "e.mgz", cases["e"][0])
+    write_nibabel(nib.MGHImage, labels / "e.mgz", cases["e"][1])
+    write_nibabel(nib.Nifti1Pair, images / "f.img", cases["f"][0])
+    write_mask(labels / "f.nii.gz", cases["f"][1], AFFINE, VALUES)
+    return root, cases
+
+
+def test_a_case_of_each_kind_has_its_voxels(mixed):
+    root, cases = mixed
+    dataset = read_dataset(root, labels=NAMES)
+    assert [case.case_id for case in dataset.cases] == list("abcdefg")
+    assert [case.case_id for case in dataset.cases if case.label is None] == ["g"]
+    for case in dataset.cases:
+        image, classes = cases[case.case_id]
+        volume = read_image(case.images, 1)
+        np.testing.assert_array_equal(volume.array[0], image)
+        np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-5)
+        if case.label:
+            label, affine = read_label(case.label, VALUES, None, case)
+            np.testing.assert_array_equal(label, classes, case.case_id)
+            np.testing.assert_allclose(affine, AFFINE, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(mixed, tmp_path_factory):
+    root, _ = mixed
+    code, said = run_command("check", root, *LABELS)
+    assert code == 0, said
+    run = tmp_path_factory.mktemp("runs") / "run"
+    few = ("rounds=0", "steps=2", "method=labels_only", "network.width=0.25", "tracking.uri=none")
+    code, said = run_command("train", root, *LABELS, *few, "--run", run)
+    assert code == 0, said
+    return run
+
+
+def read_itk(path):
+    image = SimpleITK.ReadImage(str(path))
+    return SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
+
+
+def test_masks_are_of_the_kind_of_their_scans_and_of_the_same_voxels(mixed, trained, tmp_path):
+    root, _ = mixed
+    out = tmp_path / "masks"
+    code, said = run_command("predict", trained, root / "images", "--out", out)
+    assert code == 0, said
+    names = {path.name for path in out.iterdir() if path.suffix not in (".json", ".jsonl")}
+    kinds = {"a": ".dcm", "b": ".dcm", "c": ".nrrd", "d": ".mha", "e": ".nii.gz", "f": ".nii.gz"}
+    assert names == {f"{name}{suffix}" for name, suffix in kinds.items()} | {"g.dcm"}
+    code, said = run_command("predict", trained, root, "--out", tmp_path / "b", "--format", "mha")
+    assert code == 0, said
+    for case in read_dataset(root, labels=NAMES).cases:
+        mask = out / f"{case.case_id}{kinds.get(case.case_id, '.dcm')}"
+        classes, affine = read_label(mask, VALUES, None, case)
+        np.testing.assert_array_equal(classes, read_itk(tmp_path / "b" / f"{case.case_id}.mha"))
+        np.testing.assert_allclose(affine, AFFINE, atol=1e-5)
+        assert read_origin(mask, case) == "prediction"
+    assert dicom_files.read_names(out / "g.dcm") == NAMES
+    code, said = run_command("predict", trained, root / "images", "--out", out)
+    assert code == 0, said  # what predictions wrote is replaced
+
+
+def test_a_mask_in_dicom_is_asked_for_of_dicom_alone(mixed, trained, tmp_path):
+    inputs = [mixed[0] / "images" / name for name in ("a", "c.nrrd")]
+    asked = ("--out", tmp_path, "--format", "dicom-rtstruct")
+    code, said = run_command("predict", trained, *inputs, *asked)
+    assert code == 1
+    assert "c.nrrd: is no DICOM series" in said
+    assert (tmp_path / "a.rtstruct.dcm").is_file()
+    code, said = run_command("predict", trained, *inputs, "--out", tmp_path, "--format", "dicom")
+    assert code == 2
+    assert "--format dicom: is none of nifti, nrrd, mha, dicom-seg" in said
+
+
+def test_segments_are_matched_by_name_whatever_their_numbers(tmp_path):
+    image, classes = make_case(0)
+    for name, order in (("a", (1, 2, 3)), ("b", (2, 3, 1))):
+        series = write_series(tmp_path / "images" / name, image)
+        header = dicom_files.open_image(series, None).header
+        turned = np.array([0, *order])[classes]
+        names = {order[value - 1]: text for value, text in NAMES.items()}
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        path = tmp_path / "labels" / f"{name}.dcm"
+        dicom_files.write(path, turned, AFFINE, header, "", names)
+    dataset = read_dataset(tmp_path)
+    assert dataset.labels == {0: "background", 1: "core", 2: "Left Lobe", 3: "right lobe"}
+    wanted = np.array([0, 2, 3, 1])[classes]
+    for case in dataset.cases:
+        np.testing.assert_array_equal(read_label(case.label, VALUES, None, case)[0], wanted)
+    some = read_dataset(tmp_path, labels={5: "LEFT_LOBE"})
+    for case in some.cases:
+        counts = read_label_values(case.label, case).counts
+        assert counts == {0: int((classes != 1).sum()), 5: int((classes == 1).sum())}
+    with pytest.raises(InputError, match=r"of which none is declared .*data\.labels"):
+        read_dataset(tmp_path, labels={1: "kidney"})
+
+
+def test_slices_that_lie_loose_among_scans_are_refused(tmp_path):
+    image, _ = make_case(0)
+    write_series(tmp_path / "images", image)
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(InputError, match="16 images of 1 DICOM series: put the slices"):
+        read_dataset(tmp_path)
+
+
+def test_a_tree_of_studies_is_listed_and_drafted(tmp_path):
+    for index, patient in enumerate(("p1", "p2")):
+        image, classes = make_case(index)
+        study = tmp_path / "tree" / patient / "study"
+        series = write_series(study / "ct", image)
+        (study / "seg").mkdir()
+        write_object(study / "seg" / "1.dcm", series, classes)
+    write_series(tmp_path / "tree" / "p2" / "study" / "ct2", image + 1)
+    code, said = run_command("check", tmp_path / "tree")
+    assert code == 2
+    assert said.count("24 x 28 x 16 in") == 3
+    assert said.count("a segmentation in") == 2
+    assert "Avasarala" not in said
+    draft = tmp_path / "cases.csv"
+    code, said = run_command("check", tmp_path / "tree", "--draft", draft)
+    assert draft.read_text().splitlines()[1:] == [
+        "p1_study_ct,tree/p1/study/ct,tree/p1/study/seg/1.dcm,p1,",
+        "p2_study_ct,tree/p2/study/ct,tree/p2/study/seg/1.dcm,p2,",
+        "p2_study_ct2,tree/p2/study/ct2,,p2,",
+    ]
+    code, said = run_command("check", draft)
+    assert code == 0, said
+    assert "left lobe" in said.lower()
+
+
+def test_a_scan_is_its_files_to_the_cache(tmp_path):
+    image, _ = make_case(0)
+    series = write_series(tmp_path / "a", image)
+    before = hash_source(series)
+    assert hash_source(series) == before
+    file = series / "1.dcm"
+    file.write_bytes(file.read_bytes()[:-2] + b"\1\1")
+    assert hash_source(series) != before
+    write_nibabel(nib.Nifti1Pair, tmp_path / "f.img", image)
+    before = hash_source(tmp_path / "f.hdr")
+    write_nibabel(nib.Nifti1Pair, tmp_path / "f.img", image + 1)
+    assert hash_source(tmp_path / "f.hdr") != before
+
+
+def test_all_kinds_are_named_where_none_is_found():
+    assert KINDS.startswith("NIfTI (.nii, .nii.gz), DICOM, NRRD, MetaImage")

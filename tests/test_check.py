@@ -615,9 +615,8 @@ def test_no_label_of_a_real_set_has_an_unusual_volume(name):
 
 
 @pytest.mark.real
-def test_dicom_folders_get_the_line_that_converts_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="dcm2niix -z y -o dicom_nifti") as caught:
+def test_a_tree_of_dicom_is_listed_by_series():
+    with pytest.raises(InputError, match="512 x 512 x 78 in ct_liver") as caught:
         read_dataset(Path(os.environ["MEDSSL_DATA"]) / "dicom")
     assert "t2_oblique_study1" in str(caught.value)
 

@@ -102,7 +102,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         read_image([tmp_path / "missing.nii.gz"], 1)
     with pytest.raises(InputError, match="not a scan that is read"):
-        read_image([tmp_path / "scan.dcm"], 1)
+        read_image([tmp_path / "scan.gipl"], 1)
 
 
 def test_colors_are_refused(tmp_path):
@@ -539,7 +539,7 @@ def test_a_name_that_does_not_fit_is_named(tmp_path):
         "empty.nii": (b"", "it is empty"),
         "pair.nii": (plain[:344] + b"ni1\0" + plain[348:], "header alone of a scan in two files"),
         "old.nii": (plain[:344] + bytes(4) + plain[348:], "is an Analyze file"),
-        "c.hdr": (plain[:348], "nib-convert"),
+        "c.hdr": (plain[:348], "one half .* and c.img is missing"),
         "zip.nii.gz": (b"PK\x03\x04" + plain, "is a ZIP archive: unpack it"),
         "lfs.nii.gz": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         "bz2.nii.gz": (bz2.compress(plain), "compressed by bzip2"),

@@ -161,12 +161,12 @@ def test_two_scans_never_share_a_mask_and_the_others_go_on(tmp_path, names, kept
 
 def test_what_is_wrong_with_one_input_does_not_stop_the_others(scans, tmp_path):
     (tmp_path / "images" / "gone.nii.gz").symlink_to(tmp_path / "nothing")
-    touch(tmp_path / "images" / "old.mha", tmp_path / "images" / "more" / "case9.nii.gz")
+    touch(tmp_path / "images" / "old.gipl", tmp_path / "images" / "more" / "case9.nii.gz")
     inputs = [tmp_path / "images", tmp_path / "absent.nii", *touch(tmp_path / "notes.txt")]
     plan = plan_predictions(inputs, tmp_path / "out", 1)
     assert list(plan.scans) == [f"case{i}" for i in range(7)]
     named = "\n".join(plan.problems)
-    assert all(name in named for name in ("gone.nii.gz", "old.mha", "absent.nii", "notes.txt"))
+    assert all(name in named for name in ("gone.nii.gz", "old.gipl", "absent.nii", "notes.txt"))
     assert "more" in "\n".join(plan.notes)
 
 

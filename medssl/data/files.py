@@ -214,10 +214,13 @@ def hash_source(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}): is it there?") from error
 
 
-def walk_scans(root: Path) -> list[Path]:
+def walk_scans(root: Path, with_dicom: bool = True) -> list[Path]:
     """Return the scans below a folder: files, series of DICOM, and masks in DICOM; no previews.
 
     A series is its folder, if that holds no other image, else `FOLDER#UID`, or its one file.
+
+    Raises:
+        InputError: A DICOM file is damaged, or the packages that read DICOM are missing.
     """
     files = walk_files(root)
     plain = [path for path in files if find_reader(path) not in (None, DICOM)]
@@ -225,7 +228,7 @@ def walk_scans(root: Path) -> list[Path]:
     scans = [path for path in plain if path.suffix.lower() != ".img"]
     scans += [path.with_suffix(".img") for path in sorted(halves - set(plain))]
     others = [path for path in files if path not in set(plain)]
-    if any(is_dicom(path) or is_series(path) for path in others):
+    if with_dicom and any(is_dicom(path) or is_series(path) for path in others):
         scans += _walk_series(root, others)
     return keep_scans(scans)
 
@@ -285,7 +288,7 @@ def _explain_file(path: Path, root: Path, has_scans: bool) -> str:
         return "cannot be opened, or a link to what is not there"
     if strip_suffix(path.name) is not None:
         if has_scans and not has_spacing(path):
-            return "pictures beside NIfTI files, taken for previews"
+            return "pictures beside scans, taken for previews"
         return "scans that the layout or the list does not name"
     if is_dicom(path):
         return "DICOM that the layout or the list does not name"

@@ -31,6 +31,7 @@ from medssl.data.files import (
     walk_scans,
 )
 from medssl.formats.readers import (
+    DICOM,
     KINDS,
     NIFTI,
     explain_kind,
@@ -161,7 +162,7 @@ def _find_left_out(dataset: Dataset) -> list[str]:
     known, are_scans = {os.path.realpath(path) for path in used}, has_spacing(used[0])
     counts = Counter(
         str(path.parent.relative_to(root))
-        for path in walk_scans(root)
+        for path in walk_scans(root, any(find_reader(path) is DICOM for path in used))
         if has_spacing(path) == are_scans and os.path.realpath(path) not in known
     )
     if counts:
@@ -236,7 +237,7 @@ def _is_folders(root: Path) -> bool:
         return False
     if (root / "labels").is_dir():
         return True
-    return not any(is_mask(path, root) for path in walk_scans(root))
+    return not any(is_mask(path, root) for path in walk_scans(root, with_dicom=False))
 
 
 def _detect_file_format(path: Path, or_nothing: bool = False) -> tuple[str, Path] | None:

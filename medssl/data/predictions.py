@@ -394,7 +394,9 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
     entries = [find_scan(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")]
     visible = [entry for entry in dict.fromkeys(entries) if is_scan(entry)]
     files = keep_scans(visible)
-    below = [scan for scan in walk_scans(path) if not _lies_in(scan, [path, *files])]
+    below = [
+        scan for scan in walk_scans(path, with_dicom=False) if not _lies_in(scan, [path, *files])
+    ]
     if not files:
         hint = f"; some lie in folders below it: name {below[0].parent}" if below else ""
         raise InputError(f"{path}: no scan that is read, {KINDS}{hint}")

@@ -221,6 +221,13 @@ def test_one_of_several_series_is_named_by_the_beginning_of_its_uid(tmp_path):
     np.testing.assert_array_equal(read(Path(f"{tmp_path}#1.2.34"))[0], ARRAY - 1000.0)
 
 
+def test_a_message_does_not_list_a_whole_archive(tmp_path):
+    for number in range(33):
+        save(tmp_path / f"{number}", make_slices(ARRAY[:, :, :1], AXIAL))
+    message = refuse(tmp_path, "33 image series", "and 3 more")
+    assert message.count("\n") == 31
+
+
 # ---------------------------------------------------------------- what is no volume
 
 

@@ -201,6 +201,9 @@ def test_contours_hold_the_voxels_of_another_program(written, scan):
             points = np.array(contour.ContourData, dtype=float).reshape(-1, 3)
             i, j, k = to_scan(scan, np.eye(4))[:3] @ [*points.T, np.ones(len(points))]
             np.testing.assert_allclose(k, np.rint(k[0]), atol=1e-4)
+            halves = 2 * np.stack([i, j])  # each point lies in the middle of two voxels
+            np.testing.assert_allclose(halves, np.rint(halves), atol=1e-3)
+            assert (np.rint(halves).sum(0) % 2 == 1).all()
             filled = Outline(np.stack([i, j], 1), closed=False).contains_points(grid)
             inside[:, :, round(k[0])] ^= filled.reshape(MASK.shape[:2])
         label[inside] = value
@@ -426,7 +429,7 @@ def test_a_label_on_another_grid_is_refused(written, scan):
         refuse(path, cut, "beyond the scan")
     refuse(written / "rtstruct.dcm", beside, "between or across the slices")
     refuse(written / "rtstruct.dcm", cut, "beyond the slices")
-    refuse(written / "rtstruct.dcm", doubled, "every 2th slice")
+    refuse(written / "rtstruct.dcm", doubled, "'liver' is drawn on one of 2 slices")
 
 
 def shift(i, j, k):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -162,9 +163,11 @@ def test_an_archive_is_read_as_its_folder(tmp_path):
     folder = save(tmp_path / "a", make_slices(ARRAY, AXIAL))
     archive = tmp_path / "a.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("__MACOSX/a/._1.dcm", b"nothing")
         for path in folder.iterdir():
             file.write(path, f"export/a/{path.name}")
+        file.write(path, f"export/a/.{path.name}")
+        file.write(path, f"__MACOSX/a/{path.name}")
+    shutil.copy(path, folder / f".{path.name}")  # as a program leaves it that was interrupted
     np.testing.assert_array_equal(read(archive)[0], read(folder)[0])
     (series,) = list_series(archive)
     assert series.folder == archive
@@ -219,6 +222,13 @@ def test_one_of_several_series_is_named_by_the_beginning_of_its_uid(tmp_path):
     np.testing.assert_array_equal(values, ARRAY - 999.0)
     assert scan.header["path"] == f"{tmp_path}#1.2.345"
     np.testing.assert_array_equal(read(Path(f"{tmp_path}#1.2.34"))[0], ARRAY - 1000.0)
+
+
+def test_a_message_does_not_list_a_whole_archive(tmp_path):
+    for number in range(33):
+        save(tmp_path / f"{number}", make_slices(ARRAY[:, :, :1], AXIAL))
+    message = refuse(tmp_path, "33 image series", "and 3 more")
+    assert message.count("\n") == 31
 
 
 # ---------------------------------------------------------------- what is no volume
@@ -289,7 +299,7 @@ def test_a_slice_beside_the_others_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"ImageOrientationPatient": [1, 0, 0, 0.5, 1, 0]}, "right angle"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0.5, 1, 0]}, "no two unit vectors"),
         ({"PixelSpacing": None}, "PixelSpacing must be 2 numbers"),
         ({"RescaleSlope": "0"}, "RescaleSlope"),
         ({"PixelSpacing": ["0", "0"]}, "flattens"),

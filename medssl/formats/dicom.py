@@ -46,6 +46,7 @@ _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may
 _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positions are rounded
 _SHEARED = 0.5  # degrees between the normal and the stack; the affine keeps what is below
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
+_LISTED = 30  # series in a message
 _DIFFERING = (  # what tells images at one position apart
     *("EchoTime", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex"),
     *("TriggerTime", "DiffusionBValue", "NominalPercentageOfCardiacPhase", "FlipAngle"),
@@ -360,7 +361,9 @@ def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple
     """Return the files of the series that a path names, or of the only one with images."""
     source, wanted = split_series(path)
     listed = [_describe(group) for group in found.values()]
-    lines = "".join(f"\n  {series}" for series in listed)
+    lines = "".join(f"\n  {series}" for series in listed[:_LISTED])
+    if len(listed) > _LISTED:
+        lines += f"\n  and {len(listed) - _LISTED} more"
     matching = [series for series in listed if series.uid.startswith(wanted)]
     images = [series for series in matching if series.is_image]
     exact = [series for series in matching if wanted and series.uid == wanted]

@@ -298,10 +298,11 @@ def _rasterize(
         k, polygon = _read_polygon(path, name, contour, to_scan, source.shape[2])
         polygons.setdefault(k, []).append(polygon)
     slices = sorted(polygons)
-    if len(slices) > 2 and min(np.diff(slices)) > 1:
+    step = int(np.gcd.reduce(np.diff(slices))) if len(slices) > 3 else 1
+    if step > 1 and np.median(np.diff(slices)) == step:
         raise InputError(
-            f"{path}: {name!r} is drawn on every {min(np.diff(slices))}th slice only: interpolate "
-            "between its contours where it was drawn"
+            f"{path}: {name!r} is drawn on one of {step} slices of the scan, which would leave the "
+            "others empty: interpolate between its contours where it was drawn"
         )
     for k in slices:
         i, j = np.nonzero(fill(polygons[k], source.shape[:2]))

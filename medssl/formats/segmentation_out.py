@@ -13,6 +13,7 @@ import colorsys
 import datetime
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ _SINGLE = {"LeftAtrium", "LeftVentricle", "RightAtrium", "RightVentricle"}  # no
 _SCHEME = "99MEDSSL"  # private ones begin with 99
 _KEPT = ("PatientID", "PatientSex")  # of all that is said of a patient
 _GROUPS_OF_PEOPLE = (0x0010, 0x0012, 0x0032, 0x0038, 0x0040)  # patient, trial, orders, visit, steps
+_IDENTIFIERS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID")
 _TELLING = "Description|Comment|Physician|Operator|Requesting"  # fields where names stand
 _FILLED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "ReferringPhysicianName"),
@@ -124,7 +126,8 @@ def write_seg(
         parameters={"model": model} if model else None,
     )
     uid = load("pydicom.uid").generate_uid
-    seg = hd.seg.Segmentation(
+    make = partial(
+        hd.seg.Segmentation,
         source_images=sources,
         pixel_array=pixels,
         segmentation_type="LABELMAP" if as_labelmap else "BINARY",
@@ -144,7 +147,13 @@ def write_seg(
         content_label="MASK",
         transfer_syntax_uid="1.2.840.10008.1.2.5" if as_labelmap else "1.2.840.10008.1.2.1",
     )
-    seg.SpecificCharacterSet = "ISO_IR 192"
+    try:
+        seg = make()
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # odd headers
+        raise InputError(
+            f"{header['path']}: no SEG can be made of these images ({error}): write "
+            "NIfTI or RTSTRUCT"
+        ) from error
     seg.SeriesDescription = "Segmentation by a model"
     write_file(path, lambda temporary: seg.save_as(temporary))
 
@@ -256,19 +265,48 @@ def _open_sources(array: NDArray[Any], header: Header) -> tuple[list[Plane], lis
     if list(array.shape) != header["shape"]:
         raise ValueError(f"a mask of shape {array.shape} for a scan of {header['shape']}")
     path = Path(header["path"])
-    planes, _ = read_planes(path)
+    planes, affine = read_planes(path)
     if list(dict.fromkeys(plane.instance for plane in planes)) != header["instances"]:
         raise InputError(
             f"{path}: holds other images than when it was read: predict again from the files that "
             "are there now"
         )
     places = {plane.instance: plane.place for plane in planes}
-    return planes, [_strip(read_dataset(place, with_pixels=False)) for place in places.values()]
+    sources = []
+    for place in places.values():
+        source = read_dataset(place, with_pixels=False)
+        lacking = [name for name in _IDENTIFIERS if not source.get(name)]
+        if lacking:
+            raise InputError(
+                f"{place}: its header has no {', '.join(lacking)}, so nothing can refer to it: "
+                "write NIfTI"
+            )
+        sources.append(_strip(source))
+        if "NumberOfFrames" in source:
+            _share_measures(source)
+        elif not source.get("SliceThickness"):
+            source.SliceThickness = f"{np.linalg.norm(affine[:3, 2]):.8g}"
+    return planes, sources
+
+
+def _share_measures(source: Any) -> None:
+    """Put what all frames have in common where highdicom looks for it."""
+    if not source.get("SharedFunctionalGroupsSequence"):
+        source.SharedFunctionalGroupsSequence = [_item()]
+    shared, first = (
+        source.SharedFunctionalGroupsSequence[0],
+        source.PerFrameFunctionalGroupsSequence[0],
+    )
+    for name in ("PixelMeasuresSequence", "PlaneOrientationSequence"):
+        if name not in shared and name in first:
+            shared[name] = first[name]
 
 
 def _strip(source: Any) -> Any:
     """Return a header with what identifies the images, and of people the number and sex alone."""
     source.remove_private_tags()
+    source.decode()  # before its character set changes
+    source.SpecificCharacterSet = "ISO_IR 192"
     words = re.split(r"[\W_]+", str(source.get("PatientName", "")).lower())
     number = str(source.get("PatientID") or "")
     if any(len(word) > 2 and word in number.lower() for word in words):
@@ -285,8 +323,6 @@ def _strip(source: Any) -> Any:
         source.FrameOfReferenceUID = generate(entropy_srcs=[str(source.SeriesInstanceUID)])
     if "StudyInstanceUID" not in source:
         source.StudyInstanceUID = generate(entropy_srcs=["study", str(source.SeriesInstanceUID)])
-    if "NumberOfFrames" not in source and not source.get("SliceThickness"):
-        source.SliceThickness = None
     return source
 
 

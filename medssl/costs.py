@@ -109,7 +109,7 @@ def _count(
     num_windows, slabs = 0, 0.0
     for passes in [0, MC_PASSES] if uncertainty else [0]:
         views = passes or len(window.mirrorings)
-        parts = choose_parts(window, way, classes, views)
+        parts = choose_parts(window, way, classes, views, model.device)
         slabs = max(slabs, window.count_bytes(grid_shape, classes, views, parts))
         boxes = way.cut(window.find_cut(grid_shape), parts)
         num_windows += views * sum(window.count(grid_shape, way.find_source(box)) for box in boxes)

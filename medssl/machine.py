@@ -91,12 +91,21 @@ def _read_memory_groups(root: Path) -> Iterator[tuple[float, float]]:
             yield limit, used - cached
 
 
-def count_free_memory(group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes that this process may still take: of the machine, its cgroup, its limit."""
+def count_free_memory(device: str = "cpu", group: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the bytes that this process may still take: of the machine, its cgroup, its limit.
+
+    Args:
+        device: Of what is computed on a GPU, the memory of that counts too.
+        group: Where the limits of the cgroup lie.
+    """
     free = float(psutil.virtual_memory().available)
+    if device.startswith("cuda"):
+        free = min(free, float(torch.cuda.mem_get_info(device)[0]))
     limit, used = group / "memory.max", group / "memory.current"
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, float(text) - float(used.read_text()))
+        lines = (group / "memory.stat").read_text().splitlines()
+        held = dict(line.split() for line in lines).get("inactive_file", "0")  # given up if needed
+        free = min(free, float(text) - float(used.read_text()) + float(held))
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY:
         free = min(free, float(allowed - psutil.Process().memory_info().vms))

@@ -61,7 +61,7 @@ from medssl.runs import (
 from medssl.transforms.geometry import Box, Header, Volume, WayBack
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
-from medssl.windows import MOST_PARTS, Window, align_slabs, slide
+from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
@@ -467,7 +467,8 @@ def predict_native(
         InputError: All passes are the same, or the network has no active dropout.
     """
     axis, cut = window.find_axis(way.shape), window.find_cut(way.shape)
-    parts = choose_parts(window, way, num_classes, passes or len(window.mirrorings))
+    device = find_device(network, image)
+    parts = choose_parts(window, way, num_classes, passes or len(window.mirrorings), device)
     waiting = list(way.cut(cut, parts))
     if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
@@ -491,9 +492,11 @@ def predict_native(
         waiting[:1] = halves
 
 
-def choose_parts(window: Window, way: WayBack, num_classes: int, num_views: int) -> int:
+def choose_parts(
+    window: Window, way: WayBack, num_classes: int, num_views: int, device: torch.device
+) -> int:
     """Return into how many parts a scan is cut so that its slabs leave half of the memory free."""
-    limit = min(SLAB_BYTES, count_free_memory() / 2)
+    limit = min(SLAB_BYTES, count_free_memory(str(device)) / 2)
     return window.choose_parts(way.shape, num_classes, num_views, limit)
 
 

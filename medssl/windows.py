@@ -218,7 +218,7 @@ class _Slab:
         for a, (part, begin, start) in enumerate(zip(inside, begins, place, strict=True)):
             target = target.narrow(1 + a, start + part.start - begin, part.stop - part.start)
         weights = self.weights[tuple(inside)]
-        target[:-1] += logits[(slice(None), *inside)] * weights
+        target[:-1].addcmul_(logits[(slice(None), *inside)], weights)
         target[-1] += weights
 
     def leave(self, stop: int) -> Tensor:
@@ -245,7 +245,7 @@ def _run(
     places: Sequence[Sequence[int]],
 ) -> Tensor:
     """Return the logits (B, num_classes, I, J, K) float32 of windows that begin at these places."""
-    device = next((weight.device for weight in network.parameters()), image.device)
+    device = find_device(network, image)
     dtype = torch.bfloat16 if window.precision == "bfloat16" else torch.float32
     axes = [2 + axis for axis in mirrored]
     patches = torch.cat([_cut(image, place, window.extent) for place in places]).to(device)
@@ -257,6 +257,11 @@ def _run(
     if window.slice_axis is not None:
         logits = logits.unsqueeze(2 + window.slice_axis)
     return logits.flip(axes)
+
+
+def find_device(network: SegmentationNetwork, image: Tensor) -> torch.device:
+    """Return where a network is; one without weights is where its image is."""
+    return next((weight.device for weight in network.parameters()), image.device)
 
 
 def _cut(image: Tensor, place: Sequence[int], extent: Sequence[int]) -> Tensor:

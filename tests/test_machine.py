@@ -119,3 +119,22 @@ def test_threads_wait_passively_unless_the_user_says_otherwise(given):
         env=environment | given, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == [given.get("OMP_WAIT_POLICY", "PASSIVE"), "0", "1"]
+
+
+def test_free_memory_is_what_the_cgroup_leaves_and_what_it_can_give_up(tmp_path):
+    write(tmp_path, "memory.max", "5000\n")
+    write(tmp_path, "memory.current", "4000\n")
+    write(tmp_path, "memory.stat", "anon 3200\ninactive_file 700\n")
+    assert machine.count_free_memory(group=tmp_path) == 1700
+    write(tmp_path, "memory.max", "max\n")
+    assert machine.count_free_memory(group=tmp_path) > 1e6
+
+
+def test_free_memory_is_within_the_limit_of_the_process():
+    code = (
+        "import psutil, resource\nfrom medssl.machine import count_free_memory\n"
+        "most = psutil.Process().memory_info().vms + 10**7\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most))\nprint(count_free_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) <= 1e7

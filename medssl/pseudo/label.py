@@ -27,7 +27,7 @@ from medssl.data.pseudo_labels import (
 from medssl.overlays import show_channels, write_overlay
 from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
 from medssl.runs import write_text
-from medssl.transforms.geometry import to_native
+from medssl.transforms.geometry import WayBack
 
 NUM_OVERLAYS = 4  # fixed cases, pictured after each round
 LEAST_WEIGHT = 0.01  # of a case, so that none is lost for good
@@ -137,10 +137,11 @@ def _write_mask(
     section: FilterSection,
 ) -> None:
     """Write the pseudo-mask of a case on its own grid; what is not trusted is 255."""
-    grid = (case.affine, case.native_shape, case.native_affine)
-    native = to_native(probs, *grid)
-    trusted = trust_voxels(native, to_native(uncertainty[None], *grid)[0], section)
-    mask = np.where(trusted, native.argmax(0), IGNORE).astype(np.uint8)
+    way = WayBack(case.shape, case.affine, case.native_shape, case.native_affine)
+    mask = np.empty(case.native_shape, np.uint8)
+    for box, native in way.stream([probs], 0, way.whole):
+        trusted = trust_voxels(native, way.bring(uncertainty[None], (0, 0, 0), box)[0], section)
+        mask[box] = np.where(trusted, native.argmax(0), IGNORE)
     path = folder / "pseudo_masks" / f"{case.case_id}{case.mask_suffix}"
     untrusted = find_untrusted_value(label_values)
     place = (mask, case.native_affine, label_values, untrusted)

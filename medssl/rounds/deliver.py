@@ -14,7 +14,7 @@ from medssl.data.cache import CachedCase
 from medssl.data.io import write_mask
 from medssl.machine import explain_out_of_memory
 from medssl.metrics import compare_cases, mean_known
-from medssl.predict import Model, check_weights, explain_failure, load_model, predict_probs
+from medssl.predict import Model, check_weights, explain_failure, load_model, predict_native
 from medssl.rounds.run import Run, count_members, to_tensor
 from medssl.runs import (
     CaseCounter,
@@ -27,7 +27,7 @@ from medssl.runs import (
     write_json,
     write_state,
 )
-from medssl.transforms.geometry import to_native
+from medssl.transforms.geometry import WayBack
 
 MOST_REJECTED = 2  # rounds
 
@@ -186,9 +186,12 @@ def _predict_unlabeled(run: Run) -> dict[str, str] | None:
 def _segment(run: Run, model: Model, case: CachedCase, path: Path) -> None:
     """Write the mask of a case."""
     image = to_tensor(case, run.plan.device)
-    probs = predict_probs(model.network, image, run.plan.window)[0]
-    native = to_native(probs.cpu().numpy(), case.affine, case.native_shape, case.native_affine)
-    place = (native.argmax(0).astype(np.uint8), case.native_affine, run.plan.label_values)
+    way = WayBack(case.shape, case.affine, case.native_shape, case.native_affine)
+    mask = np.empty(case.native_shape, np.uint8)
+    classes = run.plan.num_classes
+    for box, probs in predict_native(model.network, image, run.plan.window, way, classes):
+        mask[box] = probs.argmax(0)
+    place = (mask, case.native_affine, run.plan.label_values)
     write_mask(path, *place, header=case.native_header, origin="prediction")
 
 

@@ -22,11 +22,9 @@ from medssl.transforms.geometry import (
     grid_spacing,
     resample,
 )
+from medssl.transforms.normalize import HIGH, LOW, normalize
 
 MOST_VOXELS = 2**31  # of a cache grid that is finer than its scan
-
-_LOW, _HIGH = 0.5, 99.5  # percentiles between which the intensities of a scan are believed
-_EMPTY = 1 / 3  # share of exact zeros above which zero means: nothing was measured here
 
 
 class Normalization(BaseModel):
@@ -113,7 +111,7 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
     _refuse_huge(volume, shape, affine)
     normalized = np.empty(volume.array.shape, dtype=np.float32)
     for index, how in enumerate(recipe.normalization):
-        normalized[index] = _normalize(volume.array[index], how)
+        normalized[index] = normalize(volume.array[index], **how.model_dump())
     resampled = resample(normalized, volume.affine, shape, affine, "linear")
     return Volume(resampled, affine, volume.has_spacing)
 
@@ -175,34 +173,6 @@ def measure_percentiles(volume: Volume) -> tuple[tuple[float, float, float], ...
     return tuple(
         (float(low), float(middle), float(high))
         for low, middle, high in (
-            np.percentile(channel, (_LOW, 50, _HIGH)) for channel in volume.array
+            np.percentile(channel, (LOW, 50, HIGH)) for channel in volume.array
         )
     )
-
-
-def _normalize(channel: NDArray[np.float32], how: Normalization) -> NDArray[np.float32]:
-    """Normalize one channel (I, J, K); a constant one becomes zero."""
-    if how.kind == "ct":
-        assert how.mean is not None, "validated"
-        assert how.std is not None, "validated"
-        return (np.clip(channel, how.low, how.high) - np.float32(how.mean)) / np.float32(how.std)
-    numbers = None
-    measured = channel[channel != 0]
-    if measured.size < (1 - _EMPTY) * channel.size:
-        numbers = _measure_zscore(measured)
-    numbers = numbers or _measure_zscore(channel.ravel())
-    if numbers is None:
-        return np.zeros(channel.shape, dtype=np.float32)
-    low, high, mean, std = numbers
-    return ((np.clip(channel, low, high) - mean) / std).astype(np.float32)
-
-
-def _measure_zscore(values: NDArray[np.float32]) -> tuple[float, float, float, float] | None:
-    """Return clip limits, mean and standard deviation of values (n,); None if all are equal."""
-    if values.size == 0 or values.min() == values.max():
-        return None
-    low, high = (float(limit) for limit in np.percentile(values, (_LOW, _HIGH)))
-    if low == high:  # a few bright voxels on an even ground: they are what there is to see
-        low, high = float(values.min()), float(values.max())
-    believed = np.clip(values.astype(np.float64), low, high)
-    return low, high, float(believed.mean()), float(believed.std())

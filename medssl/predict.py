@@ -33,6 +33,7 @@ from medssl.data.io import (
 from medssl.data.predictions import (
     Record,
     SomeFailedError,
+    append_audit,
     name_map_suffix,
     plan_predictions,
 )
@@ -46,6 +47,7 @@ from medssl.runs import (
     FULL,
     hash_file,
     hash_files,
+    hash_json,
     read_record,
     remove_leftovers,
     seed_from,
@@ -207,7 +209,7 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     """Load a model for prediction.
 
     Args:
-        path: A run, one of its rounds, or a model folder.
+        path: A run, one of its rounds, a model folder, or its zip.
         device: Torch device.
 
     Raises:
@@ -499,7 +501,10 @@ def predict_files(
                 continue
             try:
                 found = predict_case(model, images, passes=MC_PASSES if uncertainty else 0)
-                _write_prediction(model.info, plan.masks[name], name, found, probs, record)
+                written = _write_prediction(
+                    model.info, plan.masks[name], name, found, probs, record
+                )
+                append_audit(out, scan=name, **_audit(model, images, uncertainty), output=written)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
                 report(f"{images[0]}: no mask, see below")
@@ -524,8 +529,8 @@ def explain_failure(error: Exception) -> str:
 
 def _write_prediction(
     info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool, record: Record
-) -> None:
-    """Write the maps and then the mask of a scan, and record them."""
+) -> dict[str, str]:
+    """Write the maps and then the mask of a scan, record them, and return their hashes."""
     out = mask.parent
     suffix = name_map_suffix(mask)
     files = [mask]
@@ -538,4 +543,14 @@ def _write_prediction(
     place = (found.mask, found.affine, info.label_values)
     write_mask(mask, *place, header=found.header, origin="prediction")
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
-    record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})
+    return record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})
+
+
+def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:
+    """Return the hashes of the model, settings and files of a prediction, and on what it ran."""
+    settings = model.info.model_dump(mode="json", exclude={"provenance"})
+    settings |= {"uncertainty": uncertainty, "device": str(model.device)}
+    about = {"device": str(model.device), "precision": model.info.precision}
+    sources = [{"file": path.name, "sha256": hash_file(path)} for path in images]
+    weights = model.info.provenance.get(WEIGHTS)
+    return {"model": weights, "settings": hash_json(settings), **about, "input": sources}

@@ -39,6 +39,7 @@ LAYERS = (
     "cross_check",
     "compare",
     "report",
+    "export",
     "doctor",
     "cli",
     "__main__",

@@ -1,5 +1,6 @@
 """Models for those who do not have medssl: bundle, ONNX, torch.export, TorchScript, zip, card."""
 
+import base64
 import json
 import os
 import shutil
@@ -24,7 +25,8 @@ from medssl.export import export_model
 from medssl.export.exchange import SUFFIXES, strip_padding
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.predict import describe_model, load_model, predict_files, save_model
-from medssl.runs import read_json, write_json
+from medssl.runs import hash_file, read_json, write_json
+from medssl.tracking import default_uri, sync
 
 OBLIQUE = np.array(
     [[-0.9, 0.3, 0.2, 9.0], [0.3, 0.8, 0.3, -7.0], [0.2, -0.2, 1.9, 3.0], [0, 0, 0, 1]]
@@ -348,8 +350,6 @@ def read_card(path):
 
 
 def test_every_prediction_leaves_a_line(tmp_path, make_model):
-    from medssl.runs import hash_file
-
     model, scans = make_model(tmp_path / "model"), write_scans(tmp_path / "scans", "3d")
     for _ in range(2):
         predict_files(load_model(model), [scans], tmp_path / "out", report=lambda _: None)
@@ -371,3 +371,26 @@ def test_every_prediction_leaves_a_line(tmp_path, make_model):
     last = json.loads((tmp_path / "out/predictions.jsonl").read_text().splitlines()[-1])
     assert last["settings"] != lines[0]["settings"]
     assert len(last["output"]) == 2
+
+
+def test_champion_and_teacher_are_served_by_mlflow(tmp_path, make_model, monkeypatch):
+    import mlflow
+    import pandas as pd
+
+    run = write_whole_run(tmp_path / "runs" / "a", make_model)
+    scans = write_scans(tmp_path / "scans", "3d")
+    sync(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(run.parent))
+    predict_files(load_model(run), [scans], tmp_path / "out", report=lambda _: None)
+    for alias, version in (("champion", "1"), ("teacher", "2")):
+        name = f"models:/Task04_Hippocampus@{alias}"
+        client = mlflow.MlflowClient()
+        found = client.get_model_version_by_alias("Task04_Hippocampus", alias)
+        assert str(found.version) == version
+        served = mlflow.pyfunc.load_model(name)
+        scan = (scans / "oblique.nii.gz").read_bytes()
+        (mask,) = served.predict(pd.DataFrame({"scan": [scan]}))
+        (tmp_path / "mask.nii.gz").write_bytes(base64.b64decode(mask))
+        ours, theirs = nib.load(tmp_path / "out/oblique.nii.gz"), nib.load(tmp_path / "mask.nii.gz")
+        assert ours.header == theirs.header
+        assert np.array_equal(ours.dataobj, theirs.dataobj)

@@ -57,7 +57,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Such as labeled=4 test=40 train.lr=1e-3"),
 ]
 RunOrModel = Annotated[
-    Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, or a model folder.")
+    Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, a model folder or zip.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Overwrite = Annotated[
@@ -551,6 +551,23 @@ def report(
 ) -> None:
     """Write one HTML page that shows what a run did and what it is worth; `sync` sends it."""
     print(_write_report(run, share))
+
+
+@app.command()
+def export(
+    model: RunOrModel,
+    form: Annotated[
+        str,
+        typer.Option("--format", help="zip, monai-bundle, onnx, torch-export or torchscript."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Default: RUN/export/FORMAT, RUN/model.zip.")
+    ] = None,
+) -> None:
+    """Write a model, with its card, for those who do not have medssl."""
+    from medssl.export import export_model
+
+    print(export_model(model, form, out))
 
 
 @app.command()

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medssl.config import InputError
+from medssl.data.files import hash_source
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
@@ -34,6 +35,7 @@ from medssl.data.io import (
 from medssl.data.predictions import (
     Record,
     SomeFailedError,
+    append_audit,
     plan_predictions,
 )
 from medssl.data.trained import resolve_model
@@ -52,6 +54,7 @@ from medssl.runs import (
     FULL,
     hash_file,
     hash_files,
+    hash_json,
     read_record,
     remove_leftovers,
     seed_from,
@@ -222,7 +225,7 @@ def load_model(path: Path, device: str = "cpu") -> Model:
     """Load a model for prediction.
 
     Args:
-        path: A run, one of its rounds, or a model folder.
+        path: A run, one of its rounds, a model folder, or its zip.
         device: Torch device.
 
     Raises:
@@ -582,7 +585,10 @@ def predict_files(
                     probs_in=out if probs else None,
                     advance=bar.update,
                 )
-                _write_prediction(model.info, plan.masks[name], name, found, probs, record)
+                written = _write_prediction(
+                    model.info, plan.masks[name], name, found, probs, record
+                )
+                append_audit(out, scan=name, **_audit(model, images, uncertainty), output=written)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
                 with bar.external_write_mode():
@@ -616,8 +622,8 @@ def explain_failure(error: Exception) -> str:
 
 def _write_prediction(
     info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool, record: Record
-) -> None:
-    """Write the maps and then the mask of a scan, and record them."""
+) -> dict[str, str]:
+    """Write the maps and then the mask of a scan, record them, and return their hashes."""
     out = mask.parent
     suffix = get_reader(mask).map_suffix
     files = [mask]
@@ -632,4 +638,14 @@ def _write_prediction(
     names = [info.labels[index] for index in range(len(info.label_values))]
     write_mask(mask, *place, header=found.header, origin="prediction", names=names)
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
-    record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})
+    return record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})
+
+
+def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:
+    """Return the hashes of the model, settings and files of a prediction, and on what it ran."""
+    settings = model.info.model_dump(mode="json", exclude={"provenance"})
+    settings |= {"uncertainty": uncertainty, "device": str(model.device)}
+    about = {"device": str(model.device), "precision": model.info.precision}
+    sources = [{"file": path.name, "sha256": hash_source(path)} for path in images]
+    weights = model.info.provenance.get(WEIGHTS)
+    return {"model": weights, "settings": hash_json(settings), **about, "input": sources}

@@ -45,6 +45,7 @@ LAYERS = (
     "cross_check",
     "compare",
     "report",
+    "export",
     "doctor",
     "cli",
     "__main__",

@@ -5,6 +5,8 @@ does not name, or that has been changed since, is somebody's work: it is never r
 """
 
 import contextlib
+import datetime
+import json
 import os
 import re
 import time
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medssl import __version__
 from medssl.config import InputError
 from medssl.data.files import find_scan, find_unread, is_scan, keep_scans, walk_scans
 from medssl.data.layouts import read_dataset
@@ -31,9 +34,10 @@ from medssl.formats.readers import (
     name_scan,
     strip_suffix,
 )
-from medssl.runs import hash_file, lock, read_json, write_json
+from medssl.runs import hash_file, lock, read_json, tell_full_disk, write_json
 
 RECORD = "predictions.json"
+AUDIT = "predictions.jsonl"
 OVERWRITE = "--overwrite"
 _LISTS = ("cases.csv", "cases.json", "dataset.json")
 _NUM_SHOWN = 5
@@ -268,8 +272,8 @@ class Record:
         labels: Mapping[str, str] | None = None,
         model: Mapping[str, Any] | None = None,
         flags: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        """Add files as they are now.
+    ) -> dict[str, str]:
+        """Add files as they are now; return their hashes by name.
 
         Args:
             files: What was written into the folder.
@@ -285,6 +289,7 @@ class Record:
             self._pending.setdefault(key, {}).update(part)
         if time.monotonic() >= self._next:
             self.write()
+        return hashes
 
     def write(self) -> None:
         """Write what was added since the last time.
@@ -302,6 +307,22 @@ class Record:
             write_json(self.out / RECORD, merged)
         self._pending = {}
         self._next = time.monotonic() + _FEWER * (time.monotonic() - started)
+
+
+def append_audit(out: Path, **entry: Any) -> None:
+    """Append a line of JSON to what a folder tells of its predictions; earlier lines stand.
+
+    Args:
+        out: The folder.
+        entry: What to say beside the time and the version of medssl.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    line = json.dumps({"time": now, "medssl": __version__, **entry}) + "\n"
+    with tell_full_disk(out / AUDIT), (out / AUDIT).open("ab") as file:
+        file.write(line.encode())
 
 
 def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:

@@ -5,8 +5,12 @@ or format is the same scan, and measuring a model on it is no test.
 """
 
 import hashlib
+import shutil
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -15,18 +19,28 @@ from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, take_test_with_labels
 from medssl.data.files import hash_source
 from medssl.data.layouts import read_dataset
-from medssl.runs import find_edited, list_rounds, read_json, write_json
+from medssl.runs import (
+    find_edited,
+    list_rounds,
+    read_json,
+    tell_full_disk,
+    write_json,
+)
 from medssl.settings import load_config
 
 RECORD = "trained_on.json"
+_ZIPPED = {"weights.safetensors": 2**34, "model.json": 2**26}  # and the bytes that each may have
+_unpacked: dict[tuple[Path, int], tempfile.TemporaryDirectory[str]] = {}
 
 
 def resolve_model(path: Path) -> Path:
-    """Return the model folder of a run, one of its rounds, or a model folder itself.
+    """Return the model folder of a run, one of its rounds, a zip, or a model folder itself.
 
     Raises:
         InputError: There is none; says what stands there instead.
     """
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return _unpack(path)
     for folder in (path, path / "model"):
         if (folder / "model.json").is_file():
             return folder
@@ -36,6 +50,41 @@ def resolve_model(path: Path) -> Path:
     rounds = [p.name for p in folders if (p / "model" / "model.json").is_file()]
     hint = f"; finished rounds: {', '.join(rounds)} (use {path / rounds[-1]})" if rounds else ""
     raise InputError(f"{path}: holds no model (model/model.json){hint}")
+
+
+def _unpack(path: Path) -> Path:
+    """Return the folder, gone with the process, of a zipped model.
+
+    Two files are read by their names, wherever in the zip they lie, and written under these names:
+    what else it holds, and where its names point to, does not matter.
+    """
+    key = (path.resolve(), path.stat().st_mtime_ns)
+    if key not in _unpacked:
+        folder = tempfile.TemporaryDirectory(prefix="medssl_model_")
+        try:
+            with zipfile.ZipFile(path) as archive, tell_full_disk(Path(folder.name) / "model"):
+                for name, most in _ZIPPED.items():
+                    _copy_member(archive, name, most, Path(folder.name))
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: damaged, encrypted or no zip ({error}); copy it again"
+            ) from error
+        except ValueError as error:
+            raise InputError(
+                f"{path}: no zip of a model: {error}; medssl export RUN --format zip makes one"
+            ) from error
+        _unpacked[key] = folder
+    return Path(_unpacked[key].name)
+
+
+def _copy_member(archive: zipfile.ZipFile, name: str, most: int, folder: Path) -> None:
+    """Write the one member that bears a name, of at most so many bytes, into a folder."""
+    found = [m for m in archive.infolist() if PurePosixPath(m.filename).name == name]
+    if len(found) != 1 or found[0].file_size > most:
+        sizes = [member.file_size for member in found]
+        raise ValueError(f"{name} is in it {len(found)} times, with {sizes} bytes")
+    with archive.open(found[0]) as source, (folder / name).open("wb") as target:
+        shutil.copyfileobj(source, target)
 
 
 def count_model_channels(path: Path) -> int:

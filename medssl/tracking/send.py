@@ -34,6 +34,7 @@ from medssl.tracking.store import (
 )
 
 _MODEL_LIMIT = 40 * 2**20  # bytes of a model that MLflow gets a copy of
+_LOADER = "medssl.export.serving"  # by its name: MLflow imports it, where a model is served
 _PAGE_LIMIT = 5 * 2**20  # bytes of a report that MLflow gets a copy of
 _OVERLAY_SIDE = 1200  # pixels
 _LINES_AT_ONCE = 500
@@ -464,32 +465,74 @@ def _send_model(target: _Target) -> None:
     """Send the delivered model and register it under the experiment's name, as its champion.
 
     The champion is the model that was delivered last; a labels-only run takes no other's place.
-    A model above 40 MiB stays in the run folder: MLflow gets its description only.
+    The teacher is the one of the round before, whose labels the champion learned from. Both can be
+    served by MLflow and loaded as a pyfunc: see `medssl.export.serving`. A model above 40 MiB stays
+    in the run folder: MLflow gets its description only.
     """
-    folder = target.folder.path / "model"
-    path = folder / "model.json"
-    if not target.folder.is_finished or not path.is_file():
+    folder = target.folder
+    if not folder.is_finished or not (folder.path / "model" / "model.json").is_file():
         return
-    texts = [text for pair in _flatten(read_json(path)) for text in pair]
+    is_new = folder.config.get("train", {}).get("rounds") != 0
+    _send_version(target, folder.path / "model", "champion", is_new)
+    teacher = _find_teacher(folder)
+    if teacher is not None and (teacher / "model.json").is_file():
+        _send_version(target, teacher, "teacher", True)
+
+
+def _find_teacher(folder: RunFolder) -> Path | None:
+    """Return the model of the last round before the delivered one that passed its gate."""
+    last = _round_of(str(folder.summary.get("delivered") or ""))
+    passed = [
+        index
+        for index, done in folder.done_rounds.items()
+        if index < last and (done.get("gate") or {}).get("passed")
+    ]
+    return folder.path / f"round_{passed[-1]}" / "model" if passed else None
+
+
+def _send_version(target: _Target, folder: Path, alias: str, takes_alias: bool) -> None:
+    """Send a model folder, and make a version of the registered model from this copy."""
+    path, name = folder / "model.json", "model" if alias == "champion" else alias
+    about = read_json(path)
+    texts = [text for pair in _flatten(about) for text in pair]
     names = replace(target.names, numbers=False)  # it is full of them
     refuse_names(path, (text for text in texts if names.text(text) != text))
-    if _measure_model(target.folder) > _MODEL_LIMIT:
+    files = [path, folder / "weights.safetensors"]
+    if sum(file.stat().st_size for file in files if file.is_file()) > _MODEL_LIMIT:
         target.once(
-            "model", "model.json", lambda: target.client.log_artifact(target.parent, path, "model")
+            name, "model.json", lambda: target.client.log_artifact(target.parent, path, name)
         )
         return
-    target.once(
-        "model", "model", lambda: target.client.log_artifacts(target.parent, folder, "model")
-    )
-    target.once("version", True, lambda: _register(target))
+
+    def send() -> None:
+        for file in files:
+            target.client.log_artifact(target.parent, file, name)
+        channels = about.get("channels") or [""]
+        target.client.log_text(target.parent, _describe_pyfunc(len(channels)), f"{name}/MLmodel")
+
+    target.once(name, "pyfunc", send)
+    version = "version" if alias == "champion" else f"version/{alias}"
+    target.once(version, True, lambda: _register(target, name, alias, takes_alias))
 
 
-def _measure_model(folder: RunFolder) -> int:
-    """Return the bytes of the delivered model."""
-    return sum(path.stat().st_size for path in (folder.path / "model").rglob("*") if path.is_file())
+def _describe_pyfunc(num_channels: int) -> str:
+    """Return the MLmodel file that makes a model folder one that MLflow serves.
+
+    A row is a scan: the bytes of its file, or of a file a channel. What comes back is the file of
+    the mask in base64.
+    """
+    from mlflow import pyfunc
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    names = ["scan"] if num_channels == 1 else [f"scan_{i:04d}" for i in range(num_channels)]
+    takes = Schema([ColSpec("binary", name) for name in names])
+    model = Model(signature=ModelSignature(takes, Schema([ColSpec("string")])))
+    pyfunc.add_to_model(model, loader_module=_LOADER)
+    return str(model.to_yaml())
 
 
-def _register(target: _Target) -> None:
+def _register(target: _Target, artifact: str, alias: str, takes_alias: bool) -> None:
     """Make a version of the registered model from the parent run's copy."""
     from mlflow.exceptions import MlflowException
 
@@ -498,13 +541,13 @@ def _register(target: _Target) -> None:
     name = re.sub(r"[/:]", "_", experiment.name)
     with contextlib.suppress(MlflowException):  # it is there already, or the next call says why
         client.create_registered_model(name)
+    what = "Delivered by" if alias == "champion" else "Teacher of what was delivered by"
     version = client.create_model_version(
         name,
-        source=f"runs:/{target.parent}/model",
+        source=f"runs:/{target.parent}/{artifact}",
         run_id=target.parent,
-        description=f"Delivered by {target.folder.path.name}; `medssl predict` takes the folder.",
+        description=f"{what} {target.folder.path.name}; `medssl predict` takes the folder.",
         tags={"run": target.folder.path.name},
     )
-    trained = target.folder.config.get("train", {}).get("rounds")
-    if trained != 0 or "champion" not in client.get_registered_model(name).aliases:
-        client.set_registered_model_alias(name, "champion", version.version)
+    if takes_alias or alias not in client.get_registered_model(name).aliases:
+        client.set_registered_model_alias(name, alias, version.version)

@@ -22,12 +22,9 @@ from medssl.transforms.geometry import (
     grid_spacing,
     resample,
 )
+from medssl.transforms.normalize import HIGH, LOW, normalize
 
 MOST_VOXELS = 2**31  # of a cache grid that is finer than its scan
-
-_LOW, _HIGH = 0.5, 99.5  # percentiles between which the intensities of a scan are believed
-_PIECE = 2**22  # values in float64 at once
-_EMPTY = 1 / 3  # share of exact zeros above which zero means: nothing was measured here
 
 
 class Normalization(BaseModel):
@@ -118,7 +115,7 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
     _refuse_huge(volume, shape, affine)
     normalized = np.empty(volume.array.shape, dtype=np.float32)
     for index, how in enumerate(recipe.normalization):
-        _normalize(volume.array[index], how, normalized[index])
+        normalize(volume.array[index], **how.model_dump(), out=normalized[index])
     resampled = resample(normalized, volume.affine, shape, affine, "linear")
     return Volume(resampled, affine, volume.has_spacing)
 
@@ -180,46 +177,6 @@ def measure_percentiles(volume: Volume) -> tuple[tuple[float, float, float], ...
     return tuple(
         (float(low), float(middle), float(high))
         for low, middle, high in (
-            np.percentile(channel, (_LOW, 50, _HIGH)) for channel in volume.array
+            np.percentile(channel, (LOW, 50, HIGH)) for channel in volume.array
         )
     )
-
-
-def _normalize(
-    channel: NDArray[np.float32], how: Normalization, result: NDArray[np.float32]
-) -> None:
-    """Normalize one channel (I, J, K) into another array, plane by plane; a constant one is 0."""
-    numbers = how.low, how.high, how.mean, how.std
-    if how.kind == "zscore":
-        measured = None
-        if np.count_nonzero(channel) < (1 - _EMPTY) * channel.size:
-            measured = _measure_zscore(channel[channel != 0])
-        measured = measured or _measure_zscore(channel.ravel())
-        if measured is None:
-            result[:] = 0
-            return
-        numbers = measured
-    low, high, mean, std = numbers
-    assert mean is not None, "validated"
-    assert std is not None, "validated"
-    for plane, target in zip(channel, result, strict=True):
-        target[:] = (np.clip(plane, low, high) - np.float32(mean)) / np.float32(std)
-
-
-def _measure_zscore(values: NDArray[np.float32]) -> tuple[float, float, float, float] | None:
-    """Return clip limits, mean and standard deviation of values (n,); None if all are equal."""
-    if values.size == 0 or values.min() == values.max():
-        return None
-    low, high = (float(limit) for limit in np.percentile(values, (_LOW, _HIGH)))
-    if low == high:  # a few bright voxels on an even ground: they are what there is to see
-        low, high = float(values.min()), float(values.max())
-
-    def add(center: float, power: int) -> float:
-        pieces = (values[start : start + _PIECE] for start in range(0, values.size, _PIECE))
-        return sum(
-            float(((np.clip(piece.astype(np.float64), low, high) - center) ** power).sum())
-            for piece in pieces
-        )
-
-    mean = add(0.0, 1) / values.size
-    return low, high, mean, math.sqrt(add(mean, 2) / values.size)

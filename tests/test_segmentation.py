@@ -142,6 +142,8 @@ def test_a_class_without_voxels_and_one_without_a_name_are_kept(tmp_path, scan, 
     WRITERS[kind](path, np.zeros_like(MASK), scan.header, {2: "spleen"})
     label, names = read_segments(path, scan, {"spleen": 2})
     assert not label.any()
+    made = pydicom.dcmread(path)  # which must not have sequences of nothing
+    assert all(element.value for element in made.iterall() if element.keyword == "ContourSequence")
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -70,10 +70,26 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
-    dataset = _name_segments(dataset)
+    dataset = _name_modality(_name_segments(dataset))
     notes = (*dataset.notes, *_find_left_out(dataset))
     cases = tuple(sorted(dataset.cases, key=lambda case: case.case_id))
     return replace(dataset, cases=cases, notes=notes)
+
+
+def _name_modality(dataset: Dataset) -> Dataset:
+    """Name the one channel of a data set of DICOM series by their modality, if nobody has."""
+    images = [case.images[0] for case in dataset.cases]
+    if any(dataset.channels) or len(dataset.channels) != 1 or find_reader(images[0]) is not DICOM:
+        return dataset
+    from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
+
+    modalities = set()
+    for path in images[:: -(-len(images) // _MOST_OPENED)]:
+        if find_reader(path) is not DICOM:
+            return dataset
+        with contextlib.suppress(InputError):  # it is named when it is read
+            modalities |= {one.modality for one in list_series(path) if one.is_image}
+    return dataset if len(modalities) != 1 else replace(dataset, channels=(modalities.pop(),))
 
 
 def _name_segments(dataset: Dataset) -> Dataset:

@@ -71,7 +71,7 @@ MC_PASSES = 8
 Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
-SLAB_BYTES = 2**31  # of the slabs that are held at once; a scan with larger ones is cut
+SLAB_BYTES = 3 * 2**30  # of the slabs that are held at once; a scan with larger ones is cut
 
 Advance = Callable[[int], object]
 """Is told how many windows have gone through a network."""

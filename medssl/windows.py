@@ -249,14 +249,14 @@ def _run(
     dtype = torch.bfloat16 if window.precision == "bfloat16" else torch.float32
     axes = [2 + axis for axis in mirrored]
     patches = torch.cat([_cut(image, place, window.extent) for place in places]).to(device)
-    patches = patches.flip(axes)
+    patches = patches.flip(axes) if axes else patches
     if window.slice_axis is not None:
         patches = patches.squeeze(2 + window.slice_axis)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         logits: Tensor = network(arrange(patches)).float()
     if window.slice_axis is not None:
         logits = logits.unsqueeze(2 + window.slice_axis)
-    return logits.flip(axes)
+    return logits.flip(axes) if axes else logits
 
 
 def find_device(network: SegmentationNetwork, image: Tensor) -> torch.device:

@@ -96,7 +96,10 @@ def test_ctrl_c_leaves_finished_scans_and_no_half_file(saved, tmp_path):
     assert second.startswith(str(tmp_path / "out" / "a.nii.gz"))
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, errors
     assert errors == f"stopped: the masks of finished scans stand in {tmp_path / 'out'}\n"
     names = ["a.nii.gz", "a_probs.nii.gz", "predictions.json"]
@@ -109,43 +112,40 @@ import resource, sys
 from pathlib import Path
 import psutil, torch
 from medssl import predict
-from medssl.costs import forecast
-from medssl.predict import load_model, predict_files
+from medssl.predict import Model, load_model, predict_files
 
-model, scans = load_model(Path(sys.argv[1])), Path(sys.argv[2])
-torch.set_num_threads(1)
-tried = []
-real = predict.slide
+info, scans, out = load_model(Path(sys.argv[1])).info, Path(sys.argv[2]), Path(sys.argv[3])
+model = Model(torch.nn.Conv3d(1, 3, 1).eval(), info, torch.device("cpu"))
+model.network.bias.data = torch.tensor([0.0, 0.5, 0.0])
+model.network.weight.data = torch.tensor([-1.0, 0.1, 1.0]).reshape(3, 1, 1, 1, 1)
+tried, real = [], predict.slide
 
 def slide(network, image, window, mirrored, box, advance):
     tried.append([part.stop - part.start for part in box])
     return real(network, image, window, mirrored, box, advance)
 
 predict.slide = slide
-if sys.argv[4] == "bound":
-    predict.count_free_memory = lambda: 1e12  # as where nobody says what there is
-    costs = forecast(model, {"a": (scans / "a.nii",)})
-    predict_files(model, [scans / "small.nii"], Path(sys.argv[3]), report=str)
-    tried.clear()
-    room = int(float(sys.argv[5]))
+predict.count_free_memory = lambda device: 1e12  # as where nobody says what there is
+predict_files(model, [scans / "small.nii"], out, report=str)
+tried.clear()
+if room := int(sys.argv[4]):
     limit = psutil.Process().memory_info().vms + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-predict_files(model, [scans / "a.nii"], Path(sys.argv[3]), report=str)
+predict_files(model, [scans / "a.nii"], out, report=str)
 print(tried)
 """
 
 
 @pytest.mark.slow
 def test_under_a_limit_of_memory_a_scan_is_segmented_in_smaller_slabs(model, tmp_path):
-    shape = (40, 240, 230)
-    info = model.info.model_copy(update={"patch_size": (32, 32, 32), "flips": (0, 1)})
-    save_model(tmp_path / "run" / "model", model.network, info)
-    write_noise(tmp_path / "in" / "a.nii", shape)
+    changes = {"patch_size": (64, 64, 64), "flips": (0, 1, 2)}
+    save_model(tmp_path / "run" / "model", model.network, model.info.model_copy(update=changes))
+    write_noise(tmp_path / "in" / "a.nii", (128, 128, 128))
     write_noise(tmp_path / "in" / "small.nii", (40, 40, 40))
     tried, masks = {}, {}
-    for kind, room in (("free", 0), ("bound", 260e6)):
-        out = tmp_path / kind
-        command = [sys.executable, "-c", CHILD, tmp_path / "run", tmp_path / "in", out, kind, room]
+    for room in (0, 130_000_000):  # bytes; the slabs of the whole take 216 million
+        out = tmp_path / str(room)
+        command = [sys.executable, "-c", CHILD, tmp_path / "run", tmp_path / "in", out, room]
         done = subprocess.run(
             [*map(str, command)],
             capture_output=True,
@@ -153,8 +153,12 @@ def test_under_a_limit_of_memory_a_scan_is_segmented_in_smaller_slabs(model, tmp
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
-        tried[kind] = json.loads(done.stdout.splitlines()[-1])
-        masks[kind] = np.asanyarray(nib.load(out / "a.nii.gz").dataobj)
-    assert tried["free"] == [list(shape)] * 4, "four mirrorings of the whole"
-    assert min(map(min, tried["bound"])) < 40 or len(tried["bound"]) > 4
-    assert (masks["free"] != masks["bound"]).mean() <= 1e-6
+        tried[room] = json.loads(done.stdout.splitlines()[-1])
+        masks[room] = np.asanyarray(nib.load(out / "a.nii.gz").dataobj)
+    free, bound = tried.values()
+    assert free == [[128, 128, 128]] * 8, "eight mirrorings of the whole, side by side"
+    assert bound[0] == [128, 128, 128], "which is tried first"
+    assert max(bound[-1]) == 128 > min(bound[-1]), "and then parts"
+    whole, parts = masks.values()
+    assert len(np.unique(whole)) == 3
+    assert (whole != parts).mean() <= 1e-6

@@ -425,7 +425,7 @@ def test_slices_go_through_the_network_one_by_one_and_come_back_in_order():
     with torch.no_grad():
         whole = predict_logits(network, image, Window((12, 12), slice_axis=1))
         for j in (0, 3):
-            one = predict_logits(network, image[:, :, :, j], Window((12, 12)))
+            one = network(torch.nn.functional.pad(image[:, :, :, j], (1, 1)))[..., 1:-1]
             torch.testing.assert_close(whole[:, :, :, j], one)
 
 

@@ -10,7 +10,6 @@ import io
 import math
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -194,12 +193,14 @@ def make_case(plan: Plan, folder: Path, seed: int) -> CachedCase:
 def measure_window(plan: Plan) -> float:
     """Return the seconds of a window at prediction."""
     count = 1 if plan.slice_axis is None else SLICES
-    shape: Sequence[int] = (count, plan.network.in_channels, *plan.patch_size)
-    image = torch.zeros(*shape, device=plan.device)
+    size = list(plan.window.extent)
+    if plan.slice_axis is not None:
+        size[plan.slice_axis] = SLICES
+    image = torch.zeros(1, plan.network.in_channels, *size, device=plan.device)
     network = _build(plan.network).to(plan.device).eval()
     times = []
     for _ in range(2):
         started = time.perf_counter()
-        predict_logits(network, image, plan.window._replace(slice_axis=None))
+        predict_logits(network, image, plan.window)
         times.append(time.perf_counter() - started)
     return min(times) / count

@@ -58,9 +58,9 @@ def make_model(tiny_plan, tiny_spec):
         if kind != "3d":
             size = (64, 64) if kind == "unet" else (8, 8)
             plan |= {"slice_axis": 2, "patch_size": size, "flips": (1,)}
-        if kind == "pictures":
+        if kind in ("pictures", "unet"):
             recipe = tiny_plan.preprocessing.model_copy(update={"spacing": (None,) * 3})
-            plan |= {"has_spacing": False, "preprocessing": recipe}
+            plan |= {"has_spacing": kind == "unet", "preprocessing": recipe}
         save_model(folder, network, describe_model(tiny_plan.model_copy(update=plan), {"round": 2}))
         return folder
 

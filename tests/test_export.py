@@ -58,9 +58,9 @@ def make_model(tiny_plan, tiny_spec):
         if kind != "3d":
             size = (64, 64) if kind == "unet" else (8, 8)
             plan |= {"slice_axis": 2, "patch_size": size, "flips": (1,)}
-        if kind == "pictures":
+        if kind in ("pictures", "unet"):
             recipe = tiny_plan.preprocessing.model_copy(update={"spacing": (None,) * 3})
-            plan |= {"has_spacing": False, "preprocessing": recipe}
+            plan |= {"has_spacing": kind == "unet", "preprocessing": recipe}
         save_model(folder, network, describe_model(tiny_plan.model_copy(update=plan), {"round": 2}))
         return folder
 
@@ -224,7 +224,7 @@ def test_an_exported_network_gives_the_logits_at_other_sizes(tmp_path, make_mode
             assert (logits(image) - expected).abs().max() <= 1e-4
             assert expected.std() > 0.1
     assert about["label_values"] == [0, 1, 5]
-    assert about["preprocessing"]["spacing"] == [1.0, 1.0, 1.0]
+    assert about["preprocessing"]["spacing"] == 3 * [None if kind == "unet" else 1.0]
     assert (out / "MODEL_CARD.md").is_file()
     assert strip_padding(network)(image).shape == expected.shape
 

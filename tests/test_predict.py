@@ -315,7 +315,13 @@ def test_the_whole_way_from_a_saved_network_to_masks_and_maps(saved, tmp_path):
     out = tmp_path / "out"
     scans = [tmp_path / "a.nii.gz"]
     predict_files(load_model(saved), scans, out, probs=True, uncertainty=True, report=told.append)
-    names = ["a.nii.gz", "a_probs.nii.gz", "a_uncertainty.nii.gz", "predictions.json"]
+    names = [
+        "a.nii.gz",
+        "a_probs.nii.gz",
+        "a_uncertainty.nii.gz",
+        "predictions.json",
+        "predictions.jsonl",
+    ]
     assert sorted(path.name for path in out.iterdir()) == names
     probs = nib.load(out / "a_probs.nii.gz").get_fdata()
     mask = np.asanyarray(nib.load(out / "a.nii.gz").dataobj)

@@ -112,7 +112,14 @@ def _write_export(network: nn.Module, example: Tensor, path: Path) -> None:
 
 def _write_script(network: nn.Module, example: Tensor, path: Path) -> None:
     """Write TorchScript."""
-    torch.jit.save(trace(network, example), path)
+    save_script(trace(network, example), path)
+
+
+def save_script(script: torch.jit.ScriptModule, path: Path) -> None:
+    """Write TorchScript to a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `trace`
+        torch.jit.save(script, path)
 
 
 def trace(network: nn.Module, example: Tensor) -> torch.jit.ScriptModule:

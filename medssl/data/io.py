@@ -309,7 +309,8 @@ def write_mask(
         ValueError: There is a class without a value, or `ignore` is the value of a class, or the
             format cannot hold a value, or the header is that of another grid.
     """
-    present = np.unique(classes)
+    planes = np.moveaxis(classes, -1, 0)  # one at a time: an index takes 8 bytes a voxel
+    present = np.flatnonzero(sum((np.bincount(p.ravel(), minlength=256) for p in planes), 0))
     unknown = [int(index) for index in present if index >= len(label_values) and index != IGNORE]
     if unknown:
         raise ValueError(f"classes {unknown} have no value among {label_values}")
@@ -326,13 +327,11 @@ def write_mask(
         for dtype in map(np.dtype, reader.label_types)
         if np.iinfo(dtype).min <= used.min() and used.max() <= np.iinfo(dtype).max
     )
-    array = values.astype(dtype)[classes] if present.size else classes
-    mark = ""
-    if origin:
-        crc = 0
-        for plane in np.moveaxis(array, -1, 0):
-            crc = _add_crc(plane.ravel(order="F"), crc)
-        mark = _MARK.format(origin=origin, crc=crc)
+    array, crc = np.empty(classes.shape, dtype, order="F"), 0
+    for plane, target in zip(planes, np.moveaxis(array, -1, 0), strict=True):
+        target[:] = values[plane]
+        crc = _add_crc(target.ravel(order="F"), crc) if origin else 0
+    mark = _MARK.format(origin=origin, crc=crc) if origin else ""
     named = dict(zip(label_values, names, strict=True)) if names else {}
     reader.format.write(path, array, affine, header, mark, named)
 
@@ -341,7 +340,7 @@ def _get_writer(path: Path) -> Reader:
     """Return the kind of a file that is to be written."""
     reader = find_reader(path)
     if reader is None:
-        raise ValueError(f"{path}: must end in .nii, .nii.gz, .png, .tif or .tiff")
+        raise ValueError(f"{path}: the name of a mask ends in that of a kind: .nii.gz, .nrrd, .png")
     return reader
 
 

@@ -162,19 +162,27 @@ def evaluate_data(
     ignore = dataset.ignore if data.ignore is None else data.ignore
     _check_label_map(model, dataset, ignore)
     channels = len(dataset.channels)
-    seen, notes = find_trained_on(path, dataset, lambda case: _hash_scan(case, channels))
-    cases = [case for case in dataset.cases if case.case_id not in seen]
-    if seen:
-        report(f"{len(seen)} cases are left out: the run was trained on them: {shorten(seen)}")
+    trained_on, notes = find_trained_on(path, dataset, lambda case: _hash_scan(case, channels))
+    cases = [case for case in dataset.cases if case.case_id not in trained_on]
+    if trained_on:
+        report(
+            f"{len(trained_on)} cases are left out: the run was trained on them: "
+            f"{shorten(trained_on)}"
+        )
     if not any(case.label is not None for case in cases):
-        trained = f" ({len(seen)} the run was trained on)" if seen else ""
+        trained = f" ({len(trained_on)} the run was trained on)" if trained_on else ""
         raise InputError(
             f"{root}: none of {len(dataset.cases)} cases is labeled and new to the model"
             f"{trained}; there is nothing to evaluate it on"
         )
     for note in notes:
         report(note)
-    about = {"model": str(path), "dataset": dataset.name, "trained_on": seen, "remarks": notes}
+    about = {
+        "model": str(path),
+        "dataset": dataset.name,
+        "trained_on": trained_on,
+        "remarks": notes,
+    }
     return evaluate_model(
         model,
         cases,

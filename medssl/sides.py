@@ -115,7 +115,7 @@ def _has_side(words: Sequence[str]) -> bool:
 
 def _find_pairs(split: Mapping[str, Sequence[str]]) -> set[str]:
     """Return the names of which another one differs in its side alone."""
-    found: set[str] = set()
+    sided: set[str] = set()
     families: dict[tuple[object, ...], list[tuple[str, str]]] = defaultdict(list)
     for name, words in split.items():
         for place, word in enumerate(words):
@@ -124,18 +124,18 @@ def _find_pairs(split: Mapping[str, Sequence[str]]) -> set[str]:
         if len(members) == 2 and any(  # a, b, c, d and e are no sides
             {members[0][1], members[1][1]} == set(pair) for pair in _ALONE
         ):
-            found |= {name for name, _ in members}
+            sided |= {name for name, _ in members}
     texts = {name: " ".join(words) for name, words in split.items()}
     for (one, first), (other, second) in itertools.permutations(texts.items(), 2):
         if any(second in _swap(first, *pair) for pair in _INSIDE):
-            found |= {one, other}
-    return found
+            sided |= {one, other}
+    return sided
 
 
 def _swap(text: str, left: str, right: str) -> set[str]:
     """Return the texts in which one left has become a right."""
     return {
-        text[: found.start()] + right + text[found.end() :] for found in re.finditer(left, text)
+        text[: match.start()] + right + text[match.end() :] for match in re.finditer(left, text)
     }
 
 
@@ -161,7 +161,7 @@ def find_mirrored(
         return None, True
     labeled = [case for case in cases if case.label is not None]
     chosen = labeled[:: -(-len(labeled) // MOST_CASES) or 1]
-    seen: dict[tuple[int, int], list[tuple[float, ...]]] = defaultdict(list)
+    comparisons: dict[tuple[int, int], list[tuple[float, ...]]] = defaultdict(list)
     for case in chosen:
         if case.label is None:
             continue
@@ -169,14 +169,14 @@ def find_mirrored(
             *read_label(case.label, label_values, ignore, case), len(label_values)
         )
         for one, other in itertools.combinations(moments, 2):
-            seen[one, other].append(_compare(moments[one], moments[other], axis))
-    found = [
+            comparisons[one, other].append(_compare(moments[one], moments[other], axis))
+    scores = [
         (float(np.median([row[3] for row in rows])), pair)
-        for pair, rows in seen.items()
+        for pair, rows in comparisons.items()
         if _are_mirrored(np.array(rows))
     ]
-    pair = max(found)[1] if found else None
-    return pair, set(seen) == set(itertools.combinations(classes, 2))
+    pair = max(scores)[1] if scores else None
+    return pair, set(comparisons) == set(itertools.combinations(classes, 2))
 
 
 def _are_mirrored(rows: NDArray[np.float64]) -> bool:

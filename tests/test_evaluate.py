@@ -510,7 +510,7 @@ def test_a_round_is_measured_alone_as_among_the_others(model: Any, make_run: Run
     table.unlink()
     (run / "run.json").write_text("{}")
     for given in ((run, None, "1"), (run / "round_1", None, None)):
-        assert cli._find_wanted_round(*given) == (run, 1)
+        assert cli._resolve_round(*given) == (run, 1)
     summary = evaluate.evaluate_round(run, 1, report=quiet)
     assert (summary["num_cases"], summary["model"]) == (9, str(run / "round_1"))
     assert {path: path.read_bytes() for path in tables} == tables

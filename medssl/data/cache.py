@@ -143,9 +143,9 @@ def build_cache(
     problems: list[str] = []
     remove_leftovers(entries, is_shared=True)
     pool = ThreadPoolExecutor(min(count_cores(), MOST_READERS))  # hashes take 0.8 s per GB and core
-    found = [pool.submit(_look_up, entries, case) for case in cases]
+    lookups = [pool.submit(_look_up, entries, case) for case in cases]
     try:
-        for index, (case, looked_up) in enumerate(zip(cases, found, strict=True)):
+        for index, (case, looked_up) in enumerate(zip(cases, lookups, strict=True)):
             try:
                 entry, sources, meta = looked_up.result()
                 if meta is None:
@@ -196,7 +196,7 @@ def _make_image(
         "has_spacing": volume.has_spacing,
     }
     (entry / "meta.json").unlink(missing_ok=True)
-    _save(entry / "image.npy", _halve(image))
+    _save(entry / "image.npy", _cast_to_float16(image))
     _write_mark(entry / "meta.json", meta, "image.npy")
     return meta
 
@@ -229,8 +229,8 @@ def _open_label(
     label = preprocess_label(classes, native, tuple(meta["shape"]), np.asarray(meta["affine"]))
     (folder / "label.json").unlink(missing_ok=True)
     _save(folder / "label.npy", label)
-    found: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
-    write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **found))
+    voxels: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
+    write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **voxels))
     _write_mark(folder / "label.json", made_from, "label.npy", "class_voxels.npz")
     return folder
 
@@ -271,7 +271,7 @@ def _describe(
     )
 
 
-def _halve(image: Volume) -> NDArray[np.float16]:
+def _cast_to_float16(image: Volume) -> NDArray[np.float16]:
     """Return the voxels in float16; values beyond its range are cut to it."""
     limit = float(np.finfo(np.float16).max)
     half: NDArray[np.float16] = np.clip(image.array, -limit, limit).astype(np.float16)
@@ -310,11 +310,11 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 def read_sources(case: CachedCase) -> list[object]:
     """Return what a cached case was made from: hashes of files, and how the label was read."""
-    found = [read_json(case.folder / "meta.json")["sources"]]
+    sources = [read_json(case.folder / "meta.json")["sources"]]
     if case.label_folder is not None:
         label = read_json(case.label_folder / "label.json")
-        found.append({k: v for k, v in label.items() if k not in ("files", "digest")})
-    return found
+        sources.append({k: v for k, v in label.items() if k not in ("files", "digest")})
+    return sources
 
 
 _GONE = (

@@ -103,22 +103,22 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
     Raises:
         InputError: There are fewer labeled cases than asked for, or list and settings disagree.
     """
-    given = {part: [c for c in dataset.cases if c.split == part] for part in PARTS}
-    held_out = _patients(given["val"] + given["test"])
-    trained = _patients(given["labeled"] + given["unlabeled"])
+    by_part = {part: [c for c in dataset.cases if c.split == part] for part in PARTS}
+    held_out = _patients(by_part["val"] + by_part["test"])
+    trained = _patients(by_part["labeled"] + by_part["unlabeled"])
     free = [c for c in dataset.cases if not c.split and c.patient_id not in held_out]
-    _check_given(given, data.test, validation)
+    _check_listed(by_part, data.test, validation)
 
-    num_test = 0 if given["test"] else data.test
+    num_test = 0 if by_part["test"] else data.test
     candidates = [c for c in free if c.label and c.patient_id not in trained]
     drawn_test = _draw(candidates, num_test, ("test", data.split_seed))
-    rest = _drop(given["labeled"] + given["unlabeled"] + free, _patients(drawn_test))
+    rest = _drop(by_part["labeled"] + by_part["unlabeled"] + free, _patients(drawn_test))
     pool = [c for c in rest if c.label and c.split != "unlabeled"]
     num_labeled = len(pool) if data.labeled == "all" else data.labeled
     _check_counts(dataset, data, len(candidates) - num_test, len(pool) - num_labeled)
 
     few = _draw(pool, num_labeled, ("labeled", data.split_seed, data.draw))
-    num_val = _count_val(given, num_labeled, len(_patients(few)), validation)
+    num_val = _count_val(by_part, num_labeled, len(_patients(few)), validation)
     drawn_val = _draw(pool, num_val, ("val", data.split_seed))
     rest = _drop(rest, _patients(drawn_val))
     pool = _drop(pool, _patients(drawn_val))
@@ -131,7 +131,7 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
             "validation"
         )
     unlabeled = [case for case in rest if case not in labeled]
-    parts = (labeled, unlabeled, given["val"] + drawn_val, given["test"] + drawn_test)
+    parts = (labeled, unlabeled, by_part["val"] + drawn_val, by_part["test"] + drawn_test)
     return Splits(*(tuple(sorted(case.case_id for case in part)) for part in parts))
 
 
@@ -162,8 +162,8 @@ def _draw(cases: Sequence[Case], number: int, seed: tuple[object, ...]) -> list[
     return groups[order[0]] if not drawn and order and number > 0 else drawn
 
 
-def _check_given(
-    given: Mapping[Part, Sequence[Case]], num_test: int, validation: Validation
+def _check_listed(
+    by_part: Mapping[Part, Sequence[Case]], num_test: int, validation: Validation
 ) -> None:
     """Refuse a list that names test or validation cases while the settings ask for others."""
     problems = []
@@ -171,9 +171,9 @@ def _check_given(
     parts: tuple[Part, ...] = ("test", "val")
     for part in parts:
         key, number = asked[part]
-        if given[part] and number not in ("auto", "fifth", 0, len(given[part])):
+        if by_part[part] and number not in ("auto", "fifth", 0, len(by_part[part])):
             problems.append(
-                f"the list names {len(given[part])} {part} cases, but {key}={number} asks for "
+                f"the list names {len(by_part[part])} {part} cases, but {key}={number} asks for "
                 "others: leave one of the two out"
             )
     raise_all(problems, "split")
@@ -196,13 +196,13 @@ def _check_counts(dataset: Dataset, data: DataSection, test_over: int, labeled_o
 
 
 def _count_val(
-    given: Mapping[Part, Sequence[Case]],
+    by_part: Mapping[Part, Sequence[Case]],
     num_labeled: int,
     num_patients: int,
     validation: Validation,
 ) -> int:
     """Return how many of the labeled cases validate."""
-    if given["val"]:
+    if by_part["val"]:
         return 0
     if isinstance(validation, int):
         if validation >= num_labeled:
@@ -212,7 +212,7 @@ def _count_val(
             )
         return validation
     few = num_labeled < FEWEST_SCANS or num_patients < FEWEST_PATIENTS
-    if given["labeled"] or num_labeled < 5 or (few and validation == "auto"):
+    if by_part["labeled"] or num_labeled < 5 or (few and validation == "auto"):
         return 0
     return max(2, round(0.2 * num_labeled))
 

@@ -90,7 +90,7 @@ def list_scans(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: Two files have the same stem, or the slices of a series lie loose.
     """
-    found: dict[str, Path] = {}
+    scans: dict[str, Path] = {}
     visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
     _refuse_loose_slices(folder, visible)
     names = {path: find_scan(path) for path in visible}
@@ -99,10 +99,10 @@ def list_scans(folder: Path) -> dict[str, Path]:
         stem = unicodedata.normalize("NFC", name_scan(path))
         if path in halves:
             continue
-        if stem in found:
-            raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
-        found[stem] = names[path]
-    return found
+        if stem in scans:
+            raise InputError(f"{folder}: {scans[stem].name} and {path.name} both; keep one of them")
+        scans[stem] = names[path]
+    return scans
 
 
 def _refuse_loose_slices(folder: Path, paths: Sequence[Path]) -> None:
@@ -154,8 +154,8 @@ def walk_files(root: Path, hidden: bool = False) -> list[Path]:
         root: The folder.
         hidden: Whether to go into hidden folders and return hidden files.
     """
-    found: list[Path] = []
-    seen = [os.path.realpath(root)]
+    files: list[Path] = []
+    roots = [os.path.realpath(root)]
 
     def is_wanted(folder: str, name: str) -> bool:
         path = os.path.join(folder, name)
@@ -163,18 +163,18 @@ def walk_files(root: Path, hidden: bool = False) -> list[Path]:
             return False
         if os.path.islink(path):
             target = os.path.realpath(path)
-            if any(_is_within(target, other) or _is_within(other, target) for other in seen):
+            if any(_is_within(target, other) or _is_within(other, target) for other in roots):
                 return False
-            seen.append(target)
+            roots.append(target)
         return True
 
     def add(error: OSError) -> None:
-        found.append(Path(error.filename))
+        files.append(Path(error.filename))
 
     for folder, folders, names in os.walk(root, onerror=add, followlinks=True):
         folders[:] = [name for name in sorted(folders) if is_wanted(folder, name)]
-        found += [Path(folder, name) for name in sorted(names) if hidden or name[0] != "."]
-    return found
+        files += [Path(folder, name) for name in sorted(names) if hidden or name[0] != "."]
+    return files
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -239,15 +239,15 @@ def _walk_series(root: Path, files: Sequence[Path]) -> list[Path]:
 
     series = list_series(root) if any(map(is_dicom, files)) else []
     counts = Counter(one.folder for one in series if one.is_image)
-    found = []
+    scans = []
     for one in series:
         if one.is_image and counts[one.folder] == 1:
-            found.append(one.folder)
+            scans.append(one.folder)
         elif one.is_image:
-            found.append(one.files[0] if len(one.files) == 1 else Path(f"{one.folder}#{one.uid}"))
+            scans.append(one.files[0] if len(one.files) == 1 else Path(f"{one.folder}#{one.uid}"))
         elif one.modality in ("SEG", "RTSTRUCT"):
-            found += one.files
-    return [*found, *(path for path in files if is_series(path))]
+            scans += one.files
+    return [*scans, *(path for path in files if is_series(path))]
 
 
 def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
@@ -405,15 +405,15 @@ def _group_channels(images: Sequence[Path], masks: set[str]) -> list[tuple[str, 
             number.group() if number else ""
         ] = path
     sizes = Counter(len(group) for group in groups.values())
-    found = []
+    cases = []
     for (_, stem), group in groups.items():
         is_whole = sorted(group) == [f"_{index:04d}" for index in range(len(group))]
         agrees = stem.lower() in masks or sizes[len(group)] > 1
         if 2 <= len(group) <= _MAX_CHANNELS and is_whole and agrees:
-            found.append((stem, tuple(path for _, path in sorted(group.items()))))
+            cases.append((stem, tuple(path for _, path in sorted(group.items()))))
         else:
-            found += [(stem + number, (path,)) for number, path in group.items()]
-    return found
+            cases += [(stem + number, (path,)) for number, path in group.items()]
+    return cases
 
 
 def _name_by_path(case: Case, root: Path) -> Case:
@@ -589,9 +589,9 @@ def _show(path: Path, root: Path) -> str:
 
 def _join(items: Iterable[str]) -> str:
     """Join items by commas, the first twelve of them."""
-    shown = list(items)
-    more = [f"... {len(shown) - _NUM_SHOWN} more"] if len(shown) > _NUM_SHOWN else []
-    return ", ".join(shown[:_NUM_SHOWN] + more)
+    texts = list(items)
+    more = [f"... {len(texts) - _NUM_SHOWN} more"] if len(texts) > _NUM_SHOWN else []
+    return ", ".join(texts[:_NUM_SHOWN] + more)
 
 
 def _count(number: int, noun: str) -> str:

@@ -123,8 +123,8 @@ def write_pictures(
         case_id = f"{family}_{index:03d}"
         image_path = folder / "images" / f"{case_id}{suffix}"
         label_path = folder / "labels" / f"{case_id}{name_mask_suffix(image_path)}"
-        shown = np.stack([grey, 255 - grey, grey // 2], -1) if has_colors else grey
-        picture = Image.fromarray(shown)
+        pixels = np.stack([grey, 255 - grey, grey // 2], -1) if has_colors else grey
+        picture = Image.fromarray(pixels)
         image_path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(image_path)
         if part != "unlabeled":
@@ -301,8 +301,8 @@ def _tube(points: Points, nodes: Sequence[Place] | Field, radius: float) -> Fiel
     reach = radius + 3  # farther away the exact distance does not matter
     near = ((points > curve.min(0) - reach) & (points < curve.max(0) + reach)).all(-1)
     distance = np.full(points.shape[:3], reach)
-    found, _ = cKDTree(curve).query(points[near], distance_upper_bound=reach)
-    distance[near] = np.minimum(found, reach)
+    distances, _ = cKDTree(curve).query(points[near], distance_upper_bound=reach)
+    distance[near] = np.minimum(distances, reach)
     return radius - distance
 
 

@@ -166,13 +166,13 @@ def protect_files(
     if not out.is_dir():
         return
     identities = {_identify(path) for path in scans} - {None}
-    own = read_files(out)
+    hashes = read_files(out)
     foreign, inputs = [], []
     for path in _find_standing(out, files):
         name = path.relative_to(out).as_posix()
         if _identify(path) in identities or (path.is_dir() and not path.is_symlink()):
             inputs.append(name)
-        elif path.is_symlink() or not (own.get(name) == hash_file(path) or _is_prediction(path)):
+        elif path.is_symlink() or not (hashes.get(name) == hash_file(path) or _is_prediction(path)):
             foreign.append(name)
     if inputs:
         raise InputError(
@@ -191,13 +191,13 @@ def protect_files(
 
 def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:
     """Return what stands in a folder under these names, in whatever case, form or format."""
-    wanted: dict[str, set[str]] = defaultdict(set)
+    stems_by_folder: dict[str, set[str]] = defaultdict(set)
     for file in files:
         path = Path(file)
-        wanted[path.parent.as_posix()].add(_fold(name_scan(path)))
+        stems_by_folder[path.parent.as_posix()].add(_fold(name_scan(path)))
     return [
         path
-        for folder, stems in wanted.items()
+        for folder, stems in stems_by_folder.items()
         if (out / folder).is_dir()
         for path in sorted((out / folder).iterdir())
         if (strip_suffix(path.name) or not path.is_dir()) and _fold(name_scan(path)) in stems
@@ -216,10 +216,10 @@ def _is_prediction(path: Path) -> bool:
 def _identify(path: Path) -> tuple[int, int] | None:
     """Return what is the same for all names of a file, or nothing where there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _list(names: Sequence[str]) -> str:
@@ -353,21 +353,21 @@ def find_scans(
     Raises:
         InputError: There is no scan at all.
     """
-    found: list[str] = [] if problems is None else problems
+    errors: list[str] = [] if problems is None else problems
     notes = [] if notes is None else notes
     scans: Scans = {}
     files: list[Path] = []
     for path in inputs:
         try:
             if _is_dataset(path):
-                notes += _add_cases(path, num_channels, scans, found)
+                notes += _add_cases(path, num_channels, scans, errors)
             else:
-                files += _list_files(path, found, notes)
+                files += _list_files(path, errors, notes)
         except InputError as error:
-            found.append(str(error))
-    _group_files(files, num_channels, scans, found)
-    if not scans or (found and problems is None):
-        raise InputError("\n".join(found))
+            errors.append(str(error))
+    _group_files(files, num_channels, scans, errors)
+    if not scans or (errors and problems is None):
+        raise InputError("\n".join(errors))
     return scans
 
 
@@ -450,14 +450,14 @@ def _group_files(
         if num_channels > 1 and re.search(r"_\d{4}$", name) and not _is_whole(file, num_channels):
             name, channel = name[:-5], name[-4:]
         groups.setdefault(name, {}).setdefault(channel, []).append(file)
-    wanted = {f"{channel:04d}" for channel in range(num_channels)}
+    all_channels = {f"{channel:04d}" for channel in range(num_channels)}
     for name, split in groups.items():
         listed = ", ".join(str(file) for same in split.values() for file in same)
         if any(len(same) > 1 for same in split.values()):
             problems.append(
                 f"{name}: two scans of one name, of which one mask would be left: {listed}"
             )
-        elif set(split) not in ({""}, wanted):
+        elif set(split) not in ({""}, all_channels):
             problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
         else:
             images = tuple(split[channel][0] for channel in sorted(split))

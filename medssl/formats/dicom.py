@@ -226,7 +226,7 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
     Raises:
         InputError: As `open_scan`.
     """
-    group = _choose(path, _read_headers(path))
+    group = _choose_series(path, _read_headers(path))
     planes = [
         plane
         for place, header in group
@@ -302,14 +302,14 @@ def _read(place: Place, **options: Any) -> Any:
 def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
     """Return the headers of all DICOM files at a path, by SeriesInstanceUID."""
     path, _ = split_series(path)
-    found = defaultdict(list)
+    groups = defaultdict(list)
     files = guard(path, partial(_list_files, path))
     for place in files:
         if guard_dicom(place, partial(_is_dicom, place)):
             header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
             if "SeriesInstanceUID" in header or "Rows" in header:
-                found[str(header.get("SeriesInstanceUID", ""))].append((place, header))
-    return dict(found)
+                groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
+    return dict(groups)
 
 
 def _name_other(header: Any) -> str:
@@ -357,16 +357,18 @@ def _find_file(place: Place) -> Path:
     return Path(str(place.root.filename)) if isinstance(place, zipfile.Path) else place
 
 
-def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple[Place, Any]]:
+def _choose_series(
+    path: Path, groups: dict[str, list[tuple[Place, Any]]]
+) -> list[tuple[Place, Any]]:
     """Return the files of the series that a path names, or of the only one with images."""
-    source, wanted = split_series(path)
-    listed = [_describe(group) for group in found.values()]
+    source, uid = split_series(path)
+    listed = [_describe(group) for group in groups.values()]
     lines = "".join(f"\n  {series}" for series in listed[:_LISTED])
     if len(listed) > _LISTED:
         lines += f"\n  and {len(listed) - _LISTED} more"
-    matching = [series for series in listed if series.uid.startswith(wanted)]
+    matching = [series for series in listed if series.uid.startswith(uid)]
     images = [series for series in matching if series.is_image]
-    exact = [series for series in matching if wanted and series.uid == wanted]
+    exact = [series for series in matching if uid and series.uid == uid]
     chosen = exact or images
     if len(chosen) > 1:
         raise InputError(
@@ -376,7 +378,7 @@ def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple
     if not chosen or not chosen[0].is_image:
         what = "; it holds:" + lines if lines else ", and no other DICOM file"
         raise InputError(f"{path}: no DICOM image series{what}")
-    return found[chosen[0].uid]
+    return groups[chosen[0].uid]
 
 
 # ---------------------------------------------------------------- slices
@@ -514,13 +516,13 @@ def _refuse_mixed(path: Path, planes: list[Plane]) -> None:
     for plane in planes:
         kinds[_name_kind(plane, planes)].append(plane)
     if len(kinds) > 1:
-        found = "; ".join(
+        listed = "; ".join(
             f"{len(group)} images of {kind}, such as {_show(group[0])}"
             for kind, group in kinds.items()
         )
         raise InputError(
             f"{path}: {len(kinds)} kinds of slices in one series, which are no one volume: "
-            f"{found}. Put those of one kind into a folder of their own"
+            f"{listed}. Put those of one kind into a folder of their own"
         )
 
 
@@ -584,7 +586,9 @@ def _explain_same(path: Path, planes: list[Plane], starts: NDArray[np.bool_]) ->
             "echoes or kinds of image in one series; put each into a folder of its own"
         )
     group = int(counts.argmax())
-    first, second = [plane for plane, own in zip(planes, groups, strict=True) if own == group][:2]
+    first, second = [plane for plane, index in zip(planes, groups, strict=True) if index == group][
+        :2
+    ]
     raise InputError(
         f"{path}: {counts[group]} images at the same position{why}, such as {_show(first)} and "
         f"{Path(str(second.place)).name}; keep one of them"

@@ -132,21 +132,21 @@ def find_contradictions(header: Header) -> dict[str, str]:
 
     See `medssl.data.io.CONTRADICTIONS`.
     """
-    found = {}
+    contradictions = {}
     image = _restore(header, header["dim"])
     unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))
     if unit != "mm":
-        found["unit"] = unit
+        contradictions["unit"] = unit
     if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-        found["code"] = ""
+        contradictions["code"] = ""
     if header["sform_code"] <= 0:
-        return found
+        return contradictions
     sform = image.get_sform()
     sizes, pixdim = np.array(grid_spacing(sform)), np.abs(image["pixdim"][1:4])
     with np.errstate(invalid="ignore"):
         unequal = ~(np.abs(sizes - pixdim) <= _SAME_SIZE * sizes)
     if unequal[: len(header["dim"])].any():
-        found["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
+        contradictions["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
     elif header["qform_code"] > 0:
         shape = _complete(header["dim"])
         try:
@@ -155,8 +155,8 @@ def find_contradictions(header: Header) -> dict[str, str]:
         except (ValueError, HeaderDataError):  # no turn has this quaternion
             distance = np.inf
         if not distance <= MAX_DISPLACEMENT:
-            found["place"] = f"by {distance:.3g} voxels"
-    return found
+            contradictions["place"] = f"by {distance:.3g} voxels"
+    return contradictions
 
 
 def _open(path: Path) -> Any:

@@ -75,12 +75,12 @@ def list_segments(path: Path) -> dict[int, str]:
     dataset = read_dataset(path, with_pixels=False)
     modality = _check_modality(path, dataset)
     if modality == "SEG":
-        found = [(s.SegmentNumber, s.get("SegmentLabel")) for s in dataset.SegmentSequence]
+        pairs = [(s.SegmentNumber, s.get("SegmentLabel")) for s in dataset.SegmentSequence]
     else:
         regions = dataset.get("StructureSetROISequence", ())
-        found = [(roi.ROINumber, roi.get("ROIName")) for roi in regions]
+        pairs = [(roi.ROINumber, roi.get("ROIName")) for roi in regions]
     kind = "segment" if modality == "SEG" else "region"
-    return {int(number): str(name or f"{kind} {number}") for number, name in found if number}
+    return {int(number): str(name or f"{kind} {number}") for number, name in pairs if number}
 
 
 def _check_modality(path: Path, dataset: Any) -> str:
@@ -107,17 +107,17 @@ def _fill(
     path: Path, source: Scan, regions: list[Region], values: Mapping[str, int] | None
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Return the label of all wanted regions, and their names."""
-    found = [name for _, name, _ in regions]
-    wanted = set(found if values is None else values)
-    lacking = sorted(wanted - set(found))
-    doubled = sorted(name for name in wanted if found.count(name) > 1)
+    names = [name for _, name, _ in regions]
+    selection = set(names if values is None else values)
+    lacking = sorted(selection - set(names))
+    doubled = sorted(name for name in selection if names.count(name) > 1)
     if lacking or (doubled and values is not None):
         problem = f"no segment is called {lacking}" if lacking else f"several are called {doubled}"
-        raise InputError(f"{path}: {problem}; it holds {found}")
+        raise InputError(f"{path}: {problem}; it holds {names}")
     taken = {
         number if values is None else values[name]: (name, pieces)
         for number, name, pieces in regions
-        if name in wanted
+        if name in selection
     }
     label = np.zeros(source.shape, dtype=np.min_scalar_type(max(taken, default=0)))
     for value, (name, pieces) in taken.items():
@@ -196,9 +196,15 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
         name = str(segment.get("SegmentLabel") or f"segment {number}")
-        own = [plane for plane, found in zip(planes, numbers, strict=True) if found == number]
+        segment_planes = [
+            plane
+            for plane, frame_number in zip(planes, numbers, strict=True)
+            if frame_number == number
+        ]
         if kind == "BINARY":
-            voxels = _find_voxels(path, name, own, decode(path, dataset, own), 1, source)
+            voxels = _find_voxels(
+                path, name, segment_planes, decode(path, dataset, segment_planes), 1, source
+            )
         elif number:  # 0 is the background
             voxels = _find_voxels(path, name, planes, frames, number, source)
         else:

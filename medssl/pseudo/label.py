@@ -85,10 +85,10 @@ def label_cases(
         target = folder / "pseudo_labels" / case.case_id
         if not has_pseudo_label(target, teacher_hash, (len(names), *case.shape)):
             raw = predict(case)
-            found = raw.probs
+            raw_probs = raw.probs
             if section.components == "largest":
-                found = drop_islands(found, expectation.single)
-            write_pseudo_label(target, found, raw.uncertainty, teacher_hash, raw.stability)
+                raw_probs = drop_islands(raw_probs, expectation.single)
+            write_pseudo_label(target, raw_probs, raw.uncertainty, teacher_hash, raw.stability)
         probs, uncertainty = read_pseudo_label(target)
         agreement = _compare(probs, before / case.case_id, names) if before else {}
         voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
@@ -184,8 +184,8 @@ def weigh_cases(
             shares = [float(row[f"coverage/{n}"]) for n in names if has_class(row, n)]
             weight *= max(float(np.mean(shares)) if shares else 0.0, LEAST_WEIGHT)
         if section.balance:
-            own = [len(cases) for cases in present.values() if row["case_id"] in cases]
-            weight *= most / min(own) if own else 1.0
+            counts = [len(cases) for cases in present.values() if row["case_id"] in cases]
+            weight *= most / min(counts) if counts else 1.0
         weights[row["case_id"]] = weight
     return weights
 

@@ -313,7 +313,7 @@ def _train(
 
 def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) -> Path:
     """Answer the mistakes that need neither torch nor a scan; return where the data is."""
-    from medssl.data.cases import split_cases, take
+    from medssl.data.cases import select_cases, split_cases
     from medssl.data.layouts import read_dataset
 
     data = resolved.config.data
@@ -325,7 +325,7 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
     if cross_check:
         from medssl.cross_check import deal_folds
 
-        deal_folds(take(dataset, splits, "labeled"), cross_check, data.split_seed)
+        deal_folds(select_cases(dataset, splits, "labeled"), cross_check, data.split_seed)
     if round_0 is not None and not (round_0 / "round_0" / "model" / "done.json").is_file():
         raise InputError(f"--round-0 {round_0}: there is no finished round 0 in it")
     return data.root
@@ -441,8 +441,8 @@ def evaluate(
     _check_device(device)
     model, round_number = _resolve_round(model, data, round_index)
     settings = _check_evaluation(model, data, list(overrides or ()), out, round_number)
-    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
-    from medssl.evaluate import render as render_summary  # slow to import: after the quick mistakes
+    # slow to import: after the quick mistakes
+    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run, render_summary
     from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
@@ -648,8 +648,7 @@ def demo(
         write_phantoms(data, shape=DEMO_SHAPE)
     scans = sorted((data / "images").glob("*.nii.gz"))[-1:]
     plan_predictions(scans, out / "masks", 1)  # before anything is trained
-    from medssl.evaluate import evaluate_run
-    from medssl.evaluate import render as render_summary
+    from medssl.evaluate import evaluate_run, render_summary
     from medssl.predict import load_model, predict_files
 
     config = find_configs() / "phantoms.yaml"

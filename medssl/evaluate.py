@@ -65,7 +65,7 @@ from medssl.runs import (
     write_json,
     write_text,
 )
-from medssl.transforms.geometry import MAX_DISPLACEMENT, affines_differ, grid_spacing
+from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
 
 Report = Callable[[str], object]
 
@@ -331,7 +331,7 @@ def _measure(
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
         num_classes = len(info.label_values)
         metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
-        rows.append(tabulate(case, metrics, names, in_mm=spacing is not None))
+        rows.append(tabulate_case(case, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
         if record is not None:
@@ -345,7 +345,7 @@ def _measure(
     if not rows:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")
-    summary = summarize(rows)
+    summary = summarize_rows(rows)
     extent = {"low": min(tolerances), "high": max(tolerances)}
     unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
     about = {f"surface_tolerance_{unit}": extent, "flags": flags, "failed": list(failed)}
@@ -366,7 +366,7 @@ def _hash_scan(case: Case, num_channels: int) -> list[str]:
     return hash_voxels(volume.array, volume.affine)
 
 
-def tabulate(
+def tabulate_case(
     case: Case, metrics: Mapping[int, ClassMetrics], names: Mapping[int, str], in_mm: bool = True
 ) -> Row:
     """Return the row of a case in ``per_case.csv``; ``dice``, the mean over classes, is last.
@@ -393,11 +393,11 @@ def tabulate(
     return row
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """Return means with 95 % intervals, and how often a class was missed or absent.
 
     Args:
-        rows: Of ``tabulate``, one a case.
+        rows: Of ``tabulate_case``, one a case.
     """
     names = [column.partition("/")[2] for column in rows[0] if column.startswith("dice/")]
     unit = "mm" if any(column.startswith("hd95_mm/") for column in rows[0]) else "px"
@@ -447,7 +447,7 @@ def write_tables(out: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> 
     write_json(out / "summary.json", summary)
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def render_summary(summary: Mapping[str, Any]) -> str:
     """Return a summary as text for the terminal, at most 100 columns wide."""
     unit = "mm" if all("hd95_mm" in entry for entry in summary["classes"].values()) else "px"
     width = min(26, max([len("mean over classes"), *(len(name) for name in summary["classes"])]))
@@ -518,7 +518,7 @@ def _read_label(
             f"{case.label}: shape {label.shape} differs from {shape} of {case.images[0]}; "
             "resample the label to the grid of its scan"
         )
-    distance = affines_differ(image_affine, affine, shape)
+    distance = measure_displacement(image_affine, affine, shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
             f"{case.label}: lies up to {distance:.2f} voxels beside {case.images[0]}; correct the "

@@ -699,7 +699,7 @@ def describe_steps(steps: int | tuple[int, ...]) -> str:
     return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
 
 
-def resolve(plan: Plan) -> dict[str, Any]:
+def list_decisions(plan: Plan) -> dict[str, Any]:
     """Return the dotted keys of the configuration that the plan decided."""
     spacing = plan.preprocessing.spacing
     kinds = {how.kind for how in plan.preprocessing.normalization}

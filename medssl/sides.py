@@ -28,14 +28,14 @@ MOST_VOXELS = 100_000  # of a class that its place and shape are taken from
 MOST_CASES = 12  # that are looked at
 
 
-def fold(text: str) -> str:
+def fold_text(text: str) -> str:
     """Return a text in one case, without accents, full-width letters as common ones."""
     parts = unicodedata.normalize("NFKD", text).casefold()
     return "".join(c for c in unicodedata.normalize("NFKD", parts) if not unicodedata.combining(c))
 
 
 _SIDE = re.compile(
-    fold(
+    fold_text(
         r"l|r|lt|rt|lh|rh|lft|rgt|lhs|rhs|left(?!over)\w*|right(?!eous|ful)\w*"
         r"|(?!(?:over|hyper|eye)bright|(?:out|down|forth|copy|birth)right|\w*cleft)"
         r"\w{3,}(?:left|right)|\w*(?:links|rechts)\w*|linke(?!d)\w*|rechte(?!ck)\w*|recht"
@@ -56,7 +56,7 @@ _INSIDE = (("l", "r"), ("left", "right"), ("links", "rechts"), ("izq", "der"), (
 _ALONE = (
     *_INSIDE, ("g", "d"), ("e", "d"), ("i", "d"), ("s", "d"), ("sin", "dx"), ("sin", "dex"),
     ("sin", "dext"), ("sx", "dx"), ("sn", "dx"), ("v", "h"), ("li", "re"), ("l", "p"), ("л", "п"),
-    ("л", "пр"), ("sol", fold("sağ")), ("bal", "jobb"), ("va", "ho"), ("gche", "dte"),
+    ("л", "пр"), ("sol", fold_text("sağ")), ("bal", "jobb"), ("va", "ho"), ("gche", "dte"),
 )  # fmt: skip
 """Words, or letters, that mean sides in one language or another where two names differ in them."""
 _VERTEBRA = re.compile("(vert|lumb|wirb|spin|dis[ck]|lend|colon)\\w*")  # before L 3
@@ -90,7 +90,7 @@ def split_words(name: str) -> list[str]:
     parted = "".join(
         f" {c}" if c.isupper() and _starts_word(text, place) else c for place, c in enumerate(text)
     )
-    return re.findall(r"(?:(?<![^\W\d_])[lr](?:\d+|['’]))|[^\W\d_]+|\d+", fold(parted))
+    return re.findall(r"(?:(?<![^\W\d_])[lr](?:\d+|['’]))|[^\W\d_]+|\d+", fold_text(parted))
 
 
 def _starts_word(text: str, place: int) -> bool:

@@ -8,9 +8,9 @@ from scipy.spatial.transform import Rotation
 from medssl.transforms.geometry import (
     Volume,
     WayBack,
-    affines_differ,
     cache_grid,
     grid_spacing,
+    measure_displacement,
     resample,
     to_native,
 )
@@ -193,12 +193,12 @@ def test_nearest_neighbour_makes_no_new_values():
 
 def test_the_displacement_of_grids_is_in_voxels_of_the_first():
     first = make_affine(spacing=(2, 2, 2))
-    assert affines_differ(first, first, (5, 5, 5)) == pytest.approx(0)
-    assert affines_differ(first, make_affine(spacing=(2, 2, 2), origin=1), (5, 5, 5)) == (
+    assert measure_displacement(first, first, (5, 5, 5)) == pytest.approx(0)
+    assert measure_displacement(first, make_affine(spacing=(2, 2, 2), origin=1), (5, 5, 5)) == (
         pytest.approx(np.sqrt(3) / 2)
     )
     stretched = make_affine(spacing=(2.2, 2, 2))
-    assert affines_differ(first, stretched, (11, 5, 5)) == pytest.approx(1.0)
+    assert measure_displacement(first, stretched, (11, 5, 5)) == pytest.approx(1.0)
 
 
 def test_a_volume_knows_its_spacing_and_refuses_what_is_none():

@@ -48,8 +48,8 @@ from medssl.transforms.geometry import (
     Shape,
     Spacing,
     Volume,
-    affines_differ,
     grid_spacing,
+    measure_displacement,
 )
 from medssl.transforms.preprocess import (
     Preprocessing,
@@ -244,7 +244,7 @@ def _compare(
             f"{path}: shape {shape} differs from the scan's {native_shape}: "
             "resample the label to the scan (nearest neighbour), or find the label that belongs"
         )
-    distance = affines_differ(native, affine, native_shape)
+    distance = measure_displacement(native, affine, native_shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
             f"{path}: lies up to {distance:.2f} voxels beside its scan: affine {affine.tolist()} "

@@ -1,6 +1,6 @@
 """What a case is, which part of a data set each belongs to, and who may open which label.
 
-The layouts give a `Dataset`, `split_cases` deals the cases out, and `take` hands out a part
+The layouts give a `Dataset`, `split_cases` deals the cases out, and `select_cases` hands out a part
 of them: the labels of unlabeled and test cases are not there to be opened.
 """
 
@@ -80,20 +80,21 @@ class Splits:
 
 
 def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> Splits:
-    """Say which cases are labeled, unlabeled, validation and test cases.
+    """Assign cases to the labeled, unlabeled, validation and test parts.
 
-    What a list says in its split column stands. Of the other cases, those without a label are
-    unlabeled; `data.test` labeled cases become test cases and some validation cases, both drawn
-    by `data.split_seed`; of the rest `data.labeled` minus those for validation are drawn by
-    `data.split_seed` and `data.draw`, and all others become unlabeled (simulated: `take` strips
-    their labels). `auto` validation takes none where a list names the labeled ones, or under 16
-    labeled scans or 6 patients: with few labels each is worth more in training (on three patients
-    of ACDC one held back cost 0.14 Dice). Else it takes a fifth, at least 2: validation labels
-    count as labels. `fifth` does so from 5 labeled scans on.
+    The split column of a list is followed. Of the other cases, those without a label are
+    unlabeled. The rest is drawn: `data.test` test cases and the validation cases by
+    `data.split_seed`, then `data.labeled` minus the validation cases by `data.split_seed` and
+    `data.draw`. What is left becomes unlabeled (simulated: `select_cases` strips its labels).
 
-    A draw takes whole patients, as many as fit; other scans of a test or validation patient are
-    left out of all parts. It orders patients by a hash of seed and patient, so it is a pure
-    function of the seeds and independent of the order of files.
+    Validation `auto` takes no case if a list names the labeled ones, or if there are fewer than
+    16 labeled scans or 6 patients: so few labels are worth more in training (holding back one of
+    three ACDC patients cost 0.14 Dice). Otherwise it takes a fifth of the labeled cases, at least
+    2; `data.labeled` includes them. `fifth` does so from 5 labeled scans on.
+
+    A draw takes whole patients, as many as fit. Other scans of a test or validation patient are
+    left out of all parts. Patients are ordered by a hash of seed and patient, so a draw depends on
+    the seeds alone, not on the order of files.
 
     Args:
         dataset: The cases.
@@ -217,7 +218,7 @@ def _count_val(
     return max(2, round(0.2 * num_labeled))
 
 
-def take(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
+def select_cases(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
     """Return the cases of a part; unlabeled and test cases have no way to their label.
 
     Raises:
@@ -227,7 +228,7 @@ def take(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
     return cases if part in ("labeled", "val") else tuple(case.without_label() for case in cases)
 
 
-def take_test_with_labels(dataset: Dataset, splits: Splits) -> tuple[Case, ...]:
+def select_test_with_labels(dataset: Dataset, splits: Splits) -> tuple[Case, ...]:
     """Return the test cases with their labels: for `evaluate` alone.
 
     Raises:

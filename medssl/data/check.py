@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
+from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
@@ -32,7 +32,13 @@ from medssl.data.trained import hash_voxels
 from medssl.formats.pictures import compare_colors
 from medssl.formats.readers import has_spacing
 from medssl.formats.scan import Color
-from medssl.transforms.geometry import MAX_DISPLACEMENT, Shape, Spacing, Volume, affines_differ
+from medssl.transforms.geometry import (
+    MAX_DISPLACEMENT,
+    Shape,
+    Spacing,
+    Volume,
+    measure_displacement,
+)
 from medssl.transforms.preprocess import MOST_VOXELS
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -158,7 +164,7 @@ def check_dataset(
         What was seen; problems are collected, not raised.
     """
     ignore = dataset.ignore if ignore is None else ignore
-    tasks = [(case, part) for part in PARTS for case in take(dataset, splits, part)]
+    tasks = [(case, part) for part in PARTS for case in select_cases(dataset, splits, part)]
     facts = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         look = pool.map(lambda task: _look(task[0], task[1], len(dataset.channels)), tasks)
@@ -300,7 +306,7 @@ def _compare_grids(
             f"{case.case_id}: the image has shape {volume.shape}, its label {path} {shape}: bring "
             "the label to the grid of the image (nearest neighbor)",
         )
-    distance = affines_differ(volume.affine, affine, shape)
+    distance = measure_displacement(volume.affine, affine, shape)
     if distance <= MAX_DISPLACEMENT:
         return ()
     return (
@@ -419,7 +425,7 @@ def _find_split_patients(dataset: Dataset, splits: Splits) -> list[str]:
     sides: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for part in PARTS:
         side = "training" if part in ("labeled", "unlabeled") else part
-        for case in take(dataset, splits, part):
+        for case in select_cases(dataset, splits, part):
             sides[case.patient_id][side].append(f"{case.case_id} ({part})")
     return [
         f"patient {patient} stands on two sides: "

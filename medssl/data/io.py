@@ -26,7 +26,7 @@ from medssl.transforms.geometry import (
     Header,
     Shape,
     Volume,
-    affines_differ,
+    measure_displacement,
 )
 
 MAX_VALUES = 2**16  # different values of a label: more are those of an image
@@ -393,7 +393,7 @@ def _compare_grids(first: Path, scan: Scan, second: Path, other: Scan) -> None:
             f"{second}: shape {other.shape} differs from {scan.shape} of {first}: "
             "resample them to one grid"
         )
-    distance = affines_differ(scan.affine, other.affine, scan.shape)
+    distance = measure_displacement(scan.affine, other.affine, scan.shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
             f"{second}: lies up to {distance:.2f} voxels beside {first}: "

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from medssl.config import DataSection, InputError
-from medssl.data.cases import Case, Dataset, Splits, take_test_with_labels
+from medssl.data.cases import Case, Dataset, Splits, select_test_with_labels
 from medssl.data.files import hash_source
 from medssl.data.layouts import read_dataset
 from medssl.runs import (
@@ -280,7 +280,7 @@ def open_test_cases(
     assert data.root is not None, "splits.json names the root"
     dataset = read_dataset(data.root, data.format, data.labels)
     ignore = dataset.ignore if data.ignore is None else data.ignore
-    labeled, unlabeled = split_by_label(take_test_with_labels(dataset, splits), report)
+    labeled, unlabeled = split_by_label(select_test_with_labels(dataset, splits), report)
     return dataset, ignore, labeled, unlabeled
 
 

@@ -145,7 +145,7 @@ class Plane(NamedTuple):
         return np.cross(*self.directions)
 
 
-def load(name: str) -> Any:
+def load_package(name: str) -> Any:
     """Import a package of the extra `dicom`.
 
     Raises:
@@ -249,7 +249,7 @@ def read_dataset(place: Place, *, with_pixels: bool) -> Any:
         is_implicit, is_little = dataset.original_encoding
         end = "Little" if is_little else "Big"
         name = f"{'Implicit' if is_implicit else 'Explicit'}VR{end}Endian"
-        dataset.file_meta.TransferSyntaxUID = getattr(load("pydicom.uid"), name)
+        dataset.file_meta.TransferSyntaxUID = getattr(load_package("pydicom.uid"), name)
     return dataset
 
 
@@ -290,7 +290,7 @@ def _is_dicom(place: Place) -> bool:
 
 def _read(place: Place, **options: Any) -> Any:
     """Read a file by pydicom."""
-    pydicom = load("pydicom")
+    pydicom = load_package("pydicom")
 
     def read() -> Any:
         with place.open("rb") as file:
@@ -626,21 +626,21 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
     for place, group in groupby(planes, key=lambda plane: plane.place):
         frames = list(group)
         dataset = read_dataset(place, with_pixels=True)
-        for plane, stored in zip(frames, decode(place, dataset, frames), strict=True):
+        for plane, stored in zip(frames, decode_frames(place, dataset, frames), strict=True):
             if plane.rescale is None:
-                yield load("pydicom.pixels").apply_modality_lut(stored, dataset).ravel()
+                yield load_package("pydicom.pixels").apply_modality_lut(stored, dataset).ravel()
             else:
                 slope, intercept = plane.rescale
                 yield (stored * slope + intercept).ravel()
 
 
-def decode(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
+def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
     """Yield the stored values (J, I) of some frames of a file.
 
     Raises:
         InputError: The file is damaged, or its compression is not known.
     """
-    pixels = load("pydicom.pixels")
+    pixels = load_package("pydicom.pixels")
     frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
     for plane in planes:
         try:

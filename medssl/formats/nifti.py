@@ -32,8 +32,8 @@ from medssl.transforms.geometry import (
     Affine,
     Header,
     Shape,
-    affines_differ,
     grid_spacing,
+    measure_displacement,
 )
 
 _SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
@@ -68,7 +68,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
             f"{path}: shape {shape} has several axes after the third: the last one is the "
             "channels, and the others need one voxel each; split the file"
         )
-    return check_channels(path, describe(path, header), num_channels)
+    return check_channels(path, describe_scan(path, header), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -77,10 +77,10 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file is none.
     """
-    return check_label(path, describe(path, _open(path)))
+    return check_label(path, describe_scan(path, _open(path)))
 
 
-def describe(path: Path, header: Any) -> Scan:
+def describe_scan(path: Path, header: Any) -> Scan:
     """Return the scan of an open header, of nibabel, whose voxels are in a file.
 
     Raises:
@@ -151,7 +151,7 @@ def find_contradictions(header: Header) -> dict[str, str]:
         shape = _complete(header["dim"])
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                distance = affines_differ(sform, image.get_qform(), shape)
+                distance = measure_displacement(sform, image.get_qform(), shape)
         except (ValueError, HeaderDataError):  # no turn has this quaternion
             distance = np.inf
         if not distance <= MAX_DISPLACEMENT:

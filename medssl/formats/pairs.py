@@ -92,7 +92,7 @@ def _open(path: Path) -> Scan:
         raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")
     check_size(num_values, dtype, "raw", data.stat().st_size - offset, has_more=True)
     if not isinstance(header, Spm99AnalyzeHeader):
-        return nifti.describe(data, header)._replace(read_note=read_nothing)
+        return nifti.describe_scan(data, header)._replace(read_note=read_nothing)
     if not 2 <= len(sizes) <= 5 or min(sizes) < 1:
         raise InputError(f"{head}: shape {sizes} is not that of a scan (I, J, K[, channels])")
     if dtype.fields is not None or dtype.kind not in "iuf":

@@ -20,7 +20,7 @@ from medssl.config import InputError
 from medssl.formats.dicom import (
     LPS_TO_RAS,
     Plane,
-    decode,
+    decode_frames,
     find_planes,
     guard_dicom,
     keep_quiet,
@@ -191,7 +191,7 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         _read_number(frame) or _read_number(shared)
         for frame in dataset.PerFrameFunctionalGroupsSequence
     ]
-    frames = list(decode(path, dataset, planes)) if kind == "LABELMAP" else []
+    frames = list(decode_frames(path, dataset, planes)) if kind == "LABELMAP" else []
     regions: list[Region] = []
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
@@ -203,7 +203,7 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         ]
         if kind == "BINARY":
             voxels = _find_voxels(
-                path, name, segment_planes, decode(path, dataset, segment_planes), 1, source
+                path, name, segment_planes, decode_frames(path, dataset, segment_planes), 1, source
             )
         elif number:  # 0 is the background
             voxels = _find_voxels(path, name, planes, frames, number, source)
@@ -311,7 +311,7 @@ def _rasterize(
             "others empty: interpolate between its contours where it was drawn"
         )
     for k in slices:
-        i, j = np.nonzero(fill(polygons[k], source.shape[:2]))
+        i, j = np.nonzero(fill_polygons(polygons[k], source.shape[:2]))
         yield np.array([i, j, np.full_like(i, k)])
 
 
@@ -333,7 +333,7 @@ def _read_polygon(
     return nearest, np.stack([i, j], 1)
 
 
-def fill(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
+def fill_polygons(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Return which pixels have their center inside an odd number of polygons.
 
     Args:

@@ -27,9 +27,9 @@ from medssl.config import IGNORE
 Array = npt.NDArray[Any]
 
 CLASS_COLORS = ("#D55E00", "#2B8CE6", "#00A078", "#CC79A7", "#E69F00", "#7A5FD0", "#56B4E9")
-"""Colours of the foreground classes, in all figures; told apart with colour-blind eyes too.
+"""Colors of the foreground classes, in all figures; told apart with color-blind eyes too.
 
-Source: Okabe and Ito 2008, with the blue lightened so that it also shows on a grey scan.
+Source: Okabe and Ito 2008, with the blue lightened so that it also shows on a gray scan.
 """
 
 PLANES = (("axial", 2, "RA"), ("coronal", 1, "RS"), ("sagittal", 0, "AS"))
@@ -37,7 +37,7 @@ PLANES = (("axial", 2, "RA"), ("coronal", 1, "RS"), ("sagittal", 0, "AS"))
 
 
 def color_of(index: int) -> str:
-    """Return the colour of class ``index`` (1 is the first foreground class)."""
+    """Return the color of class ``index`` (1 is the first foreground class)."""
     return CLASS_COLORS[(index - 1) % len(CLASS_COLORS)]
 
 
@@ -296,7 +296,7 @@ def _plot_legend(
 
 
 def _save_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG of 256 colours: a third of the size, no visible loss."""
+    """Return the figure as a PNG of 256 colors: a third of the size, no visible loss."""
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves draw and buffer_rgba untyped
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -54,7 +54,7 @@ def test_organ_lesion_and_vessel_are_related_as_anatomy_is():
         assert (label[around_lesion] > 0).mean() > 0.5
 
 
-def test_grey_values_alone_do_not_tell_the_classes():
+def test_gray_values_alone_do_not_tell_the_classes():
     """The best threshold per class leaves most of what it catches in the background."""
     image, label = make_phantom(0, 0, SHAPE, "organs")
     for index in (1, 2, 3):

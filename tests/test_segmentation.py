@@ -231,7 +231,7 @@ def test_contours_keep_the_area():
 
 
 def count_crossings(polygon, centers):
-    """How many edges a ray from each point towards low I meets."""
+    """How many edges a ray from each point toward low I meets."""
     count = np.zeros(len(centers), int)
     for (i0, j0), (i1, j1) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
         meets = (j0 <= centers[:, 1]) != (j1 <= centers[:, 1])

@@ -242,7 +242,7 @@ def _compare(
     if shape != native_shape:
         raise InputError(
             f"{path}: shape {shape} differs from the scan's {native_shape}: "
-            "resample the label to the scan (nearest neighbour), or find the label that belongs"
+            "resample the label to the scan (nearest neighbor), or find the label that belongs"
         )
     distance = measure_displacement(native, affine, native_shape)
     if distance > MAX_DISPLACEMENT:

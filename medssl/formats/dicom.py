@@ -543,7 +543,7 @@ def _name_kind(plane: Plane, planes: list[Plane]) -> str:
         for axis, vector in zip(axes, like.directions, strict=True)
     )
     turned = " ".join(f"{number:.3f}" for number in like.directions.ravel())
-    return f"{x} x {y} pixels of {i:.4g} x {j:.4g} mm towards {ends} ({turned})"
+    return f"{x} x {y} pixels of {i:.4g} x {j:.4g} mm toward {ends} ({turned})"
 
 
 def _refuse_uneven(path: Path, planes: list[Plane], depths: NDArray[np.float64]) -> None:

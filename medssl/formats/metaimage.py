@@ -1,7 +1,7 @@
 """MetaImage in and out (.mha, and .mhd beside its .raw or .zraw).
 
 Legend: C channels, I J K voxel axes. Places are in left-posterior-superior, as ITK has them: each
-row of `TransformMatrix` is the direction of an axis, `Offset` the centre of the first voxel;
+row of `TransformMatrix` is the direction of an axis, `Offset` the center of the first voxel;
 `AnatomicalOrientation` and `CenterOfRotation` change nothing. Without a matrix the header does not
 say where left is: ITK takes the identity, so it is taken here, and the `contradictions` of the
 header name it.

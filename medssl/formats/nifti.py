@@ -5,7 +5,7 @@ the header it came from.
 
 Where the voxels lie: by the sform, if it has a code; else by the qform, if that has one; else by
 the voxel size (pixdim) alone, around the middle of the scan. Of a sform the columns are the
-spacing, and pixdim does not count. Lengths are in the unit of xyzt_units (metre, mm, micron; none
+spacing, and pixdim does not count. Lengths are in the unit of xyzt_units (meter, mm, micron; none
 is mm) and become mm here. Programs choose differently where these contradict each other, so
 `medssl check` names such scans, and whatever is written carries all of these fields of its scan as
 they were: it opens on the voxels of the scan, in whichever program.
@@ -38,7 +38,7 @@ from medssl.transforms.geometry import (
 
 _SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
 _MOST_DEFLATED = 1032  # bytes that one byte of a .gz can stand for
-_UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # xyzt_units -> name, mm; all others are mm
+_UNITS = {1: ("meter", 1e3), 3: ("micron", 1e-3)}  # xyzt_units -> name, mm; all others are mm
 _PLACING = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -332,10 +332,10 @@ def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
 
 
 def _refuse_records(path: Path, header: Any) -> None:
-    """Refuse colour and complex voxels."""
+    """Refuse color and complex voxels."""
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf":
-        raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to grey values")
+        raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to gray values")
 
 
 def _place_as(array: NDArray[Any], affine: Affine, header: Header) -> Any:

@@ -42,7 +42,7 @@ class Scan(NamedTuple):
 
     Attributes:
         shape: Shape (I, J, K).
-        affine: Affine (4, 4), voxel centre -> RAS+ world in mm; the identity where there is no
+        affine: Affine (4, 4), voxel center -> RAS+ world in mm; the identity where there is no
             spacing.
         num_channels: How many numbers a voxel has.
         iterate_values: Yields all numbers in pieces (n,): along I fastest, then J, K, C. The file

@@ -471,7 +471,7 @@ def _check_evaluation(
 ) -> DataSection:
     """Answer all mistakes that need neither torch nor a scan; return how the data is read."""
     from medssl.data.layouts import read_dataset
-    from medssl.data.trained import check_out, find_rounds, open_test_cases, resolve_model
+    from medssl.data.trained import find_rounds, open_test_cases, refuse_run_folder, resolve_model
 
     if data is None and out is not None:
         raise InputError("--out is for other scans: a run keeps its evaluation in RUN/evaluation")
@@ -489,7 +489,7 @@ def _check_evaluation(
             raise InputError(f"{text}: only data.KEY=VALUE says how to read DATA")
     settings = load_config(None, overrides).config.data
     resolve_model(model)
-    check_out(out)
+    refuse_run_folder(out)
     read_dataset(data, settings.format, settings.labels)
     return settings
 

@@ -29,11 +29,11 @@ from medssl.data.io import (
 from medssl.data.layouts import read_dataset
 from medssl.data.predictions import Record, protect_files, read_files, record_predictions
 from medssl.data.trained import (
-    check_out,
     find_rounds,
     find_trained_on,
     hash_voxels,
     open_test_cases,
+    refuse_run_folder,
     shorten,
     split_by_label,
 )
@@ -85,7 +85,7 @@ def evaluate_model(
 
     Writes ``per_case.csv`` and ``summary.json`` into `out`, and the masks as
     ``predictions/<case_id>.nii.gz`` (of a picture, in its format). Cases without a label are left
-    out, which is said. Pictures are measured in pixels: columns end in ``_px``.
+    out and reported. Pictures are measured in pixels: columns end in ``_px``.
 
     Args:
         model: Of ``load_model``.
@@ -153,7 +153,7 @@ def evaluate_data(
         InputError: The label map of the data is not the model's, there is no case to evaluate, or
             ``out`` is where a run has tables of its own.
     """
-    check_out(out)
+    refuse_run_folder(out)
     data = data or DataSection()
     model = load_model(path, device)
     dataset = read_dataset(root, data.format, data.labels)
@@ -338,7 +338,7 @@ def _measure(
             path = record.out / _name_mask(case)
             place = (prediction.mask, prediction.affine, info.label_values)
             write_mask(path, *place, header=prediction.header, origin="prediction")
-            record.add([path])
+            record.add_files([path])
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
     if record is not None:
         record.write()

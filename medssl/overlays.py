@@ -36,13 +36,13 @@ PLANES = (("axial", 2, "RA"), ("coronal", 1, "RS"), ("sagittal", 0, "AS"))
 """Name, normal axis, and what lies at the left and at the top of each plane."""
 
 
-def color_of(index: int) -> str:
+def pick_color(index: int) -> str:
     """Return the color of class ``index`` (1 is the first foreground class)."""
     return CLASS_COLORS[(index - 1) % len(CLASS_COLORS)]
 
 
 def show_channels(image: Array, is_picture: bool) -> Array:
-    """Return what is shown of (C, I, J, K): the first channel, of a picture the mean of colors."""
+    """Return (I, J, K) of (C, I, J, K): the first channel; of a picture the mean of its colors."""
     intensity: Array = image.mean(0) if is_picture else image[0]
     return intensity
 
@@ -141,7 +141,7 @@ def write_overlay(
 
 
 def _find_foreground(maps: list[Array]) -> Array:
-    """Return where (I, J, K) any map holds a class; everywhere if none does anywhere."""
+    """Return where (I, J, K) any map holds a class; all voxels if there is no class."""
     foreground = np.zeros(maps[0].shape, dtype=bool)
     for classes in maps:
         foreground |= (classes != 0) & (classes != IGNORE)
@@ -220,7 +220,7 @@ def _plot_plane(
         _plot_hatching(axes, maps[0] == IGNORE)
     for index in indices:
         for is_reference, plane in zip((False, True), maps, strict=False):
-            _plot_contour(axes, plane == index, color_of(index), is_reference)
+            _plot_contour(axes, plane == index, pick_color(index), is_reference)
     axes.set_xlim(-0.5, image.shape[1] - 0.5)
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
@@ -270,7 +270,7 @@ def _plot_legend(
 ) -> None:
     """Say below the planes which contour is what."""
     entries = [
-        Line2D([], [], color=color_of(i), linewidth=2.2, label=names.get(i, f"class {i}"))
+        Line2D([], [], color=pick_color(i), linewidth=2.2, label=names.get(i, f"class {i}"))
         for i in indices[:6]
     ]
     if has_reference:

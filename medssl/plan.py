@@ -218,7 +218,7 @@ def _choose_slice_axis(
     has_spacing: bool,
     reasons: list[str],
 ) -> Literal[0, 1, 2] | None:
-    """Return the axis along which a network in 2D is shown slices, or None for one in 3D.
+    """Return the axis along which a 2D network gets its slices, or None for a 3D network.
 
     Args:
         config: The configuration.
@@ -262,7 +262,7 @@ def _choose_slice_axis(
 
 
 def _find_thick_axis(shape: NDArray[np.float64], spacing: NDArray[np.float64]) -> int:
-    """Return an axis of one slice, else the coarsest, of equal ones that of fewest slices."""
+    """Return an axis of one slice, else the coarsest; of equal ones, that with fewest slices."""
 
     def rank(axis: int) -> tuple[bool, float, float, int]:
         return bool(shape[axis] == 1), round(float(spacing[axis]), 3), -float(shape[axis]), axis

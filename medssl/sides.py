@@ -65,7 +65,7 @@ _VERTEBRA = re.compile("(vert|lumb|wirb|spin|dis[ck]|lend|colon)\\w*")  # before
 def find_sided(names: Iterable[str]) -> list[str]:
     """Return the names that have a side, in their order.
 
-    A name has one by a word of its own, or because another name differs from it in that alone:
+    A name has a side if one of its words means one, or if another name differs in that alone:
     `lkid` and `rkid`, `LV` and `RV`. `bright`, `cleft`, `L3` and `lv` without `rv` have none.
 
     Example:
@@ -142,10 +142,10 @@ def _swap(text: str, left: str, right: str) -> set[str]:
 def find_mirrored(
     cases: Sequence[Case], label_values: tuple[int, ...], ignore: int | None, axis: int
 ) -> tuple[tuple[int, int] | None, bool]:
-    """Return two classes that lie in the labels as left and right do, and whether it can be told.
+    """Return two classes that lie as left and right do, and whether all were compared.
 
-    They are as large as each other, lie beside each other, the same one always on the same side,
-    and the shape of one is that of the other in a mirror.
+    Both are about equally large and lie side by side, the same one always on the same side; in a
+    mirror one has the shape of the other.
 
     Args:
         cases: Labeled cases, of which some are opened.
@@ -154,7 +154,7 @@ def find_mirrored(
         axis: The axis of the mirror: 0 (right) of scans, 1 (columns) of pictures.
 
     Returns:
-        Two class indices or None, and whether each two classes are together in one of the labels.
+        Two class indices or None, and whether every two classes occur together in a label.
     """
     classes = range(1, len(label_values))
     if len(classes) < 2:
@@ -180,7 +180,7 @@ def find_mirrored(
 
 
 def _are_mirrored(rows: NDArray[np.float64]) -> bool:
-    """Return whether what `_compare` found in all cases is that of left and right."""
+    """Return whether the results of `_compare` in all cases are those of left and right."""
     ratio, aside, apart, likeness = np.median(np.abs(rows), axis=0)
     same = abs(np.sign(rows[:, 1]).mean())  # of the cases, less those with the sides swapped
     return bool(
@@ -212,9 +212,9 @@ def _measure_moments(
 def _compare(one: Moments, other: Moments, axis: int) -> tuple[float, float, float, float]:
     """Return how alike two classes are as left and right.
 
-    The ratio of their volumes; how far they lie apart along the axis, with a sign, over what it is
-    across, and in units of their extents; and the Bhattacharyya coefficient of the covariances
-    under the mirror.
+    The ratio of their volumes; their signed distance along the axis, once over the distance across
+    it, once in units of their extents; and the Bhattacharyya coefficient of the covariances, one
+    of them mirrored.
     """
     mirror = np.eye(3)
     mirror[axis, axis] = -1

@@ -1,17 +1,17 @@
-"""Every scan preprocessed once, kept as memory maps that never lie about their source.
+"""Every scan preprocessed once, stored as memory maps that are bound to their source files.
 
 Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_id>/<hash of the
-scan's bytes>/`, in which each reading of a label has a folder of its own: another scan of the same
-name, another label map or a corrected label never changes what a run is reading. The image is
-described by `meta.json`, the label by `label.json`; each is written last, with the hashes of its
-files, which are held against them when a run starts: what has changed is made anew.
-Every file is replaced, never overwritten: several processes may build one entry, and maps that are
-open stay valid.
+scan's bytes>/`. In it each label has its own folder, by its bytes and its label map, so another
+scan of the same name, another label map or a corrected label never changes what a run is reading.
+`meta.json` describes the image, `label.json` the label; each is written last, with the hashes of
+its files. These are checked when a run starts, and what has changed is made anew.
+Files are replaced, never overwritten: several processes may build one entry, and open maps stay
+valid.
 
-A file that another program has cut is an error with its name when it is mapped, since the header
-says how long it must be; so it is mapped anew for each patch. One that is cut in the milliseconds
-between that and the copy of a patch ends the process by SIGBUS (a loader process: with a sentence);
-the same command then makes the file anew and goes on from the last checkpoint.
+A file that another program has cut is reported by name when it is mapped, since its header says
+how long it must be; so it is mapped anew for each patch. If it is cut in the milliseconds between
+mapping and copying, SIGBUS ends the process (a loader process: with a message); the same command
+then makes the file anew and goes on from the last checkpoint.
 """
 
 import zipfile
@@ -65,7 +65,7 @@ MOST_READERS = 8
 
 @dataclass(frozen=True, eq=False)
 class CachedCase:
-    """A preprocessed case on disk; arrays are opened when asked for.
+    """A preprocessed case on disk; its arrays are opened on demand.
 
     Attributes:
         case_id: The case.
@@ -77,7 +77,7 @@ class CachedCase:
         percentiles: The 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
         label_folder: Folder of the label; None for every case whose label this run may not open.
         has_spacing: Whether a spacing is known; False for a picture, on the identity affine.
-        mask_suffix: Suffix of the files of its masks: that of its own format.
+        mask_suffix: Suffix of its masks, such as .nii.gz.
         native_header: Where the header of the scan places its voxels; None for a picture.
     """
 
@@ -120,7 +120,7 @@ def build_cache(
     num_channels: int,
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, CachedCase]:
-    """Preprocess what is not in the cache yet; a case without a label has none opened.
+    """Preprocess what is not in the cache yet; a label is opened only where a case has one.
 
     Args:
         cases: The cases; their `label` is None where no label may be opened.
@@ -293,7 +293,7 @@ def _draw_voxels(label: NDArray[np.uint8], seed: int) -> dict[str, Any]:
 
 
 def _write_mark(path: Path, content: dict[str, Any], *names: str) -> None:
-    """Write a description with the hashes of the files that it is of, and its own."""
+    """Write a description, with the hashes of the files it describes and of itself."""
     content = {**content, "files": hash_files(path.parent, *names)}
     write_json(path, {**content, "digest": hash_json(content)})
 
@@ -324,7 +324,7 @@ _GONE = (
 
 
 def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
-    """Map an array file, read-only; ``repair`` is said where that fails.
+    """Map an array file, read-only; an error says how to ``repair`` it.
 
     Raises:
         InputError: It is gone or damaged.
@@ -337,7 +337,7 @@ def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
 
 
 def read_class_voxels(folder: Path) -> dict[int, NDArray[np.int32]]:
-    """Return the voxels (n, 3) of each foreground class that are kept with a label.
+    """Return the voxels (n, 3) of each foreground class that are stored with a label.
 
     Raises:
         InputError: They are gone or damaged.

@@ -256,9 +256,9 @@ def raise_all(problems: Sequence[str], place: str) -> None:
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
-        raise InputError(show_text("\n".join(lines)))
+        raise InputError(escape_text("\n".join(lines)))
 
 
-def show_text(text: str) -> str:
+def escape_text(text: str) -> str:
     """Return a text that can be printed: what is not UTF-8 in a file name is written out."""
     return text.encode("utf-8", "backslashreplace").decode()

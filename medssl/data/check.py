@@ -55,13 +55,13 @@ _NUM_THREADS = 2  # each holds one scan in memory
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What was seen of one case; of a test case the hash and its problems alone.
+    """What is known of one case; of a test case only its hashes and problems.
 
-    `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
-    volumes, None where no label was opened. A picture has no spacing, areas in pixels in the place
-    of volumes, and `colors` of its label's values; `label_origin` is what a model made that as, if
-    nobody has changed it since. A blank scan has one value in each channel.
-    `contradictions` are those of the header (`find_contradictions`).
+    `percentiles` has one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
+    volumes, None if no label was opened; for a picture, which has no spacing, they are areas in
+    pixels, and `colors` are those of its label values. `label_origin` says which output of a model
+    the label is (`pseudo-mask`), if nobody has changed it since. A blank scan has one value in each
+    channel. `contradictions` are those of the header (`find_contradictions`).
     """
 
     case_id: str
@@ -158,10 +158,10 @@ def check_dataset(
         dataset: The cases.
         splits: The part of each case, which decides whether its label may be opened.
         ignore: Label value that means: not annotated; None takes what the data set declares.
-        report: Called with the number of cases seen and the number of all cases.
+        report: Called with (cases done, cases) after each case.
 
     Returns:
-        What was seen; problems are collected, not raised.
+        The facts of all cases; problems are collected, not raised.
     """
     ignore = dataset.ignore if ignore is None else ignore
     tasks = [(case, part) for part in PARTS for case in select_cases(dataset, splits, part)]
@@ -475,9 +475,9 @@ def _warn_of_volumes(
 ) -> list[str]:
     """Warn of a class whose volume in one label is far from that in the others.
 
-    Far is a factor above `_UNUSUAL_FACTOR` and, on the logarithm, more than `_UNUSUAL_SPREADS`
-    standard deviations, told from the median absolute deviation: one wild label does not hide
-    itself, and lesions of all sizes are not unusual.
+    It is far if it differs by a factor above `_UNUSUAL_FACTOR` and, in its logarithm, by more than
+    `_UNUSUAL_SPREADS` standard deviations. These are estimated by the median absolute deviation, so
+    one wild label does not hide itself, and lesions of all sizes are not unusual.
     """
     warnings = []
     paths = {case.case_id: case.label for case in dataset.cases}
@@ -534,7 +534,7 @@ def _warn_of_labels(
 
 
 def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str:
-    """Say how many labels a model made and nobody has changed, and which; nothing of none."""
+    """Say how many labels a model made and nobody has changed, and which; empty if none."""
     opened = [entry for entry in facts if entry.num_voxels is not None]
     made = [entry.case_id for entry in opened if entry.label_origin]
     if not made:
@@ -547,7 +547,7 @@ def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str
 
 
 def _refuse_origins(facts: Iterable[CaseFacts]) -> list[str]:
-    """Refuse to validate by what a model said."""
+    """Refuse validation labels that a model made."""
     return [
         f"{entry.case_id}: its label, which shall validate, is a {entry.label_origin} of a model, "
         "as it was made: give a person's label, or take the case out of val"
@@ -573,7 +573,7 @@ def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:
 
 
 def _warn_of_grids(facts: Sequence[CaseFacts]) -> list[str]:
-    """Warn of headers that say nothing or two things, odd spacing and constant images."""
+    """Warn of missing or contradictory geometry, odd spacing and constant images."""
     opened = [entry for entry in facts if entry.spacing is not None]
     scans = [entry for entry in opened if entry.has_spacing]
     identity = [entry.case_id for entry in scans if entry.has_identity_affine]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medssl.config import InputError
-from medssl.data.cases import Case, show_text
+from medssl.data.cases import Case, escape_text
 from medssl.formats.readers import (
     DICOM,
     KINDS,
@@ -60,10 +60,11 @@ def is_scan(path: Path) -> bool:
 
 
 def find_scan(path: Path) -> Path:
-    """Return the file that a path means: what it names, or what stands in its place.
+    """Return the file that a path stands for: itself, or a file in its place.
 
-    That is a name in the other Unicode form (macOS writes accents apart, NFD), the one scan in a
-    folder that is called like a scan, as some archives are unpacked, or the header of an .img.
+    In place of a missing file that is its name in the other Unicode form (macOS writes accents
+    apart, NFD); of a folder named like a scan, as some archives unpack, the only scan in it; of an
+    .img its .hdr.
     """
     if not os.path.lexists(path):
         for form in ("NFC", "NFD"):
@@ -148,7 +149,7 @@ def guess_patient(case_id: str) -> str:
 def walk_files(root: Path, hidden: bool = False) -> list[Path]:
     """Return all files below a folder, sorted; and the folders that cannot be opened.
 
-    A folder that a link leads to is read once, and never one that the walk comes to without it.
+    A linked folder is read once, or not at all if the walk also reaches it without the link.
 
     Args:
         root: The folder.
@@ -276,7 +277,7 @@ def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
     rest = [path for _, paths in by_size[_NUM_SHOWN:] for path in paths]
     if rest:
         lines.append(f"  not used: {len(rest)} x files of other kinds: {_show_folders(rest, root)}")
-    return [show_text(line) for line in lines]
+    return [escape_text(line) for line in lines]
 
 
 def _explain_file(path: Path, root: Path, has_scans: bool) -> str:

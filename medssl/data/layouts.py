@@ -95,8 +95,8 @@ def _name_modality(dataset: Dataset) -> Dataset:
 def _name_segments(dataset: Dataset) -> Dataset:
     """Give every case the label values of the names in its label file, where files have names.
 
-    With declared labels a name is what was declared by it. Without, names keep their numbers if
-    these are the same in all files, else they are numbered in the order of the alphabet.
+    Declared labels decide the value of a name. Without them names keep their numbers if all files
+    agree on these, else they are numbered in alphabetical order.
     """
     names: dict[str, dict[int, str]] = {}
     problems = []
@@ -151,7 +151,7 @@ def _number_names(
 
 
 def _fold(name: str) -> str:
-    """Return a name of a segment as names are compared: by no case, space or underscore."""
+    """Return a name of a segment for comparison: in one case, `_` and `-` as spaces."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
@@ -165,7 +165,7 @@ def list_files(dataset: Dataset) -> list[Path]:
 
 
 def _find_left_out(dataset: Dataset) -> list[str]:
-    """Name what lies in a folder like a part of the data set and is none."""
+    """Name the lists and scans in the folder of a data set that are not read."""
     root = dataset.root
     if dataset.format == "list":
         return []
@@ -774,10 +774,10 @@ def _check_names(rows: Rows, known: Sequence[str], path: Path) -> tuple[list[str
 
 
 def _find_slip(column: str, missing: Sequence[str], values: set[str], root: Path) -> str:
-    """Return the column that an unknown one was meant for, or nothing: it holds something else.
+    """Return the missing column that an unknown one was probably meant for; empty if none.
 
-    It was, if its name is another spelling of one that is missing (`lable`, `patientID`), or
-    another word for it and its values fit: names of scans, or words of a split.
+    Its name is another spelling of that column (`lable`, `patientID`), or another word for it and
+    its values fit: names of scans, or words of a split.
     """
     word = re.sub(r"[^a-z0-9]", "", column.lower())
     channel = re.fullmatch(r"(?:image|img)0*(\d*)", word)

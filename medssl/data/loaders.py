@@ -263,12 +263,12 @@ def iterate_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of the steps from ``first_step`` up to ``num_steps``, in order.
 
-    Of the loader processes as many are started as shared memory has room for their batches; it is
-    said if these are fewer.
+    Only as many loader processes are started as shared memory has room for their batches; a note
+    says if these are fewer.
 
     Raises:
         InputError: A file that a batch is cut from is gone or damaged, or a loader process was
-            killed; torch says that at any place, too (`explain_killed_loader`).
+            killed, which torch may also raise elsewhere (`explain_killed_loader`).
     """
     num_workers = _limit_workers(dataset, first_step, num_workers) if first_step < num_steps else 0
     loader: DataLoader[Batch] = DataLoader(
@@ -292,7 +292,7 @@ def iterate_batches(
 
 @contextlib.contextmanager
 def explain_killed_loader() -> Iterator[None]:
-    """Turn the error that torch raises wherever the program is when a loader was killed.
+    """Explain the error that torch raises, anywhere in the program, when a loader was killed.
 
     Raises:
         InputError: A loader process was killed.

@@ -132,7 +132,7 @@ def _refuse_folder_of_scans(out: Path, scans: Scans) -> None:
 
 
 def _find_twins(targets: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the scans of which a file bears the name of one of an earlier scan."""
+    """Return the scans that share the name of a file with an earlier scan."""
     taken: set[str] = set()
     twins = []
     for name, files in targets.items():
@@ -157,7 +157,7 @@ def protect_files(
     Args:
         out: The folder.
         files: Names, relative to it, of the files that will be written.
-        overwrite: Whether they may be replaced in spite.
+        overwrite: Replace them all the same.
         scans: Files that are never replaced.
 
     Raises:
@@ -214,7 +214,7 @@ def _is_prediction(path: Path) -> bool:
 
 
 def _identify(path: Path) -> tuple[int, int] | None:
-    """Return what is the same for all names of a file, or nothing where there is none."""
+    """Return device and inode of a file, the same for all its names; None if there is none."""
     try:
         status = path.stat()
     except OSError:
@@ -250,7 +250,7 @@ def read_files(out: Path) -> dict[str, str]:
 
 
 class Record:
-    """Adds files to the record of a folder as they are written; what it says of others stands.
+    """Adds files to the record of a folder as they are written; other entries stay.
 
     The record of thousands of pictures takes longer to write than one of them takes to segment, so
     it is written when that costs no more than a twentieth of the time, and at the end by `write`.
@@ -265,7 +265,7 @@ class Record:
         self._pending: dict[str, dict[str, Any]] = {}
         self._next = 0.0
 
-    def add(
+    def add_files(
         self,
         files: Iterable[Path],
         *,
@@ -310,7 +310,7 @@ class Record:
 
 
 def append_audit(out: Path, **entry: Any) -> None:
-    """Append a line of JSON to what a folder tells of its predictions; earlier lines stand.
+    """Append a line of JSON to the audit log of a folder.
 
     Args:
         out: The folder.
@@ -326,9 +326,9 @@ def append_audit(out: Path, **entry: Any) -> None:
 
 
 def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:
-    """Add files to the record of a folder at once; the arguments are those of `Record.add`."""
+    """Add files to the record of a folder at once; arguments as for `Record.add_files`."""
     record = Record(out)
-    record.add(files, **about)
+    record.add_files(files, **about)
     record.write()
 
 

@@ -1,6 +1,6 @@
 """What a run folder says of its model and its data, and which scans a run was trained on.
 
-A scan is known again by its files and by its voxels: a copy under another name, in another folder
+A scan is recognized by its files and by its voxels: a copy under another name, in another folder
 or format is the same scan, and measuring a model on it is no test.
 """
 
@@ -142,7 +142,7 @@ def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> li
 
     Args:
         array: The scan as it is read (C, I, J, K); its axes are turned to RAS+ first, so that a
-            copy whose axes another program has flipped is known again.
+            copy whose axes another program has flipped is recognized.
         affine: Affine (4, 4).
     """
     import nibabel as nib  # heavy: only where scans are read
@@ -159,7 +159,7 @@ def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> li
 
 
 def write_trained_on(run_dir: Path, scans: Mapping[str, Mapping[str, Any]]) -> None:
-    """Keep by what the scans of a run are known again.
+    """Write the hashes by which the scans of a run are recognized.
 
     Args:
         run_dir: The run folder.
@@ -177,8 +177,8 @@ def find_trained_on(
 ) -> tuple[list[str], list[str]]:
     """Return the cases of a data set that the run of a model was trained on, and remarks.
 
-    A case is the same one where a file of it is, or has the same bytes or voxels; one that only
-    bears the same case_id is not left out but remarked.
+    Such a case has a file of a training scan, or one with the same bytes or voxels. A case that
+    only has the same case_id is not returned but remarked on.
 
     Args:
         path: A run, one of its rounds, or a model folder in it.
@@ -287,7 +287,7 @@ def open_test_cases(
 def split_by_label(
     cases: Sequence[Case], report: Callable[[str], object]
 ) -> tuple[list[Case], list[str]]:
-    """Return the cases with a label, and the case_ids of the others, which are said.
+    """Return the cases with a label, and the case_ids of the others, which are reported.
 
     Raises:
         InputError: No case has one.
@@ -301,7 +301,7 @@ def split_by_label(
     return labeled, unlabeled
 
 
-def check_out(out: Path) -> None:
+def refuse_run_folder(out: Path) -> None:
     """Refuse a folder of tables in which a run has tables of its own.
 
     Raises:

@@ -186,9 +186,9 @@ def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:
 
 @keep_quiet()
 def list_series(path: Path) -> list[Series]:
-    """Return what a folder with all below it, an archive, or a file holds, series by series.
+    """Return the series of a folder and all below it, of an archive, or of a file.
 
-    Files that are no DICOM are passed over.
+    Files that are not DICOM are skipped.
 
     Raises:
         InputError: The path does not exist, or a DICOM file is damaged.
@@ -429,7 +429,7 @@ def _read_groups(groups: Any) -> dict[str, Any]:
 
 
 def _find_plane(what: str, place: Place, frame: int, header: Any, fields: dict[str, Any]) -> Plane:
-    """Return one slice of a file by the fields that hold for it."""
+    """Return one slice of a file, by its fields."""
     directions = _read_numbers(what, fields, "ImageOrientationPatient", 6).reshape(2, 3)
     if np.abs(directions @ directions.T - np.eye(2)).max() > 10 * _EQUAL:
         raise InputError(

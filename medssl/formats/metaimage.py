@@ -100,7 +100,7 @@ def write(
         array: Integers or floats.
         affine: Of the grid.
         header: Of the scan (`Scan.header`), if it is on this grid and a MetaImage: the new file
-            says the same of its place, word by word.
+            repeats its geometry, field by field.
         note: A text for `Scan.read_note`.
         names: Of label values, which this kind does not keep.
 
@@ -146,7 +146,7 @@ def write(
 
 
 def _find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind."""
+    """Say what in one header makes programs place its voxels differently, by kind."""
     contradictions = {}
     if "TransformMatrix" not in header:
         contradictions["code"] = "no TransformMatrix"
@@ -157,7 +157,7 @@ def _find_contradictions(header: Header) -> dict[str, str]:
 
 
 def _describe(shape: tuple[int, ...], affine: Affine) -> Header:
-    """Return a header of a grid that no file said."""
+    """Return a header for a grid that was not read from a file."""
     moved = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
     spacing = np.linalg.norm(moved[:, :3], axis=0)
     fields = {

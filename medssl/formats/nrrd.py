@@ -1,7 +1,7 @@
 """NRRD in and out (.nrrd, and .nhdr beside its data file), also the segmentations of 3D Slicer.
 
-Legend: C channels, I J K voxel axes. The header is text; this is an own parser of it, which
-refuses what it does not know. The axes that have a direction in space are I, J and K, in the order
+Legend: C channels, I J K voxel axes. The header is text; the parser here refuses what it does not
+know. The axes that have a direction in space are I, J and K, in the order
 of the file; one other axis may hold the channels, wherever it stands.
 
 Where the voxels lie: by `space directions` and `space origin`, turned to RAS+ by the name of the
@@ -177,7 +177,7 @@ def write(
         array: Integers or floats.
         affine: Of the grid.
         header: Of the scan (`Scan.header`), if it is on this grid and an NRRD file: the new file
-            says the same of its place, word by word.
+            repeats its geometry, field by field.
         note: A text for `Scan.read_note`.
         names: Of label values, which this kind does not keep.
 
@@ -222,7 +222,7 @@ def write(
 
 
 def _find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind."""
+    """Say what in one header makes programs place its voxels differently, by kind."""
     contradictions = {}
     if header.get("space", "").lower() not in _SPACES:
         contradictions["code"] = f"space: {header.get('space') or 'none'}"
@@ -233,7 +233,7 @@ def _find_contradictions(header: Header) -> dict[str, str]:
 
 
 def _describe(shape: Sequence[int], affine: Affine) -> Header:
-    """Return a header of a grid that no file said, in left-posterior-superior as ITK writes it."""
+    """Return a header for a grid without a file, in left-posterior-superior as ITK writes it."""
     columns = (np.diag([-1.0, -1.0, 1.0]) @ affine[:3]).T + 0.0  # no minus zero
     texts = [f"({','.join(repr(float(x)) for x in column)})" for column in columns]
     return {

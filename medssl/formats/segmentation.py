@@ -46,8 +46,8 @@ def read_segments(
         path: The file.
         source: The scan. If it was read from DICOM, the file must refer to its images or have its
             frame of reference.
-        values: Label value of each name that is wanted; others are passed over. None takes all, by
-            their own numbers. A voxel inside an odd number of contours of a region is part of it.
+        values: Label value of each name to read; others are skipped. None takes all, by their
+            own numbers. A voxel inside an odd number of contours of a region is part of it.
 
     Returns:
         Label values (I, J, K), 0 = background, and the name of each value, with voxels or not.

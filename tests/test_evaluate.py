@@ -105,7 +105,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         mask = np.roll(image.get_fdata().astype(np.uint8), model.shift, 0)
         model.predicted.append(images[0].name)
         probs = np.eye(3, dtype=np.float32)[mask].transpose(3, 0, 1, 2)
-        return Prediction(probs, mask, image.affine, None, ("spacing 9 mm",) if model.shift else ())
+        return Prediction(mask, image.affine, probs, None, ("spacing 9 mm",) if model.shift else ())
 
     monkeypatch.setattr(evaluate, "predict_case", predict)
     monkeypatch.setattr(evaluate, "load_model", lambda path, device: model)

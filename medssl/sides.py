@@ -114,7 +114,7 @@ def _has_side(words: Sequence[str]) -> bool:
 
 
 def _find_pairs(split: Mapping[str, Sequence[str]]) -> set[str]:
-    """Return the names of which another one differs in its side alone."""
+    """Return the names that differ from another one only in the side."""
     sided: set[str] = set()
     families: dict[tuple[object, ...], list[tuple[str, str]]] = defaultdict(list)
     for name, words in split.items():
@@ -148,7 +148,7 @@ def find_mirrored(
     mirror one has the shape of the other.
 
     Args:
-        cases: Labeled cases, of which some are opened.
+        cases: Labeled cases; some of them are opened.
         label_values: Value of each class index.
         ignore: Value that means: not annotated.
         axis: The axis of the mirror: 0 (right) of scans, 1 (columns) of pictures.

@@ -234,7 +234,7 @@ def _open_label(path: Path, case: Case | None) -> Scan:
 
 
 def _rename(scan: Scan, values: Mapping[int, int]) -> Iterator[NDArray[Any]]:
-    """Yield the values of a scan, some of which stand for others."""
+    """Yield the values of a scan, with some replaced by others."""
     for piece in scan.iterate_values():
         renamed = piece.astype(np.int64)
         for old, new in values.items():

@@ -113,7 +113,7 @@ def write_pictures(
         family: Which anatomy.
         suffix: Of the images: .png, .jpg, .tif; labels are PNG, or TIFF beside TIFF.
         label_values: Value of each class in the label files.
-        has_colors: Whether the pictures are in color, of which none alone tells what gray does.
+        has_colors: Make color pictures, in which no channel alone holds all that gray does.
     """
     rows = []
     for index, part in enumerate(_list_parts(num_labeled, num_unlabeled, num_test)):

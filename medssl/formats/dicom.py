@@ -1,4 +1,4 @@
-"""DICOM images in: a folder, a tree or a ZIP archive, of which one series is a scan.
+"""DICOM images in: a scan is one series of a folder, a tree or a ZIP archive.
 
 Legend: I counts the columns of a slice from the left, J its rows from the top, K the slices along
 the normal of their plane (rows x columns), whatever the order of the files; so I, J, K is

@@ -281,7 +281,7 @@ def _count_pages(image: Image.Image) -> int:
 
 
 def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
-    """Yield the pages of a picture, and refuse one of which Pillow would change or drop a part."""
+    """Yield the pages of a picture; refuse a page that Pillow would change or cut."""
     with _open(path) as image:
         for index in range(_count_pages(image)):
             if index:

@@ -38,7 +38,7 @@ def name_no_color() -> dict[int, Color]:
 
 
 class Scan(NamedTuple):
-    """An opened file, of which the header has been read and checked, and no voxel.
+    """An opened file: its header has been read and checked, no voxel yet.
 
     Attributes:
         shape: Shape (I, J, K).

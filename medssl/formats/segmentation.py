@@ -347,7 +347,7 @@ def fill_polygons(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -
         A square with a smaller one in it is a frame.
 
         >>> square = np.array([[0, 0], [4, 0], [4, 4], [0, 4]]) + 0.5
-        >>> int(fill([square, square / 2 + 0.8], (6, 6)).sum())
+        >>> int(fill_polygons([square, square / 2 + 0.8], (6, 6)).sum())
         12
     """
     starts = np.concatenate(polygons)

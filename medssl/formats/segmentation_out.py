@@ -29,7 +29,7 @@ from medssl.transforms.geometry import Header
 MAX_NOTE = 64
 """Characters of a note that a SEG holds."""
 
-_ORGANS = {  # what pydicom calls them, of which it knows the code
+_ORGANS = {  # the keywords of pydicom, which knows their codes
     *("AdrenalGland", "Aorta", "Bladder", "Bone", "Brain", "BrainStem", "Breast"),
     *("Cerebellum", "Clavicle", "Colon", "Duodenum", "Esophagus", "Eye", "Femur"),
     *("Gallbladder", "Heart", "Hippocampus", "Humerus", "InferiorVenaCava", "Kidney"),
@@ -66,7 +66,7 @@ _NOT_IN_PYDICOM = {"Myocardium": ("74281007", "Myocardium")}
 _SIDES = ("left", "right")
 _SINGLE = {"LeftAtrium", "LeftVentricle", "RightAtrium", "RightVentricle"}  # no side of an organ
 _SCHEME = "99MEDSSL"  # private ones begin with 99
-_KEPT = ("PatientID", "PatientSex")  # of all that is said of a patient
+_KEPT = ("PatientID", "PatientSex")  # the only fields of a patient that are kept
 _GROUPS_OF_PEOPLE = (0x0010, 0x0012, 0x0032, 0x0038, 0x0040)  # patient, trial, orders, visit, steps
 _IDENTIFIERS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID")
 _TELLING = "Description|Comment|Physician|Operator|Requesting"  # fields where names stand

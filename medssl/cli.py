@@ -131,9 +131,9 @@ def _check_device(name: str) -> None:
         raise InputError(f"device {name}: give auto, cpu, cuda or cuda:1")
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(value: bool) -> None:
     """Print the version and leave."""
-    if wanted:
+    if value:
         print(f"medssl {__version__}")
         raise typer.Exit
 
@@ -189,11 +189,11 @@ def show_config(
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration, and where each value came from."""
-    given = [*([first] if first else []), *(overrides or [])]
-    source = given.pop(0) if given and "=" not in given[0] else None
+    arguments = [*([first] if first else []), *(overrides or [])]
+    source = arguments.pop(0) if arguments and "=" not in arguments[0] else None
     if source is not None and not Path(source).exists():
         raise InputError(f"{source}: no such file or folder; give DATA, CONFIG or key=value")
-    print(render(load_config(source, given)))
+    print(render(load_config(source, arguments)))
 
 
 @app.command()
@@ -229,10 +229,10 @@ def train(
     ] = 0,
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
-    given = list(overrides or [])
+    settings = list(overrides or [])
     outcome = _train(
-        load_config(first, given),
-        lambda plan: load_config(first, given, plan),
+        load_config(first, settings),
+        lambda plan: load_config(first, settings, plan),
         run,
         dry_run=dry_run,
         restart=restart,
@@ -313,7 +313,7 @@ def _train(
 
 def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) -> Path:
     """Answer the mistakes that need neither torch nor a scan; return where the data is."""
-    from medssl.data.cases import split_cases, take
+    from medssl.data.cases import select_cases, split_cases
     from medssl.data.layouts import read_dataset
 
     data = resolved.config.data
@@ -325,7 +325,7 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
     if cross_check:
         from medssl.cross_check import deal_folds
 
-        deal_folds(take(dataset, splits, "labeled"), cross_check, data.split_seed)
+        deal_folds(select_cases(dataset, splits, "labeled"), cross_check, data.split_seed)
     if round_0 is not None and not (round_0 / "round_0" / "model" / "done.json").is_file():
         raise InputError(f"--round-0 {round_0}: there is no finished round 0 in it")
     return data.root
@@ -439,24 +439,24 @@ def evaluate(
 ) -> None:
     """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
     _check_device(device)
-    model, wanted = _find_wanted_round(model, data, round_index)
-    settings = _check_evaluation(model, data, list(overrides or ()), out, wanted)
-    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run
-    from medssl.evaluate import render as render_summary  # slow to import: after the quick mistakes
+    model, round_number = _resolve_round(model, data, round_index)
+    settings = _check_evaluation(model, data, list(overrides or ()), out, round_number)
+    # slow to import: after the quick mistakes
+    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run, render_summary
     from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
-    given: dict[str, Any] = {"tolerance": tolerance, "device": chosen}
+    options: dict[str, Any] = {"tolerance": tolerance, "device": chosen}
     if data is not None and out is not None:
-        summary = evaluate_data(model, data, out, data=settings, overwrite=overwrite, **given)
+        summary = evaluate_data(model, data, out, data=settings, overwrite=overwrite, **options)
         _finish_evaluation(render_summary(summary), summary)
         return
     is_run = (model / "run.json").is_file()
     with lock_run(model) if is_run else contextlib.nullcontext():
-        if wanted is None:
-            summary = evaluate_run(model, overwrite=overwrite, **given)
+        if round_number is None:
+            summary = evaluate_run(model, overwrite=overwrite, **options)
         else:
-            summary = evaluate_round(model, wanted, **given)
+            summary = evaluate_round(model, round_number, **options)
     if round_index == "all":
         for folder in list_rounds(model / "evaluation").values():
             if (folder / "summary.json").is_file():
@@ -467,20 +467,20 @@ def evaluate(
 
 
 def _check_evaluation(
-    model: Path, data: Path | None, overrides: list[str], out: Path | None, wanted: int | None
+    model: Path, data: Path | None, overrides: list[str], out: Path | None, round_number: int | None
 ) -> DataSection:
     """Answer all mistakes that need neither torch nor a scan; return how the data is read."""
     from medssl.data.layouts import read_dataset
-    from medssl.data.trained import check_out, find_rounds, open_test_cases, resolve_model
+    from medssl.data.trained import find_rounds, open_test_cases, refuse_run_folder, resolve_model
 
     if data is None and out is not None:
         raise InputError("--out is for other scans: a run keeps its evaluation in RUN/evaluation")
     if data is None:
         open_test_cases(model, lambda text: None)
-        if wanted is not None and f"round_{wanted}" not in find_rounds(model):
+        if round_number is not None and f"round_{round_number}" not in find_rounds(model):
             known = ", ".join(r.removeprefix("round_") for r in find_rounds(model)) or "none"
-            raise InputError(f"{model}: round {wanted} is not done; done are: {known}")
-        resolve_model(model if wanted is None else model / f"round_{wanted}")
+            raise InputError(f"{model}: round {round_number} is not done; done are: {known}")
+        resolve_model(model if round_number is None else model / f"round_{round_number}")
         return DataSection()
     if out is None:
         raise InputError("--out is missing: name the folder that the tables go to")
@@ -489,7 +489,7 @@ def _check_evaluation(
             raise InputError(f"{text}: only data.KEY=VALUE says how to read DATA")
     settings = load_config(None, overrides).config.data
     resolve_model(model)
-    check_out(out)
+    refuse_run_folder(out)
     read_dataset(data, settings.format, settings.labels)
     return settings
 
@@ -511,23 +511,23 @@ def _take_device(name: str) -> str:
     return choose_device(name)
 
 
-def _find_wanted_round(
-    model: Path, data: Path | None, given: str | None
+def _resolve_round(
+    model: Path, data: Path | None, round_index: str | None
 ) -> tuple[Path, int | None]:
     """Return the run, and the one round of it that is to be measured on the run's test cases."""
-    if data is not None and given is not None:
+    if data is not None and round_index is not None:
         raise InputError(
-            f"--round {given}: is for a run's own test cases; for {data} name the round's folder: "
-            f"medssl evaluate {model}/round_{given} {data} --out DIR"
+            f"--round {round_index}: is for a run's own test cases; for {data} name the round's "
+            f"folder: medssl evaluate {model}/round_{round_index} {data} --out DIR"
         )
     parent, is_round = model.resolve().parent, re.fullmatch(r"round_\d+", model.resolve().name)
-    if data is None and given is None and is_round and (parent / "run.json").is_file():
+    if data is None and round_index is None and is_round and (parent / "run.json").is_file():
         return parent, int(model.resolve().name.removeprefix("round_"))
-    if given in (None, "all"):
+    if round_index in (None, "all"):
         return model, None
-    if not given.isdigit():
-        raise InputError(f"--round {given}: give a number, such as 0, or all")
-    return model, int(given)
+    if not round_index.isdigit():
+        raise InputError(f"--round {round_index}: give a number, such as 0, or all")
+    return model, int(round_index)
 
 
 @app.command()
@@ -648,13 +648,14 @@ def demo(
         write_phantoms(data, shape=DEMO_SHAPE)
     scans = sorted((data / "images").glob("*.nii.gz"))[-1:]
     plan_predictions(scans, out / "masks", 1)  # before anything is trained
-    from medssl.evaluate import evaluate_run
-    from medssl.evaluate import render as render_summary
+    from medssl.evaluate import evaluate_run, render_summary
     from medssl.predict import load_model, predict_files
 
     config = find_configs() / "phantoms.yaml"
-    given = [f"data.root={data}", *(overrides or [])]
-    outcome = _train(load_config(config, given), lambda plan: load_config(config, given, plan), run)
+    settings = [f"data.root={data}", *(overrides or [])]
+    outcome = _train(
+        load_config(config, settings), lambda plan: load_config(config, settings, plan), run
+    )
     if outcome is None or outcome.status == "interrupted":
         raise SystemExit(INTERRUPTED)
     predict_files(load_model(run), scans, out / "masks", report=print)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medssl.config import InputError
-from medssl.data.cases import Case, Splits, take
+from medssl.data.cases import Case, Splits, select_cases
 from medssl.metrics import (
     Row,
     compare_cases,
@@ -69,7 +69,7 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
     from medssl.data.io import read_origin  # heavy: folds are dealt without it
 
     splits = prepared.splits
-    labeled = take(prepared.dataset, splits, "labeled")
+    labeled = select_cases(prepared.dataset, splits, "labeled")
     made = [c for c in labeled if c.label is not None and read_origin(c.label, c)]
     if made:
         listed = "\n".join(f"  {case.case_id}: {case.label}" for case in made)
@@ -157,14 +157,14 @@ def summarize_folds(
         before: Of round 0 of the same folds, in the same order.
         delivered: The round that each fold delivered.
     """
-    from medssl.evaluate import summarize
+    from medssl.evaluate import summarize_rows
 
     patients = [str(row["patient_id"]) for row in rows]
     ours, theirs = compare_cases([rows, before])
     paired = paired_difference(ours, theirs, patients=patients)
     students = sum(name != "round_0" for name in delivered)
     verdict = judge(paired) if students else "not measured"
-    summary = summarize(rows)
+    summary = summarize_rows(rows)
     measured = f"dice {format_estimate(summary['dice'])} on {paired['n']} labeled scans of "
     measured += f"{paired['num_patients']} patients, each measured by models that had not seen it"
     gain = f"minus labels only {format_estimate(paired, '+')}"

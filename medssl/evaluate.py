@@ -29,11 +29,11 @@ from medssl.data.io import (
 from medssl.data.layouts import read_dataset
 from medssl.data.predictions import Record, protect_files, read_files, record_predictions
 from medssl.data.trained import (
-    check_out,
     find_rounds,
     find_trained_on,
     hash_voxels,
     open_test_cases,
+    refuse_run_folder,
     shorten,
     split_by_label,
 )
@@ -65,7 +65,7 @@ from medssl.runs import (
     write_json,
     write_text,
 )
-from medssl.transforms.geometry import MAX_DISPLACEMENT, affines_differ, grid_spacing
+from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
 
 Report = Callable[[str], object]
 
@@ -85,7 +85,7 @@ def evaluate_model(
 
     Writes ``per_case.csv`` and ``summary.json`` into `out`, and the masks as
     ``predictions/<case_id>.nii.gz`` (of a picture, in its format). Cases without a label are left
-    out, which is said. Pictures are measured in pixels: columns end in ``_px``.
+    out and reported. Pictures are measured in pixels: columns end in ``_px``.
 
     Args:
         model: Of ``load_model``.
@@ -153,7 +153,7 @@ def evaluate_data(
         InputError: The label map of the data is not the model's, there is no case to evaluate, or
             ``out`` is where a run has tables of its own.
     """
-    check_out(out)
+    refuse_run_folder(out)
     data = data or DataSection()
     model = load_model(path, device)
     dataset = read_dataset(root, data.format, data.labels)
@@ -162,19 +162,27 @@ def evaluate_data(
     ignore = dataset.ignore if data.ignore is None else data.ignore
     _check_label_map(model, dataset, ignore)
     channels = len(dataset.channels)
-    seen, notes = find_trained_on(path, dataset, lambda case: _hash_scan(case, channels))
-    cases = [case for case in dataset.cases if case.case_id not in seen]
-    if seen:
-        report(f"{len(seen)} cases are left out: the run was trained on them: {shorten(seen)}")
+    trained_on, notes = find_trained_on(path, dataset, lambda case: _hash_scan(case, channels))
+    cases = [case for case in dataset.cases if case.case_id not in trained_on]
+    if trained_on:
+        report(
+            f"{len(trained_on)} cases are left out: the run was trained on them: "
+            f"{shorten(trained_on)}"
+        )
     if not any(case.label is not None for case in cases):
-        trained = f" ({len(seen)} the run was trained on)" if seen else ""
+        trained = f" ({len(trained_on)} the run was trained on)" if trained_on else ""
         raise InputError(
             f"{root}: none of {len(dataset.cases)} cases is labeled and new to the model"
             f"{trained}; there is nothing to evaluate it on"
         )
     for note in notes:
         report(note)
-    about = {"model": str(path), "dataset": dataset.name, "trained_on": seen, "remarks": notes}
+    about = {
+        "model": str(path),
+        "dataset": dataset.name,
+        "trained_on": trained_on,
+        "remarks": notes,
+    }
     return evaluate_model(
         model,
         cases,
@@ -323,21 +331,21 @@ def _measure(
         tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
         num_classes = len(info.label_values)
         metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
-        rows.append(tabulate(case, metrics, names, in_mm=spacing is not None))
+        rows.append(tabulate_case(case, metrics, names, in_mm=spacing is not None))
         if prediction.flags:
             flags[case.case_id] = list(prediction.flags)
         if record is not None:
             path = record.out / _name_mask(case)
             place = (prediction.mask, prediction.affine, info.label_values)
             write_mask(path, *place, header=prediction.header, origin="prediction")
-            record.add([path])
+            record.add_files([path])
         report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
     if record is not None:
         record.write()
     if not rows:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")
-    summary = summarize(rows)
+    summary = summarize_rows(rows)
     extent = {"low": min(tolerances), "high": max(tolerances)}
     unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
     about = {f"surface_tolerance_{unit}": extent, "flags": flags, "failed": list(failed)}
@@ -358,7 +366,7 @@ def _hash_scan(case: Case, num_channels: int) -> list[str]:
     return hash_voxels(volume.array, volume.affine)
 
 
-def tabulate(
+def tabulate_case(
     case: Case, metrics: Mapping[int, ClassMetrics], names: Mapping[int, str], in_mm: bool = True
 ) -> Row:
     """Return the row of a case in ``per_case.csv``; ``dice``, the mean over classes, is last.
@@ -385,11 +393,11 @@ def tabulate(
     return row
 
 
-def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """Return means with 95 % intervals, and how often a class was missed or absent.
 
     Args:
-        rows: Of ``tabulate``, one a case.
+        rows: Of ``tabulate_case``, one a case.
     """
     names = [column.partition("/")[2] for column in rows[0] if column.startswith("dice/")]
     unit = "mm" if any(column.startswith("hd95_mm/") for column in rows[0]) else "px"
@@ -439,7 +447,7 @@ def write_tables(out: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> 
     write_json(out / "summary.json", summary)
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def render_summary(summary: Mapping[str, Any]) -> str:
     """Return a summary as text for the terminal, at most 100 columns wide."""
     unit = "mm" if all("hd95_mm" in entry for entry in summary["classes"].values()) else "px"
     width = min(26, max([len("mean over classes"), *(len(name) for name in summary["classes"])]))
@@ -510,7 +518,7 @@ def _read_label(
             f"{case.label}: shape {label.shape} differs from {shape} of {case.images[0]}; "
             "resample the label to the grid of its scan"
         )
-    distance = affines_differ(image_affine, affine, shape)
+    distance = measure_displacement(image_affine, affine, shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
             f"{case.label}: lies up to {distance:.2f} voxels beside {case.images[0]}; correct the "

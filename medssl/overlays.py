@@ -27,24 +27,24 @@ from medssl.config import IGNORE
 Array = npt.NDArray[Any]
 
 CLASS_COLORS = ("#D55E00", "#2B8CE6", "#00A078", "#CC79A7", "#E69F00", "#7A5FD0", "#56B4E9")
-"""Colours of the foreground classes, in all figures; told apart with colour-blind eyes too.
+"""Colors of the foreground classes, in all figures; told apart with color-blind eyes too.
 
-Source: Okabe and Ito 2008, with the blue lightened so that it also shows on a grey scan.
+Source: Okabe and Ito 2008, with the blue lightened so that it also shows on a gray scan.
 """
 
 PLANES = (("axial", 2, "RA"), ("coronal", 1, "RS"), ("sagittal", 0, "AS"))
 """Name, normal axis, and what lies at the left and at the top of each plane."""
 
 
-def color_of(index: int) -> str:
-    """Return the colour of class ``index`` (1 is the first foreground class)."""
+def pick_color(index: int) -> str:
+    """Return the color of class ``index`` (1 is the first foreground class)."""
     return CLASS_COLORS[(index - 1) % len(CLASS_COLORS)]
 
 
 def show_channels(image: Array, is_picture: bool) -> Array:
-    """Return what is shown of (C, I, J, K): the first channel, of a picture the mean of colors."""
-    shown: Array = image.mean(0) if is_picture else image[0]
-    return shown
+    """Return (I, J, K) of (C, I, J, K): the first channel; of a picture the mean of its colors."""
+    intensity: Array = image.mean(0) if is_picture else image[0]
+    return intensity
 
 
 def render_overlay(
@@ -82,8 +82,8 @@ def render_overlay(
         shapes = [image.shape, *(other.shape for other in others)]
         raise ValueError(f"an overlay needs arrays of one shape (I, J, K), got {shapes}")
     sizes = spacing or (1.0, 1.0, 1.0)
-    shown = _find_foreground(others)
-    center = [_find_largest(shown, axis) for axis in range(3)]
+    foreground = _find_foreground(others)
+    center = [_find_largest(foreground, axis) for axis in range(3)]
     window = _find_window(image)
     indices = sorted({int(v) for other in others for v in np.unique(other)} - {0, IGNORE})
 
@@ -97,18 +97,18 @@ def render_overlay(
         if is_picture:
             planes = [a[..., center[2]] for a in (image, *others)]
             drawn = indices if column else []
-            _draw_plane(axes, planes if column else planes[:1], 2, sizes, window, drawn)
+            _plot_plane(axes, planes if column else planes[:1], 2, sizes, window, drawn)
             continue
         _, axis, letters = PLANES[column]
-        crop = _find_crop(shown, axis, sizes)
+        crop = _find_crop(foreground, axis, sizes)
         planes = [_take_plane(a, axis, center[axis], crop) for a in (image, *others)]
-        _draw_plane(axes, planes, axis, sizes, window, indices)
-        _draw_letters(axes, letters)
+        _plot_plane(axes, planes, axis, sizes, window, indices)
+        _plot_letters(axes, letters)
     style: dict[str, Any] = {"color": "white", "fontsize": 9, "parse_math": False}
     if title:
         figure.text(0.008, 1 - 0.13 / height, title, va="center", **style)
     if legend:
-        _draw_legend(figure, indices, names or {}, reference is not None, _has_ignore(others))
+        _plot_legend(figure, indices, names or {}, reference is not None, _has_ignore(others))
     return _save_png(figure)
 
 
@@ -141,11 +141,11 @@ def write_overlay(
 
 
 def _find_foreground(maps: list[Array]) -> Array:
-    """Return where (I, J, K) any map holds a class; everywhere if none does anywhere."""
-    found = np.zeros(maps[0].shape, dtype=bool)
+    """Return where (I, J, K) any map holds a class; all voxels if there is no class."""
+    foreground = np.zeros(maps[0].shape, dtype=bool)
     for classes in maps:
-        found |= (classes != 0) & (classes != IGNORE)
-    return found if found.any() else np.ones_like(found)
+        foreground |= (classes != 0) & (classes != IGNORE)
+    return foreground if foreground.any() else np.ones_like(foreground)
 
 
 def _has_ignore(maps: list[Array]) -> bool:
@@ -162,14 +162,14 @@ def _find_largest(foreground: Array, axis: int) -> int:
 
 def _find_crop(foreground: Array, axis: int, spacing: tuple[float, float, float]) -> list[slice]:
     """Return the slices of a plane: a square (in mm) around the foreground with a margin."""
-    kept = [a for a in range(3) if a != axis]
+    axes = [a for a in range(3) if a != axis]
     bounds = []
-    for a in kept:
+    for a in axes:
         line = np.flatnonzero(foreground.any(axis=tuple(b for b in range(3) if b != a)))
         bounds.append((int(line[0]), int(line[-1]) + 1))
-    longest = max((high - low) * spacing[a] for a, (low, high) in zip(kept, bounds, strict=True))
+    longest = max((high - low) * spacing[a] for a, (low, high) in zip(axes, bounds, strict=True))
     crop = []
-    for a, (low, high) in zip(kept, bounds, strict=True):
+    for a, (low, high) in zip(axes, bounds, strict=True):
         size = foreground.shape[a]
         width = min(size, max(8, round(1.7 * longest / spacing[a])))
         start = min(max(0, (low + high - width) // 2), size - width)
@@ -195,7 +195,7 @@ def _find_window(image: Array) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def _draw_plane(
+def _plot_plane(
     axes: Axes,
     planes: list[Array],
     axis: int,
@@ -217,15 +217,15 @@ def _draw_plane(
     )
     axes.set_axis_off()
     if maps and (maps[0] == IGNORE).any():
-        _draw_hatching(axes, maps[0] == IGNORE)
+        _plot_hatching(axes, maps[0] == IGNORE)
     for index in indices:
         for is_reference, plane in zip((False, True), maps, strict=False):
-            _draw_contour(axes, plane == index, color_of(index), is_reference)
+            _plot_contour(axes, plane == index, pick_color(index), is_reference)
     axes.set_xlim(-0.5, image.shape[1] - 0.5)
     axes.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
-def _draw_hatching(axes: Axes, mask: Array) -> None:
+def _plot_hatching(axes: Axes, mask: Array) -> None:
     """Hatch a mask in translucent white."""
     hatching = axes.contourf(*_pad(mask), levels=[0.5, 1.5], colors=["#FFFFFF26"], hatches=["////"])
     hatching.set_edgecolor("#FFFFFF66")
@@ -238,7 +238,7 @@ def _pad(mask: Array) -> tuple[Array, Array, Array]:
     return np.arange(-1, columns + 1), np.arange(-1, rows + 1), values
 
 
-def _draw_contour(axes: Axes, mask: Array, color: str, is_reference: bool) -> None:
+def _plot_contour(axes: Axes, mask: Array, color: str, is_reference: bool) -> None:
     """Draw the outline of a mask."""
     if not mask.any():
         return
@@ -253,7 +253,7 @@ def _draw_contour(axes: Axes, mask: Array, color: str, is_reference: bool) -> No
     lines.set_path_effects([halo, Normal()])
 
 
-def _draw_letters(axes: Axes, letters: str) -> None:
+def _plot_letters(axes: Axes, letters: str) -> None:
     """Mark the left and the top side of a plane by the patient's directions."""
     halo = [withStroke(linewidth=2, foreground="black")]
     style: dict[str, Any] = {"color": "white", "fontsize": 9, "path_effects": halo}
@@ -261,7 +261,7 @@ def _draw_letters(axes: Axes, letters: str) -> None:
     axes.text(0.5, 0.98, letters[1], transform=axes.transAxes, ha="center", va="top", **style)
 
 
-def _draw_legend(
+def _plot_legend(
     figure: Figure,
     indices: list[int],
     names: Mapping[int, str],
@@ -270,7 +270,7 @@ def _draw_legend(
 ) -> None:
     """Say below the planes which contour is what."""
     entries = [
-        Line2D([], [], color=color_of(i), linewidth=2.2, label=names.get(i, f"class {i}"))
+        Line2D([], [], color=pick_color(i), linewidth=2.2, label=names.get(i, f"class {i}"))
         for i in indices[:6]
     ]
     if has_reference:
@@ -280,7 +280,7 @@ def _draw_legend(
         entries.append(Line2D([], [], color="#FFFFFF66", linewidth=6, label="not trusted"))
     if not entries:
         return
-    shown = figure.legend(
+    legend = figure.legend(
         handles=entries,
         loc="lower left",
         ncols=len(entries),
@@ -291,12 +291,12 @@ def _draw_legend(
         borderaxespad=0.1,
         handlelength=1.8,
     )
-    for text in shown.get_texts():
+    for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def _save_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG of 256 colours: a third of the size, no visible loss."""
+    """Return the figure as a PNG of 256 colors: a third of the size, no visible loss."""
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves draw and buffer_rgba untyped
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

@@ -125,15 +125,15 @@ def make_plan(
     cases = [*labeled, *unlabeled]
     has_spacing = all(get_reader(case.images[0]).has_spacing for case in cases)
     grids = [read_geometry(case.images[0]) for case in cases]
-    own = [cache_grid(shape, affine, (None, None, None)) for shape, affine in grids]
-    spacings = np.array([grid_spacing(affine) for _, affine in own])
+    ras_grids = [cache_grid(shape, affine, (None, None, None)) for shape, affine in grids]
+    spacings = np.array([grid_spacing(affine) for _, affine in ras_grids])
     slice_axis = _choose_slice_axis(
-        config, np.array([shape for shape, _ in own]), spacings, has_spacing, reasons
+        config, np.array([shape for shape, _ in ras_grids]), spacings, has_spacing, reasons
     )
     axes = [axis for axis in range(3) if axis != slice_axis]
     spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
     num_channels = max(1, len(dataset.channels))
-    _refuse_fine_spacing(config, own, spacing, num_channels)
+    _refuse_fine_spacing(config, ras_grids, spacing, num_channels)
     shapes = np.array([cache_grid(shape, affine, spacing)[0] for shape, affine in grids])
     normalization = _choose_normalization(config, dataset, labels, labeled, has_spacing, reasons)
     in_plane = [step for step in spacing if step is not None]
@@ -218,7 +218,7 @@ def _choose_slice_axis(
     has_spacing: bool,
     reasons: list[str],
 ) -> Literal[0, 1, 2] | None:
-    """Return the axis along which a network in 2D is shown slices, or None for one in 3D.
+    """Return the axis along which a 2D network gets its slices, or None for a 3D network.
 
     Args:
         config: The configuration.
@@ -231,15 +231,15 @@ def _choose_slice_axis(
     thick = _find_thick_axis(shape, spacing) if has_spacing else 2
     others = np.delete(spacing, thick)
     ratio = float(spacing[thick] / others.max())
-    given = {len(v) for v in (config.plan.patch_size, config.plan.spacing) if v != "auto"}
+    dimensions = {len(v) for v in (config.plan.patch_size, config.plan.spacing) if v != "auto"}
     dimension = config.plan.dimension
-    if dimension == "auto" and given:
-        dimension = 2 if given == {2} else 3
-    if len(given) > 1 or (given and given != {dimension}):
+    if dimension == "auto" and dimensions:
+        dimension = 2 if dimensions == {2} else 3
+    if len(dimensions) > 1 or (dimensions and dimensions != {dimension}):
         raise InputError(
             f"plan.dimension={config.plan.dimension}: plan.spacing and plan.patch_size have "
-            f"{' and '.join(str(n) for n in sorted(given))} entries; in dimension 2 they have two, "
-            "those of the plane, in dimension 3 three"
+            f"{' and '.join(str(n) for n in sorted(dimensions))} entries; in dimension 2 they have "
+            "two, those of the plane, in dimension 3 three"
         )
     if dimension == "auto":
         few = shape[thick] < FEW_SLICES
@@ -262,7 +262,7 @@ def _choose_slice_axis(
 
 
 def _find_thick_axis(shape: NDArray[np.float64], spacing: NDArray[np.float64]) -> int:
-    """Return an axis of one slice, else the coarsest, of equal ones that of fewest slices."""
+    """Return an axis of one slice, else the coarsest; of equal ones, that with fewest slices."""
 
     def rank(axis: int) -> tuple[bool, float, float, int]:
         return bool(shape[axis] == 1), round(float(spacing[axis]), 3), -float(shape[axis]), axis
@@ -278,15 +278,15 @@ def _choose_spacing(
     reasons: list[str],
 ) -> GridSpacing:
     """Return the spacing of the cache grid in mm; None along slices, which are never resampled."""
-    given = config.plan.spacing
-    values = np.median(spacings, axis=0)[list(axes)] if given == "auto" else given
+    setting = config.plan.spacing
+    values = np.median(spacings, axis=0)[list(axes)] if setting == "auto" else setting
     chosen: list[float | None] = [None, None, None]
     for axis, value in zip(axes, values, strict=True):
         chosen[axis] = round(float(value), 4) if value > 0.1 else float(f"{value:.4g}")
-    shown = " x ".join(f"{step:g}" for step in chosen if step is not None)
-    if given == "auto" and has_spacing:
-        reasons.append(f"spacing {shown} mm: the median of {len(spacings)} scans")
-    elif given == "auto":
+    text = " x ".join(f"{step:g}" for step in chosen if step is not None)
+    if setting == "auto" and has_spacing:
+        reasons.append(f"spacing {text} mm: the median of {len(spacings)} scans")
+    elif setting == "auto":
         reasons.append("no spacing: pictures keep their pixels, which are the unit of length")
     return chosen[0], chosen[1], chosen[2]
 
@@ -301,8 +301,8 @@ def _refuse_fine_spacing(
     limit = machine.read_memory_limit()
     for shape, affine in grids:
         voxels = math.prod(
-            size if step is None else size * found / step
-            for size, found, step in zip(shape, grid_spacing(affine), spacing, strict=True)
+            size if step is None else size * native_step / step
+            for size, native_step, step in zip(shape, grid_spacing(affine), spacing, strict=True)
         )
         if voxels * num_channels * 4 > limit and config.plan.spacing != "auto":
             raise InputError(
@@ -368,14 +368,14 @@ def _collect_foreground(
     ignore: int | None,
 ) -> NDArray[np.float32]:
     """Return intensities of labeled foreground voxels."""
-    found = []
+    pieces = []
     for case in labeled:
         if case.label is None:
             continue
         classes, _ = read_label(case.label, label_values, ignore, case)
         image = read_image(case.images, num_channels).array[channel]
-        found.append(image[(classes > 0) & (classes < len(label_values))])
-    values = np.concatenate(found) if found else np.zeros(0, np.float32)
+        pieces.append(image[(classes > 0) & (classes < len(label_values))])
+    values = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if not len(values):
         raise InputError(
             "CT is normalized by its labeled foreground, but no labeled case has any; set "
@@ -476,17 +476,17 @@ def _choose_encoder_patch(
             "or set plan.dimension=2 to segment them slice by slice"
         )
     budget = GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
-    given = config.plan.patch_size
+    setting = config.plan.patch_size
     median = np.median(shapes, axis=0)
-    wanted = median.copy() if given == "auto" else np.array(given, dtype=float)
+    target = median.copy() if setting == "auto" else np.array(setting, dtype=float)
     while True:
-        size = np.maximum(np.ceil(wanted / ENCODER_FACTOR) * ENCODER_FACTOR, LEAST_SIDE).astype(int)
-        if given != "auto" or size.prod() <= budget:
+        size = np.maximum(np.ceil(target / ENCODER_FACTOR) * ENCODER_FACTOR, LEAST_SIDE).astype(int)
+        if setting != "auto" or size.prod() <= budget:
             break
-        wanted[np.argmax(wanted)] *= 0.9
-    if given != "auto" and tuple(size) != tuple(given):
+        target[np.argmax(target)] *= 0.9
+    if setting != "auto" and tuple(size) != tuple(setting):
         raise InputError(
-            f"plan.patch_size={list(given)}: with an encoder each side must be a multiple of "
+            f"plan.patch_size={list(setting)}: with an encoder each side must be a multiple of "
             f"{ENCODER_FACTOR} and {LEAST_SIDE} at least; the nearest is {size.tolist()}"
         )
     _explain_patch(size, median, budget, "pixels", reasons)
@@ -538,26 +538,26 @@ def _choose_patch(
     budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
     if is_flat:
         budget = GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
-    wanted = np.median(shapes, axis=0)
-    given = config.plan.patch_size
-    if given != "auto":
-        wanted = np.array(given, dtype=float)
+    target = np.median(shapes, axis=0)
+    setting = config.plan.patch_size
+    if setting != "auto":
+        target = np.array(setting, dtype=float)
     most = config.network.depth if config.network.depth != "auto" else _MOST_LEVELS[is_flat, on_gpu]
     while True:
-        strides = _choose_strides(wanted, np.array(spacing), most)
+        strides = _choose_strides(target, np.array(spacing), most)
         factor = np.prod(np.array(strides), axis=0)
-        size = np.maximum(np.ceil(wanted / factor) * factor, factor).astype(int)
-        if given != "auto" or size.prod() <= budget:
+        size = np.maximum(np.ceil(target / factor) * factor, factor).astype(int)
+        if setting != "auto" or size.prod() <= budget:
             break
-        wanted[np.argmax(wanted / np.median(shapes, axis=0) * wanted)] *= 0.9
+        target[np.argmax(target / np.median(shapes, axis=0) * target)] *= 0.9
     if config.network.depth != "auto" and len(strides) < config.network.depth:
         raise InputError(
             f"network.depth={config.network.depth}: a patch of {'x'.join(str(n) for n in size)} "
             f"voxels has room for {len(strides)} levels; lower it, or leave it out"
         )
-    if given != "auto" and tuple(size) != tuple(given):
+    if setting != "auto" and tuple(size) != tuple(setting):
         raise InputError(
-            f"plan.patch_size={list(given)}: with {len(strides)} levels each side must be a "
+            f"plan.patch_size={list(setting)}: with {len(strides)} levels each side must be a "
             f"multiple of {factor.tolist()}; the nearest is {size.tolist()}"
         )
     if (size == factor).all():
@@ -606,14 +606,14 @@ def _choose_flips(
     reasons: list[str],
 ) -> tuple[int, ...]:
     """Return the axes that may be mirrored: left-right, where no class has a side."""
-    given = config.plan.flips
-    if given != "auto":
-        if slice_axis in given:
+    setting = config.plan.flips
+    if setting != "auto":
+        if slice_axis in setting:
             raise InputError(
-                f"plan.flips={list(given)}: slices along axis {slice_axis} are mirrored in their "
+                f"plan.flips={list(setting)}: slices along axis {slice_axis} are mirrored in their "
                 f"plane only; leave out {slice_axis}"
             )
-        return given
+        return setting
     axis = 0 if has_spacing else 1
     if slice_axis == axis:
         reasons.append("no mirroring: slices lie left-right, and bodies are not symmetric in them")
@@ -656,10 +656,10 @@ def _choose_flips(
     return (0,)
 
 
-def _choose_precision(given: str, device: str, reasons: list[str]) -> str:
+def _choose_precision(setting: str, device: str, reasons: list[str]) -> str:
     """Return bfloat16 where the processor computes in it, float32 elsewhere."""
-    if given != "auto":
-        return given
+    if setting != "auto":
+        return setting
     native = machine.has_bfloat16(device)
     reasons.append("bfloat16: the processor has it" if native else "float32: no native bfloat16")
     return "bfloat16" if native else "float32"
@@ -699,7 +699,7 @@ def describe_steps(steps: int | tuple[int, ...]) -> str:
     return f"{steps[0]} steps in round 0, then {', '.join(map(str, steps[1:]))}"
 
 
-def resolve(plan: Plan) -> dict[str, Any]:
+def list_decisions(plan: Plan) -> dict[str, Any]:
     """Return the dotted keys of the configuration that the plan decided."""
     spacing = plan.preprocessing.spacing
     kinds = {how.kind for how in plan.preprocessing.normalization}

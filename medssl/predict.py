@@ -638,7 +638,7 @@ def _write_prediction(
     names = [info.labels[index] for index in range(len(info.label_values))]
     write_mask(mask, *place, header=found.header, origin="prediction", names=names)
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
-    return record.add(files, labels=labels, model=info.provenance, flags={name: found.flags})
+    return record.add_files(files, labels=labels, model=info.provenance, flags={name: found.flags})
 
 
 def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:

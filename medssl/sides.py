@@ -28,14 +28,14 @@ MOST_VOXELS = 100_000  # of a class that its place and shape are taken from
 MOST_CASES = 12  # that are looked at
 
 
-def fold(text: str) -> str:
+def fold_text(text: str) -> str:
     """Return a text in one case, without accents, full-width letters as common ones."""
     parts = unicodedata.normalize("NFKD", text).casefold()
     return "".join(c for c in unicodedata.normalize("NFKD", parts) if not unicodedata.combining(c))
 
 
 _SIDE = re.compile(
-    fold(
+    fold_text(
         r"l|r|lt|rt|lh|rh|lft|rgt|lhs|rhs|left(?!over)\w*|right(?!eous|ful)\w*"
         r"|(?!(?:over|hyper|eye)bright|(?:out|down|forth|copy|birth)right|\w*cleft)"
         r"\w{3,}(?:left|right)|\w*(?:links|rechts)\w*|linke(?!d)\w*|rechte(?!ck)\w*|recht"
@@ -56,7 +56,7 @@ _INSIDE = (("l", "r"), ("left", "right"), ("links", "rechts"), ("izq", "der"), (
 _ALONE = (
     *_INSIDE, ("g", "d"), ("e", "d"), ("i", "d"), ("s", "d"), ("sin", "dx"), ("sin", "dex"),
     ("sin", "dext"), ("sx", "dx"), ("sn", "dx"), ("v", "h"), ("li", "re"), ("l", "p"), ("л", "п"),
-    ("л", "пр"), ("sol", fold("sağ")), ("bal", "jobb"), ("va", "ho"), ("gche", "dte"),
+    ("л", "пр"), ("sol", fold_text("sağ")), ("bal", "jobb"), ("va", "ho"), ("gche", "dte"),
 )  # fmt: skip
 """Words, or letters, that mean sides in one language or another where two names differ in them."""
 _VERTEBRA = re.compile("(vert|lumb|wirb|spin|dis[ck]|lend|colon)\\w*")  # before L 3
@@ -65,7 +65,7 @@ _VERTEBRA = re.compile("(vert|lumb|wirb|spin|dis[ck]|lend|colon)\\w*")  # before
 def find_sided(names: Iterable[str]) -> list[str]:
     """Return the names that have a side, in their order.
 
-    A name has one by a word of its own, or because another name differs from it in that alone:
+    A name has a side if one of its words means one, or if another name differs in that alone:
     `lkid` and `rkid`, `LV` and `RV`. `bright`, `cleft`, `L3` and `lv` without `rv` have none.
 
     Example:
@@ -90,7 +90,7 @@ def split_words(name: str) -> list[str]:
     parted = "".join(
         f" {c}" if c.isupper() and _starts_word(text, place) else c for place, c in enumerate(text)
     )
-    return re.findall(r"(?:(?<![^\W\d_])[lr](?:\d+|['’]))|[^\W\d_]+|\d+", fold(parted))
+    return re.findall(r"(?:(?<![^\W\d_])[lr](?:\d+|['’]))|[^\W\d_]+|\d+", fold_text(parted))
 
 
 def _starts_word(text: str, place: int) -> bool:
@@ -114,8 +114,8 @@ def _has_side(words: Sequence[str]) -> bool:
 
 
 def _find_pairs(split: Mapping[str, Sequence[str]]) -> set[str]:
-    """Return the names of which another one differs in its side alone."""
-    found: set[str] = set()
+    """Return the names that differ from another one only in the side."""
+    sided: set[str] = set()
     families: dict[tuple[object, ...], list[tuple[str, str]]] = defaultdict(list)
     for name, words in split.items():
         for place, word in enumerate(words):
@@ -124,44 +124,44 @@ def _find_pairs(split: Mapping[str, Sequence[str]]) -> set[str]:
         if len(members) == 2 and any(  # a, b, c, d and e are no sides
             {members[0][1], members[1][1]} == set(pair) for pair in _ALONE
         ):
-            found |= {name for name, _ in members}
+            sided |= {name for name, _ in members}
     texts = {name: " ".join(words) for name, words in split.items()}
     for (one, first), (other, second) in itertools.permutations(texts.items(), 2):
         if any(second in _swap(first, *pair) for pair in _INSIDE):
-            found |= {one, other}
-    return found
+            sided |= {one, other}
+    return sided
 
 
 def _swap(text: str, left: str, right: str) -> set[str]:
     """Return the texts in which one left has become a right."""
     return {
-        text[: found.start()] + right + text[found.end() :] for found in re.finditer(left, text)
+        text[: match.start()] + right + text[match.end() :] for match in re.finditer(left, text)
     }
 
 
 def find_mirrored(
     cases: Sequence[Case], label_values: tuple[int, ...], ignore: int | None, axis: int
 ) -> tuple[tuple[int, int] | None, bool]:
-    """Return two classes that lie in the labels as left and right do, and whether it can be told.
+    """Return two classes that lie as left and right do, and whether all were compared.
 
-    They are as large as each other, lie beside each other, the same one always on the same side,
-    and the shape of one is that of the other in a mirror.
+    Both are about equally large and lie side by side, the same one always on the same side; in a
+    mirror one has the shape of the other.
 
     Args:
-        cases: Labeled cases, of which some are opened.
+        cases: Labeled cases; some of them are opened.
         label_values: Value of each class index.
         ignore: Value that means: not annotated.
         axis: The axis of the mirror: 0 (right) of scans, 1 (columns) of pictures.
 
     Returns:
-        Two class indices or None, and whether each two classes are together in one of the labels.
+        Two class indices or None, and whether every two classes occur together in a label.
     """
     classes = range(1, len(label_values))
     if len(classes) < 2:
         return None, True
     labeled = [case for case in cases if case.label is not None]
     chosen = labeled[:: -(-len(labeled) // MOST_CASES) or 1]
-    seen: dict[tuple[int, int], list[tuple[float, ...]]] = defaultdict(list)
+    comparisons: dict[tuple[int, int], list[tuple[float, ...]]] = defaultdict(list)
     for case in chosen:
         if case.label is None:
             continue
@@ -169,18 +169,18 @@ def find_mirrored(
             *read_label(case.label, label_values, ignore, case), len(label_values)
         )
         for one, other in itertools.combinations(moments, 2):
-            seen[one, other].append(_compare(moments[one], moments[other], axis))
-    found = [
+            comparisons[one, other].append(_compare(moments[one], moments[other], axis))
+    scores = [
         (float(np.median([row[3] for row in rows])), pair)
-        for pair, rows in seen.items()
+        for pair, rows in comparisons.items()
         if _are_mirrored(np.array(rows))
     ]
-    pair = max(found)[1] if found else None
-    return pair, set(seen) == set(itertools.combinations(classes, 2))
+    pair = max(scores)[1] if scores else None
+    return pair, set(comparisons) == set(itertools.combinations(classes, 2))
 
 
 def _are_mirrored(rows: NDArray[np.float64]) -> bool:
-    """Return whether what `_compare` found in all cases is that of left and right."""
+    """Return whether the results of `_compare` in all cases are those of left and right."""
     ratio, aside, apart, likeness = np.median(np.abs(rows), axis=0)
     same = abs(np.sign(rows[:, 1]).mean())  # of the cases, less those with the sides swapped
     return bool(
@@ -212,9 +212,9 @@ def _measure_moments(
 def _compare(one: Moments, other: Moments, axis: int) -> tuple[float, float, float, float]:
     """Return how alike two classes are as left and right.
 
-    The ratio of their volumes; how far they lie apart along the axis, with a sign, over what it is
-    across, and in units of their extents; and the Bhattacharyya coefficient of the covariances
-    under the mirror.
+    The ratio of their volumes; their signed distance along the axis, once over the distance across
+    it, once in units of their extents; and the Bhattacharyya coefficient of the covariances, one
+    of them mirrored.
     """
     mirror = np.eye(3)
     mirror[axis, axis] = -1

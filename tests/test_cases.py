@@ -9,7 +9,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from medssl.config import DataSection, InputError
-from medssl.data.cases import PARTS, Case, Dataset, Splits, split_cases, take, take_test_with_labels
+from medssl.data.cases import (
+    PARTS,
+    Case,
+    Dataset,
+    Splits,
+    select_cases,
+    select_test_with_labels,
+    split_cases,
+)
 from medssl.data.files import explain_files, walk_files, write_draft
 from medssl.data.layouts import list_files, read_dataset
 
@@ -609,19 +617,20 @@ def test_labels_of_unlabeled_and_test_cases_cannot_be_taken():
     dataset = make_labeled(20)
     splits = split_cases(dataset, DataSection(labeled=5, test=4), "auto")
     for part in ("unlabeled", "test"):
-        cases = take(dataset, splits, part)
+        cases = select_cases(dataset, splits, part)
         assert cases
         assert all(case.label is None for case in cases)
         assert "_m.nii.gz" not in repr(cases)
     assert all(
-        case.label for case in take(dataset, splits, "labeled") + take(dataset, splits, "val")
+        case.label
+        for case in select_cases(dataset, splits, "labeled") + select_cases(dataset, splits, "val")
     )
-    assert all(case.label for case in take_test_with_labels(dataset, splits))
+    assert all(case.label for case in select_test_with_labels(dataset, splits))
 
 
 def test_splits_of_another_data_set_are_refused():
     with pytest.raises(InputError, match="gone: is in the splits"):
-        take(make_labeled(2), Splits(("gone",), (), (), ()), "labeled")
+        select_cases(make_labeled(2), Splits(("gone",), (), (), ()), "labeled")
 
 
 # nothing vanishes

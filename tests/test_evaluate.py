@@ -33,9 +33,9 @@ from medssl.evaluate import (
     evaluate_model,
     evaluate_round,
     evaluate_run,
-    render,
-    summarize,
-    tabulate,
+    render_summary,
+    summarize_rows,
+    tabulate_case,
     write_tables,
 )
 from medssl.metrics import Row, case_metrics, read_table
@@ -105,7 +105,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         mask = np.roll(image.get_fdata().astype(np.uint8), model.shift, 0)
         model.predicted.append(images[0].name)
         probs = np.eye(3, dtype=np.float32)[mask].transpose(3, 0, 1, 2)
-        return Prediction(probs, mask, image.affine, None, ("spacing 9 mm",) if model.shift else ())
+        return Prediction(mask, image.affine, probs, None, ("spacing 9 mm",) if model.shift else ())
 
     monkeypatch.setattr(evaluate, "predict_case", predict)
     monkeypatch.setattr(evaluate, "load_model", lambda path, device: model)
@@ -145,7 +145,7 @@ def test_a_perfect_model_scores_1_and_0(data: Path, model: Any, tmp_path: Path) 
     assert summary["dice"]["mean"] == 1.0
     assert summary["classes"]["tumor"]["hd95_mm"]["mean"] == 0.0
     assert summary["num_missed"] == 0
-    assert "organ" in render(summary)
+    assert "organ" in render_summary(summary)
 
 
 def make_case(index: int) -> Case:
@@ -159,10 +159,12 @@ def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
     organ[0] = 1
     pairs = [(both, both), (organ, both), (both, organ), (organ, organ), (empty, empty)]
     rows = [
-        tabulate(make_case(index), case_metrics(ours, theirs, (1.0, 1.0, 1.0), 3), {1: "a", 2: "b"})
+        tabulate_case(
+            make_case(index), case_metrics(ours, theirs, (1.0, 1.0, 1.0), 3), {1: "a", 2: "b"}
+        )
         for index, (ours, theirs) in enumerate(pairs)
     ]
-    summary = summarize(rows)
+    summary = summarize_rows(rows)
     b = summary["classes"]["b"]
     counts = ("num_present", "num_missed", "num_false_alarms", "num_absent")
     assert [b[key] for key in counts] == [2, 1, 1, 2]
@@ -171,7 +173,7 @@ def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
     assert (summary["dice"]["mean"], summary["dice"]["n"]) == ((1 + 0.5 + 0.5 + 1) / 4, 4)
     assert summary["num_missed"] == 1
     assert rows[4]["dice"] is None
-    text = render(summary)
+    text = render_summary(summary)
     line = next(line for line in text.splitlines() if line.startswith("b "))
     assert line.split()[-3:] == ["1", "1", "2"]  # missed, false alarms, absent
     assert max(len(line) for line in text.splitlines()) <= 100
@@ -179,12 +181,12 @@ def test_the_summary_counts_misses_false_alarms_and_absent_classes() -> None:
 
 def test_without_spacing_columns_end_in_px() -> None:
     mask = np.ones((3, 3, 3), np.uint8)
-    row = tabulate(make_case(0), case_metrics(mask, mask, None, 2), {1: "a"}, in_mm=False)
+    row = tabulate_case(make_case(0), case_metrics(mask, mask, None, 2), {1: "a"}, in_mm=False)
     expected = ["hd95_px/a", "area_px/a", "reference_px/a"]
     assert [column for column in row if "_px" in column] == expected
     assert not [column for column in row if "_mm" in column or "_ml" in column]
-    assert summarize([row])["classes"]["a"]["hd95_px"]["mean"] == 0.0
-    assert "hd95 (px)" in render(summarize([row]))
+    assert summarize_rows([row])["classes"]["a"]["hd95_px"]["mean"] == 0.0
+    assert "hd95 (px)" in render_summary(summarize_rows([row]))
 
 
 def test_a_table_read_back_is_the_table_written(tmp_path: Path) -> None:
@@ -337,7 +339,7 @@ def test_intervals_and_verdicts_count_patients(data: Path, model: Any, tmp_path:
     summary = evaluate_model(model, cases, tmp_path, report=quiet)
     assert (summary["num_cases"], summary["num_patients"]) == (3, 1)
     assert summary["dice"]["low"] is None, "one patient has no spread"
-    assert "3 cases of 1 patients" in render(summary)
+    assert "3 cases of 1 patients" in render_summary(summary)
     write_tables(tmp_path / "other", read_table(tmp_path / "per_case.csv"), summary)
     _, rows = compare([tmp_path / "per_case.csv", tmp_path / "other"])
     assert rows[1]["difference"]["num_patients"] == 1
@@ -425,7 +427,7 @@ def test_a_run_is_evaluated_on_its_test_cases_round_by_round(
     assert (summary["paired"]["n"], summary["verdict"]) == (9, "gain")
     assert summary["statement"].startswith("gain: dice of the delivered model (round_2) minus")
     assert "60 steps" in summary["statement"]
-    assert summary["statement"] in render(summary)
+    assert summary["statement"] in render_summary(summary)
     assert json.loads((run / "evaluation" / "summary.json").read_text()) == summary
     for name in ("round_0", "round_1", "round_2"):
         rows = read_table(run / "evaluation" / name / "per_case.csv")
@@ -510,7 +512,7 @@ def test_a_round_is_measured_alone_as_among_the_others(model: Any, make_run: Run
     table.unlink()
     (run / "run.json").write_text("{}")
     for given in ((run, None, "1"), (run / "round_1", None, None)):
-        assert cli._find_wanted_round(*given) == (run, 1)
+        assert cli._resolve_round(*given) == (run, 1)
     summary = evaluate.evaluate_round(run, 1, report=quiet)
     assert (summary["num_cases"], summary["model"]) == (9, str(run / "round_1"))
     assert {path: path.read_bytes() for path in tables} == tables
@@ -617,7 +619,7 @@ def test_a_case_that_fails_is_named_and_the_figures_of_the_others_stand(
     assert (summary["num_cases"], summary["dice"]["mean"]) == (11, 1.0)
     assert len(read_table(tmp_path / "out" / "per_case.csv")) == 11
     assert any("case05: not measured" in line and str(error) in line for line in lines)
-    assert "not measured, and in no figure: 1 cases: case05" in render(summary)
+    assert "not measured, and in no figure: 1 cases: case05" in render_summary(summary)
     assert str(error) not in (tmp_path / "out" / "summary.json").read_text()  # may hold names
 
 

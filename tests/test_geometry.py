@@ -8,9 +8,9 @@ from scipy.spatial.transform import Rotation
 from medssl.transforms.geometry import (
     Volume,
     WayBack,
-    affines_differ,
     cache_grid,
     grid_spacing,
+    measure_displacement,
     resample,
     to_native,
 )
@@ -44,7 +44,7 @@ def world_corners(shape, affine):
 
 @settings(deadline=None)
 @given(shape=shapes, affine=affines, spacing=st.tuples(*[st.floats(0.3, 5)] * 3))
-def test_the_cache_grid_covers_the_scan_from_the_same_centre(shape, affine, spacing):
+def test_the_cache_grid_covers_the_scan_from_the_same_center(shape, affine, spacing):
     grid_shape, grid = cache_grid(shape, affine, spacing)
     np.testing.assert_allclose(grid_spacing(grid), spacing, rtol=1e-9)
     np.testing.assert_allclose(
@@ -182,7 +182,7 @@ def test_probs_from_the_grid_of_another_scan_are_refused():
         to_native(probs, grid, (10, 10, 10), make_affine(origin=2))
 
 
-def test_nearest_neighbour_makes_no_new_values():
+def test_nearest_neighbor_makes_no_new_values():
     label = np.random.default_rng(0).choice([0, 3, 255], (1, 6, 7, 8)).astype(np.uint8)
     affine = make_affine(angles=(10, 20, 30))
     grid_shape, grid = cache_grid((6, 7, 8), affine, (0.7, 0.8, 1.9))
@@ -193,12 +193,12 @@ def test_nearest_neighbour_makes_no_new_values():
 
 def test_the_displacement_of_grids_is_in_voxels_of_the_first():
     first = make_affine(spacing=(2, 2, 2))
-    assert affines_differ(first, first, (5, 5, 5)) == pytest.approx(0)
-    assert affines_differ(first, make_affine(spacing=(2, 2, 2), origin=1), (5, 5, 5)) == (
+    assert measure_displacement(first, first, (5, 5, 5)) == pytest.approx(0)
+    assert measure_displacement(first, make_affine(spacing=(2, 2, 2), origin=1), (5, 5, 5)) == (
         pytest.approx(np.sqrt(3) / 2)
     )
     stretched = make_affine(spacing=(2.2, 2, 2))
-    assert affines_differ(first, stretched, (11, 5, 5)) == pytest.approx(1.0)
+    assert measure_displacement(first, stretched, (11, 5, 5)) == pytest.approx(1.0)
 
 
 def test_a_volume_knows_its_spacing_and_refuses_what_is_none():

@@ -107,7 +107,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_colors_are_refused(tmp_path):
     array = np.zeros((2, 2, 2), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
-    with pytest.raises(InputError, match="grey values"):
+    with pytest.raises(InputError, match="gray values"):
         read_image([save(tmp_path / "a.nii.gz", array)], 1)
 
 
@@ -314,7 +314,7 @@ ODD_HEADERS = {
     "skew": make_scan(SKEWED),
     "skew, only sform": make_scan(SKEWED, None),
     "sform is not pixdim": make_scan(change(UPRIGHT, r2c2=2.667)),
-    "metre": make_scan(unit=1),
+    "meter": make_scan(unit=1),
     "micron": make_scan(unit=3),
     "micron and seconds": make_scan(unit=3 + 8),
     "unknown unit": make_scan(unit=0),
@@ -387,7 +387,7 @@ def test_masks_of_real_odd_scans_open_on_their_voxels(tmp_path):
     for scan in scans:
         for path in write_all(scan, tmp_path):
             assert_on_the_voxels_of(scan, path)
-    for name, text in (("nifti1.hdr", "nifti1.img is missing"), ("derived/rgb24.nii.gz", "grey")):
+    for name, text in (("nifti1.hdr", "nifti1.img is missing"), ("derived/rgb24.nii.gz", "gray")):
         with pytest.raises(InputError, match=text):
             read_image([folder / name], 1)
 

@@ -62,7 +62,7 @@ def test_a_pair_of_nifti_without_codes_and_in_another_unit_is_named(tmp_path):
     nib.save(image, tmp_path / "a.img")
     scan = pairs.open_image(tmp_path / "a.hdr", 1)
     np.testing.assert_array_equal(np.abs(np.diag(scan.affine)), [1000, 1000, 1000, 1])
-    assert nifti.find_contradictions(scan.header) == {"code": "", "unit": "metre"}
+    assert nifti.find_contradictions(scan.header) == {"code": "", "unit": "meter"}
 
 
 @pytest.mark.parametrize("keys", [("mat", "M"), ("M",)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medssl.data.io import affines_differ, read_geometry
+from medssl.data.io import measure_displacement, read_geometry
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import LABEL_NAMES, make_phantom, write_phantoms
 
@@ -54,7 +54,7 @@ def test_organ_lesion_and_vessel_are_related_as_anatomy_is():
         assert (label[around_lesion] > 0).mean() > 0.5
 
 
-def test_grey_values_alone_do_not_tell_the_classes():
+def test_gray_values_alone_do_not_tell_the_classes():
     """The best threshold per class leaves most of what it catches in the background."""
     image, label = make_phantom(0, 0, SHAPE, "organs")
     for index in (1, 2, 3):
@@ -83,7 +83,7 @@ def test_a_data_set_is_written_that_the_program_reads(tmp_path):
         if case.label is not None:
             label_shape, label_affine = read_geometry(case.label)
             assert label_shape == shape
-            assert affines_differ(affine, label_affine, shape) == pytest.approx(0)
+            assert measure_displacement(affine, label_affine, shape) == pytest.approx(0)
             assert set(np.unique(nib.load(case.label).dataobj)) <= {0, 1, 2, 3}
 
 

@@ -98,7 +98,7 @@ def test_what_is_no_picture_is_named(tmp_path):
         read_image([tmp_path / "none.png"], 1)
 
 
-def test_label_values_are_grey_values_or_indices_of_a_palette(tmp_path):
+def test_label_values_are_gray_values_or_indices_of_a_palette(tmp_path):
     array = np.array([[0, 255, 7]], np.uint8)
     for path in (save(tmp_path / "a.png", array), save(tmp_path / "a.tif", array)):
         classes, _ = read_label(path, (0, 255), 7)
@@ -371,7 +371,7 @@ def write_png(path, array, bits, kind):
     return path
 
 
-def test_a_png_of_16_bits_is_read_in_grey_and_refused_in_color(tmp_path):
+def test_a_png_of_16_bits_is_read_in_gray_and_refused_in_color(tmp_path):
     array = np.random.default_rng(0).integers(0, 2**16, (4, 5, 3)).astype(">u2")
     gray = write_png(tmp_path / "gray.png", array[..., 0], 16, 0)
     np.testing.assert_array_equal(read_image([gray], 1).array[0, ..., 0], array[..., 0])
@@ -400,7 +400,7 @@ def save_palette(path, array, colors):
 
 
 def check_labels(tmp_path, suffix=".png", **labels):
-    """Check a folder of pictures with these labels, (array, palette) or a grey array."""
+    """Check a folder of pictures with these labels, (array, palette) or a gray array."""
     for seed, (name, label) in enumerate(labels.items()):
         save(tmp_path / "images" / f"{name}.png", draw((2, 2), seed=seed))
         path = tmp_path / "labels" / f"{name}{suffix}"

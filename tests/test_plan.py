@@ -14,7 +14,14 @@ from medssl.data.cases import Case, Dataset
 from medssl.data.layouts import read_dataset
 from medssl.machine import choose_device, choose_threads
 from medssl.networks.build import build_network
-from medssl.plan import Plan, _choose_workers, count_unlabeled, describe_student, make_plan, resolve
+from medssl.plan import (
+    Plan,
+    _choose_workers,
+    count_unlabeled,
+    describe_student,
+    list_decisions,
+    make_plan,
+)
 from medssl.rounds.student import check_settings
 from medssl.runs import read_json, write_json
 from medssl.settings import load_config
@@ -404,16 +411,16 @@ def test_windows_of_pseudo_labels_are_those_of_the_unlabeled_scans(scans):
 
 def test_channels_of_several_kinds_stay_to_be_decided_by_their_names(scans):
     ct, other = scans.add().plan(channels=("CT",)), scans.plan()
-    assert resolve(ct)["plan.normalization"] == "ct"
+    assert list_decisions(ct)["plan.normalization"] == "ct"
     both = tuple(plan.preprocessing.normalization[0] for plan in (ct, other))
     recipe = ct.preprocessing.model_copy(update={"normalization": both})
     plan = ct.model_copy(update={"preprocessing": recipe})
-    assert resolve(plan)["plan.normalization"] == "auto"
+    assert list_decisions(plan)["plan.normalization"] == "auto"
 
 
 def test_what_the_plan_decided_resolves_every_auto_of_the_configuration(scans):
     plan = scans.add().plan()
-    resolved = load_config(plan=resolve(plan))
+    resolved = load_config(plan=list_decisions(plan))
     assert resolved.config.train.steps == plan.steps
     assert resolved.config.plan.patch_size == plan.patch_size
     assert resolved.config.network.depth == len(plan.network.strides)

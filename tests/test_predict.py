@@ -276,7 +276,7 @@ def test_masks_and_maps_say_of_their_place_what_their_scan_says(oracle, tmp_path
     told = []
     predict_files(oracle, [scan], tmp_path / "out", probs=True, report=told.append)
     assert "the sform, which is used here, is not the one in pixdim" in told[0]
-    assert "another unit, converted to mm: metre" in told[0]
+    assert "another unit, converted to mm: meter" in told[0]
     expected = nib.load(scan).header
     for name in ("a", "a_probs"):
         found = nib.load(tmp_path / "out" / f"{name}.nii.gz").header

@@ -105,7 +105,9 @@ def test_the_record_takes_a_twentieth_of_the_time_whatever_its_length(tmp_path, 
     record = Record(tmp_path)
     for index in range(300):
         now += 0.05  # a fast prediction
-        record.add(touch(tmp_path / f"{index}.png"), labels={"0": "x"}, flags={str(index): ()})
+        record.add_files(
+            touch(tmp_path / f"{index}.png"), labels={"0": "x"}, flags={str(index): ()}
+        )
     assert written[:2] == [1, 2]
     assert now < 1.08 * 300 * 0.05
     record.write()

@@ -16,7 +16,7 @@ from series import LPS, join_frames, make_slices, save
 from medssl.config import InputError
 from medssl.formats.dicom import open_scan
 from medssl.formats.scan import Scan
-from medssl.formats.segmentation import fill, read_note, read_segments
+from medssl.formats.segmentation import fill_polygons, read_note, read_segments
 from medssl.formats.segmentation_out import MAX_NOTE, find_code, write_rtstruct, write_seg
 
 OBLIQUE = np.array(
@@ -214,24 +214,24 @@ def test_contours_hold_the_voxels_of_another_program(written, scan):
 
 def test_contours_keep_the_area():
     square = np.array([[1.5, 2], [1.5, 6], [5.5, 6], [5.5, 2]]) - [0, 0.5]
-    assert fill([square], (9, 9)).sum() == 4 * 4
-    assert fill([square[::-1]], (9, 9)).sum() == 4 * 4
-    assert fill([square - 3], (9, 9)).sum() == 3 * 3  # cut by the edge of the image
-    assert fill([square + 5], (9, 9)).sum() == 2 * 2
-    assert not fill([square - 20], (9, 9)).any()
-    assert not fill([square, square], (9, 9)).any()
+    assert fill_polygons([square], (9, 9)).sum() == 4 * 4
+    assert fill_polygons([square[::-1]], (9, 9)).sum() == 4 * 4
+    assert fill_polygons([square - 3], (9, 9)).sum() == 3 * 3  # cut by the edge of the image
+    assert fill_polygons([square + 5], (9, 9)).sum() == 2 * 2
+    assert not fill_polygons([square - 20], (9, 9)).any()
+    assert not fill_polygons([square, square], (9, 9)).any()
     rng = np.random.default_rng(0)
     stars = [rng.uniform(-3, 12, (9, 2)) for _ in range(20)]
     centers = np.stack(np.meshgrid(np.arange(9), np.arange(9), indexing="ij"), -1).reshape(-1, 2)
     for star in stars:  # edges that cross each other: odd is inside
         winding = count_crossings(star, centers)
-        np.testing.assert_array_equal(fill([star], (9, 9)).ravel(), winding % 2 == 1)
-    one_by_one = np.logical_xor.reduce([fill([star], (9, 9)) for star in stars])
-    np.testing.assert_array_equal(fill(stars, (9, 9)), one_by_one)
+        np.testing.assert_array_equal(fill_polygons([star], (9, 9)).ravel(), winding % 2 == 1)
+    one_by_one = np.logical_xor.reduce([fill_polygons([star], (9, 9)) for star in stars])
+    np.testing.assert_array_equal(fill_polygons(stars, (9, 9)), one_by_one)
 
 
 def count_crossings(polygon, centers):
-    """How many edges a ray from each point towards low I meets."""
+    """How many edges a ray from each point toward low I meets."""
     count = np.zeros(len(centers), int)
     for (i0, j0), (i1, j1) in zip(polygon, np.roll(polygon, -1, 0), strict=True):
         meets = (j0 <= centers[:, 1]) != (j1 <= centers[:, 1])

@@ -69,7 +69,7 @@ AFFINES = {
 
 
 def draw(affine, places, seed=0, shape=(52, 44, 40)):
-    """A label of ellipsoids at offsets in mm of the centre, right, anterior and superior."""
+    """A label of ellipsoids at offsets in mm of the center, right, anterior and superior."""
     rng = np.random.default_rng(seed)
     grid = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T
     grid = grid - affine[:3, :3] @ (np.array(shape) / 2)

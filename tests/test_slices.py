@@ -22,7 +22,7 @@ from medssl.evaluate import evaluate_model
 from medssl.networks.build import PLANE_NETWORKS, NetworkSpec, build_network
 from medssl.networks.noise import DROPOUTS, DropBranch, sample_dropout
 from medssl.objective import Objective
-from medssl.plan import Plan, make_plan, resolve
+from medssl.plan import Plan, list_decisions, make_plan
 from medssl.predict import Model, ModelInfo, load_model, predict_files, predict_logits, save_model
 from medssl.rounds import loop
 from medssl.runs import read_json, write_json
@@ -344,7 +344,7 @@ def test_a_plan_in_2d_comes_back_from_its_file_and_resolves(scans, tmp_path):
     plan = scans.add((100, 100, 1)).plan("network.name=unet")
     write_json(tmp_path / "plan.json", plan.model_dump(mode="json"))
     assert Plan.model_validate(read_json(tmp_path / "plan.json")) == plan
-    resolved = load_config(plan=resolve(plan)).config
+    resolved = load_config(plan=list_decisions(plan)).config
     assert (resolved.plan.dimension, resolved.network.name) == (2, "unet")
     assert resolved.plan.patch_size == plan.patch_size
     given = [f"plan.{k}={list(getattr(resolved.plan, k))}" for k in ("patch_size", "spacing")]

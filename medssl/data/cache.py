@@ -1,17 +1,17 @@
-"""Every scan preprocessed once, kept as memory maps that never lie about their source.
+"""Every scan preprocessed once, stored as memory maps that are bound to their source files.
 
 Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_id>/<hash of the
-scan's bytes>/`, in which each reading of a label has a folder of its own: another scan of the same
-name, another label map or a corrected label never changes what a run is reading. The image is
-described by `meta.json`, the label by `label.json`; each is written last, with the hashes of its
-files, which are held against them when a run starts: what has changed is made anew.
-Every file is replaced, never overwritten: several processes may build one entry, and maps that are
-open stay valid.
+scan's bytes>/`. In it each label has its own folder, by its bytes and its label map, so another
+scan of the same name, another label map or a corrected label never changes what a run is reading.
+`meta.json` describes the image, `label.json` the label; each is written last, with the hashes of
+its files. These are checked when a run starts, and what has changed is made anew.
+Files are replaced, never overwritten: several processes may build one entry, and open maps stay
+valid.
 
-A file that another program has cut is an error with its name when it is mapped, since the header
-says how long it must be; so it is mapped anew for each patch. One that is cut in the milliseconds
-between that and the copy of a patch ends the process by SIGBUS (a loader process: with a sentence);
-the same command then makes the file anew and goes on from the last checkpoint.
+A file that another program has cut is reported by name when it is mapped, since its header says
+how long it must be; so it is mapped anew for each patch. If it is cut in the milliseconds between
+mapping and copying, SIGBUS ends the process (a loader process: with a message); the same command
+then makes the file anew and goes on from the last checkpoint.
 """
 
 import zipfile
@@ -48,8 +48,8 @@ from medssl.transforms.geometry import (
     Shape,
     Spacing,
     Volume,
-    affines_differ,
     grid_spacing,
+    measure_displacement,
 )
 from medssl.transforms.preprocess import (
     Preprocessing,
@@ -65,7 +65,7 @@ MOST_READERS = 8
 
 @dataclass(frozen=True, eq=False)
 class CachedCase:
-    """A preprocessed case on disk; arrays are opened when asked for.
+    """A preprocessed case on disk; its arrays are opened on demand.
 
     Attributes:
         case_id: The case.
@@ -77,7 +77,7 @@ class CachedCase:
         percentiles: The 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
         label_folder: Folder of the label; None for every case whose label this run may not open.
         has_spacing: Whether a spacing is known; False for a picture, on the identity affine.
-        mask_suffix: Suffix of the files of its masks: that of its own format.
+        mask_suffix: Suffix of its masks, such as .nii.gz.
         native_header: Where the header of the scan places its voxels; None for a picture.
     """
 
@@ -120,7 +120,7 @@ def build_cache(
     num_channels: int,
     report: Callable[[int, int], None] | None = None,
 ) -> dict[str, CachedCase]:
-    """Preprocess what is not in the cache yet; a case without a label has none opened.
+    """Preprocess what is not in the cache yet; a label is opened only where a case has one.
 
     Args:
         cases: The cases; their `label` is None where no label may be opened.
@@ -143,9 +143,9 @@ def build_cache(
     problems: list[str] = []
     remove_leftovers(entries, is_shared=True)
     pool = ThreadPoolExecutor(min(count_cores(), MOST_READERS))  # hashes take 0.8 s per GB and core
-    found = [pool.submit(_look_up, entries, case) for case in cases]
+    lookups = [pool.submit(_look_up, entries, case) for case in cases]
     try:
-        for index, (case, looked_up) in enumerate(zip(cases, found, strict=True)):
+        for index, (case, looked_up) in enumerate(zip(cases, lookups, strict=True)):
             try:
                 entry, sources, meta = looked_up.result()
                 if meta is None:
@@ -196,7 +196,7 @@ def _make_image(
         "has_spacing": volume.has_spacing,
     }
     (entry / "meta.json").unlink(missing_ok=True)
-    _save(entry / "image.npy", _halve(image))
+    _save(entry / "image.npy", _cast_to_float16(image))
     _write_mark(entry / "meta.json", meta, "image.npy")
     return meta
 
@@ -229,8 +229,8 @@ def _open_label(
     label = preprocess_label(classes, native, tuple(meta["shape"]), np.asarray(meta["affine"]))
     (folder / "label.json").unlink(missing_ok=True)
     _save(folder / "label.npy", label)
-    found: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
-    write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **found))
+    voxels: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
+    write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **voxels))
     _write_mark(folder / "label.json", made_from, "label.npy", "class_voxels.npz")
     return folder
 
@@ -242,9 +242,9 @@ def _compare(
     if shape != native_shape:
         raise InputError(
             f"{path}: shape {shape} differs from the scan's {native_shape}: "
-            "resample the label to the scan (nearest neighbour), or find the label that belongs"
+            "resample the label to the scan (nearest neighbor), or find the label that belongs"
         )
-    distance = affines_differ(native, affine, native_shape)
+    distance = measure_displacement(native, affine, native_shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
             f"{path}: lies up to {distance:.2f} voxels beside its scan: affine {affine.tolist()} "
@@ -271,7 +271,7 @@ def _describe(
     )
 
 
-def _halve(image: Volume) -> NDArray[np.float16]:
+def _cast_to_float16(image: Volume) -> NDArray[np.float16]:
     """Return the voxels in float16; values beyond its range are cut to it."""
     limit = float(np.finfo(np.float16).max)
     half: NDArray[np.float16] = np.clip(image.array, -limit, limit).astype(np.float16)
@@ -293,7 +293,7 @@ def _draw_voxels(label: NDArray[np.uint8], seed: int) -> dict[str, Any]:
 
 
 def _write_mark(path: Path, content: dict[str, Any], *names: str) -> None:
-    """Write a description with the hashes of the files that it is of, and its own."""
+    """Write a description, with the hashes of the files it describes and of itself."""
     content = {**content, "files": hash_files(path.parent, *names)}
     write_json(path, {**content, "digest": hash_json(content)})
 
@@ -310,11 +310,11 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 def read_sources(case: CachedCase) -> list[object]:
     """Return what a cached case was made from: hashes of files, and how the label was read."""
-    found = [read_json(case.folder / "meta.json")["sources"]]
+    sources = [read_json(case.folder / "meta.json")["sources"]]
     if case.label_folder is not None:
         label = read_json(case.label_folder / "label.json")
-        found.append({k: v for k, v in label.items() if k not in ("files", "digest")})
-    return found
+        sources.append({k: v for k, v in label.items() if k not in ("files", "digest")})
+    return sources
 
 
 _GONE = (
@@ -324,7 +324,7 @@ _GONE = (
 
 
 def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
-    """Map an array file, read-only; ``repair`` is said where that fails.
+    """Map an array file, read-only; an error says how to ``repair`` it.
 
     Raises:
         InputError: It is gone or damaged.
@@ -337,7 +337,7 @@ def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
 
 
 def read_class_voxels(folder: Path) -> dict[int, NDArray[np.int32]]:
-    """Return the voxels (n, 3) of each foreground class that are kept with a label.
+    """Return the voxels (n, 3) of each foreground class that are stored with a label.
 
     Raises:
         InputError: They are gone or damaged.

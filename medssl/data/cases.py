@@ -1,6 +1,6 @@
 """What a case is, which part of a data set each belongs to, and who may open which label.
 
-The layouts give a `Dataset`, `split_cases` deals the cases out, and `take` hands out a part
+The layouts give a `Dataset`, `split_cases` deals the cases out, and `select_cases` hands out a part
 of them: the labels of unlabeled and test cases are not there to be opened.
 """
 
@@ -80,20 +80,21 @@ class Splits:
 
 
 def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> Splits:
-    """Say which cases are labeled, unlabeled, validation and test cases.
+    """Assign cases to the labeled, unlabeled, validation and test parts.
 
-    What a list says in its split column stands. Of the other cases, those without a label are
-    unlabeled; `data.test` labeled cases become test cases and some validation cases, both drawn
-    by `data.split_seed`; of the rest `data.labeled` minus those for validation are drawn by
-    `data.split_seed` and `data.draw`, and all others become unlabeled (simulated: `take` strips
-    their labels). `auto` validation takes none where a list names the labeled ones, or under 16
-    labeled scans or 6 patients: with few labels each is worth more in training (on three patients
-    of ACDC one held back cost 0.14 Dice). Else it takes a fifth, at least 2: validation labels
-    count as labels. `fifth` does so from 5 labeled scans on.
+    The split column of a list is followed. Of the other cases, those without a label are
+    unlabeled. The rest is drawn: `data.test` test cases and the validation cases by
+    `data.split_seed`, then `data.labeled` minus the validation cases by `data.split_seed` and
+    `data.draw`. What is left becomes unlabeled (simulated: `select_cases` strips its labels).
 
-    A draw takes whole patients, as many as fit; other scans of a test or validation patient are
-    left out of all parts. It orders patients by a hash of seed and patient, so it is a pure
-    function of the seeds and independent of the order of files.
+    Validation `auto` takes no case if a list names the labeled ones, or if there are fewer than
+    16 labeled scans or 6 patients: so few labels are worth more in training (holding back one of
+    three ACDC patients cost 0.14 Dice). Otherwise it takes a fifth of the labeled cases, at least
+    2; `data.labeled` includes them. `fifth` does so from 5 labeled scans on.
+
+    A draw takes whole patients, as many as fit. Other scans of a test or validation patient are
+    left out of all parts. Patients are ordered by a hash of seed and patient, so a draw depends on
+    the seeds alone, not on the order of files.
 
     Args:
         dataset: The cases.
@@ -103,22 +104,22 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
     Raises:
         InputError: There are fewer labeled cases than asked for, or list and settings disagree.
     """
-    given = {part: [c for c in dataset.cases if c.split == part] for part in PARTS}
-    held_out = _patients(given["val"] + given["test"])
-    trained = _patients(given["labeled"] + given["unlabeled"])
+    by_part = {part: [c for c in dataset.cases if c.split == part] for part in PARTS}
+    held_out = _patients(by_part["val"] + by_part["test"])
+    trained = _patients(by_part["labeled"] + by_part["unlabeled"])
     free = [c for c in dataset.cases if not c.split and c.patient_id not in held_out]
-    _check_given(given, data.test, validation)
+    _check_listed(by_part, data.test, validation)
 
-    num_test = 0 if given["test"] else data.test
+    num_test = 0 if by_part["test"] else data.test
     candidates = [c for c in free if c.label and c.patient_id not in trained]
     drawn_test = _draw(candidates, num_test, ("test", data.split_seed))
-    rest = _drop(given["labeled"] + given["unlabeled"] + free, _patients(drawn_test))
+    rest = _drop(by_part["labeled"] + by_part["unlabeled"] + free, _patients(drawn_test))
     pool = [c for c in rest if c.label and c.split != "unlabeled"]
     num_labeled = len(pool) if data.labeled == "all" else data.labeled
     _check_counts(dataset, data, len(candidates) - num_test, len(pool) - num_labeled)
 
     few = _draw(pool, num_labeled, ("labeled", data.split_seed, data.draw))
-    num_val = _count_val(given, num_labeled, len(_patients(few)), validation)
+    num_val = _count_val(by_part, num_labeled, len(_patients(few)), validation)
     drawn_val = _draw(pool, num_val, ("val", data.split_seed))
     rest = _drop(rest, _patients(drawn_val))
     pool = _drop(pool, _patients(drawn_val))
@@ -131,7 +132,7 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
             "validation"
         )
     unlabeled = [case for case in rest if case not in labeled]
-    parts = (labeled, unlabeled, given["val"] + drawn_val, given["test"] + drawn_test)
+    parts = (labeled, unlabeled, by_part["val"] + drawn_val, by_part["test"] + drawn_test)
     return Splits(*(tuple(sorted(case.case_id for case in part)) for part in parts))
 
 
@@ -162,8 +163,8 @@ def _draw(cases: Sequence[Case], number: int, seed: tuple[object, ...]) -> list[
     return groups[order[0]] if not drawn and order and number > 0 else drawn
 
 
-def _check_given(
-    given: Mapping[Part, Sequence[Case]], num_test: int, validation: Validation
+def _check_listed(
+    by_part: Mapping[Part, Sequence[Case]], num_test: int, validation: Validation
 ) -> None:
     """Refuse a list that names test or validation cases while the settings ask for others."""
     problems = []
@@ -171,9 +172,9 @@ def _check_given(
     parts: tuple[Part, ...] = ("test", "val")
     for part in parts:
         key, number = asked[part]
-        if given[part] and number not in ("auto", "fifth", 0, len(given[part])):
+        if by_part[part] and number not in ("auto", "fifth", 0, len(by_part[part])):
             problems.append(
-                f"the list names {len(given[part])} {part} cases, but {key}={number} asks for "
+                f"the list names {len(by_part[part])} {part} cases, but {key}={number} asks for "
                 "others: leave one of the two out"
             )
     raise_all(problems, "split")
@@ -196,13 +197,13 @@ def _check_counts(dataset: Dataset, data: DataSection, test_over: int, labeled_o
 
 
 def _count_val(
-    given: Mapping[Part, Sequence[Case]],
+    by_part: Mapping[Part, Sequence[Case]],
     num_labeled: int,
     num_patients: int,
     validation: Validation,
 ) -> int:
     """Return how many of the labeled cases validate."""
-    if given["val"]:
+    if by_part["val"]:
         return 0
     if isinstance(validation, int):
         if validation >= num_labeled:
@@ -212,12 +213,12 @@ def _count_val(
             )
         return validation
     few = num_labeled < FEWEST_SCANS or num_patients < FEWEST_PATIENTS
-    if given["labeled"] or num_labeled < 5 or (few and validation == "auto"):
+    if by_part["labeled"] or num_labeled < 5 or (few and validation == "auto"):
         return 0
     return max(2, round(0.2 * num_labeled))
 
 
-def take(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
+def select_cases(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
     """Return the cases of a part; unlabeled and test cases have no way to their label.
 
     Raises:
@@ -227,7 +228,7 @@ def take(dataset: Dataset, splits: Splits, part: Part) -> tuple[Case, ...]:
     return cases if part in ("labeled", "val") else tuple(case.without_label() for case in cases)
 
 
-def take_test_with_labels(dataset: Dataset, splits: Splits) -> tuple[Case, ...]:
+def select_test_with_labels(dataset: Dataset, splits: Splits) -> tuple[Case, ...]:
     """Return the test cases with their labels: for `evaluate` alone.
 
     Raises:
@@ -255,9 +256,9 @@ def raise_all(problems: Sequence[str], place: str) -> None:
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
-        raise InputError(show_text("\n".join(lines)))
+        raise InputError(escape_text("\n".join(lines)))
 
 
-def show_text(text: str) -> str:
+def escape_text(text: str) -> str:
     """Return a text that can be printed: what is not UTF-8 in a file name is written out."""
     return text.encode("utf-8", "backslashreplace").decode()

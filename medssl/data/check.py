@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, take
+from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
@@ -32,7 +32,13 @@ from medssl.data.trained import hash_voxels
 from medssl.formats.pictures import compare_colors
 from medssl.formats.readers import has_spacing
 from medssl.formats.scan import Color
-from medssl.transforms.geometry import MAX_DISPLACEMENT, Shape, Spacing, Volume, affines_differ
+from medssl.transforms.geometry import (
+    MAX_DISPLACEMENT,
+    Shape,
+    Spacing,
+    Volume,
+    measure_displacement,
+)
 from medssl.transforms.preprocess import MOST_VOXELS
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -49,13 +55,13 @@ _NUM_THREADS = 2  # each holds one scan in memory
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What was seen of one case; of a test case the hash and its problems alone.
+    """What is known of one case; of a test case only its hashes and problems.
 
-    `percentiles` are one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
-    volumes, None where no label was opened. A picture has no spacing, areas in pixels in the place
-    of volumes, and `colors` of its label's values; `label_origin` is what a model made that as, if
-    nobody has changed it since. A blank scan has one value in each channel.
-    `contradictions` are those of the header (`find_contradictions`).
+    `percentiles` has one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
+    volumes, None if no label was opened; for a picture, which has no spacing, they are areas in
+    pixels, and `colors` are those of its label values. `label_origin` says which output of a model
+    the label is (`pseudo-mask`), if nobody has changed it since. A blank scan has one value in each
+    channel. `contradictions` are those of the header (`find_contradictions`).
     """
 
     case_id: str
@@ -95,11 +101,11 @@ class CheckResult:
     @property
     def palette(self) -> dict[int, Color]:
         """The color of each label value in the pictures that were opened."""
-        found: dict[int, Color] = {}
-        for seen in self.facts:
-            colors = seen.colors.items()
-            found |= {v: c for v, c in colors if v not in found or c != (v,) * 3}
-        return found
+        palette: dict[int, Color] = {}
+        for entry in self.facts:
+            colors = entry.colors.items()
+            palette |= {v: c for v, c in colors if v not in palette or c != (v,) * 3}
+        return palette
 
     def raise_problems(self) -> None:
         """Stop if there are problems.
@@ -152,22 +158,22 @@ def check_dataset(
         dataset: The cases.
         splits: The part of each case, which decides whether its label may be opened.
         ignore: Label value that means: not annotated; None takes what the data set declares.
-        report: Called with the number of cases seen and the number of all cases.
+        report: Called with (cases done, cases) after each case.
 
     Returns:
-        What was seen; problems are collected, not raised.
+        The facts of all cases; problems are collected, not raised.
     """
     ignore = dataset.ignore if ignore is None else ignore
-    tasks = [(case, part) for part in PARTS for case in take(dataset, splits, part)]
+    tasks = [(case, part) for part in PARTS for case in select_cases(dataset, splits, part)]
     facts = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         look = pool.map(lambda task: _look(task[0], task[1], len(dataset.channels)), tasks)
-        for index, seen in enumerate(look):
-            facts.append(seen)
+        for index, entry in enumerate(look):
+            facts.append(entry)
             if report is not None:
                 report(index + 1, len(tasks))
     labels = _name_labels(dataset, facts, ignore)
-    problems = [problem for seen in facts for problem in seen.problems]
+    problems = [problem for entry in facts for problem in entry.problems]
     problems += _check_classes(facts, labels, ignore, dataset.labels is not None)
     problems += _check_values(dataset, facts, labels, ignore)
     problems += _check_palettes(dataset, facts)
@@ -201,7 +207,7 @@ def _name_labels(
     """Return the declared names, or those of the values that were found."""
     if dataset.labels is not None:
         return dict(dataset.labels)
-    return _name_values({value for seen in facts for value in seen.num_voxels or ()}, ignore)
+    return _name_values({value for entry in facts for value in entry.num_voxels or ()}, ignore)
 
 
 def _name_values(values: Iterable[int], ignore: int | None) -> dict[int, str]:
@@ -238,7 +244,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             contradictions=contradictions,
             problems=tuple(problems),
         )
-    seen = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
+    label_facts = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
     return CaseFacts(
         case.case_id,
         part,
@@ -250,7 +256,7 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
         has_spacing=volume.has_spacing,
         is_blank=is_blank,
         contradictions=contradictions,
-        **{**seen, "problems": (*problems, *seen["problems"])},
+        **{**label_facts, "problems": (*problems, *label_facts["problems"])},
     )
 
 
@@ -300,7 +306,7 @@ def _compare_grids(
             f"{case.case_id}: the image has shape {volume.shape}, its label {path} {shape}: bring "
             "the label to the grid of the image (nearest neighbor)",
         )
-    distance = affines_differ(volume.affine, affine, shape)
+    distance = measure_displacement(volume.affine, affine, shape)
     if distance <= MAX_DISPLACEMENT:
         return ()
     return (
@@ -331,7 +337,7 @@ def _check_classes(
             f"data.ignore={ignore} is the value of {labels[ignore]}: voxels that nobody annotated "
             "need a value of their own"
         ]
-    if len(labels) < 2 and any(seen.num_voxels is not None for seen in facts):
+    if len(labels) < 2 and any(entry.num_voxels is not None for entry in facts):
         return [
             "no label that may be opened has any foreground, and no class is declared: there is "
             "nothing to learn; annotate a case that has the structure, or draw others by data.draw"
@@ -346,16 +352,16 @@ def _check_values(
     declared = set(dataset.labels or ())
     where: dict[int, list[str]] = defaultdict(list)
     images = []
-    for seen in facts:
-        values = seen.num_voxels or {}
+    for entry in facts:
+        values = entry.num_voxels or {}
         if len(set(values) - declared) > _MAX_CLASSES:
             images.append(
-                f"{seen.case_id}: its label holds {len(values)} different values, from "
+                f"{entry.case_id}: its label holds {len(values)} different values, from "
                 f"{min(values)} to {max(values)}: is it an image? Give the label in its place"
             )
             continue
         for value, count in values.items():
-            where[value].append(f"{seen.case_id} ({count} voxels)")
+            where[value].append(f"{entry.case_id} ({count} voxels)")
     if dataset.labels is None and len(where) > _MAX_CLASSES:
         return [
             *images,
@@ -377,12 +383,12 @@ def _check_values(
 def _check_palettes(dataset: Dataset, facts: Iterable[CaseFacts]) -> list[str]:
     """Refuse label pictures whose values or colors mean something else in each file."""
     paths = {case.case_id: case.label for case in dataset.cases}
-    return compare_colors({str(paths[seen.case_id]): seen.colors for seen in facts})
+    return compare_colors({str(paths[entry.case_id]): entry.colors for entry in facts})
 
 
-def _offer(value: int, found: set[int], known: set[int | None]) -> str:
+def _offer(value: int, values: set[int], known: set[int | None]) -> str:
     """Say how to declare a value."""
-    if found == {0, IGNORE}:
+    if values == {0, IGNORE}:
         return "if it is the structure to segment, add data.labels.255=name"
     if value < 0:
         return f"no class is below 0: correct the files, or say data.ignore={value} (not annotated)"
@@ -396,14 +402,16 @@ def _offer(value: int, found: set[int], known: set[int | None]) -> str:
 def _find_duplicates(facts: Iterable[CaseFacts]) -> tuple[list[str], list[str]]:
     """Return problems and warnings: equal scans of different parts, and of one part."""
     groups: dict[str, list[CaseFacts]] = defaultdict(list)
-    for seen in facts:
-        for found in {seen.voxel_hash, seen.turned_hash} - {""}:
-            if not seen.is_blank:  # blank scans are equal without being copies
-                groups[found].append(seen)
+    for entry in facts:
+        for digest in {entry.voxel_hash, entry.turned_hash} - {""}:
+            if not entry.is_blank:  # blank scans are equal without being copies
+                groups[digest].append(entry)
     problems, warnings = [], []
-    for group in {tuple(seen.case_id for seen in same): same for same in groups.values()}.values():
-        names = ", ".join(f"{seen.case_id} ({seen.part})" for seen in group)
-        if len({seen.part for seen in group}) > 1:
+    for group in {
+        tuple(entry.case_id for entry in same): same for same in groups.values()
+    }.values():
+        names = ", ".join(f"{entry.case_id} ({entry.part})" for entry in group)
+        if len({entry.part for entry in group}) > 1:
             problems.append(
                 f"the same scan, voxel by voxel, is in different parts: {names}; keep one of them"
             )
@@ -417,14 +425,14 @@ def _find_split_patients(dataset: Dataset, splits: Splits) -> list[str]:
     sides: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for part in PARTS:
         side = "training" if part in ("labeled", "unlabeled") else part
-        for case in take(dataset, splits, part):
+        for case in select_cases(dataset, splits, part):
             sides[case.patient_id][side].append(f"{case.case_id} ({part})")
     return [
         f"patient {patient} stands on two sides: "
-        f"{', '.join(name for names in found.values() for name in names)}; give all scans of a "
+        f"{', '.join(name for names in by_side.values() for name in names)}; give all scans of a "
         "patient one side in the split column, or correct patient_id"
-        for patient, found in sorted(sides.items())
-        if len(found) > 1
+        for patient, by_side in sorted(sides.items())
+        if len(by_side) > 1
     ]
 
 
@@ -432,9 +440,9 @@ def _warn_of_patients(dataset: Dataset) -> list[str]:
     """Warn of names such as P01_pre and P01_post that count as two patients."""
     groups: dict[str, list[str]] = defaultdict(list)
     for case in dataset.cases:
-        found = re.match(r"(.*\d)[-_. ]+(.+)$", case.case_id)
-        if found and case.patient_id == case.case_id:
-            groups[found[1]].append(case.case_id)
+        match = re.match(r"(.*\d)[-_. ]+(.+)$", case.case_id)
+        if match and case.patient_id == case.case_id:
+            groups[match[1]].append(case.case_id)
     alike = [names for names in groups.values() if 1 < len(names) < len(dataset.cases)]
     if not alike:
         return []
@@ -467,26 +475,26 @@ def _warn_of_volumes(
 ) -> list[str]:
     """Warn of a class whose volume in one label is far from that in the others.
 
-    Far is a factor above `_UNUSUAL_FACTOR` and, on the logarithm, more than `_UNUSUAL_SPREADS`
-    standard deviations, told from the median absolute deviation: one wild label does not hide
-    itself, and lesions of all sizes are not unusual.
+    It is far if it differs by a factor above `_UNUSUAL_FACTOR` and, in its logarithm, by more than
+    `_UNUSUAL_SPREADS` standard deviations. These are estimated by the median absolute deviation, so
+    one wild label does not hide itself, and lesions of all sizes are not unusual.
     """
     warnings = []
     paths = {case.case_id: case.label for case in dataset.cases}
-    unit = "ml" if all(seen.has_spacing for seen in facts) else "px"
+    unit = "ml" if all(entry.has_spacing for entry in facts) else "px"
     for value, name in labels.items():
-        found = {s.case_id: (s.volumes_ml or {}).get(value, 0) for s in facts}
-        found = {case_id: volume for case_id, volume in found.items() if volume > 0}
-        if value in (0, ignore) or len(found) < _FEWEST_VOLUMES:
+        volumes = {entry.case_id: (entry.volumes_ml or {}).get(value, 0) for entry in facts}
+        volumes = {case_id: volume for case_id, volume in volumes.items() if volume > 0}
+        if value in (0, ignore) or len(volumes) < _FEWEST_VOLUMES:
             continue
-        logs = np.log(list(found.values()))
+        logs = np.log(list(volumes.values()))
         distance = np.abs(logs - np.median(logs))
         limit = max(_UNUSUAL_SPREADS * 1.4826 * np.median(distance), np.log(_UNUSUAL_FACTOR))
         middle = float(np.exp(np.median(logs)))
         odd = [
-            f"{case_id} ({_show(found[case_id])} {unit}, {_show(found[case_id] / middle)} times "
-            f"that, {paths[case_id]})"
-            for case_id, far in zip(found, distance > limit, strict=True)
+            f"{case_id} ({_show(volumes[case_id])} {unit}, {_show(volumes[case_id] / middle)} "
+            f"times that, {paths[case_id]})"
+            for case_id, far in zip(volumes, distance > limit, strict=True)
             if far
         ]
         if odd:
@@ -502,10 +510,10 @@ def _warn_of_labels(
     facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None, declared: bool
 ) -> list[str]:
     """Warn of labels without foreground, of classes without voxels, and of stray values."""
-    opened = [seen for seen in facts if seen.num_voxels is not None]
-    empty = [seen.case_id for seen in opened if not set(seen.num_voxels or ()) - {0, ignore}]
+    opened = [entry for entry in facts if entry.num_voxels is not None]
+    empty = [entry.case_id for entry in opened if not set(entry.num_voxels or ()) - {0, ignore}]
     warnings = [f"labels without any foreground: {_shorten(empty)}"] if empty else []
-    counts = Counter(value for seen in opened for value in seen.num_voxels or ())
+    counts = Counter(value for entry in opened for value in entry.num_voxels or ())
     rare = [
         f"{value} in {counts[value]} of {len(opened)} labels"
         for value in sorted(set(counts) - {0, ignore})
@@ -526,9 +534,9 @@ def _warn_of_labels(
 
 
 def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str:
-    """Say how many labels a model made and nobody has changed, and which; nothing of none."""
-    opened = [seen for seen in facts if seen.num_voxels is not None]
-    made = [seen.case_id for seen in opened if seen.label_origin]
+    """Say how many labels a model made and nobody has changed, and which; empty if none."""
+    opened = [entry for entry in facts if entry.num_voxels is not None]
+    made = [entry.case_id for entry in opened if entry.label_origin]
     if not made:
         return ""
     names = f": {_shorten(made)}" if with_names else ""
@@ -539,46 +547,46 @@ def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str
 
 
 def _refuse_origins(facts: Iterable[CaseFacts]) -> list[str]:
-    """Refuse to validate by what a model said."""
+    """Refuse validation labels that a model made."""
     return [
-        f"{seen.case_id}: its label, which shall validate, is a {seen.label_origin} of a model, as "
-        "it was made: give a person's label, or take the case out of val"
-        for seen in facts
-        if seen.part == "val" and seen.label_origin
+        f"{entry.case_id}: its label, which shall validate, is a {entry.label_origin} of a model, "
+        "as it was made: give a person's label, or take the case out of val"
+        for entry in facts
+        if entry.part == "val" and entry.label_origin
     ]
 
 
 def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:
     """Name scans that are too large to be brought to the spacing that most scans have."""
-    seen = [facts for facts in facts if facts.shape and facts.spacing and facts.has_spacing]
-    counts = {each.case_id: math.prod(each.shape or ()) for each in seen}
-    sizes = {each.case_id: math.prod(each.spacing or ()) for each in seen}
+    scans = [entry for entry in facts if entry.shape and entry.spacing and entry.has_spacing]
+    counts = {entry.case_id: math.prod(entry.shape or ()) for entry in scans}
+    sizes = {entry.case_id: math.prod(entry.spacing or ()) for entry in scans}
     usual = float(np.median(list(sizes.values()))) if sizes else 1.0
     return [
-        f"{each.case_id}: {_show_numbers(each.shape or ())} voxels of "
-        f"{_show_numbers(each.spacing or ())} mm become {_show(counts[each.case_id] * size)} of "
+        f"{entry.case_id}: {_show_numbers(entry.shape or ())} voxels of "
+        f"{_show_numbers(entry.spacing or ())} mm become {_show(counts[entry.case_id] * size)} of "
         "the size that most scans have: repair the voxel size in the header, or leave the scan out"
-        for each in seen
-        if (size := sizes[each.case_id] / usual) * counts[each.case_id]
-        > max(MOST_VOXELS, counts[each.case_id])
+        for entry in scans
+        if (size := sizes[entry.case_id] / usual) * counts[entry.case_id]
+        > max(MOST_VOXELS, counts[entry.case_id])
     ]
 
 
 def _warn_of_grids(facts: Sequence[CaseFacts]) -> list[str]:
-    """Warn of headers that say nothing or two things, odd spacing and constant images."""
-    all_seen = [seen for seen in facts if seen.spacing is not None]
-    seen_grids = [seen for seen in all_seen if seen.has_spacing]
-    identity = [seen.case_id for seen in seen_grids if seen.has_identity_affine]
+    """Warn of missing or contradictory geometry, odd spacing and constant images."""
+    opened = [entry for entry in facts if entry.spacing is not None]
+    scans = [entry for entry in opened if entry.has_spacing]
+    identity = [entry.case_id for entry in scans if entry.has_identity_affine]
     low, high = _PLAUSIBLE_MM
     implausible = [
-        seen for seen in seen_grids if not all(low <= size <= high for size in seen.spacing or ())
+        entry for entry in scans if not all(low <= size <= high for size in entry.spacing or ())
     ]
-    unusual = [seen for seen in _find_unusual(seen_grids) if seen not in implausible]
+    unusual = [entry for entry in _find_unusual(scans) if entry not in implausible]
     flat = [
-        seen.case_id
-        for seen in all_seen
-        if any(channel[0] == channel[-1] for channel in seen.percentiles)
-    ] + [seen.case_id for seen in facts if seen.is_blank and seen.part == "test"]
+        entry.case_id
+        for entry in opened
+        if any(channel[0] == channel[-1] for channel in entry.percentiles)
+    ] + [entry.case_id for entry in facts if entry.is_blank and entry.part == "test"]
     texts = (
         ("the header places no voxels (identity affine), 1 mm is assumed", identity),
         *((text, _list(facts, kind)) for kind, text in CONTRADICTIONS.items() if kind != "unit"),
@@ -591,27 +599,27 @@ def _warn_of_grids(facts: Sequence[CaseFacts]) -> list[str]:
 
 def _list(facts: Iterable[CaseFacts], kind: str) -> list[str]:
     """Return the cases whose headers contradict themselves in one way, and how."""
-    found = [(seen.case_id, seen.contradictions.get(kind)) for seen in facts]
-    return [f"{name} ({text})" if text else name for name, text in found if text is not None]
+    texts = [(entry.case_id, entry.contradictions.get(kind)) for entry in facts]
+    return [f"{name} ({text})" if text else name for name, text in texts if text is not None]
 
 
 def _size(facts: Iterable[CaseFacts]) -> list[str]:
     """Return cases with their spacing."""
-    return [f"{seen.case_id} ({_show_numbers(seen.spacing or ())})" for seen in facts]
+    return [f"{entry.case_id} ({_show_numbers(entry.spacing or ())})" for entry in facts]
 
 
 def _find_unusual(facts: Sequence[CaseFacts]) -> list[CaseFacts]:
     """Return the scans whose spacing, from fine to coarse, is far from that of most others."""
-    spacings = np.array([sorted(seen.spacing or ()) for seen in facts])
+    spacings = np.array([sorted(entry.spacing or ()) for entry in facts])
     if len(facts) < 3:
         return []
     ratios = np.abs(np.log(spacings / np.median(spacings, axis=0))).max(1)
-    return [seen for seen, off in zip(facts, ratios, strict=True) if off > np.log(_MOST_OFF)]
+    return [entry for entry, off in zip(facts, ratios, strict=True) if off > np.log(_MOST_OFF)]
 
 
 def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts]) -> list[str]:
     """Note what was done silently: rounded labels, cases that are in no part; and a way out."""
-    rounded = [seen.case_id for seen in facts if seen.has_rounded_label]
+    rounded = [entry.case_id for entry in facts if entry.has_rounded_label]
     notes = [f"almost-integer label values were rounded: {_shorten(rounded)}"] if rounded else []
     other_units = _list(facts, "unit")
     if other_units:
@@ -622,7 +630,7 @@ def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts])
         notes.append(
             f"left out, as other scans of their patients validate or test: {_shorten(unused)}"
         )
-    if facts and dataset.channels == ("",) and not any(seen.voxel_hash for seen in facts):
+    if facts and dataset.channels == ("",) and not any(entry.voxel_hash for entry in facts):
         notes.append(
             "no scan could be read; if each file holds several channels, name them in a "
             'cases.json: {"channels": ["T1", "T2"], "cases": [{"case_id": ..., "image": ...}]}'
@@ -632,16 +640,16 @@ def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts])
 
 def _shorten(names: Sequence[str]) -> str:
     """Join names, and count those beyond the first twelve."""
-    shown = ", ".join(names[:_NUM_SHOWN])
+    listed = ", ".join(names[:_NUM_SHOWN])
     num_more = len(names) - _NUM_SHOWN
-    return f"{len(names)} cases: {shown} and {num_more} more" if num_more > 0 else shown
+    return f"{len(names)} cases: {listed} and {num_more} more" if num_more > 0 else listed
 
 
 def _render_parts(result: CheckResult) -> list[str]:
     """Return the head of the table: name, layout, channels, cases of each part."""
     dataset = result.dataset
     names = ", ".join(name or f"channel {i}" for i, name in enumerate(dataset.channels))
-    counts = Counter(seen.part for seen in result.facts)
+    counts = Counter(entry.part for entry in result.facts)
     hidden = set(result.splits.unlabeled)
     simulated = sum(case.case_id in hidden and case.label is not None for case in dataset.cases)
     remarks = {
@@ -659,7 +667,7 @@ def _render_parts(result: CheckResult) -> list[str]:
 
 def _render_grids(result: CheckResult) -> list[str]:
     """Return spacing, shape and intensity over all cases but those of test."""
-    facts = [seen for seen in result.facts if seen.shape and seen.spacing]
+    facts = [entry for entry in result.facts if entry.shape and entry.spacing]
     if not facts:
         return []
     rows: list[tuple[str, Sequence[float]]] = []
@@ -668,14 +676,14 @@ def _render_grids(result: CheckResult) -> list[str]:
         names = ["rows (I), pixels", "columns (J), pixels", "pages (K)"]
     else:
         for axis, name in enumerate("IJK"):
-            sizes = [(seen.spacing or (0, 0, 0))[axis] for seen in facts]
+            sizes = [(entry.spacing or (0, 0, 0))[axis] for entry in facts]
             rows.append((f"spacing {name}, mm", sizes))
     for axis, name in enumerate(names):
-        rows.append((name, [(seen.shape or (0, 0, 0))[axis] for seen in facts]))
+        rows.append((name, [(entry.shape or (0, 0, 0))[axis] for entry in facts]))
     for channel, name in enumerate(result.dataset.channels):
         for index, percent in enumerate(PERCENTILES):
             title = f"{name or f'channel {channel}'}, {percent:g} % of voxels below"
-            rows.append((title, [seen.percentiles[channel][index] for seen in facts]))
+            rows.append((title, [entry.percentiles[channel][index] for entry in facts]))
     return _render_table(f"over {len(facts)} cases", ("min", "median", "max"), rows)
 
 
@@ -692,15 +700,15 @@ def _render_table(
 
 def _render_classes(result: CheckResult) -> list[str]:
     """Return one line per foreground class: in how many labels it is, and its volumes."""
-    opened = [seen.volumes_ml for seen in result.facts if seen.volumes_ml is not None]
+    opened = [entry.volumes_ml for entry in result.facts if entry.volumes_ml is not None]
     if not opened:
         return []
     title = f"in the {len(opened)} labels opened"
-    unit = "ml" if all(seen.has_spacing for seen in result.facts) else "px"
+    unit = "ml" if all(entry.has_spacing for entry in result.facts) else "px"
     columns = ("value", "labels", f"min {unit}", f"median {unit}", f"max {unit}")
     lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
     for value, name in result.labels.items():
-        volumes = [found[value] for found in opened if value in found]
+        volumes = [by_value[value] for by_value in opened if value in by_value]
         if value == 0:
             continue
         numbers = (min(volumes), float(np.median(volumes)), max(volumes)) if volumes else ()

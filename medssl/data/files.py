@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medssl.config import InputError
-from medssl.data.cases import Case, show_text
+from medssl.data.cases import Case, escape_text
 from medssl.formats.readers import (
     DICOM,
     KINDS,
@@ -60,10 +60,11 @@ def is_scan(path: Path) -> bool:
 
 
 def find_scan(path: Path) -> Path:
-    """Return the file that a path means: what it names, or what stands in its place.
+    """Return the file that a path stands for: itself, or a file in its place.
 
-    That is a name in the other Unicode form (macOS writes accents apart, NFD), the one scan in a
-    folder that is called like a scan, as some archives are unpacked, or the header of an .img.
+    In place of a missing file that is its name in the other Unicode form (macOS writes accents
+    apart, NFD); of a folder named like a scan, as some archives unpack, the only scan in it; of an
+    .img its .hdr.
     """
     if not os.path.lexists(path):
         for form in ("NFC", "NFD"):
@@ -90,7 +91,7 @@ def list_scans(folder: Path) -> dict[str, Path]:
     Raises:
         InputError: Two files have the same stem, or the slices of a series lie loose.
     """
-    found: dict[str, Path] = {}
+    scans: dict[str, Path] = {}
     visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
     _refuse_loose_slices(folder, visible)
     names = {path: find_scan(path) for path in visible}
@@ -99,10 +100,10 @@ def list_scans(folder: Path) -> dict[str, Path]:
         stem = unicodedata.normalize("NFC", name_scan(path))
         if path in halves:
             continue
-        if stem in found:
-            raise InputError(f"{folder}: {found[stem].name} and {path.name} both; keep one of them")
-        found[stem] = names[path]
-    return found
+        if stem in scans:
+            raise InputError(f"{folder}: {scans[stem].name} and {path.name} both; keep one of them")
+        scans[stem] = names[path]
+    return scans
 
 
 def _refuse_loose_slices(folder: Path, paths: Sequence[Path]) -> None:
@@ -148,14 +149,14 @@ def guess_patient(case_id: str) -> str:
 def walk_files(root: Path, hidden: bool = False) -> list[Path]:
     """Return all files below a folder, sorted; and the folders that cannot be opened.
 
-    A folder that a link leads to is read once, and never one that the walk comes to without it.
+    A linked folder is read once, or not at all if the walk also reaches it without the link.
 
     Args:
         root: The folder.
         hidden: Whether to go into hidden folders and return hidden files.
     """
-    found: list[Path] = []
-    seen = [os.path.realpath(root)]
+    files: list[Path] = []
+    roots = [os.path.realpath(root)]
 
     def is_wanted(folder: str, name: str) -> bool:
         path = os.path.join(folder, name)
@@ -163,18 +164,18 @@ def walk_files(root: Path, hidden: bool = False) -> list[Path]:
             return False
         if os.path.islink(path):
             target = os.path.realpath(path)
-            if any(_is_within(target, other) or _is_within(other, target) for other in seen):
+            if any(_is_within(target, other) or _is_within(other, target) for other in roots):
                 return False
-            seen.append(target)
+            roots.append(target)
         return True
 
     def add(error: OSError) -> None:
-        found.append(Path(error.filename))
+        files.append(Path(error.filename))
 
     for folder, folders, names in os.walk(root, onerror=add, followlinks=True):
         folders[:] = [name for name in sorted(folders) if is_wanted(folder, name)]
-        found += [Path(folder, name) for name in sorted(names) if hidden or name[0] != "."]
-    return found
+        files += [Path(folder, name) for name in sorted(names) if hidden or name[0] != "."]
+    return files
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -239,15 +240,15 @@ def _walk_series(root: Path, files: Sequence[Path]) -> list[Path]:
 
     series = list_series(root) if any(map(is_dicom, files)) else []
     counts = Counter(one.folder for one in series if one.is_image)
-    found = []
+    scans = []
     for one in series:
         if one.is_image and counts[one.folder] == 1:
-            found.append(one.folder)
+            scans.append(one.folder)
         elif one.is_image:
-            found.append(one.files[0] if len(one.files) == 1 else Path(f"{one.folder}#{one.uid}"))
+            scans.append(one.files[0] if len(one.files) == 1 else Path(f"{one.folder}#{one.uid}"))
         elif one.modality in ("SEG", "RTSTRUCT"):
-            found += one.files
-    return [*found, *(path for path in files if is_series(path))]
+            scans += one.files
+    return [*scans, *(path for path in files if is_series(path))]
 
 
 def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
@@ -276,7 +277,7 @@ def explain_files(root: Path, used: Iterable[Path]) -> list[str]:
     rest = [path for _, paths in by_size[_NUM_SHOWN:] for path in paths]
     if rest:
         lines.append(f"  not used: {len(rest)} x files of other kinds: {_show_folders(rest, root)}")
-    return [show_text(line) for line in lines]
+    return [escape_text(line) for line in lines]
 
 
 def _explain_file(path: Path, root: Path, has_scans: bool) -> str:
@@ -405,15 +406,15 @@ def _group_channels(images: Sequence[Path], masks: set[str]) -> list[tuple[str, 
             number.group() if number else ""
         ] = path
     sizes = Counter(len(group) for group in groups.values())
-    found = []
+    cases = []
     for (_, stem), group in groups.items():
         is_whole = sorted(group) == [f"_{index:04d}" for index in range(len(group))]
         agrees = stem.lower() in masks or sizes[len(group)] > 1
         if 2 <= len(group) <= _MAX_CHANNELS and is_whole and agrees:
-            found.append((stem, tuple(path for _, path in sorted(group.items()))))
+            cases.append((stem, tuple(path for _, path in sorted(group.items()))))
         else:
-            found += [(stem + number, (path,)) for number, path in group.items()]
-    return found
+            cases += [(stem + number, (path,)) for number, path in group.items()]
+    return cases
 
 
 def _name_by_path(case: Case, root: Path) -> Case:
@@ -589,9 +590,9 @@ def _show(path: Path, root: Path) -> str:
 
 def _join(items: Iterable[str]) -> str:
     """Join items by commas, the first twelve of them."""
-    shown = list(items)
-    more = [f"... {len(shown) - _NUM_SHOWN} more"] if len(shown) > _NUM_SHOWN else []
-    return ", ".join(shown[:_NUM_SHOWN] + more)
+    texts = list(items)
+    more = [f"... {len(texts) - _NUM_SHOWN} more"] if len(texts) > _NUM_SHOWN else []
+    return ", ".join(texts[:_NUM_SHOWN] + more)
 
 
 def _count(number: int, noun: str) -> str:

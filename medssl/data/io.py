@@ -26,7 +26,7 @@ from medssl.transforms.geometry import (
     Header,
     Shape,
     Volume,
-    affines_differ,
+    measure_displacement,
 )
 
 MAX_VALUES = 2**16  # different values of a label: more are those of an image
@@ -59,8 +59,8 @@ class LabelFacts(NamedTuple):
 
     ``counts`` are the voxels of each label value; ``has_rounded`` says whether some values were
     only almost integers; ``colors`` are those of the values, where a palette or grays name them;
-    ``origin`` what a model made this label as (`pseudo-mask`), if it did and
-    nobody has changed a voxel since, else nothing.
+    ``origin`` which output of a model it is (`pseudo-mask`), empty if it is none or a person has
+    changed a voxel since.
     """
 
     counts: dict[int, int]
@@ -168,7 +168,7 @@ def read_label(
 
 
 def read_label_values(path: Path, case: Case | None = None) -> LabelFacts:
-    """Return what a label holds; `case` is the one that it is the label of.
+    """Return what the label of a case holds.
 
     Raises:
         InputError: The file cannot be read, holds values that are not integers, or more of them
@@ -207,9 +207,9 @@ def read_label_values(path: Path, case: Case | None = None) -> LabelFacts:
 
 
 def read_origin(path: Path, case: Case | None = None) -> str:
-    """Return what a model made a label as, if it did and nobody has changed a voxel, else nothing.
+    """Return which output of a model a label is, such as `pseudo-mask`; empty if it is none.
 
-    The voxels of a label without a mark are not read.
+    It is none once a person has changed a voxel. Without a mark in the file no voxel is read.
 
     Raises:
         InputError: The file cannot be read, or is no label.
@@ -234,7 +234,7 @@ def _open_label(path: Path, case: Case | None) -> Scan:
 
 
 def _rename(scan: Scan, values: Mapping[int, int]) -> Iterator[NDArray[Any]]:
-    """Yield the values of a scan, some of which stand for others."""
+    """Yield the values of a scan, with some replaced by others."""
     for piece in scan.iterate_values():
         renamed = piece.astype(np.int64)
         for old, new in values.items():
@@ -254,7 +254,7 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
 
 
 def find_contradictions(volume: Volume) -> dict[str, str]:
-    """Say where the headers of a scan have programs place its voxels differently.
+    """Say what in the headers of a scan makes programs place its voxels differently.
 
     Args:
         volume: Of `read_image`.
@@ -262,8 +262,8 @@ def find_contradictions(volume: Volume) -> dict[str, str]:
     Returns:
         What stands in its headers, by kind: `size` (the spacing of the sform is not pixdim),
         `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a code: the
-        sides are guessed), `unit` (lengths were not in mm). What the file of a later channel says
-        and the first does not bears the number of its channel. Empty for most scans.
+        sides are guessed), `unit` (lengths were not in mm). What only the file of a
+        later channel says begins with the number of the channel. Empty for most scans.
     """
     texts: dict[str, list[str]] = defaultdict(list)
     for channel, header in enumerate((volume.header, *volume.other_headers)):
@@ -275,7 +275,7 @@ def find_contradictions(volume: Volume) -> dict[str, str]:
 
 
 def _contradict(header: Header) -> Mapping[str, str]:
-    """Say where one header has programs place its voxels differently, by kind."""
+    """Say what in one header makes programs place its voxels differently, by kind."""
     if "sizeof_hdr" in header:
         return nifti.find_contradictions(header)
     contradictions: Mapping[str, str] = header.get("contradictions", {})
@@ -300,9 +300,9 @@ def write_mask(
         affine: Affine (4, 4) of the scan that the mask belongs to; a picture keeps none.
         label_values: Value of each class index.
         ignore: Value that stands for 255 in the file.
-        header: Of the scan, if it has one: the mask then says the same of its place, word by word.
-        origin: What a model makes this mask as, such as `pseudo-mask`; it is written down in the
-            file, so that nobody takes it for a person's label. Nothing for labels.
+        header: Of the scan, if it has one: the mask repeats its geometry field by field.
+        origin: Which output of a model the mask is, such as `pseudo-mask`. It is stored in the
+            file, so that nobody takes it for a person's label. Empty for labels.
         names: Of the classes, for kinds of files that keep names.
 
     Raises:
@@ -393,7 +393,7 @@ def _compare_grids(first: Path, scan: Scan, second: Path, other: Scan) -> None:
             f"{second}: shape {other.shape} differs from {scan.shape} of {first}: "
             "resample them to one grid"
         )
-    distance = affines_differ(scan.affine, other.affine, scan.shape)
+    distance = measure_displacement(scan.affine, other.affine, scan.shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
             f"{second}: lies up to {distance:.2f} voxels beside {first}: "

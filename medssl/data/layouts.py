@@ -95,8 +95,8 @@ def _name_modality(dataset: Dataset) -> Dataset:
 def _name_segments(dataset: Dataset) -> Dataset:
     """Give every case the label values of the names in its label file, where files have names.
 
-    With declared labels a name is what was declared by it. Without, names keep their numbers if
-    these are the same in all files, else they are numbered in the order of the alphabet.
+    Declared labels decide the value of a name. Without them names keep their numbers if all files
+    agree on these, else they are numbered in alphabetical order.
     """
     names: dict[str, dict[int, str]] = {}
     problems = []
@@ -129,8 +129,8 @@ def _name_segments(dataset: Dataset) -> Dataset:
         )
         for case in dataset.cases
     )
-    shown = {_fold(name): name for named in names.values() for name in named.values()}
-    labels = dataset.labels or {0: "background", **{values[key]: shown[key] for key in values}}
+    spellings = {_fold(name): name for named in names.values() for name in named.values()}
+    labels = dataset.labels or {0: "background", **{values[key]: spellings[key] for key in values}}
     return replace(dataset, cases=cases, labels=dict(sorted(labels.items())))
 
 
@@ -151,7 +151,7 @@ def _number_names(
 
 
 def _fold(name: str) -> str:
-    """Return a name of a segment as names are compared: by no case, space or underscore."""
+    """Return a name of a segment for comparison: in one case, `_` and `-` as spaces."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 
@@ -165,7 +165,7 @@ def list_files(dataset: Dataset) -> list[Path]:
 
 
 def _find_left_out(dataset: Dataset) -> list[str]:
-    """Name what lies in a folder like a part of the data set and is none."""
+    """Name the lists and scans in the folder of a data set that are not read."""
     root = dataset.root
     if dataset.format == "list":
         return []
@@ -216,8 +216,8 @@ def _detect_format(root: Path) -> tuple[str, Path]:
         return "list", lists[0]
     is_folders = _is_folders(root)
     if (root / "dataset.json").is_file():
-        found = _detect_file_format(root / "dataset.json", or_nothing=is_folders)
-        return found or ("folders", root)
+        layout = _detect_file_format(root / "dataset.json", or_nothing=is_folders)
+        return layout or ("folders", root)
     if is_folders:
         return "folders", root
     inner = sorted(p.parent for depth in ("*", "*/*") for p in root.glob(f"{depth}/imagesTr"))
@@ -288,13 +288,13 @@ def _locate(root: Path, format: str) -> Path:
     options = names.get(format, ("dataset.json",))
     if root.is_file() and format != "folders":
         return root
-    found = [root / name for name in options if (root / name).exists()]
-    if not found:
+    paths = [root / name for name in options if (root / name).exists()]
+    if not paths:
         raise InputError(
             f"{root}: data.format={format} needs {' or '.join(options)} there; leave data.format "
             "out to have the layout recognized"
         )
-    return root if format == "folders" else found[0]
+    return root if format == "folders" else paths[0]
 
 
 def _read_json(path: Path) -> Any:
@@ -418,14 +418,14 @@ def _find_unread_fields(
 
 def _list_entries(content: Mapping[str, Any], problems: list[str]) -> list[tuple[str, Any]]:
     """Return the entries of a dataset.json with their places."""
-    found = []
+    pairs = []
     for key in _PARTS_OF_KEYS:
         entries = content.get(key) or []
         if not isinstance(entries, list):
             problems.append(f"{key}: expected a list of cases, got {entries!r}")
         else:
-            found += [(f"{key}[{index}]", entry) for index, entry in enumerate(entries)]
-    return found
+            pairs += [(f"{key}[{index}]", entry) for index, entry in enumerate(entries)]
+    return pairs
 
 
 def _read_entry(entry: Any) -> tuple[list[str], str | None]:
@@ -565,14 +565,14 @@ def _group_channels(
             problems.append(f"{folder.name}/{path.name}: has no channel number like _0000")
         else:
             groups[match[1]][int(match[2])] = path
-    for name, found in groups.items():
-        if sorted(found) != list(range(num_channels)):
-            got = ", ".join(f"_{index:04d}" for index in sorted(found))
+    for name, channels in groups.items():
+        if sorted(channels) != list(range(num_channels)):
+            got = ", ".join(f"_{index:04d}" for index in sorted(channels))
             problems.append(
                 f"{folder.name}/{name}: expected {num_channels} channels "
                 f"(_0000 to _{num_channels - 1:04d}), got {got}"
             )
-    return {name: tuple(found[i] for i in sorted(found)) for name, found in groups.items()}
+    return {name: tuple(channels[i] for i in sorted(channels)) for name, channels in groups.items()}
 
 
 def _find_lone_labels(labels: Iterable[str], cases: Iterable[str], folder: str) -> list[str]:
@@ -588,16 +588,16 @@ def _find_lone_labels(labels: Iterable[str], cases: Iterable[str], folder: str) 
 
 def _read_folders(root: Path) -> Dataset:
     """Read `images/ labels/ [unlabeled/]`; an image without a label is unlabeled too."""
-    found = {
+    folders = {
         name: list_scans(root / name) if (root / name).is_dir() else {}
         for name in ("images", "labels", "unlabeled")
     }
-    images, masks, unlabeled = found["images"], found["labels"], found["unlabeled"]
+    images, masks, unlabeled = folders["images"], folders["labels"], folders["unlabeled"]
     if not images:
         kinds = sorted({path.suffix for path in (root / "images").iterdir() if path.is_file()})
         got = f"files of the kind {', '.join(kinds)}" if kinds else "no file"
         raise InputError(f"{root / 'images'}: expected scans, {KINDS}, got {got}")
-    problems = [text for name in found for text in find_unread(root / name)]
+    problems = [text for name in folders for text in find_unread(root / name)]
     groups: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in images.items()}
     more: dict[str, tuple[Path, ...]] = {stem: (path,) for stem, path in unlabeled.items()}
     num_channels = 1
@@ -746,22 +746,22 @@ def _suggest(word: str, known: Sequence[str]) -> str:
 
 def _check_columns(rows: Rows, path: Path) -> tuple[list[str], list[str]]:
     """Return what is wrong with the columns of a list, and a note on those that are not read."""
-    found = {column for _, row in rows for column in row}
-    problems, notes = _check_names(rows, (*_COLUMNS, *filter(_is_channel, found)), path)
-    channels = sorted(_channel_index(column) for column in found if _is_channel(column))
+    columns = {column for _, row in rows for column in row}
+    problems, notes = _check_names(rows, (*_COLUMNS, *filter(_is_channel, columns)), path)
+    channels = sorted(_channel_index(column) for column in columns if _is_channel(column))
     if channels and channels != list(range(len(channels))):
         problems.append("image columns must be image, image_1, image_2, ... without a gap")
-    missing = [c for c in ("case_id", "image") if rows and c not in found]
+    missing = [c for c in ("case_id", "image") if rows and c not in columns]
     return problems + [f"there is no column {column!r}" for column in missing], notes
 
 
 def _check_names(rows: Rows, known: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
     """Return the unknown columns that were meant for known ones, and a note on the others."""
-    found = dict.fromkeys(column for _, row in rows for column in row)
-    missing = [name for name in known if name not in found]
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    missing = [name for name in known if name not in columns]
     slips = {
         name: _find_slip(name, missing, _list_values(name, rows), path.parent)
-        for name in found
+        for name in columns
         if name not in known
     }
     problems = [
@@ -774,10 +774,10 @@ def _check_names(rows: Rows, known: Sequence[str], path: Path) -> tuple[list[str
 
 
 def _find_slip(column: str, missing: Sequence[str], values: set[str], root: Path) -> str:
-    """Return the column that an unknown one was meant for, or nothing: it holds something else.
+    """Return the missing column that an unknown one was probably meant for; empty if none.
 
-    It was, if its name is another spelling of one that is missing (`lable`, `patientID`), or
-    another word for it and its values fit: names of scans, or words of a split.
+    Its name is another spelling of that column (`lable`, `patientID`), or another word for it and
+    its values fit: names of scans, or words of a split.
     """
     word = re.sub(r"[^a-z0-9]", "", column.lower())
     channel = re.fullmatch(r"(?:image|img)0*(\d*)", word)

@@ -202,11 +202,11 @@ class PatchDataset(Dataset[Batch]):
         """
         rng = np.random.default_rng(seed)
         wants_foreground, which = rng.random(2)
-        classes = [c for c, found in voxels.items() if c > 0 and len(np.asarray(found))]
+        classes = [c for c, candidates in voxels.items() if c > 0 and len(np.asarray(candidates))]
         target = None
         if classes and wants_foreground < self.sampling.foreground:
-            found = np.asarray(voxels[classes[int(which * len(classes))]])
-            target = found[rng.integers(len(found))]
+            candidates = np.asarray(voxels[classes[int(which * len(classes))]])
+            target = candidates[rng.integers(len(candidates))]
         spacing = np.linalg.norm(case.affine[:3, :3], axis=0)
         normal, axes = self.sampling.slice_axis, list(self.sampling.axes)
         flips, strength = ((), 0.0) if plain else (self.sampling.flips, 1.0)
@@ -263,14 +263,14 @@ def iterate_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of the steps from ``first_step`` up to ``num_steps``, in order.
 
-    Of the loader processes as many are started as shared memory has room for their batches; it is
-    said if these are fewer.
+    Only as many loader processes are started as shared memory has room for their batches; a note
+    says if these are fewer.
 
     Raises:
         InputError: A file that a batch is cut from is gone or damaged, or a loader process was
-            killed; torch says that at any place, too (`explain_killed_loader`).
+            killed, which torch may also raise elsewhere (`explain_killed_loader`).
     """
-    num_workers = _fit_workers(dataset, first_step, num_workers) if first_step < num_steps else 0
+    num_workers = _limit_workers(dataset, first_step, num_workers) if first_step < num_steps else 0
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         sampler=range(first_step, num_steps),
@@ -292,7 +292,7 @@ def iterate_batches(
 
 @contextlib.contextmanager
 def explain_killed_loader() -> Iterator[None]:
-    """Turn the error that torch raises wherever the program is when a loader was killed.
+    """Explain the error that torch raises, anywhere in the program, when a loader was killed.
 
     Raises:
         InputError: A loader process was killed.
@@ -315,22 +315,22 @@ def _describe_killed(error: Exception) -> str:
     )
 
 
-def _fit_workers(dataset: PatchDataset, step: int, wanted: int) -> int:
+def _limit_workers(dataset: PatchDataset, step: int, num_workers: int) -> int:
     """Return how many loader processes may run: where shared memory is full, torch waits forever.
 
     Half of what is free is taken: there may be other trainings, and later batches may be larger.
     """
-    if not wanted or not _SHARED.is_dir():
-        return wanted
+    if not num_workers or not _SHARED.is_dir():
+        return num_workers
     parts = (part for part in dataset[step].values() if part is not None)
     size = sum(tensor.nbytes for part in parts for tensor in part.values())
     free = shutil.disk_usage(_SHARED).free
     fitting = int(free / 2 / (_PREFETCH * size))
-    if fitting < wanted:
+    if fitting < num_workers:
         print(
             f"note: {_SHARED} has {free / 1e6:.0f} MB free, and {_PREFETCH} batches of "
             f"{size / 1e6:.1f} MB wait there for each loader process: {fitting} are started, not "
-            f"{wanted}; give a container more of it, as --shm-size=1g",
+            f"{num_workers}; give a container more of it, as --shm-size=1g",
             file=sys.stderr,
         )
-    return min(fitting, wanted)
+    return min(fitting, num_workers)

@@ -33,7 +33,7 @@ from medssl.runs import write_file, write_text
 Family = Literal["organs", "vessels"]
 Field = NDArray[np.float64]  # (I, J, K), mm, positive inside
 Place = Sequence[float] | NDArray[np.float64]  # (3,), mm
-Points = NDArray[np.float64]  # (I, J, K, 3), mm right, anterior, superior of the centre
+Points = NDArray[np.float64]  # (I, J, K, 3), mm right, anterior, superior of the center
 
 LABEL_NAMES: dict[Family, dict[int, str]] = {
     "organs": {1: "organ", 2: "lesion", 3: "vessel"},
@@ -44,7 +44,7 @@ _BOX = np.array([48.0, 56.0, 40.0])  # mm, the reference box that every shape is
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """One thing in the body: its signed distance field, grey value and class (0: background)."""
+    """One thing in the body: its signed distance field, gray value and class (0: background)."""
 
     field: Field
     intensity: float
@@ -113,18 +113,18 @@ def write_pictures(
         family: Which anatomy.
         suffix: Of the images: .png, .jpg, .tif; labels are PNG, or TIFF beside TIFF.
         label_values: Value of each class in the label files.
-        has_colors: Whether the pictures are in color, of which none alone tells what grey does.
+        has_colors: Make color pictures, in which no channel alone holds all that gray does.
     """
     rows = []
     for index, part in enumerate(_list_parts(num_labeled, num_unlabeled, num_test)):
         scan, classes = make_phantom(seed, index, (*shape, 12), family)
         k = int(np.argmax((classes > 0).sum((0, 1))))
-        grey = np.rint(scan[..., k] * (255.0 / scan.max())).astype(np.uint8)
+        gray = np.rint(scan[..., k] * (255.0 / scan.max())).astype(np.uint8)
         case_id = f"{family}_{index:03d}"
         image_path = folder / "images" / f"{case_id}{suffix}"
         label_path = folder / "labels" / f"{case_id}{name_mask_suffix(image_path)}"
-        shown = np.stack([grey, 255 - grey, grey // 2], -1) if has_colors else grey
-        picture = Image.fromarray(shown)
+        pixels = np.stack([gray, 255 - gray, gray // 2], -1) if has_colors else gray
+        picture = Image.fromarray(pixels)
         image_path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(image_path)
         if part != "unlabeled":
@@ -188,10 +188,10 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
     lesion_value = organ_value - rng.uniform(0.16, 0.34)
     vessel_value = organ_value + rng.uniform(0.18, 0.36)
     trunk = _ellipsoid(points, (0, 0, 0), (22, 25, 70))
-    centre = rng.normal([7.5, 5.0, 0.0], 1.5)
+    center = rng.normal([7.5, 5.0, 0.0], 1.5)
     radii = np.array([11.5, 14.0, 13.0]) * rng.uniform(0.87, 1.15, 3)
-    organ = _ellipsoid(points, centre, radii) + _noise(rng, shape, 5, 1.3)
-    notch = centre + radii * [-1.0, rng.uniform(-0.6, 0.6), rng.uniform(-0.5, 0.5)]
+    organ = _ellipsoid(points, center, radii) + _noise(rng, shape, 5, 1.3)
+    notch = center + radii * [-1.0, rng.uniform(-0.6, 0.6), rng.uniform(-0.5, 0.5)]
     organ = np.minimum(organ, -_ellipsoid(points, notch, radii * rng.uniform(0.35, 0.6, 3)))
     organ = np.minimum(organ, trunk - 3)
     structures = [
@@ -199,12 +199,12 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
         Structure(trunk - rng.uniform(2, 4), tissue),
         Structure(_tube(points, [(0, -17, -30), (0, -16, 0), (0, -17, 30)], 5), 0.95),
         Structure(_tube(points, [(0, -20, -30), (0, -20, 30)], 1.8), 0.3),
-        Structure(  # a spleen: the organ's grey values on the other side
+        Structure(  # a spleen: the organ's gray values on the other side
             _ellipsoid(points, rng.normal([-12, -3, 3], 2), rng.uniform(5, 9, 3))
             + _noise(rng, shape, 5, 1.0),
             organ_value + rng.uniform(-0.08, 0.08),
         ),
-        Structure(  # an aorta: the vessel's grey values, but straight and apart from the organ
+        Structure(  # an aorta: the vessel's gray values, but straight and apart from the organ
             _tube(points, [(-4, -9, -30), (-4 + rng.normal(), -9, 0), (-4, -8, 30)], 2.6),
             vessel_value + rng.uniform(-0.06, 0.06),
         ),
@@ -217,17 +217,17 @@ def _draw_organs(rng: np.random.Generator, points: Points) -> list[Structure]:
     nodes = np.array(  # from beside the spine through the hilum into the organ
         [
             [rng.normal(1, 2), -7, rng.uniform(-22, -12)],
-            rng.normal(centre + radii * [-0.7, -0.3, 0] + [-5, -5, 0], 2.5),
-            centre + radii * [-0.7, -0.3, 0],
-            centre + radii * rng.uniform(-0.35, 0.35, 3),
-            centre + radii * rng.uniform([0.2, 0.1, 0.2], [0.6, 0.6, 0.7]),
+            rng.normal(center + radii * [-0.7, -0.3, 0] + [-5, -5, 0], 2.5),
+            center + radii * [-0.7, -0.3, 0],
+            center + radii * rng.uniform(-0.35, 0.35, 3),
+            center + radii * rng.uniform([0.2, 0.1, 0.2], [0.6, 0.6, 0.7]),
         ]
     )
     vessel = _tube(points, nodes, rng.uniform(2.3, 3.2))
     structures.append(Structure(vessel, vessel_value, 3))
     for _ in range(rng.integers(1, 4)):
         direction = rng.normal(size=3)
-        place = centre + radii * rng.uniform(0.25, 0.65) * direction / np.linalg.norm(direction)
+        place = center + radii * rng.uniform(0.25, 0.65) * direction / np.linalg.norm(direction)
         lesion = _ellipsoid(points, place, rng.uniform(4, 6.5, 3)) + _noise(rng, shape, 9, 0.9)
         structures.append(Structure(np.minimum(lesion, organ + 0.5), lesion_value, 2))
     return structures
@@ -286,10 +286,10 @@ def _scan(rng: np.random.Generator, image: Field) -> NDArray[np.int16]:
     return scan
 
 
-def _ellipsoid(points: Points, centre: Place, radii: Place) -> Field:
+def _ellipsoid(points: Points, center: Place, radii: Place) -> Field:
     """Return the approximate signed distance to an ellipsoid, mm, positive inside."""
     size = np.asarray(radii, dtype=np.float64)
-    field: Field = (1 - np.linalg.norm((points - centre) / size, axis=-1)) * size.min()
+    field: Field = (1 - np.linalg.norm((points - center) / size, axis=-1)) * size.min()
     return field
 
 
@@ -301,8 +301,8 @@ def _tube(points: Points, nodes: Sequence[Place] | Field, radius: float) -> Fiel
     reach = radius + 3  # farther away the exact distance does not matter
     near = ((points > curve.min(0) - reach) & (points < curve.max(0) + reach)).all(-1)
     distance = np.full(points.shape[:3], reach)
-    found, _ = cKDTree(curve).query(points[near], distance_upper_bound=reach)
-    distance[near] = np.minimum(found, reach)
+    distances, _ = cKDTree(curve).query(points[near], distance_upper_bound=reach)
+    distance[near] = np.minimum(distances, reach)
     return radius - distance
 
 
@@ -320,7 +320,7 @@ def _noise(
 
 
 def _place(shape: tuple[int, int, int], is_lps: bool) -> NDArray[np.float64]:
-    """Return the affine (4, 4) of a scan of the reference box, centred in the world."""
+    """Return the affine (4, 4) of a scan of the reference box, centered in the world."""
     steps = _BOX / shape * ([-1, -1, 1] if is_lps else [1, 1, 1])
     affine = np.diag([*steps, 1.0])
     affine[:3, 3] = -steps * (np.asarray(shape) - 1) / 2

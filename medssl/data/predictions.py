@@ -132,7 +132,7 @@ def _refuse_folder_of_scans(out: Path, scans: Scans) -> None:
 
 
 def _find_twins(targets: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the scans of which a file bears the name of one of an earlier scan."""
+    """Return the scans that share the name of a file with an earlier scan."""
     taken: set[str] = set()
     twins = []
     for name, files in targets.items():
@@ -157,7 +157,7 @@ def protect_files(
     Args:
         out: The folder.
         files: Names, relative to it, of the files that will be written.
-        overwrite: Whether they may be replaced in spite.
+        overwrite: Replace them all the same.
         scans: Files that are never replaced.
 
     Raises:
@@ -166,13 +166,13 @@ def protect_files(
     if not out.is_dir():
         return
     identities = {_identify(path) for path in scans} - {None}
-    own = read_files(out)
+    hashes = read_files(out)
     foreign, inputs = [], []
     for path in _find_standing(out, files):
         name = path.relative_to(out).as_posix()
         if _identify(path) in identities or (path.is_dir() and not path.is_symlink()):
             inputs.append(name)
-        elif path.is_symlink() or not (own.get(name) == hash_file(path) or _is_prediction(path)):
+        elif path.is_symlink() or not (hashes.get(name) == hash_file(path) or _is_prediction(path)):
             foreign.append(name)
     if inputs:
         raise InputError(
@@ -191,13 +191,13 @@ def protect_files(
 
 def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:
     """Return what stands in a folder under these names, in whatever case, form or format."""
-    wanted: dict[str, set[str]] = defaultdict(set)
+    stems_by_folder: dict[str, set[str]] = defaultdict(set)
     for file in files:
         path = Path(file)
-        wanted[path.parent.as_posix()].add(_fold(name_scan(path)))
+        stems_by_folder[path.parent.as_posix()].add(_fold(name_scan(path)))
     return [
         path
-        for folder, stems in wanted.items()
+        for folder, stems in stems_by_folder.items()
         if (out / folder).is_dir()
         for path in sorted((out / folder).iterdir())
         if (strip_suffix(path.name) or not path.is_dir()) and _fold(name_scan(path)) in stems
@@ -214,12 +214,12 @@ def _is_prediction(path: Path) -> bool:
 
 
 def _identify(path: Path) -> tuple[int, int] | None:
-    """Return what is the same for all names of a file, or nothing where there is none."""
+    """Return device and inode of a file, the same for all its names; None if there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _list(names: Sequence[str]) -> str:
@@ -250,7 +250,7 @@ def read_files(out: Path) -> dict[str, str]:
 
 
 class Record:
-    """Adds files to the record of a folder as they are written; what it says of others stands.
+    """Adds files to the record of a folder as they are written; other entries stay.
 
     The record of thousands of pictures takes longer to write than one of them takes to segment, so
     it is written when that costs no more than a twentieth of the time, and at the end by `write`.
@@ -265,7 +265,7 @@ class Record:
         self._pending: dict[str, dict[str, Any]] = {}
         self._next = 0.0
 
-    def add(
+    def add_files(
         self,
         files: Iterable[Path],
         *,
@@ -310,7 +310,7 @@ class Record:
 
 
 def append_audit(out: Path, **entry: Any) -> None:
-    """Append a line of JSON to what a folder tells of its predictions; earlier lines stand.
+    """Append a line of JSON to the audit log of a folder.
 
     Args:
         out: The folder.
@@ -326,9 +326,9 @@ def append_audit(out: Path, **entry: Any) -> None:
 
 
 def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:
-    """Add files to the record of a folder at once; the arguments are those of `Record.add`."""
+    """Add files to the record of a folder at once; arguments as for `Record.add_files`."""
     record = Record(out)
-    record.add(files, **about)
+    record.add_files(files, **about)
     record.write()
 
 
@@ -353,21 +353,21 @@ def find_scans(
     Raises:
         InputError: There is no scan at all.
     """
-    found: list[str] = [] if problems is None else problems
+    errors: list[str] = [] if problems is None else problems
     notes = [] if notes is None else notes
     scans: Scans = {}
     files: list[Path] = []
     for path in inputs:
         try:
             if _is_dataset(path):
-                notes += _add_cases(path, num_channels, scans, found)
+                notes += _add_cases(path, num_channels, scans, errors)
             else:
-                files += _list_files(path, found, notes)
+                files += _list_files(path, errors, notes)
         except InputError as error:
-            found.append(str(error))
-    _group_files(files, num_channels, scans, found)
-    if not scans or (found and problems is None):
-        raise InputError("\n".join(found))
+            errors.append(str(error))
+    _group_files(files, num_channels, scans, errors)
+    if not scans or (errors and problems is None):
+        raise InputError("\n".join(errors))
     return scans
 
 
@@ -450,14 +450,14 @@ def _group_files(
         if num_channels > 1 and re.search(r"_\d{4}$", name) and not _is_whole(file, num_channels):
             name, channel = name[:-5], name[-4:]
         groups.setdefault(name, {}).setdefault(channel, []).append(file)
-    wanted = {f"{channel:04d}" for channel in range(num_channels)}
+    all_channels = {f"{channel:04d}" for channel in range(num_channels)}
     for name, split in groups.items():
         listed = ", ".join(str(file) for same in split.values() for file in same)
         if any(len(same) > 1 for same in split.values()):
             problems.append(
                 f"{name}: two scans of one name, of which one mask would be left: {listed}"
             )
-        elif set(split) not in ({""}, wanted):
+        elif set(split) not in ({""}, all_channels):
             problems.append(f"{name}: the model wants {num_channels} channels, found {listed}")
         else:
             images = tuple(split[channel][0] for channel in sorted(split))

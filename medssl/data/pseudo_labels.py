@@ -68,7 +68,7 @@ def write_pseudo_label(
     voxels = _draw_class_voxels(stored)
     _save(folder / "probs.npy", stored)
     _save(folder / "uncertainty.npy", uncertainty.astype(np.float16))
-    named: dict[str, Any] = {str(index): found for index, found in voxels.items()}
+    named: dict[str, Any] = {str(index): places for index, places in voxels.items()}
     write_file(folder / "class_voxels.npz", lambda path: _save_archive(path, named))
     files = hash_files(folder, *_ARRAYS)
     write_json(folder / "meta.json", {"teacher": teacher, "stability": stability, "files": files})
@@ -95,10 +95,10 @@ def _draw_class_voxels(probs: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]
     classes = probs.argmax(0)
     result = {}
     for index in range(1, len(probs)):
-        found = np.argwhere(classes == index).astype(np.int32)
+        candidates = np.argwhere(classes == index).astype(np.int32)
         rng = np.random.default_rng(seed_from("class_voxels", index))
-        chosen = rng.choice(len(found), min(len(found), MOST_VOXELS), replace=False)
-        result[index] = found[np.sort(chosen)]
+        chosen = rng.choice(len(candidates), min(len(candidates), MOST_VOXELS), replace=False)
+        result[index] = candidates[np.sort(chosen)]
     return result
 
 
@@ -150,8 +150,8 @@ def draw_probs(folders: Sequence[Path], num_voxels: int = 100_000) -> Tensor:
         rng = np.random.default_rng(seed_from("draw_probs", folder.name))
         places = rng.integers(int(np.prod(probs.shape[1:])), size=each)
         drawn.append(np.asarray(probs.reshape(len(probs), -1)[:, places].T, dtype=np.float32))
-    found = torch.from_numpy(np.concatenate(drawn))
-    return found / found.sum(1, keepdim=True).clamp(min=1.0)
+    samples = torch.from_numpy(np.concatenate(drawn))
+    return samples / samples.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def measure_agreement(

@@ -1,6 +1,6 @@
 """What a run folder says of its model and its data, and which scans a run was trained on.
 
-A scan is known again by its files and by its voxels: a copy under another name, in another folder
+A scan is recognized by its files and by its voxels: a copy under another name, in another folder
 or format is the same scan, and measuring a model on it is no test.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from medssl.config import DataSection, InputError
-from medssl.data.cases import Case, Dataset, Splits, take_test_with_labels
+from medssl.data.cases import Case, Dataset, Splits, select_test_with_labels
 from medssl.data.files import hash_source
 from medssl.data.layouts import read_dataset
 from medssl.runs import (
@@ -79,11 +79,11 @@ def _unpack(path: Path) -> Path:
 
 def _copy_member(archive: zipfile.ZipFile, name: str, most: int, folder: Path) -> None:
     """Write the one member that bears a name, of at most so many bytes, into a folder."""
-    found = [m for m in archive.infolist() if PurePosixPath(m.filename).name == name]
-    if len(found) != 1 or found[0].file_size > most:
-        sizes = [member.file_size for member in found]
-        raise ValueError(f"{name} is in it {len(found)} times, with {sizes} bytes")
-    with archive.open(found[0]) as source, (folder / name).open("wb") as target:
+    members = [m for m in archive.infolist() if PurePosixPath(m.filename).name == name]
+    if len(members) != 1 or members[0].file_size > most:
+        sizes = [member.file_size for member in members]
+        raise ValueError(f"{name} is in it {len(members)} times, with {sizes} bytes")
+    with archive.open(members[0]) as source, (folder / name).open("wb") as target:
         shutil.copyfileobj(source, target)
 
 
@@ -123,17 +123,17 @@ def read_splits(run_dir: Path) -> tuple[Splits, DataSection]:
     return splits, data.model_copy(update={"root": root})
 
 
-def find_data(about: Mapping[str, Any], given: Path | str | None) -> Path:
+def find_data(about: Mapping[str, Any], setting: Path | str | None) -> Path:
     """Return the list or folder that a run was made from.
 
     Args:
         about: What splits.json says of the data set; before version 0.2 the folder of a list.
-        given: ``data.root``, as the user wrote it.
+        setting: ``data.root``, as the user wrote it.
     """
     if about.get("source"):
         return Path(str(about["source"]))
     root = Path(str(about["root"]))
-    listed = root / Path(str(given)).name if given else root
+    listed = root / Path(str(setting)).name if setting else root
     return listed if listed.is_file() else root
 
 
@@ -142,7 +142,7 @@ def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> li
 
     Args:
         array: The scan as it is read (C, I, J, K); its axes are turned to RAS+ first, so that a
-            copy whose axes another program has flipped is known again.
+            copy whose axes another program has flipped is recognized.
         affine: Affine (4, 4).
     """
     import nibabel as nib  # heavy: only where scans are read
@@ -159,17 +159,17 @@ def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> li
 
 
 def write_trained_on(run_dir: Path, scans: Mapping[str, Mapping[str, Any]]) -> None:
-    """Keep by what the scans of a run are known again.
+    """Write the hashes by which the scans of a run are recognized.
 
     Args:
         run_dir: The run folder.
         scans: By case_id, the hashes of files (`sources`) and channels (`voxels`).
     """
-    kept = {
+    hashes = {
         case_id: {key: list(scan[key]) for key in ("sources", "voxels")}
         for case_id, scan in scans.items()
     }
-    write_json(run_dir / RECORD, kept)
+    write_json(run_dir / RECORD, hashes)
 
 
 def find_trained_on(
@@ -177,8 +177,8 @@ def find_trained_on(
 ) -> tuple[list[str], list[str]]:
     """Return the cases of a data set that the run of a model was trained on, and remarks.
 
-    A case is the same one where a file of it is, or has the same bytes or voxels; one that only
-    bears the same case_id is not left out but remarked.
+    Such a case has a file of a training scan, or one with the same bytes or voxels. A case that
+    only has the same case_id is not returned but remarked on.
 
     Args:
         path: A run, one of its rounds, or a model folder in it.
@@ -202,18 +202,18 @@ def find_trained_on(
             "none): copies of these under other names would not be noticed"
         )
 
-    def is_seen(case: Case) -> bool:
+    def was_trained_on(case: Case) -> bool:
         if any(image.resolve() in files for image in case.images):
             return True
         if case.label is None or not hashes:
             return False
         return any(hash_source(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
 
-    seen = [case.case_id for case in dataset.cases if is_seen(case)]
+    matches = [case.case_id for case in dataset.cases if was_trained_on(case)]
     alike = [
         c.case_id
         for c in dataset.cases
-        if c.label is not None and c.case_id in trained and c.case_id not in seen
+        if c.label is not None and c.case_id in trained and c.case_id not in matches
     ]
     if alike and not hashes:  # with hashes it is known that they are others
         remarks.insert(
@@ -221,7 +221,7 @@ def find_trained_on(
             f"{len(alike)} cases bear the case_id of a case that the run was trained on "
             f"({shorten(alike)}): if they are the same scans, this is no test",
         )
-    return seen, remarks
+    return matches, remarks
 
 
 def _find_files(data: DataSection, trained: set[str]) -> set[Path]:
@@ -241,14 +241,14 @@ def _read_hashes(run_dir: Path) -> tuple[set[str], set[str]]:
         return set(), set()
     try:
         scans = [dict(scan) for scan in read_json(path).values()]
-        found = [
+        hashes = [
             {str(value) for scan in scans for value in scan[key]} for key in ("sources", "voxels")
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: damaged ({error!r}); start the same medssl train again"
         ) from error
-    return found[0], found[1]
+    return hashes[0], hashes[1]
 
 
 def shorten(case_ids: Sequence[str]) -> str:
@@ -280,14 +280,14 @@ def open_test_cases(
     assert data.root is not None, "splits.json names the root"
     dataset = read_dataset(data.root, data.format, data.labels)
     ignore = dataset.ignore if data.ignore is None else data.ignore
-    labeled, unlabeled = split_by_label(take_test_with_labels(dataset, splits), report)
+    labeled, unlabeled = split_by_label(select_test_with_labels(dataset, splits), report)
     return dataset, ignore, labeled, unlabeled
 
 
 def split_by_label(
     cases: Sequence[Case], report: Callable[[str], object]
 ) -> tuple[list[Case], list[str]]:
-    """Return the cases with a label, and the case_ids of the others, which are said.
+    """Return the cases with a label, and the case_ids of the others, which are reported.
 
     Raises:
         InputError: No case has one.
@@ -301,7 +301,7 @@ def split_by_label(
     return labeled, unlabeled
 
 
-def check_out(out: Path) -> None:
+def refuse_run_folder(out: Path) -> None:
     """Refuse a folder of tables in which a run has tables of its own.
 
     Raises:

@@ -1,4 +1,4 @@
-"""DICOM images in: a folder, a tree or a ZIP archive, of which one series is a scan.
+"""DICOM images in: a scan is one series of a folder, a tree or a ZIP archive.
 
 Legend: I counts the columns of a slice from the left, J its rows from the top, K the slices along
 the normal of their plane (rows x columns), whatever the order of the files; so I, J, K is
@@ -145,7 +145,7 @@ class Plane(NamedTuple):
         return np.cross(*self.directions)
 
 
-def load(name: str) -> Any:
+def load_package(name: str) -> Any:
     """Import a package of the extra `dicom`.
 
     Raises:
@@ -186,9 +186,9 @@ def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:
 
 @keep_quiet()
 def list_series(path: Path) -> list[Series]:
-    """Return what a folder with all below it, an archive, or a file holds, series by series.
+    """Return the series of a folder and all below it, of an archive, or of a file.
 
-    Files that are no DICOM are passed over.
+    Files that are not DICOM are skipped.
 
     Raises:
         InputError: The path does not exist, or a DICOM file is damaged.
@@ -226,7 +226,7 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
     Raises:
         InputError: As `open_scan`.
     """
-    group = _choose(path, _read_headers(path))
+    group = _choose_series(path, _read_headers(path))
     planes = [
         plane
         for place, header in group
@@ -249,7 +249,7 @@ def read_dataset(place: Place, *, with_pixels: bool) -> Any:
         is_implicit, is_little = dataset.original_encoding
         end = "Little" if is_little else "Big"
         name = f"{'Implicit' if is_implicit else 'Explicit'}VR{end}Endian"
-        dataset.file_meta.TransferSyntaxUID = getattr(load("pydicom.uid"), name)
+        dataset.file_meta.TransferSyntaxUID = getattr(load_package("pydicom.uid"), name)
     return dataset
 
 
@@ -290,7 +290,7 @@ def _is_dicom(place: Place) -> bool:
 
 def _read(place: Place, **options: Any) -> Any:
     """Read a file by pydicom."""
-    pydicom = load("pydicom")
+    pydicom = load_package("pydicom")
 
     def read() -> Any:
         with place.open("rb") as file:
@@ -302,14 +302,14 @@ def _read(place: Place, **options: Any) -> Any:
 def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
     """Return the headers of all DICOM files at a path, by SeriesInstanceUID."""
     path, _ = split_series(path)
-    found = defaultdict(list)
+    groups = defaultdict(list)
     files = guard(path, partial(_list_files, path))
     for place in files:
         if guard_dicom(place, partial(_is_dicom, place)):
             header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
             if "SeriesInstanceUID" in header or "Rows" in header:
-                found[str(header.get("SeriesInstanceUID", ""))].append((place, header))
-    return dict(found)
+                groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
+    return dict(groups)
 
 
 def _name_other(header: Any) -> str:
@@ -357,16 +357,18 @@ def _find_file(place: Place) -> Path:
     return Path(str(place.root.filename)) if isinstance(place, zipfile.Path) else place
 
 
-def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple[Place, Any]]:
+def _choose_series(
+    path: Path, groups: dict[str, list[tuple[Place, Any]]]
+) -> list[tuple[Place, Any]]:
     """Return the files of the series that a path names, or of the only one with images."""
-    source, wanted = split_series(path)
-    listed = [_describe(group) for group in found.values()]
+    source, uid = split_series(path)
+    listed = [_describe(group) for group in groups.values()]
     lines = "".join(f"\n  {series}" for series in listed[:_LISTED])
     if len(listed) > _LISTED:
         lines += f"\n  and {len(listed) - _LISTED} more"
-    matching = [series for series in listed if series.uid.startswith(wanted)]
+    matching = [series for series in listed if series.uid.startswith(uid)]
     images = [series for series in matching if series.is_image]
-    exact = [series for series in matching if wanted and series.uid == wanted]
+    exact = [series for series in matching if uid and series.uid == uid]
     chosen = exact or images
     if len(chosen) > 1:
         raise InputError(
@@ -376,7 +378,7 @@ def _choose(path: Path, found: dict[str, list[tuple[Place, Any]]]) -> list[tuple
     if not chosen or not chosen[0].is_image:
         what = "; it holds:" + lines if lines else ", and no other DICOM file"
         raise InputError(f"{path}: no DICOM image series{what}")
-    return found[chosen[0].uid]
+    return groups[chosen[0].uid]
 
 
 # ---------------------------------------------------------------- slices
@@ -427,7 +429,7 @@ def _read_groups(groups: Any) -> dict[str, Any]:
 
 
 def _find_plane(what: str, place: Place, frame: int, header: Any, fields: dict[str, Any]) -> Plane:
-    """Return one slice of a file by the fields that hold for it."""
+    """Return one slice of a file, by its fields."""
     directions = _read_numbers(what, fields, "ImageOrientationPatient", 6).reshape(2, 3)
     if np.abs(directions @ directions.T - np.eye(2)).max() > 10 * _EQUAL:
         raise InputError(
@@ -514,13 +516,13 @@ def _refuse_mixed(path: Path, planes: list[Plane]) -> None:
     for plane in planes:
         kinds[_name_kind(plane, planes)].append(plane)
     if len(kinds) > 1:
-        found = "; ".join(
+        listed = "; ".join(
             f"{len(group)} images of {kind}, such as {_show(group[0])}"
             for kind, group in kinds.items()
         )
         raise InputError(
             f"{path}: {len(kinds)} kinds of slices in one series, which are no one volume: "
-            f"{found}. Put those of one kind into a folder of their own"
+            f"{listed}. Put those of one kind into a folder of their own"
         )
 
 
@@ -541,7 +543,7 @@ def _name_kind(plane: Plane, planes: list[Plane]) -> str:
         for axis, vector in zip(axes, like.directions, strict=True)
     )
     turned = " ".join(f"{number:.3f}" for number in like.directions.ravel())
-    return f"{x} x {y} pixels of {i:.4g} x {j:.4g} mm towards {ends} ({turned})"
+    return f"{x} x {y} pixels of {i:.4g} x {j:.4g} mm toward {ends} ({turned})"
 
 
 def _refuse_uneven(path: Path, planes: list[Plane], depths: NDArray[np.float64]) -> None:
@@ -584,7 +586,9 @@ def _explain_same(path: Path, planes: list[Plane], starts: NDArray[np.bool_]) ->
             "echoes or kinds of image in one series; put each into a folder of its own"
         )
     group = int(counts.argmax())
-    first, second = [plane for plane, own in zip(planes, groups, strict=True) if own == group][:2]
+    first, second = [plane for plane, index in zip(planes, groups, strict=True) if index == group][
+        :2
+    ]
     raise InputError(
         f"{path}: {counts[group]} images at the same position{why}, such as {_show(first)} and "
         f"{Path(str(second.place)).name}; keep one of them"
@@ -622,21 +626,21 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
     for place, group in groupby(planes, key=lambda plane: plane.place):
         frames = list(group)
         dataset = read_dataset(place, with_pixels=True)
-        for plane, stored in zip(frames, decode(place, dataset, frames), strict=True):
+        for plane, stored in zip(frames, decode_frames(place, dataset, frames), strict=True):
             if plane.rescale is None:
-                yield load("pydicom.pixels").apply_modality_lut(stored, dataset).ravel()
+                yield load_package("pydicom.pixels").apply_modality_lut(stored, dataset).ravel()
             else:
                 slope, intercept = plane.rescale
                 yield (stored * slope + intercept).ravel()
 
 
-def decode(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
+def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
     """Yield the stored values (J, I) of some frames of a file.
 
     Raises:
         InputError: The file is damaged, or its compression is not known.
     """
-    pixels = load("pydicom.pixels")
+    pixels = load_package("pydicom.pixels")
     frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
     for plane in planes:
         try:

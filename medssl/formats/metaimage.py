@@ -1,7 +1,7 @@
 """MetaImage in and out (.mha, and .mhd beside its .raw or .zraw).
 
 Legend: C channels, I J K voxel axes. Places are in left-posterior-superior, as ITK has them: each
-row of `TransformMatrix` is the direction of an axis, `Offset` the centre of the first voxel;
+row of `TransformMatrix` is the direction of an axis, `Offset` the center of the first voxel;
 `AnatomicalOrientation` and `CenterOfRotation` change nothing. Without a matrix the header does not
 say where left is: ITK takes the identity, so it is taken here, and the `contradictions` of the
 header name it.
@@ -100,7 +100,7 @@ def write(
         array: Integers or floats.
         affine: Of the grid.
         header: Of the scan (`Scan.header`), if it is on this grid and a MetaImage: the new file
-            says the same of its place, word by word.
+            repeats its geometry, field by field.
         note: A text for `Scan.read_note`.
         names: Of label values, which this kind does not keep.
 
@@ -110,8 +110,8 @@ def write(
     if header is None or "DimSize" not in header:
         header = _describe(array.shape, affine)
     sizes = header["DimSize"]
-    found, _ = _find_place(path, header)
-    on_grid = np.allclose(found, affine, rtol=1e-6, atol=1e-6)
+    place, _ = _find_place(path, header)
+    on_grid = np.allclose(place, affine, rtol=1e-6, atol=1e-6)
     if (*sizes, 1)[:3] != array.shape[:3] or not on_grid:
         raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
     fields = {
@@ -146,18 +146,18 @@ def write(
 
 
 def _find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind."""
-    found = {}
+    """Say what in one header makes programs place its voxels differently, by kind."""
+    contradictions = {}
     if "TransformMatrix" not in header:
-        found["code"] = "no TransformMatrix"
+        contradictions["code"] = "no TransformMatrix"
     unit = header.get("DistanceUnits", "")
     if _UNITS[unit] != 1:
-        found["unit"] = unit
-    return found
+        contradictions["unit"] = unit
+    return contradictions
 
 
 def _describe(shape: tuple[int, ...], affine: Affine) -> Header:
-    """Return a header of a grid that no file said."""
+    """Return a header for a grid that was not read from a file."""
     moved = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
     spacing = np.linalg.norm(moved[:, :3], axis=0)
     fields = {
@@ -280,15 +280,15 @@ def _parse(path: Path, name: str, text: str, count: int) -> NDArray[np.float64]:
 
 def _drop_fourth(header: Header) -> Header:
     """Return what a header of four axes says of the first three."""
-    kept = dict(header)
+    fields = dict(header)
     for name in ("Offset", "CenterOfRotation", "ElementSpacing", "ElementSize"):
         if name in header:
-            kept[name] = " ".join(header[name].split()[:3])
+            fields[name] = " ".join(header[name].split()[:3])
     if "TransformMatrix" in header:
         words = header["TransformMatrix"].split()
-        kept["TransformMatrix"] = " ".join(word for i in (0, 4, 8) for word in words[i : i + 3])
-    kept.pop("AnatomicalOrientation", None)  # of four letters
-    return kept
+        fields["TransformMatrix"] = " ".join(word for i in (0, 4, 8) for word in words[i : i + 3])
+    fields.pop("AnatomicalOrientation", None)  # of four letters
+    return fields
 
 
 def _find_data(path: Path, fields: dict[str, str], end: int, num_values: int) -> _Data:

@@ -5,10 +5,10 @@ the header it came from.
 
 Where the voxels lie: by the sform, if it has a code; else by the qform, if that has one; else by
 the voxel size (pixdim) alone, around the middle of the scan. Of a sform the columns are the
-spacing, and pixdim does not count. Lengths are in the unit of xyzt_units (metre, mm, micron; none
+spacing, and pixdim does not count. Lengths are in the unit of xyzt_units (meter, mm, micron; none
 is mm) and become mm here. Programs choose differently where these contradict each other, so
-`medssl check` names such scans, and whatever is written carries all of these fields of its scan as
-they were: it opens on the voxels of the scan, in whichever program.
+`medssl check` names such scans, and masks and maps repeat all of these fields of their scan: in
+every program they lie on the voxels of the scan.
 """
 
 import gzip
@@ -32,13 +32,13 @@ from medssl.transforms.geometry import (
     Affine,
     Header,
     Shape,
-    affines_differ,
     grid_spacing,
+    measure_displacement,
 )
 
 _SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
 _MOST_DEFLATED = 1032  # bytes that one byte of a .gz can stand for
-_UNITS = {1: ("metre", 1e3), 3: ("micron", 1e-3)}  # xyzt_units -> name, mm; all others are mm
+_UNITS = {1: ("meter", 1e3), 3: ("micron", 1e-3)}  # xyzt_units -> name, mm; all others are mm
 _PLACING = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
@@ -68,7 +68,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
             f"{path}: shape {shape} has several axes after the third: the last one is the "
             "channels, and the others need one voxel each; split the file"
         )
-    return check_channels(path, describe(path, header), num_channels)
+    return check_channels(path, describe_scan(path, header), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -77,11 +77,11 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file is none.
     """
-    return check_label(path, describe(path, _open(path)))
+    return check_label(path, describe_scan(path, _open(path)))
 
 
-def describe(path: Path, header: Any) -> Scan:
-    """Return the scan of an open header, of nibabel, whose voxels are in a file.
+def describe_scan(path: Path, header: Any) -> Scan:
+    """Return the scan of a file by its open header of nibabel.
 
     Raises:
         InputError: The header places no voxels, or they are no numbers.
@@ -113,7 +113,7 @@ def write(
         array: Integers or float32.
         affine: Of the grid.
         header: Of the scan (`Scan.header`), if it is on this grid and a NIfTI file: the new file
-            says the same of its place, word by word.
+            repeats its geometry, field by field.
         note: A text for `Scan.read_note`.
         names: Of label values, which this kind does not keep.
 
@@ -128,35 +128,35 @@ def write(
 
 
 def find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind.
+    """Say what in one header makes programs place its voxels differently, by kind.
 
     See `medssl.data.io.CONTRADICTIONS`.
     """
-    found = {}
+    contradictions = {}
     image = _restore(header, header["dim"])
     unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))
     if unit != "mm":
-        found["unit"] = unit
+        contradictions["unit"] = unit
     if header["sform_code"] <= 0 and header["qform_code"] <= 0:
-        found["code"] = ""
+        contradictions["code"] = ""
     if header["sform_code"] <= 0:
-        return found
+        return contradictions
     sform = image.get_sform()
     sizes, pixdim = np.array(grid_spacing(sform)), np.abs(image["pixdim"][1:4])
     with np.errstate(invalid="ignore"):
         unequal = ~(np.abs(sizes - pixdim) <= _SAME_SIZE * sizes)
     if unequal[: len(header["dim"])].any():
-        found["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
+        contradictions["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
     elif header["qform_code"] > 0:
         shape = _complete(header["dim"])
         try:
             with np.errstate(over="ignore", invalid="ignore"):
-                distance = affines_differ(sform, image.get_qform(), shape)
+                distance = measure_displacement(sform, image.get_qform(), shape)
         except (ValueError, HeaderDataError):  # no turn has this quaternion
             distance = np.inf
         if not distance <= MAX_DISPLACEMENT:
-            found["place"] = f"by {distance:.3g} voxels"
-    return found
+            contradictions["place"] = f"by {distance:.3g} voxels"
+    return contradictions
 
 
 def _open(path: Path) -> Any:
@@ -202,7 +202,7 @@ def _read_note(path: Path, header: Any) -> str:
 
 
 def _read_start(path: Path, is_compressed: bool) -> bytes:
-    """Return the bytes of a header, and refuse a file whose name says of its format what is not."""
+    """Return the bytes of a header, and refuse a file whose suffix contradicts its content."""
     size = nib.Nifti2Header.sizeof_hdr
     with path.open("rb") as file:
         start = file.read(size)
@@ -281,7 +281,7 @@ def _complete(shape: Sequence[int]) -> Shape:
 
 
 def _describe_header(header: Any) -> Header:
-    """Return what an open header says of the place of its voxels, in numbers that JSON can hold."""
+    """Return the geometry in an open header, in numbers that JSON can hold."""
     fields = {name: np.asarray(header[name]).tolist() for name in _PLACING}
     fields["pixdim"] = fields["pixdim"][:4]  # the others are no lengths
     fields["xyzt_units"] &= 7  # nor is the unit of time
@@ -290,7 +290,7 @@ def _describe_header(header: Any) -> Header:
 
 
 def _restore(header: Header, shape: Sequence[int]) -> Any:
-    """Return a header of nibabel that says of the place of its voxels what that of a scan did."""
+    """Return a header of nibabel with the geometry of the header of a scan."""
     kind = nib.Nifti1Header if header["sizeof_hdr"] == 348 else nib.Nifti2Header
     restored = kind()
     restored.set_data_shape(shape)  # first, since it sets the pixdim of axes that are not there
@@ -332,14 +332,14 @@ def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
 
 
 def _refuse_records(path: Path, header: Any) -> None:
-    """Refuse colour and complex voxels."""
+    """Refuse color and complex voxels."""
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf":
-        raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to grey values")
+        raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to gray values")
 
 
 def _place_as(array: NDArray[Any], affine: Affine, header: Header) -> Any:
-    """Return an image whose header says of its place what that of its scan did."""
+    """Return an image whose header repeats the geometry of its scan."""
     if array.ndim == 3 and len(header["dim"]) == 2:
         array = array[..., 0]
     restored = _restore(header, array.shape)
@@ -354,7 +354,7 @@ def _place_as(array: NDArray[Any], affine: Affine, header: Header) -> Any:
 
 
 def _place(array: NDArray[Any], affine: Affine) -> Any:
-    """Return an image on an affine that no header said."""
+    """Return an image on an affine that was not read from a header."""
     image = nib.Nifti1Image(array, affine)
     image.header.set_slope_inter(1, 0)
     image.header.set_xyzt_units("mm")

@@ -1,7 +1,7 @@
 """NRRD in and out (.nrrd, and .nhdr beside its data file), also the segmentations of 3D Slicer.
 
-Legend: C channels, I J K voxel axes. The header is text; this is an own parser of it, which
-refuses what it does not know. The axes that have a direction in space are I, J and K, in the order
+Legend: C channels, I J K voxel axes. The header is text; the parser here refuses what it does not
+know. The axes that have a direction in space are I, J and K, in the order
 of the file; one other axis may hold the channels, wherever it stands.
 
 Where the voxels lie: by `space directions` and `space origin`, turned to RAS+ by the name of the
@@ -177,7 +177,7 @@ def write(
         array: Integers or floats.
         affine: Of the grid.
         header: Of the scan (`Scan.header`), if it is on this grid and an NRRD file: the new file
-            says the same of its place, word by word.
+            repeats its geometry, field by field.
         note: A text for `Scan.read_note`.
         names: Of label values, which this kind does not keep.
 
@@ -187,8 +187,8 @@ def write(
     if header is None or "nrrd sizes" not in header:
         header = _describe(array.shape[:3], affine)
     expected = tuple(header["nrrd sizes"])
-    found, _ = _find_place(path, header)
-    on_grid = np.allclose(found, affine, rtol=1e-6, atol=1e-6)
+    place, _ = _find_place(path, header)
+    on_grid = np.allclose(place, affine, rtol=1e-6, atol=1e-6)
     if (*expected, 1)[:3] != array.shape[:3] or not on_grid:
         raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
     channels = array.shape[3:]
@@ -222,18 +222,18 @@ def write(
 
 
 def _find_contradictions(header: Header) -> dict[str, str]:
-    """Say where one header has programs place its voxels differently, by kind."""
-    found = {}
+    """Say what in one header makes programs place its voxels differently, by kind."""
+    contradictions = {}
     if header.get("space", "").lower() not in _SPACES:
-        found["code"] = f"space: {header.get('space') or 'none'}"
+        contradictions["code"] = f"space: {header.get('space') or 'none'}"
     unit = _find_unit(header)
     if _UNITS[unit] != 1:
-        found["unit"] = unit
-    return found
+        contradictions["unit"] = unit
+    return contradictions
 
 
 def _describe(shape: Sequence[int], affine: Affine) -> Header:
-    """Return a header of a grid that no file said, in left-posterior-superior as ITK writes it."""
+    """Return a header for a grid without a file, in left-posterior-superior as ITK writes it."""
     columns = (np.diag([-1.0, -1.0, 1.0]) @ affine[:3]).T + 0.0  # no minus zero
     texts = [f"({','.join(repr(float(x)) for x in column)})" for column in columns]
     return {
@@ -439,10 +439,10 @@ def _parse_vector(path: Path, text: str) -> list[float]:
 def _find_unit(header: Header) -> str:
     """Return the unit of lengths in a header; empty for none, several for those that differ."""
     if "space directions" in header:
-        found = re.findall(r'"([^"]*)"', header.get("space units", ""))
+        units = re.findall(r'"([^"]*)"', header.get("space units", ""))
     else:
-        found = [text.strip('"') for text in header.get("units", [])]
-    return " and ".join(sorted({text.strip() for text in found}))
+        units = [text.strip('"') for text in header.get("units", [])]
+    return " and ".join(sorted({text.strip() for text in units}))
 
 
 def _find_data(path: Path, head: _Header, num_values: int) -> _Data:
@@ -502,12 +502,12 @@ def _list_segments(path: Path, keys: dict[str, str]) -> list[tuple[int, int, int
 
     Before its version 4.11 each segment was a layer of its own, of the value 1.
     """
-    found: dict[int, dict[str, str]] = {}
+    entries: dict[int, dict[str, str]] = {}
     for key, text in keys.items():
         if match := _SEGMENT.fullmatch(key):
-            found.setdefault(int(match[1]), {})[match[2]] = text
+            entries.setdefault(int(match[1]), {})[match[2]] = text
     segments = []
-    for index, says in sorted(found.items()):
+    for index, says in sorted(entries.items()):
         layer, value = int(says.get("Layer", index)), int(says.get("LabelValue", 1))
         segments.append((layer, value, says.get("Name") or says.get("ID") or f"segment {index}"))
     values = [value for _, value, _ in segments]

@@ -92,7 +92,7 @@ def _open(path: Path) -> Scan:
         raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")
     check_size(num_values, dtype, "raw", data.stat().st_size - offset, has_more=True)
     if not isinstance(header, Spm99AnalyzeHeader):
-        return nifti.describe(data, header)._replace(read_note=read_nothing)
+        return nifti.describe_scan(data, header)._replace(read_note=read_nothing)
     if not 2 <= len(sizes) <= 5 or min(sizes) < 1:
         raise InputError(f"{head}: shape {sizes} is not that of a scan (I, J, K[, channels])")
     if dtype.fields is not None or dtype.kind not in "iuf":
@@ -145,15 +145,15 @@ def _read_mat(path: Path) -> Affine:
     if path.stat().st_size > _LARGEST_MAT:
         raise InputError(f"{path}: is too large for the place of a scan: move it elsewhere")
     try:
-        found = scipy.io.loadmat(str(path), variable_names=("mat", "M"))
-        matrix = found.get("mat", found.get("M"))
+        matrices = scipy.io.loadmat(str(path), variable_names=("mat", "M"))
+        matrix = matrices.get("mat", matrices.get("M"))
         affine: Affine = np.array(matrix, np.float64).reshape(4, 4, -1)[..., 0]
     except Exception as error:  # what a damaged one gives is of any kind
         raise InputError(
             f"{path}: cannot be read as the place that SPM keeps of the scan beside it ({error}): "
             "delete or rename it if it is none"
         ) from error
-    if "mat" not in found:  # before SPM2: without the flip of its first axis
+    if "mat" not in matrices:  # before SPM2: without the flip of its first axis
         affine = np.diag([-1.0, 1.0, 1.0, 1.0]) @ affine
     affine[:3, 3] = affine[:3] @ np.ones(4)  # the first voxel is 1, 1, 1 there
     return affine

@@ -146,22 +146,22 @@ def compare_colors(files: Mapping[str, Mapping[int, Color]]) -> list[str]:
     """
     colors: dict[int, dict[Color, str]] = defaultdict(dict)
     values: dict[Color, dict[int, str]] = defaultdict(dict)
-    ambiguous = {color for found in files.values() for color in _find_repeated(found)}
-    for name, found in files.items():
-        for value, color in found.items():
+    ambiguous = {color for palette in files.values() for color in _find_repeated(palette)}
+    for name, palette in files.items():
+        for value, color in palette.items():
             if color != (value,) * 3:  # a palette's
                 colors[value].setdefault(color, name)
             if color not in ambiguous:
                 values[color].setdefault(value, name)
     moved = [
-        f"value {value} is {' and '.join(f'RGB {c} in {name}' for c, name in found.items())}"
-        for value, found in sorted(colors.items())
-        if len(found) > 1
+        f"value {value} is {' and '.join(f'RGB {c} in {name}' for c, name in names.items())}"
+        for value, names in sorted(colors.items())
+        if len(names) > 1
     ]
     moved += [
-        f"the color RGB {color} is {' and '.join(f'{v} in {name}' for v, name in found.items())}"
-        for color, found in sorted(values.items())
-        if len(found) > 1
+        f"the color RGB {color} is {' and '.join(f'{v} in {name}' for v, name in names.items())}"
+        for color, names in sorted(values.items())
+        if len(names) > 1
     ]
     if not moved:
         return []
@@ -281,7 +281,7 @@ def _count_pages(image: Image.Image) -> int:
 
 
 def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
-    """Yield the pages of a picture, and refuse one of which Pillow would change or drop a part."""
+    """Yield the pages of a picture; refuse a page that Pillow would change or cut."""
     with _open(path) as image:
         for index in range(_count_pages(image)):
             if index:
@@ -364,12 +364,12 @@ def _refuse_other_axes(path: Path, image: Image.Image) -> None:
     if any(tag in tags for tag in _METAMORPH):
         raise InputError(f"{path}: a MetaMorph stack, whose planes are not found: {_SAVE_AGAIN}")
     try:
-        found = _read_axes(str(tags.get(_DESCRIPTION, "")), image, num_pages)
+        axes = _read_axes(str(tags.get(_DESCRIPTION, "")), image, num_pages)
     except (ValueError, TypeError, ArithmeticError):
         return  # a description of another kind
-    if found is None:
+    if axes is None:
         return
-    channels, slices, times = found
+    channels, slices, times = axes
     channels //= math.gcd(channels, int(tags.get(_SAMPLES, 1)))
     if (channels, slices, times) != (1, num_pages, 1):
         raise InputError(
@@ -385,9 +385,9 @@ def _read_axes(text: str, image: Image.Image, num_pages: int) -> tuple[int, int,
     sizes of its first image) and of tifffile (JSON with a shape).
     """
     if text.startswith("ImageJ="):
-        found = dict(re.findall(r"^(\w+)=(\d+)\s*$", text, re.M))
-        channels, times = int(found.get("channels", 1)), int(found.get("frames", 1))
-        total = int(found.get("images", 1))
+        counts = dict(re.findall(r"^(\w+)=(\d+)\s*$", text, re.M))
+        channels, times = int(counts.get("channels", 1)), int(counts.get("frames", 1))
+        total = int(counts.get("images", 1))
         return channels, max(1, total // (channels * times)), times
     if "<OME" in text[:2000]:
         sizes = {axis: int(n) for axis, n in re.findall(r'\bSize([CZT])="(\d+)"', text)[:3]}

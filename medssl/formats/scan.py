@@ -28,26 +28,26 @@ _UNREADABLE = (
 
 
 def read_nothing() -> str:
-    """Return no note: that of a file that holds none."""
+    """Return the empty note of a file without one."""
     return ""
 
 
 def name_no_color() -> dict[int, Color]:
-    """Return no color: those of a file that has none."""
+    """Return the empty colors of a file without any."""
     return {}
 
 
 class Scan(NamedTuple):
-    """An opened file, of which the header has been read and checked, and no voxel.
+    """An opened file: its header has been read and checked, no voxel yet.
 
     Attributes:
         shape: Shape (I, J, K).
-        affine: Affine (4, 4), voxel centre -> RAS+ world in mm; the identity where there is no
+        affine: Affine (4, 4), voxel center -> RAS+ world in mm; the identity where there is no
             spacing.
         num_channels: How many numbers a voxel has.
         iterate_values: Yields all numbers in pieces (n,): along I fastest, then J, K, C. The file
             is read to its end, where a checksum tells that no bit of it has changed.
-        header: What a mask needs to say the same of its place, in what JSON can hold.
+        header: What a mask needs to repeat the geometry, in what JSON can hold.
         read_note: Returns the text that a writer of this project left in the file.
         read_colors: Returns the color of each value of a label, where values have one.
     """
@@ -62,7 +62,7 @@ class Scan(NamedTuple):
 
 
 def check_place(path: Path, shape: Shape, affine: Affine, unit: str) -> None:
-    """Refuse a grid that is none of a scan.
+    """Refuse a grid that no scan can have.
 
     Raises:
         InputError: Naming the file, and the unit that its header gives lengths in.

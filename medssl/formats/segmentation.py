@@ -20,7 +20,7 @@ from medssl.config import InputError
 from medssl.formats.dicom import (
     LPS_TO_RAS,
     Plane,
-    decode,
+    decode_frames,
     find_planes,
     guard_dicom,
     keep_quiet,
@@ -46,8 +46,8 @@ def read_segments(
         path: The file.
         source: The scan. If it was read from DICOM, the file must refer to its images or have its
             frame of reference.
-        values: Label value of each name that is wanted; others are passed over. None takes all, by
-            their own numbers. A voxel inside an odd number of contours of a region is part of it.
+        values: Label value of each name to read; others are skipped. None takes all, by their
+            own numbers. A voxel inside an odd number of contours of a region is part of it.
 
     Returns:
         Label values (I, J, K), 0 = background, and the name of each value, with voxels or not.
@@ -75,12 +75,12 @@ def list_segments(path: Path) -> dict[int, str]:
     dataset = read_dataset(path, with_pixels=False)
     modality = _check_modality(path, dataset)
     if modality == "SEG":
-        found = [(s.SegmentNumber, s.get("SegmentLabel")) for s in dataset.SegmentSequence]
+        pairs = [(s.SegmentNumber, s.get("SegmentLabel")) for s in dataset.SegmentSequence]
     else:
         regions = dataset.get("StructureSetROISequence", ())
-        found = [(roi.ROINumber, roi.get("ROIName")) for roi in regions]
+        pairs = [(roi.ROINumber, roi.get("ROIName")) for roi in regions]
     kind = "segment" if modality == "SEG" else "region"
-    return {int(number): str(name or f"{kind} {number}") for number, name in found if number}
+    return {int(number): str(name or f"{kind} {number}") for number, name in pairs if number}
 
 
 def _check_modality(path: Path, dataset: Any) -> str:
@@ -107,17 +107,17 @@ def _fill(
     path: Path, source: Scan, regions: list[Region], values: Mapping[str, int] | None
 ) -> tuple[NDArray[Any], dict[int, str]]:
     """Return the label of all wanted regions, and their names."""
-    found = [name for _, name, _ in regions]
-    wanted = set(found if values is None else values)
-    lacking = sorted(wanted - set(found))
-    doubled = sorted(name for name in wanted if found.count(name) > 1)
+    names = [name for _, name, _ in regions]
+    selection = set(names if values is None else values)
+    lacking = sorted(selection - set(names))
+    doubled = sorted(name for name in selection if names.count(name) > 1)
     if lacking or (doubled and values is not None):
         problem = f"no segment is called {lacking}" if lacking else f"several are called {doubled}"
-        raise InputError(f"{path}: {problem}; it holds {found}")
+        raise InputError(f"{path}: {problem}; it holds {names}")
     taken = {
         number if values is None else values[name]: (name, pieces)
         for number, name, pieces in regions
-        if name in wanted
+        if name in selection
     }
     label = np.zeros(source.shape, dtype=np.min_scalar_type(max(taken, default=0)))
     for value, (name, pieces) in taken.items():
@@ -191,14 +191,20 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         _read_number(frame) or _read_number(shared)
         for frame in dataset.PerFrameFunctionalGroupsSequence
     ]
-    frames = list(decode(path, dataset, planes)) if kind == "LABELMAP" else []
+    frames = list(decode_frames(path, dataset, planes)) if kind == "LABELMAP" else []
     regions: list[Region] = []
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
         name = str(segment.get("SegmentLabel") or f"segment {number}")
-        own = [plane for plane, found in zip(planes, numbers, strict=True) if found == number]
+        segment_planes = [
+            plane
+            for plane, frame_number in zip(planes, numbers, strict=True)
+            if frame_number == number
+        ]
         if kind == "BINARY":
-            voxels = _find_voxels(path, name, own, decode(path, dataset, own), 1, source)
+            voxels = _find_voxels(
+                path, name, segment_planes, decode_frames(path, dataset, segment_planes), 1, source
+            )
         elif number:  # 0 is the background
             voxels = _find_voxels(path, name, planes, frames, number, source)
         else:
@@ -305,7 +311,7 @@ def _rasterize(
             "others empty: interpolate between its contours where it was drawn"
         )
     for k in slices:
-        i, j = np.nonzero(fill(polygons[k], source.shape[:2]))
+        i, j = np.nonzero(fill_polygons(polygons[k], source.shape[:2]))
         yield np.array([i, j, np.full_like(i, k)])
 
 
@@ -327,7 +333,7 @@ def _read_polygon(
     return nearest, np.stack([i, j], 1)
 
 
-def fill(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
+def fill_polygons(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
     """Return which pixels have their center inside an odd number of polygons.
 
     Args:
@@ -341,7 +347,7 @@ def fill(polygons: list[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray
         A square with a smaller one in it is a frame.
 
         >>> square = np.array([[0, 0], [4, 0], [4, 4], [0, 4]]) + 0.5
-        >>> int(fill([square, square / 2 + 0.8], (6, 6)).sum())
+        >>> int(fill_polygons([square, square / 2 + 0.8], (6, 6)).sum())
         12
     """
     starts = np.concatenate(polygons)

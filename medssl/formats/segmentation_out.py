@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from medssl import __version__
 from medssl.config import InputError
-from medssl.formats.dicom import Plane, keep_quiet, load, read_dataset, read_planes
+from medssl.formats.dicom import Plane, keep_quiet, load_package, read_dataset, read_planes
 from medssl.runs import write_file
 from medssl.transforms.geometry import Header
 
 MAX_NOTE = 64
 """Characters of a note that a SEG holds."""
 
-_ORGANS = {  # what pydicom calls them, of which it knows the code
+_ORGANS = {  # the keywords of pydicom, which knows their codes
     *("AdrenalGland", "Aorta", "Bladder", "Bone", "Brain", "BrainStem", "Breast"),
     *("Cerebellum", "Clavicle", "Colon", "Duodenum", "Esophagus", "Eye", "Femur"),
     *("Gallbladder", "Heart", "Hippocampus", "Humerus", "InferiorVenaCava", "Kidney"),
@@ -66,7 +66,7 @@ _NOT_IN_PYDICOM = {"Myocardium": ("74281007", "Myocardium")}
 _SIDES = ("left", "right")
 _SINGLE = {"LeftAtrium", "LeftVentricle", "RightAtrium", "RightVentricle"}  # no side of an organ
 _SCHEME = "99MEDSSL"  # private ones begin with 99
-_KEPT = ("PatientID", "PatientSex")  # of all that is said of a patient
+_KEPT = ("PatientID", "PatientSex")  # the only fields of a patient that are kept
 _GROUPS_OF_PEOPLE = (0x0010, 0x0012, 0x0032, 0x0038, 0x0040)  # patient, trial, orders, visit, steps
 _IDENTIFIERS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID")
 _TELLING = "Description|Comment|Physician|Operator|Requesting"  # fields where names stand
@@ -103,7 +103,7 @@ def write_seg(
         InputError: The series is not there any more, or is another.
         ValueError: The mask has another shape than the scan, or the note is too long.
     """
-    hd = load("highdicom")
+    hd = load_package("highdicom")
     if len(note) > MAX_NOTE:
         raise ValueError(f"a note of at most {MAX_NOTE} characters, got {len(note)}: {note}")
     planes, sources = _open_sources(array, header)
@@ -122,10 +122,10 @@ def write_seg(
     algorithm = hd.AlgorithmIdentificationSequence(
         name="medssl",
         version=__version__,
-        family=load("pydicom.sr.codedict").codes.cid7162.ArtificialIntelligence,
+        family=load_package("pydicom.sr.codedict").codes.cid7162.ArtificialIntelligence,
         parameters={"model": model} if model else None,
     )
-    uid = load("pydicom.uid").generate_uid
+    uid = load_package("pydicom.uid").generate_uid
     make = partial(
         hd.seg.Segmentation,
         source_images=sources,
@@ -180,7 +180,7 @@ def write_rtstruct(
         ValueError: The mask has another shape than the scan.
     """
     planes, sources = _open_sources(array, header)
-    pydicom, uid = load("pydicom"), load("pydicom.uid")
+    pydicom, uid = load_package("pydicom"), load_package("pydicom.uid")
     source, by_instance = sources[0], {str(image.SOPInstanceUID): image for image in sources}
     images = [_refer(image) for image in sources]
     values = _find_values(array, names)
@@ -318,7 +318,7 @@ def _strip(source: Any) -> Any:
     for field in _FILLED:
         if field not in source:
             setattr(source, field, "")
-    generate = load("pydicom.uid").generate_uid
+    generate = load_package("pydicom.uid").generate_uid
     if not source.get("FrameOfReferenceUID"):  # the same for all images of a series
         source.FrameOfReferenceUID = generate(entropy_srcs=[str(source.SeriesInstanceUID)])
     if "StudyInstanceUID" not in source:
@@ -351,10 +351,10 @@ def _name(value: int, name: str | None) -> str:
 
 def _describe_segment(number: int, value: int, name: str | None, algorithm: Any) -> Any:
     """Return what a SEG says of a class."""
-    hd = load("highdicom")
+    hd = load_package("highdicom")
     label = _name(value, name)
     category, kind, side = find_code(label)
-    codes = load("pydicom.sr.codedict").codes
+    codes = load_package("pydicom.sr.codedict").codes
     if kind:
         known = _NOT_IN_PYDICOM.get(kind)
         code = hd.sr.CodedConcept(known[0], "SCT", known[1]) if known else getattr(codes.SCT, kind)
@@ -424,7 +424,7 @@ def _trace(mask: NDArray[np.bool_], plane: Plane) -> Iterator[NDArray[np.float64
     low = np.array([rows[0], columns[0]])
     part = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], 1)
     # of an array z[y, x], so of the transpose of (I, J)
-    lines = load("contourpy").contour_generator(z=part.T.astype(np.float64)).lines(0.5)
+    lines = load_package("contourpy").contour_generator(z=part.T.astype(np.float64)).lines(0.5)
     for line in lines:
         pixels = line[:-1] + low - 1  # the last point is the first
         yield plane.position + pixels * plane.spacing @ plane.directions
@@ -442,7 +442,7 @@ def _refer(image: Any, plane: Plane | None = None) -> Any:
 
 def _item(**fields: Any) -> Any:
     """Return an item of a sequence."""
-    item = load("pydicom").Dataset()
+    item = load_package("pydicom").Dataset()
     for name, value in fields.items():
         setattr(item, name, value)
     return item

@@ -65,7 +65,7 @@ def check_size(
 
 
 def iterate_bytes(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """Yield the bytes that a file stands for, from where it is to its end.
+    """Yield the decoded bytes of a file, from its current position to its end.
 
     Args:
         file: Open, at the first encoded byte.
@@ -96,7 +96,7 @@ def iterate_bytes(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Itera
 
 
 def _unpack(file: IO[bytes]) -> Iterator[bytes]:
-    """Yield what a zlib or gzip stream stands for."""
+    """Yield the decoded bytes of a zlib or gzip stream."""
     unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
     block = file.read(PIECE)
     while block and not unpacker.eof:
@@ -110,7 +110,7 @@ def _unpack(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _read_text(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """Yield what hexadecimal digits, or numbers in text between spaces or commas, stand for."""
+    """Yield the bytes of hexadecimal digits, or of numbers between spaces or commas."""
     parse: Callable[[bytes], int | float] = float if dtype.kind == "f" else int
     rest = b""
     while True:

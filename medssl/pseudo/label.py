@@ -58,7 +58,7 @@ def label_cases(
     section: FilterSection,
     should_stop: Callable[[], bool],
 ) -> list[CaseReview] | None:
-    """Pseudo-label unlabeled cases, from where it was left.
+    """Pseudo-label unlabeled cases; goes on where it was stopped.
 
     Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz (of a picture, in its format) on
     the native grid, a few overlays and review.csv into the folder.
@@ -67,7 +67,7 @@ def label_cases(
         cases: The unlabeled cases.
         predict: Labels a case.
         folder: The folder of the round whose model labels.
-        before: pseudo_labels/ of the teacher of that model, to agree with; None in round 0.
+        before: pseudo_labels/ of that model's teacher, to measure agreement with; None in round 0.
         teacher_hash: Hash of the model's weights: pseudo-labels of other weights are made anew.
         expectation: What labeled cases lead one to expect.
         names: Class names by index.
@@ -85,10 +85,10 @@ def label_cases(
         target = folder / "pseudo_labels" / case.case_id
         if not has_pseudo_label(target, teacher_hash, (len(names), *case.shape)):
             raw = predict(case)
-            found = raw.probs
+            raw_probs = raw.probs
             if section.components == "largest":
-                found = drop_islands(found, expectation.single)
-            write_pseudo_label(target, found, raw.uncertainty, teacher_hash, raw.stability)
+                raw_probs = drop_islands(raw_probs, expectation.single)
+            write_pseudo_label(target, raw_probs, raw.uncertainty, teacher_hash, raw.stability)
         probs, uncertainty = read_pseudo_label(target)
         agreement = _compare(probs, before / case.case_id, names) if before else {}
         voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
@@ -136,7 +136,7 @@ def _write_mask(
     label_values: tuple[int, ...],
     section: FilterSection,
 ) -> None:
-    """Write the pseudo-mask of a case on its own grid; what is not trusted is 255."""
+    """Write the pseudo-mask of a case on its native grid; voxels that are not trusted are 255."""
     way = WayBack(case.shape, case.affine, case.native_shape, case.native_affine)
     mask = np.empty(case.native_shape, np.uint8)
     for box, native in way.stream([probs], 0, way.whole):
@@ -169,8 +169,8 @@ def weigh_cases(
     Args:
         rows: Rows of review.csv.
         section: ``draw: coverage`` weighs by the accepted share of the predicted foreground;
-            ``balance`` by how much rarer a case's rarest class is than the most frequent one, which
-            is what repeating cases of rare classes comes to.
+            ``balance`` by how much rarer a case's rarest class is than the most frequent one, as if
+            cases of rare classes were repeated.
         names: Foreground classes.
 
     Source: Xie et al. 2020 (Noisy Student), section 3.1, for the balance of classes.
@@ -184,8 +184,8 @@ def weigh_cases(
             shares = [float(row[f"coverage/{n}"]) for n in names if has_class(row, n)]
             weight *= max(float(np.mean(shares)) if shares else 0.0, LEAST_WEIGHT)
         if section.balance:
-            own = [len(cases) for cases in present.values() if row["case_id"] in cases]
-            weight *= most / min(own) if own else 1.0
+            counts = [len(cases) for cases in present.values() if row["case_id"] in cases]
+            weight *= most / min(counts) if counts else 1.0
         weights[row["case_id"]] = weight
     return weights
 

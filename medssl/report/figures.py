@@ -22,7 +22,7 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from medssl.metrics import Row, compare_cases
-from medssl.overlays import color_of
+from medssl.overlays import pick_color
 from medssl.run_folder import Point, RoundFolder, RunFolder, number
 
 INK, MUTED, GRID = "#1F2933", "#5F6B76", "#E3E7EB"
@@ -304,7 +304,7 @@ def _draw_strips(axes: Axes, rounds: Sequence[RoundFolder], panel: Panel) -> Non
 
 def class_color(index: int) -> str:
     """Return the colour of a class; the background is grey."""
-    return BASELINE if index == 0 else color_of(index)
+    return BASELINE if index == 0 else pick_color(index)
 
 
 def list_shown_classes(run: RunFolder) -> list[int]:

@@ -19,12 +19,12 @@ import yaml
 
 from medssl.config import InputError, at_round
 from medssl.data.cache import CachedCase, build_cache, read_sources
-from medssl.data.cases import Dataset, Splits, split_cases, take
+from medssl.data.cases import Dataset, Splits, select_cases, split_cases
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.layouts import read_dataset
 from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
-from medssl.plan import Plan, make_plan, resolve
+from medssl.plan import Plan, list_decisions, make_plan
 from medssl.predict import ModelInfo, describe_model
 from medssl.rounds.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
 from medssl.rounds.estimate import estimate_run
@@ -110,7 +110,10 @@ def prepare(
         checked.raise_problems()
         for warning in checked.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        labeled, unlabeled = take(dataset, splits, "labeled"), take(dataset, splits, "unlabeled")
+        labeled, unlabeled = (
+            select_cases(dataset, splits, "labeled"),
+            select_cases(dataset, splits, "unlabeled"),
+        )
         plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
         origins = describe_origins(checked.facts, with_names=False)
         if origins:
@@ -121,7 +124,7 @@ def prepare(
         plan = plan.model_copy(
             update={"estimate": estimate_run(plan, config, rounds), "palette": checked.palette}
         )
-    return Prepared(dataset, splits, plan, reload(resolve(plan)))
+    return Prepared(dataset, splits, plan, reload(list_decisions(plan)))
 
 
 def _read_plan(run_dir: Path) -> Plan:
@@ -162,7 +165,10 @@ def run_training(
     if restart:
         _check_restart(run_dir, round_0)
         (run_dir / "STOP").unlink(missing_ok=True)
-    cases = {part: take(prepared.dataset, splits, part) for part in ("labeled", "unlabeled", "val")}
+    cases = {
+        part: select_cases(prepared.dataset, splits, part)
+        for part in ("labeled", "unlabeled", "val")
+    }
     try:
         cached = build_cache(
             [case for part in cases.values() for case in part],

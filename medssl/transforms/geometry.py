@@ -243,7 +243,7 @@ class WayBack:
         self, shape: Shape, affine: Affine, native_shape: Shape, native_affine: Affine
     ) -> None:
         expected_shape, expected = cache_grid(native_shape, native_affine, grid_spacing(affine))
-        if shape != expected_shape or affines_differ(expected, affine, shape) > _SAME:
+        if shape != expected_shape or measure_displacement(expected, affine, shape) > _SAME:
             raise ValueError(
                 f"probs of shape {shape} are not on the cache grid of this scan: expected shape "
                 f"{expected_shape}, affine {expected.tolist()}, got {affine.tolist()}"
@@ -367,7 +367,7 @@ def _replace(box: Box, axis: int, part: slice) -> Box:
     return i, j, k
 
 
-def affines_differ(first: Affine, second: Affine, shape: Shape) -> float:
+def measure_displacement(first: Affine, second: Affine, shape: Shape) -> float:
     """Return how far two grids of one shape are apart: the largest distance of their corners.
 
     Args:

@@ -48,10 +48,10 @@ class Costs:
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         free, disk = psutil.virtual_memory().available, shutil.disk_usage(place).free
         minutes = self.seconds / 60
-        shown = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
+        duration = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
         scans = "1 scan" if num_scans == 1 else f"{num_scans} scans"
         return (
-            f"{scans}, {self.num_windows} windows: about {shown}; {self.peak / 1e9:.1f} GB of "
+            f"{scans}, {self.num_windows} windows: about {duration}; {self.peak / 1e9:.1f} GB of "
             f"memory, {free / 1e9:.1f} GB are free; at most {self.disk / 1e9:.2f} GB of disk, "
             f"{disk / 1e9:.0f} GB are free"
         )
@@ -143,7 +143,7 @@ def _probe(model: Model, affine: Affine) -> _Rates:
         image = torch.cat([image] * 4, dim=axis)
         window = _measure(lambda: [slab.cpu() for slab in slide(network, image, info.window)])
     window /= info.window.count(image.shape[2:])
-    taken = max(_read_status("VmHWM") - before, 0.0)
+    network_bytes = max(_read_status("VmHWM") - before, 0.0)
     shape = (SIDE, SIDE, SIDE)
     voxels = np.random.default_rng(0).normal(100, 30, shape).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def _probe(model: Model, affine: Affine) -> _Rates:
         values = info.label_values
         write = _measure(lambda: write_mask(path, mask, affine, values, header=None))
     count = float(voxels.size)
-    return _Rates(window, read_seconds / count, back / count, write / count, taken)
+    return _Rates(window, read_seconds / count, back / count, write / count, network_bytes)
 
 
 def _measure(act: Callable[[], object]) -> float:

@@ -70,12 +70,13 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
 
     splits = prepared.splits
     labeled = take(prepared.dataset, splits, "labeled")
-    made = [c for c in labeled if c.label is not None and read_origin(c.label, c)]
-    if made:
-        listed = "\n".join(f"  {case.case_id}: {case.label}" for case in made)
+    model_made = [c for c in labeled if c.label is not None and read_origin(c.label, c)]
+    if model_made:
+        listed = "\n".join(f"  {case.case_id}: {case.label}" for case in model_made)
         raise InputError(
-            f"--cross-check measures every labeled scan, and {len(made)} of {len(labeled)} labels "
-            "are of a model, as it made them: give a person's, or take these away:\n" + listed
+            f"--cross-check measures every labeled scan, and {len(model_made)} of {len(labeled)} "
+            "labels are of a model, as it made them: give a person's, or take these "
+            "away:\n" + listed
         )
     held_out = deal_folds(labeled, count, prepared.resolved.config.data.split_seed)
     config = prepared.resolved.config

@@ -202,14 +202,14 @@ def _find_groups(root: Path, controller: str) -> list[Path]:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    found = [base, base / controller]
+    folders = [base, base / controller]
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if not controllers or controller in controllers.split(","):
             home = base if not controllers else base / controller
             inner = Path(path.lstrip("/"))
-            found += [home / part for part in (inner, *inner.parents)]
-    return list(dict.fromkeys(found))
+            folders += [home / part for part in (inner, *inner.parents)]
+    return list(dict.fromkeys(folders))
 
 
 def _read_quota(folder: Path) -> float | None:

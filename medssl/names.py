@@ -125,13 +125,13 @@ def hide_password(uri: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://", uri)
 
 
-def refuse_names(path: Path, found: Iterable[str]) -> None:
+def refuse_names(path: Path, texts: Iterable[str]) -> None:
     """Refuse a file that others made for going out if something was found in it.
 
     Raises:
         InputError: It holds a case_id or a path; it stays here.
     """
-    for text in found:
+    for text in texts:
         raise InputError(
             f"{path} holds a case_id or a path, {text.strip()[:80]!r}, and so was not sent to "
             "MLflow; medssl never writes one there: make the file again with this version"

@@ -141,9 +141,9 @@ class RunFolder:
     @property
     def reviewed(self) -> RoundFolder | None:
         """The last round with a review.csv that its gate did not refuse, else the last with one."""
-        found = [entry for entry in self.rounds if entry.review]
-        good = [entry for entry in found if not entry.rejected]
-        return (good or found)[-1] if found else None
+        rounds = [entry for entry in self.rounds if entry.review]
+        passed = [entry for entry in rounds if not entry.rejected]
+        return (passed or rounds)[-1] if rounds else None
 
     @property
     def delivered_in_spite(self) -> bool:
@@ -334,15 +334,15 @@ def read_points(folder: RunFolder, offset: int) -> Iterator[tuple[dict[str, Any]
 
 def _read_curves(path: Path) -> dict[int, dict[str, list[Point]]]:
     """Return round -> metric -> points; of a step that stands twice the later line counts."""
-    found: dict[int, dict[str, dict[int, float]]] = {}
+    by_round: dict[int, dict[str, dict[int, float]]] = {}
     for entry in Journal(path).read():
-        of_round = found.setdefault(entry["round"], {})
+        of_round = by_round.setdefault(entry["round"], {})
         for name, value in entry["metrics"].items():
             if is_finite(value):
                 of_round.setdefault(name, {})[entry["step"]] = float(value)
     return {
         index: {name: sorted(points.items()) for name, points in metrics.items()}
-        for index, metrics in found.items()
+        for index, metrics in by_round.items()
     }
 
 

@@ -200,8 +200,8 @@ def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = re.search(r"os error (\d+)", str(error))  # as safetensors says it
-        reason = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        match = re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        reason = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if reason is None and temporary is not None:
             reason = _ask_disk(temporary)
         if reason not in FULL:
@@ -246,8 +246,8 @@ def remove_leftovers(folder: Path, is_shared: bool = False, below: bool = True) 
         below: Whether to look in all folders below it too.
     """
     for path in folder.glob("**/.*" if below else ".*"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found is None or _is_running(int(found[1])):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or _is_running(int(match[1])):
             continue
         with contextlib.suppress(OSError):
             if not is_shared or time.time() - path.lstat().st_mtime > _ABANDONED_S:
@@ -435,9 +435,9 @@ def find_changed(folder: Path, mark: Mapping[str, Any]) -> list[Path]:
 
     A mark of 0.1.0 says nothing of files.
     """
-    said = mark.get("files")
+    hashes = mark.get("files")
     changed = []
-    for name, digest in (said if isinstance(said, dict) else {}).items():
+    for name, digest in (hashes if isinstance(hashes, dict) else {}).items():
         try:
             is_same = hash_file(folder / name) == digest
         except OSError:
@@ -454,10 +454,10 @@ def hash_record(run_dir: Path) -> dict[str, str]:
     config.yaml is a copy for people that nothing is trained by.
     """
     plan, splits = run_dir / "plan.json", run_dir / "splits.json"
-    found = {"plan": hash_file(plan)} if plan.is_file() else {}
+    hashes = {"plan": hash_file(plan)} if plan.is_file() else {}
     if splits.is_file():
-        found["splits"] = hash_json({k: v for k, v in read_json(splits).items() if k != "dataset"})
-    return found
+        hashes["splits"] = hash_json({k: v for k, v in read_json(splits).items() if k != "dataset"})
+    return hashes
 
 
 def find_edited(run_dir: Path) -> dict[str, str]:
@@ -527,9 +527,9 @@ class Journal:
     def cut(self, round_index: int, step: int) -> None:
         """Drop what came after a checkpoint, so that a resumed run writes nothing twice."""
         entries = self.read()
-        kept = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
-        if len(kept) < len(entries) or self.path.is_file():
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        earlier = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
+        if len(earlier) < len(entries) or self.path.is_file():
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in earlier))
 
 
 def parse_entry(line: bytes) -> dict[str, Any] | None:

@@ -61,14 +61,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--spin", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.spin:
-        spin(given.spin)
-    elif given.inside:
-        measure(given.seconds)
+    arguments = parser.parse_args()
+    if arguments.spin:
+        spin(arguments.spin)
+    elif arguments.inside:
+        measure(arguments.seconds)
     else:
         for is_busy in (True, False):
-            compare(given.seconds, given.arms, is_busy)
+            compare(arguments.seconds, arguments.arms, is_busy)
 
 
 def compare(seconds: float, arms: list[str], is_busy: bool) -> None:
@@ -77,8 +77,8 @@ def compare(seconds: float, arms: list[str], is_busy: bool) -> None:
     print(f"{cores} cores, {'one of them busy' if is_busy else 'no competitor'}")
     reference = None
     for name in arms:
-        own = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-        environment = {key: value for key, value in os.environ.items() if key not in own}
+        variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+        environment = {key: value for key, value in os.environ.items() if key not in variables}
         environment |= {key: value.format(cores=cores) for key, value in ARMS[name].items()}
         this = [sys.executable, __file__]
         rival = subprocess.Popen([*this, "--spin", "120"]) if is_busy else None

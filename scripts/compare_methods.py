@@ -83,7 +83,7 @@ def describe_arm(out: Path, name: str, draws: list[int]) -> dict[str, Any]:
     about["finite"] = all(other["finite"] for other in abouts)
     about["delivered"] = "+".join(dict.fromkeys(other["delivered"] for other in abouts))
     ours = [last_round(folder) for folder in folders]
-    found = measure(ours, [last_round(out / f"draw_{draw}_{BASELINE}") for draw in draws])
+    comparison = measure(ours, [last_round(out / f"draw_{draw}_{BASELINE}") for draw in draws])
     alone = [out / f"draw_{draw}_{BASELINE}_{about['steps']}" for draw in draws]
     to_alone = ""
     if alone != folders and all(map(is_measured, alone)):
@@ -92,9 +92,9 @@ def describe_arm(out: Path, name: str, draws: list[int]) -> dict[str, Any]:
     return {
         "draw": "+".join(map(str, draws)),
         "arm": name,
-        "n": found["n"],
-        "dice": f"{found['dice']['mean']:.4f}",
-        "to round 0": format_estimate(found["difference"], "+", 4),
+        "n": comparison["n"],
+        "dice": f"{comparison['dice']['mean']:.4f}",
+        "to round 0": format_estimate(comparison["difference"], "+", 4),
         "to labels only, total steps": to_alone,
         **about,
     }
@@ -113,7 +113,11 @@ def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, An
                 measured.setdefault(name, []).append(draw)
             else:
                 rows.append({"draw": draw, "arm": name, "n": "", "dice": "not run"})
-    rows += [describe_arm(out, name, found) for name, found in measured.items() if found[1:]]
+    rows += [
+        describe_arm(out, name, measured_draws)
+        for name, measured_draws in measured.items()
+        if measured_draws[1:]
+    ]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in keys} for row in rows]
 
@@ -145,14 +149,14 @@ def main() -> None:
         totals: set[int] = set()
         for name in names:
             if time.monotonic() - started < options.hours * 3600:
-                given, extra = [*common, f"method={name}"], ["--round-0", str(base)]
-                arm = finish(data, options.out / f"draw_{draw}_{name}", given, extra)
+                arm_settings, extra = [*common, f"method={name}"], ["--round-0", str(base)]
+                arm = finish(data, options.out / f"draw_{draw}_{name}", arm_settings, extra)
                 totals.add(arm["total_steps"])
             write_table(options.out, tabulate(options.out, options.draws, names))
         for total in sorted(totals):
             if time.monotonic() - started < options.hours * 3600:
-                given = [*common, f"method={BASELINE}", "rounds=0", f"steps={total}"]
-                finish(data, options.out / f"draw_{draw}_{BASELINE}_{total}", given)
+                arm_settings = [*common, f"method={BASELINE}", "rounds=0", f"steps={total}"]
+                finish(data, options.out / f"draw_{draw}_{BASELINE}_{total}", arm_settings)
             write_table(options.out, tabulate(options.out, options.draws, names))
     print((options.out / "results.md").read_text(encoding="utf-8"))
 

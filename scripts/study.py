@@ -237,8 +237,8 @@ def add_rows(
     for case in read_table(folder / evaluation / "per_case.csv"):
         dice = {k: v for k, v in case.items() if k == "dice" or k.startswith("dice/")}
         ids = {k: case[k] for k in ("case_id", "patient_id")}
-        shown = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
-        rows.append({**about, **ids, **shown})
+        cells = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
+        rows.append({**about, **ids, **cells})
     with locked(path):
         write_csv(path, [*read_rows(path), *rows])
 
@@ -319,22 +319,22 @@ def compare_arms(
 
 def pick_better(arms: Mapping[str, Arm]) -> tuple[str, Arm] | None:
     """Return the better of labels alone and shadow run, by their mean over the recipe's draws."""
-    found = {name: arms[name] for name in ("labels", "shadow") if name in arms}
-    shared = set.intersection(*(set(arm) for arm in found.values())) if found else set()
-    means = {name: 0.0 for name in found if shared}
+    controls = {name: arms[name] for name in ("labels", "shadow") if name in arms}
+    shared = set.intersection(*(set(arm) for arm in controls.values())) if controls else set()
+    means = {name: 0.0 for name in controls if shared}
     for draw in shared:
-        cases = sorted(next(iter(found.values()))[draw])
-        sides = compare_cases([[arm[draw][case] for case in cases] for arm in found.values()])
-        for name, dice in zip(found, sides, strict=True):
+        cases = sorted(next(iter(controls.values()))[draw])
+        sides = compare_cases([[arm[draw][case] for case in cases] for arm in controls.values()])
+        for name, dice in zip(controls, sides, strict=True):
             means[name] += (mean_known(dice) or 0.0) / len(shared)
     best = max(means, key=lambda name: means[name], default=None)
-    return None if best is None else (best, found[best])
+    return None if best is None else (best, controls[best])
 
 
 def mean_of(cases: Mapping[str, Row]) -> float:
     """Return the mean Dice of an arm alone: n/a is in no mean; NaN where all is."""
-    found = mean_known(row["dice"] for row in cases.values())
-    return math.nan if found is None else found
+    mean = mean_known(row["dice"] for row in cases.values())
+    return math.nan if mean is None else mean
 
 
 def tabulate(path: Path) -> list[dict[str, Any]]:
@@ -353,10 +353,15 @@ def tabulate(path: Path) -> list[dict[str, Any]]:
         }
         for other in MAIN_ARMS:
             like = FIRST_STUDENTS["shadow"] if (name, other) == ("first_round", "shadow") else other
-            found = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
-            row[f"minus {other}"] = "" if found is None else show(found[0])
-            if found and other == "recipe" and name in PARTS and found[0]["p"] is not None:
-                parts.append((len(rows), found[0]["p"]))
+            difference = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
+            row[f"minus {other}"] = "" if difference is None else show(difference[0])
+            if (
+                difference
+                and other == "recipe"
+                and name in PARTS
+                and difference[0]["p"] is not None
+            ):
+                parts.append((len(rows), difference[0]["p"]))
         row["p (Holm)"] = ""
         rows.append(row)
     adjusted = adjust_holm([p for _, p in parts])
@@ -373,11 +378,11 @@ def update_page(page: Path, csv_path: Path) -> None:
     write_text(page, f"{before}{start}{to_markdown(tabulate(csv_path))}{end}{after}")
 
 
-def show(found: DrawDifference) -> str:
+def show(difference: DrawDifference) -> str:
     """Return a difference with its bootstrap interval and, with several draws, that of t."""
-    text = f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-    if found["t_low"] is not None:
-        text += f"; t [{found['t_low']:+.3f}, {found['t_high']:+.3f}]"
+    text = f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    if difference["t_low"] is not None:
+        text += f"; t [{difference['t_low']:+.3f}, {difference['t_high']:+.3f}]"
     return text
 
 

@@ -189,9 +189,9 @@ def _draw_scatter(
 def draw_curves(run: RunFolder) -> bytes:
     """Draw losses, learning rate and validation Dice against the step, one line per round."""
     present = {name for entry in run.rounds for name in entry.curves}
-    wanted = [f"losses/{name}" for name in LOSSES] + ["val/dice", "monitors/lr"]
-    metrics = [name for name in wanted if name in present]
-    metrics += sorted(n for n in present if n.startswith("losses/") and n not in wanted)
+    ordered = [f"losses/{name}" for name in LOSSES] + ["val/dice", "monitors/lr"]
+    metrics = [name for name in ordered if name in present]
+    metrics += sorted(n for n in present if n.startswith("losses/") and n not in ordered)
     if not metrics:
         return b""
     with _style():
@@ -293,11 +293,11 @@ def _list_panels(run: RunFolder, rounds: Sequence[RoundFolder], kind: str) -> li
 
 def _draw_strips(axes: Axes, rounds: Sequence[RoundFolder], panel: Panel) -> None:
     """Draw a column of dots per round that has values."""
-    shown = [entry for entry in rounds if _take(entry, panel.column)]
-    for place, entry in enumerate(shown):
+    entries = [entry for entry in rounds if _take(entry, panel.column)]
+    for place, entry in enumerate(entries):
         _draw_strip(axes, place, _take(entry, panel.column), panel.color)
-    axes.set_xticks(range(len(shown)), [f"round {entry.index}" for entry in shown])
-    axes.set_xlim(-0.5, max(len(shown), 3) - 0.2)
+    axes.set_xticks(range(len(entries)), [f"round {entry.index}" for entry in entries])
+    axes.set_xlim(-0.5, max(len(entries), 3) - 0.2)
     axes.grid(False, axis="x")
     axes.set_title(_shorten(panel.title), color=panel.color)
 
@@ -424,8 +424,8 @@ def _place_labels(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]  # a figure here, never a subfigure
     gap = 0.17 / max(height, 0.5)
     ordered = sorted(ends, key=lambda end: end[0])
-    wanted = [(end[0] - low) / ((high - low) or 1.0) for end in ordered]
-    places = _spread(wanted, gap)
+    heights = [(end[0] - low) / ((high - low) or 1.0) for end in ordered]
+    places = _spread(heights, gap)
     for (_, text, color), y in zip(ordered, places, strict=True):
         axes.annotate(
             text,
@@ -437,10 +437,10 @@ def _place_labels(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]
         )
 
 
-def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
     """Return heights in rising order, at least ``gap`` apart, near the wanted ones."""
     places: list[float] = []
-    for height in wanted:
+    for height in heights:
         places.append(max(height, places[-1] + gap) if places else height)
     excess = max(0.0, places[-1] - 1.0) if places else 0.0
     for index in range(len(places) - 1, -1, -1):

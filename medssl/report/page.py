@@ -314,14 +314,14 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
         )
         return {"pictures": [], "note": note, "has_reference": False}
     ranked = [row["case_id"] for row in reversed(_rank_by_uncertainty(last))]
-    found = {row["case_id"]: number(row.get("uncertainty")) for row in last.review}
+    uncertainties = {row["case_id"]: number(row.get("uncertainty")) for row in last.review}
     picked = _pick(ranked, ("Most certain", "Median", "Least certain"))[:2]
     pictures = [
         _show(
             drawings.show(scans.draw_pseudo_mask, case_id, last.path),
             role,
             names,
-            f"uncertainty {format_number(found[case_id])} nats",
+            f"uncertainty {format_number(uncertainties[case_id])} nats",
         )
         for role, case_id in picked
     ]
@@ -414,8 +414,8 @@ def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
 
 def _percent(value: object) -> str:
     """Return a fraction as a percentage."""
-    found = number(value)
-    return sentences.MISSING if found is None else f"{found:.0%}"
+    fraction = number(value)
+    return sentences.MISSING if fraction is None else f"{fraction:.0%}"
 
 
 def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
@@ -450,5 +450,5 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
 def _hide_arguments(command: str) -> str:
     """Return a command with what may be a path or a name replaced by DATA."""
     words = command.split()
-    kept = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
-    return " ".join([*words[:2], *kept])
+    arguments = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
+    return " ".join([*words[:2], *arguments])

@@ -125,8 +125,8 @@ def _draw(
         reference = None
         if with_reference and case.label is not None:
             reference, _ = read_label(case.label, run.label_values, _find_ignore(run), case)
-        shown = show_channels(volume.array, not volume.has_spacing)
-        arrays = [shown, classes, *([] if reference is None else [reference])]
+        scan = show_channels(volume.array, not volume.has_spacing)
+        arrays = [scan, classes, *([] if reference is None else [reference])]
         turned = [_to_ras(array, volume.affine) for array in arrays]
         image, prediction, *label = turned
         spacing = _find_spacing(volume.affine)
@@ -161,9 +161,9 @@ def _find_problem(run: RunFolder, sources: Sources, case_id: str, mask: Path) ->
 
 def _find_ignore(run: RunFolder) -> int | None:
     """Return the label value that means: not annotated."""
-    given = number((run.config.get("data") or {}).get("ignore"))
-    given = number(run.plan.get("ignore")) if given is None else given
-    return None if given is None else int(given)
+    ignored = number((run.config.get("data") or {}).get("ignore"))
+    ignored = number(run.plan.get("ignore")) if ignored is None else ignored
+    return None if ignored is None else int(ignored)
 
 
 def _to_ras(array: Array, affine: Array) -> Array:

@@ -39,10 +39,10 @@ def format_seconds(value: object) -> str:
 
 def format_number(value: object, digits: int = 3, sign: bool = False) -> str:
     """Return a number with a typographic minus; a dash where it is unknown."""
-    found = number(value)
-    if found is None:
+    parsed = number(value)
+    if parsed is None:
         return MISSING
-    text = f"{found:+.{digits}f}" if sign else f"{found:.{digits}f}"
+    text = f"{parsed:+.{digits}f}" if sign else f"{parsed:.{digits}f}"
     return text.replace("-", "−")
 
 
@@ -253,10 +253,10 @@ def _count_patches_of_students(run: RunFolder) -> float:
 
 def _baseline_steps(run: RunFolder) -> int | None:
     """Return the steps of round 0."""
-    given = number((run.summary.get("baseline") or {}).get("steps"))
-    if given is None and run.rounds and run.rounds[0].index == 0:
-        given = number(run.rounds[0].done.get("steps"))
-    return None if given is None else int(given)
+    steps = number((run.summary.get("baseline") or {}).get("steps"))
+    if steps is None and run.rounds and run.rounds[0].index == 0:
+        steps = number(run.rounds[0].done.get("steps"))
+    return None if steps is None else int(steps)
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class RoundRow:
     gate: str
     reasons: tuple[str, ...]
     learned: str
-    kept: str
+    kept_cases: str
     agreement: str
     coverage: str
     val: str
@@ -290,7 +290,7 @@ def _describe_round(run: RunFolder, entry: RoundFolder, names: Names) -> RoundRo
     passed = {True: "passed", False: "rejected"}[bool(gate["passed"])] if "passed" in gate else ""
     final = known.get("final") or {}
     accepted = [number(row.get("accepted")) for row in entry.review]
-    kept = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
+    kept_cases = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
     coverage = mean_known([number(row.get("coverage")) for row in entry.review])
     agreement = number(known.get("agreement"))
     if agreement is None:
@@ -308,7 +308,7 @@ def _describe_round(run: RunFolder, entry: RoundFolder, names: Names) -> RoundRo
         gate=passed,
         reasons=tuple(names.text(str(reason)) for reason in gate.get("reasons") or ()),
         learned=_describe_material(known),
-        kept=kept,
+        kept_cases=kept_cases,
         agreement=format_number(agreement),
         coverage=MISSING if coverage is None else f"{coverage:.0%}",
         val=format_number(val),

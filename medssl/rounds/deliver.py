@@ -89,10 +89,10 @@ def _compare_rounds(run: Run, passed: Sequence[int]) -> dict[int, float]:
     done = {r: read_json(run.round_folder(r) / "done.json", RoundMark) for r in passed}
     tables = [entry.get("validation") or [] for entry in done.values()]
     if all(tables):
-        found = [mean_known(dice) for dice in compare_cases(tables)]
+        scores = [mean_known(dice) for dice in compare_cases(tables)]
     else:  # of version 0.1.0
-        found = [entry["final"].get("val/dice") for entry in done.values()]
-    return {r: value for r, value in zip(done, found, strict=True) if value is not None}
+        scores = [entry["final"].get("val/dice") for entry in done.values()]
+    return {r: value for r, value in zip(done, scores, strict=True) if value is not None}
 
 
 def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:

@@ -181,15 +181,15 @@ def run_training(
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
     first = {**plan.model_dump(mode="json", include=about), "steps": at_round(plan.steps, 0)}
     first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
-    taken = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
-    if round_0 is not None and not taken:
+    has_round_0 = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
+    if round_0 is not None and not has_round_0:
         _check_round_0(round_0, first_hash)
     if restart or is_half_deleted(run_dir):
         delete_run(run_dir)
     _open_folder(prepared, run_dir, run_hash)
     metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
     write_trained_on(run_dir, metas)
-    if round_0 is not None and not taken:
+    if round_0 is not None and not has_round_0:
         _take_over_round_0(round_0, run_dir)
     mirror = None
     if config.tracking.uri != "none":

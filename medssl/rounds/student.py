@@ -132,18 +132,18 @@ def _check_patches(config: Config, plan: Plan) -> None:
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:
     """Train the models of a round: one, or an ensemble if another round follows."""
-    wanted = [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
-    kept = [] if teacher is None or not wanted else _choose_cases(run, index, teacher)
-    for member in wanted:
+    members = [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
+    cases = [] if teacher is None or not members else _choose_cases(run, index, teacher)
+    for member in members:
         name = f"round {index}" + (f", model {member + 1} of the ensemble" if member else "")
         if teacher is None:
             print(f"{name}: {len(run.labeled)} labeled cases alone, the honest baseline")
         else:
             print(
-                f"{name}: a student learns from {len(run.labeled)} labeled and {len(kept)} "
+                f"{name}: a student learns from {len(run.labeled)} labeled and {len(cases)} "
                 f"pseudo-labeled cases of round {teacher}"
             )
-        _train_model(run, index, member, teacher, kept)
+        _train_model(run, index, member, teacher, cases)
 
 
 def _is_trained(run: Run, index: int, member: int) -> bool:
@@ -167,22 +167,22 @@ def _is_trained(run: Run, index: int, member: int) -> bool:
 
 
 def _train_model(
-    run: Run, index: int, member: int, teacher: int | None, kept: Sequence[UnlabeledCase]
+    run: Run, index: int, member: int, teacher: int | None, cases: Sequence[UnlabeledCase]
 ) -> None:
     """Train one model of a round, and write its model folder."""
     config, folder = run.config, find_model_folder(run.folder, index, member)
     section = config.losses.pseudo_label
     planned = run.count_steps(index)
     seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
-    spec = describe_student(run.plan, config, index) if kept else run.plan.network
+    spec = describe_student(run.plan, config, index) if cases else run.plan.network
     torch.manual_seed(seed_from(seed, index, "weights"))
     network = build_network(spec, download=True)
-    if kept and config.train.start == "warm" and teacher is not None:
+    if cases and config.train.start == "warm" and teacher is not None:
         _start_warm(network, load_model(run.round_folder(teacher)))
-    objective = _build_objective(run, network, kept, teacher)
-    if kept and config.train.start == "warm" and config.teacher.source != ("previous_round",):
+    objective = _build_objective(run, network, cases, teacher)
+    if cases and config.train.start == "warm" and config.teacher.source != ("previous_round",):
         objective.keep_average()
-    if teacher is not None and kept and section.transition == "held_out":
+    if teacher is not None and cases and section.transition == "held_out":
         objective.losses["pseudo_label"] = build_loss(
             section, _measure_transition(run, teacher, objective)
         )
@@ -196,7 +196,7 @@ def _train_model(
     }
     steps = train(
         objective,
-        PatchDataset(run.labeled, kept, choose_sampling(config, run.plan, index, seed)),
+        PatchDataset(run.labeled, cases, choose_sampling(config, run.plan, index, seed)),
         config,
         run.plan,
         run.folder,
@@ -216,24 +216,24 @@ def _train_model(
         "hash": run.round_hash(index),
         "round": index,
         "steps": steps,
-        "num_kept": len(kept),
+        "num_kept": len(cases),
         "files": hash_files(folder / "model", "model.json", WEIGHTS),
     }
-    if kept:
-        done["agreement_with_average"] = _compare_with_average(run, objective, kept)
+    if cases:
+        done["agreement_with_average"] = _compare_with_average(run, objective, cases)
     write_json(folder / "model" / "done.json", done)
 
 
 @torch.no_grad()
 def _compare_with_average(
-    run: Run, objective: Objective, kept: Sequence[UnlabeledCase]
+    run: Run, objective: Objective, cases: Sequence[UnlabeledCase]
 ) -> float | None:
     """Return the mean Dice of the class maps of student and average on a few unlabeled scans.
 
     A student that ran away from its average was still changing when its round ended.
     """
     objective.eval()
-    chosen = [kept[place].cached for place in np.linspace(0, len(kept) - 1, COMPARED).astype(int)]
+    chosen = [cases[place].cached for place in np.linspace(0, len(cases) - 1, COMPARED).astype(int)]
     agreements: list[float | None] = []
     for case in {case.case_id: case for case in chosen}.values():
         image = to_tensor(case, run.plan.device)
@@ -249,8 +249,8 @@ def _compare_with_average(
 def _start_warm(network: SegmentationNetwork, teacher: Model) -> None:
     """Give a student the weights of its teacher."""
     pairs = zip(network.state_dict().values(), teacher.network.state_dict().values(), strict=True)
-    for own, given in pairs:  # by place: noise between the layers changes their names
-        own.copy_(given)
+    for target, source in pairs:  # by place: noise between the layers changes their names
+        target.copy_(source)
 
 
 def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
@@ -274,8 +274,8 @@ def count_label_passes(config: Config, plan: Plan, index: int, rounds: int) -> i
     if config.teacher.probs == "sampled":
         return section.passes
     mirrored: int = 2 ** len(plan.flips)
-    doubt = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
-    return config.teacher.ensemble * mirrored + doubt
+    extra = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
+    return config.teacher.ensemble * mirrored + extra
 
 
 def needs_stability(run: Run, index: int) -> bool:
@@ -288,28 +288,28 @@ def needs_stability(run: Run, index: int) -> bool:
 
 
 def _build_objective(
-    run: Run, network: SegmentationNetwork, kept: Sequence[UnlabeledCase], teacher: int | None
+    run: Run, network: SegmentationNetwork, cases: Sequence[UnlabeledCase], teacher: int | None
 ) -> Objective:
     """Return the objective of a round: round 0 has the built-in one, whatever is named."""
-    kind = load_objective(run.config.objective) if kept else Objective
+    kind = load_objective(run.config.objective) if cases else Objective
     flips = find_patch_flips(run.plan)
-    if run.config.target.assignment != "transport" or not kept:
+    if run.config.target.assignment != "transport" or not cases:
         return kind(network, run.config, run.class_names, flips=flips)
     section = run.config.target.transport
     shares = expect(run).share
     labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
-    folders = [case.folder for case in kept if case.folder is not None]
+    folders = [case.folder for case in cases if case.folder is not None]
     if not folders or teacher is None:
         return kind(network, run.config, run.class_names, labeled, flips=flips)
     pool = draw_probs(folders)
     counts = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes)
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)
     if section.prior == "calibrated":
-        found = counts / len(pool)
+        pool_shares = counts / len(pool)
         ratio = torch.ones_like(labeled)
         if teacher == 0:  # a student's volumes in cases that it saw twice say little of the pool
             ratio = labeled / _measure_shares(run, teacher)
-        prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
+        prior = complete_shares((pool_shares * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
     potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
     potentials = spare_rare(potentials, counts)
     return kind(network, run.config, run.class_names, prior, potentials, flips)

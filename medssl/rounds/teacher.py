@@ -115,11 +115,11 @@ def _label_case(
     window = run.plan.window
     if is_glance(run.config, index, run.num_rounds):
         probs = predict_probs(members[0].network, image, window.plain)
-        doubt = entropy_of(probs)
+        uncertainty = entropy_of(probs)
     elif run.config.teacher.probs == "sampled":
-        probs, doubt = _sample_label(run, members, case, image)
+        probs, uncertainty = _sample_label(run, members, case, image)
     else:
-        probs, doubt = _predict_label(run, members, case, image)
+        probs, uncertainty = _predict_label(run, members, case, image)
     stability = None
     if earlier:
         classes = probs[0].argmax(0).cpu().numpy()
@@ -127,7 +127,7 @@ def _label_case(
         then = [predict_probs(m.network, image, window.plain) for m in earlier]
         agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
         stability = float(np.mean(agreements))
-    return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
+    return RawPseudoLabel(probs[0].cpu().numpy(), uncertainty[0, 0].cpu().numpy(), stability)
 
 
 def _sample_label(
@@ -191,9 +191,11 @@ def _finish_round(
     with_student = model_done.get("agreement_with_average")
     if with_student is not None:
         metrics["monitors/agreement_with_average"] = with_student
-    own = [e for e in journal.read() if e["round"] == index]
-    last = [e for e in own if "losses/total" in e["metrics"]]
-    if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark
+    entries = [e for e in journal.read() if e["round"] == index]
+    last = [e for e in entries if "losses/total" in e["metrics"]]
+    if not any(
+        "monitors/gate" in e["metrics"] for e in entries
+    ):  # a kill came before the done mark
         journal.append(index, run.count_steps(index), metrics)
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
     rows = measure_validation(run, load_model(folder, run.plan.device).network) if run.val else []

@@ -330,12 +330,12 @@ def _log_metrics(client: Any, run_id: str, entries: Iterable[Mapping[str, Any]])
 def _send_round_metrics(target: _Target) -> None:
     """Send to the parent what each completed round came to; its step is the round."""
     for round_index, done in target.folder.done_rounds.items():
-        kept = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
+        metrics = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
         for key in ("agreement", "kept_cases", "seconds"):
             if is_finite(done.get(key)):
-                kept[f"monitors/{key}"] = done[key]
+                metrics[f"monitors/{key}"] = done[key]
         path = target.folder.path / f"round_{round_index}" / "done.json"
-        _send_summary(target, round_index, path, kept)
+        _send_summary(target, round_index, path, metrics)
 
 
 def _send_test_metrics(target: _Target) -> None:
@@ -360,8 +360,8 @@ def _send_test_metrics(target: _Target) -> None:
 
 def _round_of(name: str) -> int:
     """Return the number in a round's name, such as round_2; 0 where there is none."""
-    found = re.search(r"\d+$", name)
-    return int(found.group()) if found else 0
+    match = re.search(r"\d+$", name)
+    return int(match.group()) if match else 0
 
 
 def _send_summary(target: _Target, step: int, path: Path, metrics: Mapping[str, Any]) -> None:

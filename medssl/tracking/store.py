@@ -91,9 +91,9 @@ def check_uri(uri: str) -> None:
         )
 
 
-def choose_store(runs_folder: Path, *given: str | None) -> str:
+def choose_store(runs_folder: Path, *candidates: str | None) -> str:
     """Return the store that was chosen, or that of the folder of runs."""
-    chosen = choose(*given)
+    chosen = choose(*candidates)
     if chosen is not None:
         check_uri(chosen)
         return chosen
@@ -193,9 +193,9 @@ def find_store_problem(uri: str) -> str:
             return explain_store(path, error)
     elif re.match("https?://", uri):
         question = urllib.request.Request(f"{hide_password(uri).rstrip('/')}/health")
-        given = urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]
-        if given:
-            word = base64.b64encode(urllib.parse.unquote(given).encode()).decode()
+        credentials = urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]
+        if credentials:
+            word = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
             question.add_header("Authorization", f"Basic {word}")
         try:
             urllib.request.urlopen(question, timeout=5).close()
@@ -254,8 +254,8 @@ def follow_move(path: Path) -> None:
         return  # somebody's store, whose artifacts lie elsewhere
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as store, store:
-            found = store.execute("select artifact_location from experiments").fetchall()
-            roots = {str(place).rpartition("/mlartifacts/")[0] for (place,) in found}
+            locations = store.execute("select artifact_location from experiments").fetchall()
+            roots = {str(place).rpartition("/mlartifacts/")[0] for (place,) in locations}
             for old in (f"{root}/mlartifacts/" for root in roots if root.startswith("file:")):
                 for table, column in _PLACES if old != new else ():
                     store.execute(
@@ -288,8 +288,8 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
     """Return the id of an experiment, which is made or restored if need be."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         path = _find_file(uri)
         root = path and _place_artifacts(path)  # a server knows itself
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
@@ -300,10 +300,10 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
         }
         with contextlib.suppress(MlflowException):  # another run was faster, or so we will see
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
-        found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _describe_view() -> str:

@@ -23,10 +23,10 @@ from medssl.metrics import (
     paired_difference,
     read_table,
 )
-from medssl.runs import Delivered, StopFlag, read_json
+from medssl.runs import DeliveredSummary, StopFlag, read_json
 
 if TYPE_CHECKING:
-    from medssl.rounds.loop import Prepared
+    from medssl.rounds.loop import PreparedRun
 
 FOLDER = "cross_check"
 
@@ -59,7 +59,7 @@ def deal_folds(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, 
     ]
 
 
-def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
+def list_folds(prepared: PreparedRun, count: int) -> list[PreparedRun]:
     """Return what each fold trains and tests on; the plan is that of the whole.
 
     Raises:
@@ -92,8 +92,8 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
     return folds
 
 
-def cross_check(
-    prepared: Prepared,
+def cross_check_run(
+    prepared: PreparedRun,
     run_dir: Path,
     stop: StopFlag,
     count: int,
@@ -134,7 +134,7 @@ def cross_check(
                 return None
             device = prepared.plan.device
             evaluate_run(folder, device=device, report=lambda text: None, overwrite=True)
-        delivered.append(str(read_json(folder / "summary.json", Delivered)["delivered"]))
+        delivered.append(str(read_json(folder / "summary.json", DeliveredSummary)["delivered"]))
         failed += read_json(folder / "evaluation" / "summary.json").get("failed") or []
         ours = read_table(folder / "evaluation" / "per_case.csv")
         theirs = read_table(folder / "evaluation" / "round_0" / "per_case.csv")

@@ -39,7 +39,7 @@ LARGEST_SKEW_S = 60.0
 SHM = Path("/dev/shm")
 
 
-def examine(uri: str) -> tuple[str, bool]:
+def examine_machine(uri: str) -> tuple[str, bool]:
     """Return a report in text, and whether training can run here as it should.
 
     Args:

@@ -51,7 +51,7 @@ from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan
 from medssl.pseudo.uncertainty import combine_slab, refuse_equal
 from medssl.runs import (
-    FULL,
+    FULL_DISK_ERRORS,
     hash_file,
     hash_files,
     hash_json,
@@ -64,7 +64,7 @@ from medssl.runs import (
 from medssl.transforms.geometry import Box, Header, Volume, WayBack
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
-from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide
+from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide_window
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
@@ -251,8 +251,8 @@ def load_model(path: Path, device: str = "cpu") -> Model:
 
 
 def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
-    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K), as ``slide``."""
-    return _gather(slide(network, image, window), image, window)
+    """Return the logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K)."""
+    return _gather(slide_window(network, image, window), image, window)
 
 
 def predict_probs(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
@@ -265,7 +265,7 @@ def predict_mirrored(
 ) -> Iterator[Tensor]:
     """Yield probs (1, num_classes, I, J, K) under each mirroring of the window, none first."""
     for axes in window.mirrorings:
-        slabs = (torch.softmax(slab, 0) for slab in slide(network, image, window, axes))
+        slabs = (torch.softmax(slab, 0) for slab in slide_window(network, image, window, axes))
         yield _gather(slabs, image, window)
 
 
@@ -291,7 +291,7 @@ def _average(
 ) -> Iterator[Tensor]:
     """Yield slabs of probs (num_classes, I, J, K), averaged over the mirrorings of the window."""
     axes = window.mirrorings
-    views = [slide(network, image, window, view, box, advance) for view in axes]
+    views = [slide_window(network, image, window, view, box, advance) for view in axes]
     for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
         total = torch.softmax(slabs[0], dim=0)
         for slab in slabs[1:]:
@@ -310,7 +310,7 @@ def _sample_uncertainty(
     """Yield slabs (2, I, J, K) of predictive entropy and mutual information of MC dropout."""
     spread = 0.0
     with sample_dropout(network):
-        views = [slide(network, image, window, (), box, advance) for _ in range(passes)]
+        views = [slide_window(network, image, window, (), box, advance) for _ in range(passes)]
         for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
             draws = (torch.softmax(slab, dim=0)[None] for slab in slabs)
             _, entropy, information, differ = combine_slab(draws)
@@ -547,7 +547,7 @@ def predict_files(
     Args:
         model: A loaded model.
         inputs: NIfTI files or pictures, or folders of them; with several channels, files that end
-            in _0000, _0001, ..., one 4D file, or pictures in colour. Data sets and lists of cases
+            in _0000, _0001, ..., one 4D file, or pictures in color. Data sets and lists of cases
             as `medssl train` reads them.
         out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for. The
             mask of a picture has its format (PNG for a JPEG), its maps are TIFF files. What stands
@@ -595,7 +595,7 @@ def predict_files(
                 problems.append(f"{images[0]}: {explain_failure(error)}")
                 with bar.external_write_mode():
                     report(f"{images[0]}: no mask, see below")
-                is_full = getattr(error.__cause__, "errno", None) in FULL
+                is_full = getattr(error.__cause__, "errno", None) in FULL_DISK_ERRORS
                 continue
             with bar.external_write_mode():
                 report(

@@ -19,12 +19,12 @@ from pydantic import BaseModel
 
 from medssl.config import InputError
 from medssl.runs import (
-    ANEW,
+    MAKE_ANEW,
     SHAPES,
-    Described,
+    ConfigFile,
+    DescriptionFile,
     Journal,
     RoundLine,
-    Sections,
     find_edited,
     list_rounds,
     parse_entry,
@@ -125,7 +125,7 @@ class RunFolder:
     @property
     def dice(self) -> dict[str, float]:
         """Mean Dice of the delivered model, by case_id, where it has one."""
-        values = {str(row["case_id"]): number(row.get("dice")) for row in self.rows}
+        values = {str(row["case_id"]): parse_number(row.get("dice")) for row in self.rows}
         return {case_id: value for case_id, value in values.items() if value is not None}
 
     @property
@@ -202,7 +202,7 @@ def read_folder_with_tables(path: Path) -> RunFolder:
         )
         for index, entry in sorted({**empty, **known}.items())
     )
-    described: Callable[[Path], dict[str, Any]] = partial(read_json, shape=Described)
+    described: Callable[[Path], dict[str, Any]] = partial(read_json, shape=DescriptionFile)
     model = folder.plan
     for home in ("model", "round_0/model"):
         model = model or load(f"{home}/model.json", described, {})
@@ -280,9 +280,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
-        Sections.model_validate(content)
+        ConfigFile.model_validate(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {ANEW}") from error
+        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {MAKE_ANEW}") from error
     config: dict[str, Any] = content
     return config
 
@@ -351,7 +351,7 @@ def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def number(value: object) -> float | None:
+def parse_number(value: object) -> float | None:
     """Return a finite number, also from text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

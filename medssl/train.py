@@ -39,7 +39,7 @@ def _do_nothing() -> None:
 
 
 @explain_killed_loader()
-def train(
+def train_model(
     objective: Objective,
     dataset: PatchDataset,
     config: Config,

@@ -26,7 +26,13 @@ from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
 from medssl.plan import Plan, make_plan, resolve
 from medssl.predict import ModelInfo, describe_model
-from medssl.rounds.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
+from medssl.rounds.deliver import (
+    MOST_REJECTED,
+    Outcome,
+    deliver_interrupted,
+    deliver_model,
+    set_status,
+)
 from medssl.rounds.estimate import estimate_run
 from medssl.rounds.run import Run, StopRequested
 from medssl.rounds.student import check_settings, train_round
@@ -69,7 +75,7 @@ STUDENT_KEYS = (
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """The data set, its splits and the plan, before anything is trained."""
 
     dataset: Dataset
@@ -78,9 +84,9 @@ class Prepared:
     resolved: Resolved
 
 
-def prepare(
+def prepare_run(
     resolved: Resolved, reload: Callable[[Mapping[str, Any]], Resolved], run_dir: Path | None
-) -> Prepared:
+) -> PreparedRun:
     """Read and check the data set, split it and make the plan; writes nothing.
 
     Args:
@@ -121,7 +127,7 @@ def prepare(
         plan = plan.model_copy(
             update={"estimate": estimate_run(plan, config, rounds), "palette": checked.palette}
         )
-    return Prepared(dataset, splits, plan, reload(resolve(plan)))
+    return PreparedRun(dataset, splits, plan, reload(resolve(plan)))
 
 
 def _read_plan(run_dir: Path) -> Plan:
@@ -132,7 +138,7 @@ def _read_plan(run_dir: Path) -> Plan:
 
 
 def run_training(
-    prepared: Prepared,
+    prepared: PreparedRun,
     run_dir: Path,
     stop: StopFlag,
     restart: bool = False,
@@ -254,7 +260,7 @@ def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
                 break
     except StopRequested:
         return deliver_interrupted(run, passed)
-    return deliver(run, passed, rejected, predict_unlabeled)
+    return deliver_model(run, passed, rejected, predict_unlabeled)
 
 
 def _describe(
@@ -311,7 +317,7 @@ def _take_over_round_0(source: Path, run_dir: Path) -> None:
         write_json(here / folder / "done.json", read_json(there / folder / "done.json"))
 
 
-def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
+def _open_folder(prepared: PreparedRun, run_dir: Path, run_hash: str) -> None:
     """Write what describes a run, or refuse a folder that holds another one."""
     path = run_dir / "run.json"
     is_new = not path.is_file()
@@ -352,7 +358,7 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
         set_status(run_dir, "running")
 
 
-def _find_difference(prepared: Prepared, run_dir: Path) -> str:
+def _find_difference(prepared: PreparedRun, run_dir: Path) -> str:
     """Say what of a command is not as in the run that a folder holds."""
     try:
         then = load_config(run_dir / "config.yaml").config

@@ -39,11 +39,11 @@ from medssl.rounds.run import (
     StopRequested,
     average_validation,
     count_members,
-    expect,
+    derive_expectation,
+    load_image,
     load_members,
     measure_validation,
     predict_members,
-    to_tensor,
 )
 from medssl.run_folder import read_review
 from medssl.runs import (
@@ -56,7 +56,7 @@ from medssl.runs import (
     seed_from,
     write_json,
 )
-from medssl.train import find_model_folder, train
+from medssl.train import find_model_folder, train_model
 
 TRANSPORT_STEPS = 500
 MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
@@ -153,7 +153,7 @@ def _is_trained(run: Run, index: int, member: int) -> bool:
         InputError: It has changed since, or it is of another configuration.
     """
     folder = find_model_folder(run.folder, index, member) / "model"
-    if not is_done(folder, run.round_hash(index)):
+    if not is_done(folder, run.find_round_hash(index)):
         return False
     changed = find_changed(folder, read_json(folder / "done.json", ModelMark))
     if changed:
@@ -178,7 +178,7 @@ def _train_model(
     torch.manual_seed(seed_from(seed, index, "weights"))
     network = build_network(spec, download=True)
     if cases and config.train.start == "warm" and teacher is not None:
-        _start_warm(network, load_model(run.round_folder(teacher)))
+        _start_warm(network, load_model(run.find_round_folder(teacher)))
     objective = _build_objective(run, network, cases, teacher)
     if cases and config.train.start == "warm" and config.teacher.source != ("previous_round",):
         objective.keep_average()
@@ -194,7 +194,7 @@ def _train_model(
         for part in (1, 2)
         if not member
     }
-    steps = train(
+    steps = train_model(
         objective,
         PatchDataset(run.labeled, cases, choose_sampling(config, run.plan, index, seed)),
         config,
@@ -202,7 +202,9 @@ def _train_model(
         run.folder,
         index,
         run.stop,
-        validate=(lambda: validate(run, objective.predictor)) if run.val and not member else None,
+        validate=(lambda: measure_dice(run, objective.predictor))
+        if run.val and not member
+        else None,
         on_checkpoint=run.notify,
         member=member,
         snapshots=thirds,
@@ -213,7 +215,7 @@ def _train_model(
     if steps < planned:
         raise StopRequested
     done: dict[str, Any] = {
-        "hash": run.round_hash(index),
+        "hash": run.find_round_hash(index),
         "round": index,
         "steps": steps,
         "num_kept": len(cases),
@@ -236,7 +238,7 @@ def _compare_with_average(
     chosen = [cases[place].cached for place in np.linspace(0, len(cases) - 1, COMPARED).astype(int)]
     agreements: list[float | None] = []
     for case in {case.case_id: case for case in chosen}.values():
-        image = to_tensor(case, run.plan.device)
+        image = load_image(case, run.plan.device)
         maps = [
             predict_probs(network, image, run.plan.window.plain)[0].argmax(0).cpu().numpy()
             for network in (objective.student, objective.predictor)
@@ -258,7 +260,7 @@ def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
     save_model(folder, objective.predictor, info)
 
 
-def is_glance(config: Config, index: int, rounds: int) -> bool:
+def needs_one_pass(config: Config, index: int, rounds: int) -> bool:
     """Return whether only the gate reads the pseudo-labels of a round: one pass is enough.
 
     So it is before the last round of methods whose targets are made online.
@@ -269,7 +271,7 @@ def is_glance(config: Config, index: int, rounds: int) -> bool:
 def count_label_passes(config: Config, plan: Plan, index: int, rounds: int) -> int:
     """Return how often each scan is predicted to pseudo-label it after a round."""
     section = config.filter.uncertainty
-    if is_glance(config, index, rounds):
+    if needs_one_pass(config, index, rounds):
         return 1
     if config.teacher.probs == "sampled":
         return section.passes
@@ -296,7 +298,7 @@ def _build_objective(
     if run.config.target.assignment != "transport" or not cases:
         return kind(network, run.config, run.class_names, flips=flips)
     section = run.config.target.transport
-    shares = expect(run).share
+    shares = derive_expectation(run).share
     labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
     folders = [case.folder for case in cases if case.folder is not None]
     if not folders or teacher is None:
@@ -331,7 +333,7 @@ def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     """Return the mean share of each class in what a teacher says of the annotated voxels."""
     shares = []
-    for case, probs in zip(run.labeled, _ask(run, teacher, run.labeled), strict=True):
+    for case, probs in zip(run.labeled, _predict_cases(run, teacher, run.labeled), strict=True):
         annotated = torch.from_numpy(np.asarray(case.label()) != IGNORE)
         classes = probs[0].argmax(0)[annotated]
         counts = torch.bincount(classes, minlength=run.plan.num_classes)
@@ -344,22 +346,23 @@ def _measure_transition(run: Run, teacher: int, objective: Objective) -> torch.T
     """Return what the targets that a teacher gives say of each class, on the validation cases."""
     labels = (torch.from_numpy(np.array(case.label()))[None] for case in run.val)
     targets = (
-        objective.read_target(objective.assign(probs))[0] for probs in _ask(run, teacher, run.val)
+        objective.read_target(objective.assign(probs))[0]
+        for probs in _predict_cases(run, teacher, run.val)
     )
     return estimate_transition(targets, labels, run.plan.num_classes)
 
 
-def _ask(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.Tensor]:
+def _predict_cases(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.Tensor]:
     """Yield what a teacher says of each case: the probs (1, num_classes, I, J, K) of its models."""
     members = load_members(run, teacher)
     for case in cases:
-        all_probs = predict_members(run, members, to_tensor(case, run.plan.device))
+        all_probs = predict_members(run, members, load_image(case, run.plan.device))
         yield torch.stack(all_probs).mean(0).cpu()
 
 
 def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
     """Return the pseudo-labeled cases that the student of a round learns from."""
-    source, section = run.round_folder(teacher), run.config.filter.case
+    source, section = run.find_round_folder(teacher), run.config.filter.case
     offline = "previous_round" in run.config.teacher.source
     rows = {row["case_id"]: row for row in read_review(source / "review.csv")}
     accepted = [row for row in rows.values() if row["accepted"] == "1"]
@@ -414,6 +417,6 @@ def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampli
     )
 
 
-def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
+def measure_dice(run: Run, network: SegmentationNetwork) -> dict[str, float]:
     """Return val/dice of the validation cases on the cache grid."""
     return average_validation(measure_validation(run, network))

@@ -26,7 +26,7 @@ from medssl.tracking.store import (
 )
 
 
-def serve(runs_folder: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
+def serve_runs(runs_folder: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
     """Run the MLflow UI on the store of a folder of runs until Ctrl-C.
 
     Args:

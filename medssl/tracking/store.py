@@ -18,7 +18,7 @@ from typing import Any
 
 from medssl.config import InputError
 from medssl.names import hide_password
-from medssl.runs import lock
+from medssl.runs import hold_lock
 
 VIEW = "medssl"
 ENVIRONMENT = {
@@ -38,7 +38,7 @@ UNUSED = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 """What other programs send their runs to; ours are of patients, and go where medssl is told."""
 
 
-def default_uri(runs_folder: Path) -> str:
+def find_default_uri(runs_folder: Path) -> str:
     """Return the store of a folder of runs: sqlite, absolute; made at its first use."""
     return _to_uri(runs_folder.resolve() / "mlflow.db")
 
@@ -93,7 +93,7 @@ def check_uri(uri: str) -> None:
 
 def choose_store(runs_folder: Path, *candidates: str | None) -> str:
     """Return the store that was chosen, or that of the folder of runs."""
-    chosen = choose(*candidates)
+    chosen = choose_value(*candidates)
     if chosen is not None:
         check_uri(chosen)
         return chosen
@@ -103,15 +103,15 @@ def choose_store(runs_folder: Path, *candidates: str | None) -> str:
             f"runs go to {runs_folder / 'mlflow.db'}; tracking.uri=${UNUSED[0]} sends them there",
             file=sys.stderr,
         )
-    return default_uri(runs_folder)
+    return find_default_uri(runs_folder)
 
 
-def choose(*values: str | None) -> str | None:
+def choose_value(*values: str | None) -> str | None:
     """Return the first value that says something."""
     return next((value for value in values if value not in (None, "", "auto", "none")), None)
 
 
-def connect(uri: str) -> Any:
+def open_store(uri: str) -> Any:
     """Return a client; a sqlite store is made by one process while the others wait."""
     from mlflow import MlflowClient
 
@@ -120,7 +120,7 @@ def connect(uri: str) -> Any:
         return MlflowClient(uri, registry_uri=uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     uri = _to_uri(path)
-    with lock(path.with_name(f".{path.name}.lock")), _remove_strays(uri):
+    with hold_lock(path.with_name(f".{path.name}.lock")), _remove_strays(uri):
         if not path.is_file() or not _opens(path):
             _make_store(path)
         follow_move(path)
@@ -272,7 +272,7 @@ def _place_artifacts(path: Path) -> str:
     return (path.parent / "mlartifacts").as_uri()
 
 
-def is_there(client: Any, run_id: str) -> bool:
+def has_run(client: Any, run_id: str) -> bool:
     """Return whether a run exists and nobody has deleted it."""
     from mlflow.exceptions import MlflowException
 
@@ -309,7 +309,7 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
 def _describe_view() -> str:
     """Return the view of the runs table that lets two runs be compared at a glance.
 
-    It is in the UI's menu "Views"; ``serve`` prints its address.
+    It is in the UI's menu "Views"; ``serve_runs`` prints its address.
     """
     columns = [f"tags.`{name}`" for name in ("verdict", "method")]
     metrics = ("dice_labels_only", "dice_delivered", "gain", "gain_low", "gain_high")

@@ -126,7 +126,7 @@ def hide_password(uri: str) -> str:
 
 
 def refuse_names(path: Path, texts: Iterable[str]) -> None:
-    """Refuse a file that others made for going out if something was found in it.
+    """Refuse to send a file in which case ids or paths stand: ``texts`` are those found in it.
 
     Raises:
         InputError: It holds a case_id or a path; it stays here.

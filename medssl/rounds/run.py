@@ -121,7 +121,7 @@ def average_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def derive_expectation(run: Run) -> Expectation:
-    """Return what the labeled cases lead one to expect of a pseudo-label."""
+    """Return the volumes and shares of classes in the labeled cases, to judge pseudo-labels by."""
     labels = (label for case in run.labeled if (label := case.label()) is not None)
     return expect_from(labels, run.plan.num_classes)
 

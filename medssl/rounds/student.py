@@ -353,7 +353,7 @@ def _measure_transition(run: Run, teacher: int, objective: Objective) -> torch.T
 
 
 def _predict_cases(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.Tensor]:
-    """Yield what a teacher says of each case: the probs (1, num_classes, I, J, K) of its models."""
+    """Yield the mean probs (1, num_classes, I, J, K) of a teacher's models for each case."""
     members = load_members(run, teacher)
     for case in cases:
         all_probs = predict_members(run, members, load_image(case, run.plan.device))

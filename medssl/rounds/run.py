@@ -121,7 +121,7 @@ def average_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def derive_expectation(run: Run) -> Expectation:
-    """Return the volumes and shares of classes in the labeled cases, to judge pseudo-labels by."""
+    """Return how often and how large each class is in the labeled cases, to judge others by."""
     labels = (label for case in run.labeled if (label := case.label()) is not None)
     return expect_from(labels, run.plan.num_classes)
 

@@ -22,7 +22,7 @@ import typer
 from medssl import __version__
 from medssl.config import DataSection, InputError
 from medssl.formats.readers import FORMATS
-from medssl.runs import FULL, describe_full_disk, list_rounds
+from medssl.runs import FULL_DISK_ERRORS, describe_full_disk, list_rounds
 from medssl.settings import (
     Resolved,
     describe_terms,
@@ -87,7 +87,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in FULL_DISK_ERRORS:
             where = Path(error.filename or Path.cwd())
             print(f"error: {describe_full_disk(error.errno, where)}", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from None
@@ -262,13 +262,15 @@ def _train(
     from medssl.runs import StopFlag, lock_run
 
     root = _check_training(resolved, cross_check, round_0)
-    from medssl.cross_check import cross_check as check_folds  # slow to import: after the mistakes
+    from medssl.cross_check import (
+        cross_check_run as check_folds,  # slow to import: after the mistakes
+    )
     from medssl.cross_check import list_folds
-    from medssl.rounds.loop import prepare, run_training
+    from medssl.rounds.loop import prepare_run, run_training
 
     place = root.resolve()
     folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
-    prepared = prepare(resolved, reload, None if restart or dry_run else folder)
+    prepared = prepare_run(resolved, reload, None if restart or dry_run else folder)
     if cross_check:
         list_folds(prepared, cross_check)
     if dry_run:
@@ -392,12 +394,12 @@ def predict(
     channels = count_model_channels(model)
     _check_format(format)
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
-    from medssl.costs import forecast  # slow to import: after the mistakes
+    from medssl.costs import forecast_costs  # slow to import: after the mistakes
     from medssl.predict import load_model, predict_files
 
     loaded = load_model(model, _take_device(device))
     try:
-        costs = forecast(loaded, plan.scans, probs=probs, uncertainty=uncertainty)
+        costs = forecast_costs(loaded, plan.scans, probs=probs, uncertainty=uncertainty)
         print(costs.describe(len(plan.scans), out), flush=True)
         predict_files(
             loaded,
@@ -577,9 +579,9 @@ def ui(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5000,
 ) -> None:
     """Start the MLflow UI on the runs of a folder."""
-    from medssl.tracking import serve
+    from medssl.tracking import serve_runs
 
-    raise SystemExit(serve(runs, host, port))
+    raise SystemExit(serve_runs(runs, host, port))
 
 
 @app.command()
@@ -588,14 +590,14 @@ def sync(
     uri: Annotated[str | None, typer.Option(help="MLflow store; default: as configured.")] = None,
 ) -> None:
     """Bring MLflow up to what a run folder holds, after a server was away."""
-    from medssl.tracking import sync as sync_run
+    from medssl.tracking import sync_run
 
     sync_run(run, uri)
 
 
 def _sync_quietly(run: Path) -> None:
     """Bring MLflow up to date; an evaluation is not lost because a server is away."""
-    from medssl.tracking import sync as sync_run
+    from medssl.tracking import sync_run
 
     settings = load_config(run / "config.yaml").config.tracking
     if settings.uri == "none":
@@ -614,13 +616,13 @@ def doctor(
     ] = "runs",
 ) -> None:
     """Say what is wrong with this machine and how to mend it, and what medssl sees of it."""
-    from medssl.tracking import check_uri, default_uri
+    from medssl.tracking import check_uri, find_default_uri
 
-    uri = store if "://" in store else default_uri(Path(store))
+    uri = store if "://" in store else find_default_uri(Path(store))
     check_uri(uri)
-    from medssl.doctor import examine  # slow to import: after the mistakes
+    from medssl.doctor import examine_machine  # slow to import: after the mistakes
 
-    text, healthy = examine(uri)
+    text, healthy = examine_machine(uri)
     print(text)
     if not healthy:
         raise SystemExit(FAILED)

@@ -25,7 +25,7 @@ from medssl.data.io import read_geometry, read_image, write_map, write_mask
 from medssl.predict import MC_PASSES, Model, choose_parts, find_flags
 from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid
 from medssl.transforms.preprocess import preprocess_image
-from medssl.windows import SLICES, slide
+from medssl.windows import SLICES, slide_window
 
 SIDE = 48  # voxels of the made-up scan of the probe
 TRIES = 4  # of each step of it
@@ -48,10 +48,10 @@ class Costs:
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         free, disk = psutil.virtual_memory().available, shutil.disk_usage(place).free
         minutes = self.seconds / 60
-        shown = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
+        duration = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
         scans = "1 scan" if num_scans == 1 else f"{num_scans} scans"
         return (
-            f"{scans}, {self.num_windows} windows: about {shown}; {self.peak / 1e9:.1f} GB of "
+            f"{scans}, {self.num_windows} windows: about {duration}; {self.peak / 1e9:.1f} GB of "
             f"memory, {free / 1e9:.1f} GB are free; at most {self.disk / 1e9:.2f} GB of disk, "
             f"{disk / 1e9:.0f} GB are free"
         )
@@ -67,7 +67,7 @@ class _Rates(NamedTuple):
     network: float  # bytes that a window takes beside its scan
 
 
-def forecast(
+def forecast_costs(
     model: Model,
     scans: Mapping[str, tuple[Path, ...]],
     *,
@@ -114,7 +114,9 @@ def _count(
         parts = choose_parts(window, way, classes, views, model.device)
         slabs = max(slabs, window.count_bytes(grid_shape, classes, views, parts))
         boxes = way.cut(window.find_cut(grid_shape), parts)
-        num_windows += views * sum(window.count(grid_shape, way.find_source(box)) for box in boxes)
+        num_windows += views * sum(
+            window.count_windows(grid_shape, way.find_source(box)) for box in boxes
+        )
     is_same = np.allclose(grid, affine, atol=1e-6)  # then nothing is resampled or turned
     prepare = 4 * channels * (2 * native + (0 if is_same else cached))
     sweep = 4 * channels * cached + (5 if uncertainty else 1) * native + slabs + rates.network
@@ -137,13 +139,15 @@ def _probe(model: Model, affine: Affine) -> _Rates:
     image = torch.randn((1, len(info.channels), *size), generator=generator)
     before = _read_status("VmRSS")
     _forget_peak()
-    window = _measure(lambda: [slab.cpu() for slab in slide(network, image, info.window)])
+    window = _measure(lambda: [slab.cpu() for slab in slide_window(network, image, info.window)])
     if window < FAST:  # slabs cost much beside it, and leave less often in a scan
         axis = 2 + info.window.find_axis(image.shape[2:])
         image = torch.cat([image] * 4, dim=axis)
-        window = _measure(lambda: [slab.cpu() for slab in slide(network, image, info.window)])
-    window /= info.window.count(image.shape[2:])
-    taken = max(_read_status("VmHWM") - before, 0.0)
+        window = _measure(
+            lambda: [slab.cpu() for slab in slide_window(network, image, info.window)]
+        )
+    window /= info.window.count_windows(image.shape[2:])
+    network_bytes = max(_read_status("VmHWM") - before, 0.0)
     shape = (SIDE, SIDE, SIDE)
     voxels = np.random.default_rng(0).normal(100, 30, shape).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +172,7 @@ def _probe(model: Model, affine: Affine) -> _Rates:
         values = info.label_values
         write = _measure(lambda: write_mask(path, mask, affine, values, header=None))
     count = float(voxels.size)
-    return _Rates(window, read_seconds / count, back / count, write / count, taken)
+    return _Rates(window, read_seconds / count, back / count, write / count, network_bytes)
 
 
 def _measure(act: Callable[[], object]) -> float:

@@ -23,10 +23,10 @@ from medssl.metrics import (
     paired_difference,
     read_table,
 )
-from medssl.runs import Delivered, StopFlag, read_json
+from medssl.runs import DeliveredSummary, StopFlag, read_json
 
 if TYPE_CHECKING:
-    from medssl.rounds.loop import Prepared
+    from medssl.rounds.loop import PreparedRun
 
 FOLDER = "cross_check"
 
@@ -59,7 +59,7 @@ def deal_folds(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, 
     ]
 
 
-def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
+def list_folds(prepared: PreparedRun, count: int) -> list[PreparedRun]:
     """Return what each fold trains and tests on; the plan is that of the whole.
 
     Raises:
@@ -70,12 +70,13 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
 
     splits = prepared.splits
     labeled = select_cases(prepared.dataset, splits, "labeled")
-    made = [c for c in labeled if c.label is not None and read_origin(c.label, c)]
-    if made:
-        listed = "\n".join(f"  {case.case_id}: {case.label}" for case in made)
+    model_made = [c for c in labeled if c.label is not None and read_origin(c.label, c)]
+    if model_made:
+        listed = "\n".join(f"  {case.case_id}: {case.label}" for case in model_made)
         raise InputError(
-            f"--cross-check measures every labeled scan, and {len(made)} of {len(labeled)} labels "
-            "are of a model, as it made them: give a person's, or take these away:\n" + listed
+            f"--cross-check measures every labeled scan, and {len(model_made)} of {len(labeled)} "
+            "labels are of a model, as it made them: give a person's, or take these "
+            "away:\n" + listed
         )
     held_out = deal_folds(labeled, count, prepared.resolved.config.data.split_seed)
     config = prepared.resolved.config
@@ -91,8 +92,8 @@ def list_folds(prepared: Prepared, count: int) -> list[Prepared]:
     return folds
 
 
-def cross_check(
-    prepared: Prepared,
+def cross_check_run(
+    prepared: PreparedRun,
     run_dir: Path,
     stop: StopFlag,
     count: int,
@@ -133,7 +134,7 @@ def cross_check(
                 return None
             device = prepared.plan.device
             evaluate_run(folder, device=device, report=lambda text: None, overwrite=True)
-        delivered.append(str(read_json(folder / "summary.json", Delivered)["delivered"]))
+        delivered.append(str(read_json(folder / "summary.json", DeliveredSummary)["delivered"]))
         failed += read_json(folder / "evaluation" / "summary.json").get("failed") or []
         ours = read_table(folder / "evaluation" / "per_case.csv")
         theirs = read_table(folder / "evaluation" / "round_0" / "per_case.csv")

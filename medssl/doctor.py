@@ -39,7 +39,7 @@ LARGEST_SKEW_S = 60.0
 SHM = Path("/dev/shm")
 
 
-def examine(uri: str) -> tuple[str, bool]:
+def examine_machine(uri: str) -> tuple[str, bool]:
     """Return a report in text, and whether training can run here as it should.
 
     Args:
@@ -246,7 +246,7 @@ def _find_clock_problems(folder: Path, now: float) -> Iterator[str]:
 
 def _find_version_problems(package: str) -> Iterator[str]:
     """Yield what a package needs, and what that needs, but is not there in a version that fits."""
-    todo, seen = [package], {package}
+    todo, checked = [package], {package}
     while todo:
         name = todo.pop()
         try:
@@ -258,13 +258,13 @@ def _find_version_problems(package: str) -> Iterator[str]:
                 continue
             repair = f'pip install "{need.name}{need.specifier}"'
             try:
-                found = importlib.metadata.version(need.name)
+                installed = importlib.metadata.version(need.name)
             except importlib.metadata.PackageNotFoundError:
                 yield f"{need.name}, which {name} needs, is not installed; {repair}"
                 continue
-            if not need.specifier.contains(found, prereleases=True):
-                yield f"{need.name} is {found}, but {name} needs {need.specifier}; {repair}"
+            if not need.specifier.contains(installed, prereleases=True):
+                yield f"{need.name} is {installed}, but {name} needs {need.specifier}; {repair}"
             key = need.name.lower().replace("_", "-")
-            if key not in seen:
-                seen.add(key)
+            if key not in checked:
+                checked.add(key)
                 todo.append(need.name)

@@ -56,7 +56,7 @@ from medssl.metrics import (
 )
 from medssl.predict import Model, ModelInfo, explain_failure, load_model, predict_case
 from medssl.runs import (
-    Delivered,
+    DeliveredSummary,
     State,
     hash_file,
     hash_json,
@@ -261,7 +261,7 @@ def evaluate_run(
         InputError: The run has no test cases or has delivered no model.
     """
     dataset, ignore, labeled, unlabeled = open_test_cases(run_dir, report)
-    run_summary = read_json(run_dir / "summary.json", Delivered)
+    run_summary = read_json(run_dir / "summary.json", DeliveredSummary)
     if read_json(run_dir / "state.json", State)["status"] not in ("delivered", "stopped_by_gate"):
         report(f"{run_dir}: the run is not finished; this measures the model that it has so far")
     paths = {"model": run_dir, **{name: run_dir / name for name in find_rounds(run_dir)}}

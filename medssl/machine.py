@@ -15,7 +15,7 @@ import torch
 from medssl.config import InputError
 
 SAMPLE_SECONDS = 0.3
-OWN_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
+TORCH_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
 
 
 def choose_device(name: str) -> str:
@@ -142,8 +142,8 @@ def choose_threads(recorded: int | None = None) -> int:
         recorded: Those of a run that goes on, which would give other bits with others.
     """
     if "OMP_NUM_THREADS" in os.environ:
-        return OWN_THREADS
-    most = min(OWN_THREADS, count_cores())
+        return TORCH_THREADS
+    most = min(TORCH_THREADS, count_cores())
     return min(most, max(1, recorded or round(count_free_cores())))
 
 
@@ -202,14 +202,14 @@ def _find_groups(root: Path, controller: str) -> list[Path]:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    found = [base, base / controller]
+    folders = [base, base / controller]
     for line in lines:
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if not controllers or controller in controllers.split(","):
             home = base if not controllers else base / controller
             inner = Path(path.lstrip("/"))
-            found += [home / part for part in (inner, *inner.parents)]
-    return list(dict.fromkeys(found))
+            folders += [home / part for part in (inner, *inner.parents)]
+    return list(dict.fromkeys(folders))
 
 
 def _read_quota(folder: Path) -> float | None:

@@ -44,11 +44,11 @@ class Names:
     shared: bool = True
     numbers: bool = True
 
-    def case(self, case_id: str) -> str:
+    def name_case(self, case_id: str) -> str:
         """Return the name to show for a case; an unknown one is not shown when shared."""
         return self.pseudonyms.get(case_id, "case ?") if self.shared else case_id
 
-    def text(self, text: str) -> str:
+    def clean_text(self, text: str) -> str:
         """Return a text, when shared without case ids, paths, names of files and passwords.
 
         A case id becomes its pseudonym wherever it stands between characters that are no letters
@@ -63,25 +63,25 @@ class Names:
         text = _PATHS.sub(PATH, self._roots.sub(PATH, hide_password(text)))
         return self._ids.sub(lambda match: self.pseudonyms[match.group()], text)
 
-    def tree(self, value: Any) -> Any:
+    def clean_tree(self, value: Any) -> Any:
         """Return plain data with every text, keys included, fit to be shown.
 
         A value without spaces in which a slash stands is a path, also one that begins with no dot.
         """
         if isinstance(value, str):
             is_path = self.shared and re.fullmatch(r"\S*[\\/]\S*", value)
-            return PATH if is_path and value not in self.pseudonyms else self.text(value)
+            return PATH if is_path and value not in self.pseudonyms else self.clean_text(value)
         if isinstance(value, Mapping):
-            return {self._key(key): self.tree(item) for key, item in value.items()}
+            return {self._key(key): self.clean_tree(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.tree(item) for item in value]
+            return [self.clean_tree(item) for item in value]
         return value
 
     def _key(self, key: object) -> object:
         """Return a key fit to be shown."""
-        return self.text(key) if isinstance(key, str) else key
+        return self.clean_text(key) if isinstance(key, str) else key
 
-    def find(self, text: str) -> list[str]:
+    def find_names(self, text: str) -> list[str]:
         """Return the case ids and known folders that stand in a text that was made to be shown."""
         return [*self._ids.findall(text), *self._roots.findall(text)]
 
@@ -125,13 +125,13 @@ def hide_password(uri: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://", uri)
 
 
-def refuse_names(path: Path, found: Iterable[str]) -> None:
-    """Refuse a file that others made for going out if something was found in it.
+def refuse_names(path: Path, texts: Iterable[str]) -> None:
+    """Refuse to send a file in which case ids or paths stand: ``texts`` are those found in it.
 
     Raises:
         InputError: It holds a case_id or a path; it stays here.
     """
-    for text in found:
+    for text in texts:
         raise InputError(
             f"{path} holds a case_id or a path, {text.strip()[:80]!r}, and so was not sent to "
             "MLflow; medssl never writes one there: make the file again with this version"

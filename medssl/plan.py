@@ -149,9 +149,9 @@ def make_plan(
         reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = machine.choose_threads()
-    if threads < machine.OWN_THREADS:
+    if threads < machine.TORCH_THREADS:
         reasons.append(
-            f"{threads} of {machine.OWN_THREADS} threads: what other programs leave free"
+            f"{threads} of {machine.TORCH_THREADS} threads: what other programs leave free"
         )
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)

@@ -51,7 +51,7 @@ from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan
 from medssl.pseudo.uncertainty import combine_slab, refuse_equal
 from medssl.runs import (
-    FULL,
+    FULL_DISK_ERRORS,
     hash_file,
     hash_files,
     hash_json,
@@ -64,7 +64,7 @@ from medssl.runs import (
 from medssl.transforms.geometry import Box, Header, Volume, WayBack
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
 from medssl.transforms.spatial import draw_turn, turn_volume
-from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide
+from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide_window
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
@@ -112,13 +112,13 @@ class ModelInfo(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Refuse numbers of classes, channels or axes that contradict each other."""
-        for name, wanted, found in (
+        for name, expected, counts in (
             ("classes", self.network.num_classes, (len(self.labels), len(self.label_values))),
             ("channels", self.network.in_channels, (len(self.channels),)),
             ("channels", self.network.in_channels, (len(self.preprocessing.normalization),)),
         ):
-            if set(found) != {wanted}:
-                raise ValueError(f"the network has {wanted} {name}, described are {found}")
+            if set(counts) != {expected}:
+                raise ValueError(f"the network has {expected} {name}, described are {counts}")
         if len(self.patch_size) != (3 if self.slice_axis is None else 2):
             raise ValueError(
                 f"patch_size {self.patch_size} does not fit slice_axis {self.slice_axis}"
@@ -194,11 +194,11 @@ def save_model(folder: Path, network: SegmentationNetwork, info: ModelInfo) -> N
 
 def _unshare(network: SegmentationNetwork) -> dict[str, Tensor]:
     """Return the weights once each: DynUNet names most of its blocks twice."""
-    seen: dict[int, str] = {}
+    addresses: dict[int, str] = {}
     result = {}
     for key, value in network.state_dict().items():
-        if value.data_ptr() not in seen:
-            seen[value.data_ptr()] = key
+        if value.data_ptr() not in addresses:
+            addresses[value.data_ptr()] = key
             result[key] = value
     return result
 
@@ -241,18 +241,18 @@ def load_model(path: Path, device: str = "cpu") -> Model:
         missing, unknown = network.load_state_dict(weights, strict=False)
     except Exception as error:  # safetensors and torch have no common error class
         raise InputError(f"{folder}: the weights cannot be read: {error}") from error
-    held = {value.data_ptr() for key, value in network.state_dict().items() if key in weights}
-    lost = [key for key in missing if network.state_dict()[key].data_ptr() not in held]
-    if lost or unknown:
+    loaded = {value.data_ptr() for key, value in network.state_dict().items() if key in weights}
+    absent = [key for key in missing if network.state_dict()[key].data_ptr() not in loaded]
+    if absent or unknown:
         raise InputError(
-            f"{folder}: weights do not fit model.json: missing {lost}, unknown {unknown}"
+            f"{folder}: weights do not fit model.json: missing {absent}, unknown {unknown}"
         )
     return Model(network.to(device).eval(), info, torch.device(device))
 
 
 def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
-    """Return logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K), as ``slide``."""
-    return _gather(slide(network, image, window), image, window)
+    """Return the logits (1, num_classes, I, J, K) float32 of an image (1, C, I, J, K)."""
+    return _gather(slide_window(network, image, window), image, window)
 
 
 def predict_probs(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
@@ -265,7 +265,7 @@ def predict_mirrored(
 ) -> Iterator[Tensor]:
     """Yield probs (1, num_classes, I, J, K) under each mirroring of the window, none first."""
     for axes in window.mirrorings:
-        slabs = (torch.softmax(slab, 0) for slab in slide(network, image, window, axes))
+        slabs = (torch.softmax(slab, 0) for slab in slide_window(network, image, window, axes))
         yield _gather(slabs, image, window)
 
 
@@ -291,7 +291,7 @@ def _average(
 ) -> Iterator[Tensor]:
     """Yield slabs of probs (num_classes, I, J, K), averaged over the mirrorings of the window."""
     axes = window.mirrorings
-    views = [slide(network, image, window, view, box, advance) for view in axes]
+    views = [slide_window(network, image, window, view, box, advance) for view in axes]
     for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
         total = torch.softmax(slabs[0], dim=0)
         for slab in slabs[1:]:
@@ -299,7 +299,7 @@ def _average(
         yield total / len(axes)
 
 
-def _doubt(
+def _sample_uncertainty(
     network: SegmentationNetwork,
     image: Tensor,
     window: Window,
@@ -310,7 +310,7 @@ def _doubt(
     """Yield slabs (2, I, J, K) of predictive entropy and mutual information of MC dropout."""
     spread = 0.0
     with sample_dropout(network):
-        views = [slide(network, image, window, (), box, advance) for _ in range(passes)]
+        views = [slide_window(network, image, window, (), box, advance) for _ in range(passes)]
         for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
             draws = (torch.softmax(slab, dim=0)[None] for slab in slabs)
             _, entropy, information, differ = combine_slab(draws)
@@ -348,9 +348,9 @@ def sample_probs(
     for number in range(passes):
         network = networks[number % len(networks)]
         matrix = draw_turn(rng, window.flips, window.slice_axis, spacing) if number else np.eye(3)
-        seen = turn_volume(image, matrix, "border") if number else image
+        view = turn_volume(image, matrix, "border") if number else image
         with sample_dropout(network):
-            logits = predict_logits(network, seen, window)
+            logits = predict_logits(network, view, window)
         probs = torch.softmax(logits, dim=1)
         if first is None:
             first = probs
@@ -372,7 +372,7 @@ def measure_uncertainty(
 
     Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
     """
-    maps = _gather(_doubt(network, image, window, passes), image, window)
+    maps = _gather(_sample_uncertainty(network, image, window, passes), image, window)
     return maps[:, :1], maps[:, 1:]
 
 
@@ -478,7 +478,7 @@ def predict_native(
     while waiting:
         source = way.find_source(waiting[0])
         slabs = (
-            _doubt(network, image, window, passes, source, advance)
+            _sample_uncertainty(network, image, window, passes, source, advance)
             if passes
             else _average(network, image, window, source, advance)
         )
@@ -505,8 +505,10 @@ def choose_parts(
 
 def find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
     """Return sentences on what of a scan lies outside of what the model was trained on."""
-    found = find_contradictions(volume)
-    flags = [f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in found.items()]
+    contradictions = find_contradictions(volume)
+    flags = [
+        f"{CONTRADICTIONS[kind]}: {what}".rstrip(": ") for kind, what in contradictions.items()
+    ]
     if volume.has_spacing != info.has_spacing:
         scan, others = ("has a", "had none") if volume.has_spacing else ("has no", "had one")
         flags.append(f"the scan {scan} spacing, the training scans {others}: sizes may not fit")
@@ -545,7 +547,7 @@ def predict_files(
     Args:
         model: A loaded model.
         inputs: NIfTI files or pictures, or folders of them; with several channels, files that end
-            in _0000, _0001, ..., one 4D file, or pictures in colour. Data sets and lists of cases
+            in _0000, _0001, ..., one 4D file, or pictures in color. Data sets and lists of cases
             as `medssl train` reads them.
         out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for. The
             mask of a picture has its format (PNG for a JPEG), its maps are TIFF files. What stands
@@ -578,7 +580,7 @@ def predict_files(
                 problems.append(f"{images[0]}: not tried, since there is no room for its mask")
                 continue
             try:
-                found = predict_case(
+                prediction = predict_case(
                     model,
                     images,
                     passes=MC_PASSES if uncertainty else 0,
@@ -586,17 +588,20 @@ def predict_files(
                     advance=bar.update,
                 )
                 written = _write_prediction(
-                    model.info, plan.masks[name], name, found, probs, record
+                    model.info, plan.masks[name], name, prediction, probs, record
                 )
                 append_audit(out, scan=name, **_audit(model, images, uncertainty), output=written)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
                 with bar.external_write_mode():
                     report(f"{images[0]}: no mask, see below")
-                is_full = getattr(error.__cause__, "errno", None) in FULL
+                is_full = getattr(error.__cause__, "errno", None) in FULL_DISK_ERRORS
                 continue
             with bar.external_write_mode():
-                report(f"{plan.masks[name]}" + "".join(f"\n  note: {flag}" for flag in found.flags))
+                report(
+                    f"{plan.masks[name]}"
+                    + "".join(f"\n  note: {flag}" for flag in prediction.flags)
+                )
     finally:
         bar.close()
         with contextlib.suppress(*[InputError] * is_full):  # of that disk all has been said
@@ -610,8 +615,8 @@ def predict_files(
 
 def _show_bar(num_windows: int) -> tqdm[Any]:
     """Return a bar of windows with the remaining time, which is silent but on a terminal."""
-    is_shown = num_windows and sys.stderr.isatty()
-    return tqdm(total=num_windows, unit="window", dynamic_ncols=True, disable=not is_shown)
+    is_visible = num_windows and sys.stderr.isatty()
+    return tqdm(total=num_windows, unit="window", dynamic_ncols=True, disable=not is_visible)
 
 
 def explain_failure(error: Exception) -> str:
@@ -621,7 +626,7 @@ def explain_failure(error: Exception) -> str:
 
 
 def _write_prediction(
-    info: ModelInfo, mask: Path, name: str, found: Prediction, probs: bool, record: Record
+    info: ModelInfo, mask: Path, name: str, prediction: Prediction, probs: bool, record: Record
 ) -> dict[str, str]:
     """Write the maps and then the mask of a scan, record them, and return their hashes."""
     out = mask.parent
@@ -629,16 +634,19 @@ def _write_prediction(
     files = [mask]
     if probs:
         files.append(out / f"{name}_probs{suffix}")
-        assert found.probs is not None, "asked for"
-        write_map(files[-1], np.moveaxis(found.probs, 0, -1), found.affine, found.header)
-    if found.uncertainty is not None:
+        assert prediction.probs is not None, "asked for"
+        write_map(
+            files[-1], np.moveaxis(prediction.probs, 0, -1), prediction.affine, prediction.header
+        )
+    if prediction.uncertainty is not None:
         files.append(out / f"{name}_uncertainty{suffix}")
-        write_map(files[-1], found.uncertainty, found.affine, found.header)
-    place = (found.mask, found.affine, info.label_values)
+        write_map(files[-1], prediction.uncertainty, prediction.affine, prediction.header)
+    place = (prediction.mask, prediction.affine, info.label_values)
     names = [info.labels[index] for index in range(len(info.label_values))]
-    write_mask(mask, *place, header=found.header, origin="prediction", names=names)
+    write_mask(mask, *place, header=prediction.header, origin="prediction", names=names)
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
-    return record.add_files(files, labels=labels, model=info.provenance, flags={name: found.flags})
+    flags = {name: prediction.flags}
+    return record.add_files(files, labels=labels, model=info.provenance, flags=flags)
 
 
 def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from pydantic import BaseModel
 
 from medssl.config import InputError
 from medssl.runs import (
-    ANEW,
+    MAKE_ANEW,
     SHAPES,
-    Described,
+    ConfigFile,
+    DescriptionFile,
     Journal,
     RoundLine,
-    Sections,
     find_edited,
     list_rounds,
     parse_entry,
@@ -125,7 +125,7 @@ class RunFolder:
     @property
     def dice(self) -> dict[str, float]:
         """Mean Dice of the delivered model, by case_id, where it has one."""
-        values = {str(row["case_id"]): number(row.get("dice")) for row in self.rows}
+        values = {str(row["case_id"]): parse_number(row.get("dice")) for row in self.rows}
         return {case_id: value for case_id, value in values.items() if value is not None}
 
     @property
@@ -141,9 +141,9 @@ class RunFolder:
     @property
     def reviewed(self) -> RoundFolder | None:
         """The last round with a review.csv that its gate did not refuse, else the last with one."""
-        found = [entry for entry in self.rounds if entry.review]
-        good = [entry for entry in found if not entry.rejected]
-        return (good or found)[-1] if found else None
+        rounds = [entry for entry in self.rounds if entry.review]
+        passed = [entry for entry in rounds if not entry.rejected]
+        return (passed or rounds)[-1] if rounds else None
 
     @property
     def delivered_in_spite(self) -> bool:
@@ -202,7 +202,7 @@ def read_folder_with_tables(path: Path) -> RunFolder:
         )
         for index, entry in sorted({**empty, **known}.items())
     )
-    described: Callable[[Path], dict[str, Any]] = partial(read_json, shape=Described)
+    described: Callable[[Path], dict[str, Any]] = partial(read_json, shape=DescriptionFile)
     model = folder.plan
     for home in ("model", "round_0/model"):
         model = model or load(f"{home}/model.json", described, {})
@@ -280,9 +280,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
-        Sections.model_validate(content)
+        ConfigFile.model_validate(content)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {ANEW}") from error
+        raise InputError(f"{path}: damaged ({str(error).splitlines()[0]}); {MAKE_ANEW}") from error
     config: dict[str, Any] = content
     return config
 
@@ -334,15 +334,15 @@ def read_points(folder: RunFolder, offset: int) -> Iterator[tuple[dict[str, Any]
 
 def _read_curves(path: Path) -> dict[int, dict[str, list[Point]]]:
     """Return round -> metric -> points; of a step that stands twice the later line counts."""
-    found: dict[int, dict[str, dict[int, float]]] = {}
+    by_round: dict[int, dict[str, dict[int, float]]] = {}
     for entry in Journal(path).read():
-        of_round = found.setdefault(entry["round"], {})
+        of_round = by_round.setdefault(entry["round"], {})
         for name, value in entry["metrics"].items():
             if is_finite(value):
                 of_round.setdefault(name, {})[entry["step"]] = float(value)
     return {
         index: {name: sorted(points.items()) for name, points in metrics.items()}
-        for index, metrics in found.items()
+        for index, metrics in by_round.items()
     }
 
 
@@ -351,7 +351,7 @@ def is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def number(value: object) -> float | None:
+def parse_number(value: object) -> float | None:
     """Return a finite number, also from text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

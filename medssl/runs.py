@@ -86,13 +86,13 @@ class RunSummary(Shape):
     exit: str = ""
 
 
-class Delivered(RunSummary):
+class DeliveredSummary(RunSummary):
     """summary.json of a run that delivers."""
 
     delivered: str
 
 
-class Described(Shape):
+class DescriptionFile(Shape):
     """Any of the files that describe a run: what is there is of its kind."""
 
     versions: dict[str, str] = {}
@@ -106,7 +106,7 @@ class Described(Shape):
     test: list[str] = []
 
 
-class Measured(Shape):
+class EvaluationSummary(Shape):
     """evaluation/summary.json, or that of a cross-check."""
 
     rounds: dict[str, float | None] = {}
@@ -116,7 +116,7 @@ class Measured(Shape):
     notes: list[str] = []
 
 
-class Sections(Shape):
+class ConfigFile(Shape):
     """config.yaml."""
 
     data: dict[str, Any] = {}
@@ -126,19 +126,19 @@ class Sections(Shape):
     views: list[str] = []
 
 
-class Named(RootModel[dict[str, str]]):
+class PseudonymFile(RootModel[dict[str, str]]):
     """pseudonyms.json."""
 
 
 SHAPES: dict[str, type[BaseModel]] = {
-    "plan.json": Described,
-    "splits.json": Described,
-    "provenance.json": Described,
+    "plan.json": DescriptionFile,
+    "splits.json": DescriptionFile,
+    "provenance.json": DescriptionFile,
     "state.json": State,
     "summary.json": RunSummary,
-    "evaluation/summary.json": Measured,
-    "cross_check/summary.json": Measured,
-    "pseudonyms.json": Named,
+    "evaluation/summary.json": EvaluationSummary,
+    "cross_check/summary.json": EvaluationSummary,
+    "pseudonyms.json": PseudonymFile,
 }
 """What those who only tell of a run read of it."""
 
@@ -152,7 +152,7 @@ class Entry(Shape):
     metrics: dict[str, float | None]
 
 
-FULL = {
+FULL_DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
     errno.EFBIG: "files may not become so large here",
@@ -200,11 +200,11 @@ def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = re.search(r"os error (\d+)", str(error))  # as safetensors says it
-        reason = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        match = re.search(r"os error (\d+)", str(error))  # as safetensors says it
+        reason = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
         if reason is None and temporary is not None:
             reason = _ask_disk(temporary)
-        if reason not in FULL:
+        if reason not in FULL_DISK_ERRORS:
             raise
         raise InputError(describe_full_disk(reason, path, temporary)) from error
 
@@ -228,8 +228,8 @@ def describe_full_disk(reason: int, path: Path, temporary: Path | None = None) -
     if temporary is not None and temporary.exists():
         begun = f" after {temporary.stat().st_size / 2**20:.1f} MiB of it were written"
     return (
-        f"{path}: {FULL[reason]}: {free:.1f} MiB free{begun}; the previous version is untouched; "
-        f"free space on {folder} and start the same command again"
+        f"{path}: {FULL_DISK_ERRORS[reason]}: {free:.1f} MiB free{begun}; the previous version is "
+        f"untouched; free space on {folder} and start the same command again"
     )
 
 
@@ -246,8 +246,8 @@ def remove_leftovers(folder: Path, is_shared: bool = False, below: bool = True) 
         below: Whether to look in all folders below it too.
     """
     for path in folder.glob("**/.*" if below else ".*"):
-        found = _TEMPORARY.fullmatch(path.name)
-        if found is None or _is_running(int(found[1])):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or _is_running(int(match[1])):
             continue
         with contextlib.suppress(OSError):
             if not is_shared or time.time() - path.lstat().st_mtime > _ABANDONED_S:
@@ -287,10 +287,12 @@ def _replace_nonfinite(content: Any) -> Any:
     return content
 
 
-ANEW = "restore it, or delete it and start the command again that wrote it, which makes it anew"
+MAKE_ANEW = (
+    "restore it, or delete it and start the command again that wrote it, which makes it anew"
+)
 
 
-def read_json(path: Path, shape: type[BaseModel] | None = None, repair: str = ANEW) -> Any:
+def read_json(path: Path, shape: type[BaseModel] | None = None, repair: str = MAKE_ANEW) -> Any:
     """Read a JSON file that holds an object, as all files of a run do.
 
     Args:
@@ -368,7 +370,7 @@ def list_rounds(run_dir: Path) -> dict[int, Path]:
 
 
 @contextlib.contextmanager
-def lock(path: Path, busy: str | None = None) -> Iterator[None]:
+def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
     """Hold a lock that ends with the process, whatever ends it.
 
     Args:
@@ -405,7 +407,7 @@ def lock_run(run_dir: Path) -> contextlib.AbstractContextManager[None]:
     """
     home = run_dir.resolve()
     busy = f"{run_dir}: another process works on this run; wait for it, or touch {run_dir}/STOP"
-    return lock(home.parent / f".{home.name}.lock", busy)
+    return hold_lock(home.parent / f".{home.name}.lock", busy)
 
 
 def hash_file(path: Path) -> str:
@@ -435,9 +437,9 @@ def find_changed(folder: Path, mark: Mapping[str, Any]) -> list[Path]:
 
     A mark of 0.1.0 says nothing of files.
     """
-    said = mark.get("files")
+    hashes = mark.get("files")
     changed = []
-    for name, digest in (said if isinstance(said, dict) else {}).items():
+    for name, digest in (hashes if isinstance(hashes, dict) else {}).items():
         try:
             is_same = hash_file(folder / name) == digest
         except OSError:
@@ -454,10 +456,10 @@ def hash_record(run_dir: Path) -> dict[str, str]:
     config.yaml is a copy for people that nothing is trained by.
     """
     plan, splits = run_dir / "plan.json", run_dir / "splits.json"
-    found = {"plan": hash_file(plan)} if plan.is_file() else {}
+    hashes = {"plan": hash_file(plan)} if plan.is_file() else {}
     if splits.is_file():
-        found["splits"] = hash_json({k: v for k, v in read_json(splits).items() if k != "dataset"})
-    return found
+        hashes["splits"] = hash_json({k: v for k, v in read_json(splits).items() if k != "dataset"})
+    return hashes
 
 
 def find_edited(run_dir: Path) -> dict[str, str]:
@@ -527,9 +529,9 @@ class Journal:
     def cut(self, round_index: int, step: int) -> None:
         """Drop what came after a checkpoint, so that a resumed run writes nothing twice."""
         entries = self.read()
-        kept = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
-        if len(kept) < len(entries) or self.path.is_file():
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        earlier = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
+        if len(earlier) < len(entries) or self.path.is_file():
+            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in earlier))
 
 
 def parse_entry(line: bytes) -> dict[str, Any] | None:
@@ -606,11 +608,11 @@ class StopFlag:
 
 
 _DELETING = ".deleting"
-_OWN = re.compile(
+_RUN_FILES = re.compile(
     r"(config\.yaml|(plan|provenance|splits|pseudonyms|state|summary|run|tracking|trained_on)\.json|"
     r"metrics\.jsonl|report(_share)?\.html|round_\d+|evaluation|cross_check|unlabeled_masks)"
 )
-_BESIDE = re.compile(r"model|STOP|\.tracking\.lock|\.deleting")
+_EXTRA_FILES = re.compile(r"model|STOP|\.tracking\.lock|\.deleting")
 
 
 def is_begun(run_dir: Path) -> bool:
@@ -624,8 +626,8 @@ def is_remnant(run_dir: Path) -> bool:
     That is nothing, or only what a run writes; of a model alone nobody knows.
     """
     names = [path.name for path in run_dir.iterdir()] if run_dir.is_dir() else []
-    ours = [name for name in names if _OWN.fullmatch(name) or name == _DELETING]
-    return not names or (bool(ours) and all(n in ours or _BESIDE.fullmatch(n) for n in names))
+    ours = [name for name in names if _RUN_FILES.fullmatch(name) or name == _DELETING]
+    return not names or (bool(ours) and all(n in ours or _EXTRA_FILES.fullmatch(n) for n in names))
 
 
 def delete_run(run_dir: Path) -> None:

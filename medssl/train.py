@@ -39,7 +39,7 @@ def _do_nothing() -> None:
 
 
 @explain_killed_loader()
-def train(
+def train_model(
     objective: Objective,
     dataset: PatchDataset,
     config: Config,
@@ -333,8 +333,8 @@ class Progress:
     def _remaining(self, step: int) -> str:
         """Return the remaining time of the round as h:mm:ss."""
         seconds = (time.monotonic() - self.started) / max(1, step - self.first)
-        left = int(seconds * (self.steps - step))
-        return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        remaining = int(seconds * (self.steps - step))
+        return f"{remaining // 3600}:{remaining // 60 % 60:02d}:{remaining % 60:02d}"
 
     def close(self) -> None:
         """End the bar."""

@@ -65,7 +65,7 @@ class Window(NamedTuple):
             return self.slice_axis
         return max(range(3), key=lambda axis: (shape[axis] / self.extent[axis], -axis))
 
-    def count(self, shape: Sequence[int], box: Box | None = None) -> int:
+    def count_windows(self, shape: Sequence[int], box: Box | None = None) -> int:
         """Return the windows that cover a scan (I, J, K) once, or a box of it."""
         parts = box or (slice(None),) * 3
         return math.prod(
@@ -125,7 +125,7 @@ def _find_starts(size: int, extent: int, is_mirrored: bool, part: slice) -> list
     return [start for start in starts if start < part.stop and start + extent > part.start]
 
 
-def slide(
+def slide_window(
     network: SegmentationNetwork,
     image: Tensor,
     window: Window,
@@ -171,19 +171,19 @@ def slide(
         if waiting:
             logits = _run(network, image, window, mirrored, waiting)
             for place, patch in zip(waiting, logits, strict=True):
-                slab.add(patch, place)
+                slab.add_window(patch, place)
             advance(len(waiting))
             waiting.clear()
 
     for place in places:
-        if not slab.reaches(place[axis] + extent[axis]):
+        if not slab.covers(place[axis] + extent[axis]):
             flush()
-            yield slab.leave(place[axis])
+            yield slab.release_planes(place[axis])
         waiting.append([place[a] for a in range(3)])
         if len(waiting) == at_once:
             flush()
     flush()
-    yield slab.leave(box[axis].stop)
+    yield slab.release_planes(box[axis].stop)
 
 
 class _Slab:
@@ -195,11 +195,11 @@ class _Slab:
         self.thick = min(thick, box[axis].stop - self.start)
         self.sums: Tensor | None = None
 
-    def reaches(self, stop: int) -> bool:
+    def covers(self, stop: int) -> bool:
         """Return whether the slab has the planes up to here, as far as the box has them."""
         return bool(min(stop, self.box[self.axis].stop) <= self.start + self.thick)
 
-    def add(self, logits: Tensor, place: Sequence[int]) -> None:
+    def add_window(self, logits: Tensor, place: Sequence[int]) -> None:
         """Add the logits (C, I, J, K) of a window that begins here."""
         if self.sums is None:
             size = [part.stop - part.start for part in self.box]
@@ -221,7 +221,7 @@ class _Slab:
         target[:-1].addcmul_(logits[(slice(None), *inside)], weights)
         target[-1] += weights
 
-    def leave(self, stop: int) -> Tensor:
+    def release_planes(self, stop: int) -> Tensor:
         """Return the logits of the planes before this one, and make room for later ones."""
         assert self.sums is not None, "a window was added"
         count, dim = stop - self.start, 1 + self.axis
@@ -279,7 +279,7 @@ def align_slabs(views: Sequence[Iterator[Tensor]], axis: int) -> Iterator[list[T
     """Yield what several walks over one box say of the same planes, a few planes at a time.
 
     Args:
-        views: Of ``slide``, under several mirrorings or passes.
+        views: Of ``slide_window``, under several mirrorings or passes.
         axis: Along which their slabs leave.
     """
     slabs = [next(view) for view in views]

@@ -20,7 +20,7 @@ ARMS = {
 }
 
 
-def spin(seconds: float) -> None:
+def occupy_core(seconds: float) -> None:
     """Keep the last core busy."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -29,7 +29,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-def measure(seconds: float) -> None:
+def measure_speed(seconds: float) -> None:
     """Print threads and steps a second of a small network in 3D."""
     from medssl.machine import choose_threads
     from medssl.networks.build import NetworkSpec, build_network
@@ -61,24 +61,24 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--spin", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.spin:
-        spin(given.spin)
-    elif given.inside:
-        measure(given.seconds)
+    arguments = parser.parse_args()
+    if arguments.spin:
+        occupy_core(arguments.spin)
+    elif arguments.inside:
+        measure_speed(arguments.seconds)
     else:
         for is_busy in (True, False):
-            compare(given.seconds, given.arms, is_busy)
+            compare_arms(arguments.seconds, arguments.arms, is_busy)
 
 
-def compare(seconds: float, arms: list[str], is_busy: bool) -> None:
+def compare_arms(seconds: float, arms: list[str], is_busy: bool) -> None:
     """Print a line for each arm."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{cores} cores, {'one of them busy' if is_busy else 'no competitor'}")
     reference = None
     for name in arms:
-        own = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-        environment = {key: value for key, value in os.environ.items() if key not in own}
+        variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+        environment = {key: value for key, value in os.environ.items() if key not in variables}
         environment |= {key: value.format(cores=cores) for key, value in ARMS[name].items()}
         this = [sys.executable, __file__]
         rival = subprocess.Popen([*this, "--spin", "120"]) if is_busy else None

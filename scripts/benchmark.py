@@ -41,7 +41,7 @@ def main() -> None:
         command = [sys.executable, __file__, "memory", "--row", row]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(render(rows[-1:]) if len(rows) > 1 else HEAD + render(rows), flush=True)
+        print(format_rows(rows[-1:]) if len(rows) > 1 else HEAD + format_rows(rows), flush=True)
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "memory.json").write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -52,7 +52,7 @@ HEAD = (
 )
 
 
-def render(rows: list[dict[str, float]]) -> str:
+def format_rows(rows: list[dict[str, float]]) -> str:
     """Return rows of the table in Markdown; memory in GB of 10^9 bytes."""
     return "\n".join(
         f"| {' x '.join(map(str, row['shape']))} | {row['classes']} | {row['flips']} "
@@ -68,7 +68,7 @@ def measure_row(shape: tuple[int, int, int], classes: int, flips: int) -> dict[s
     import numpy as np
     import torch
 
-    from medssl.costs import forecast
+    from medssl.costs import forecast_costs
     from medssl.networks.build import NetworkSpec
     from medssl.predict import Model, ModelInfo, predict_files
     from medssl.transforms.preprocess import Normalization, Preprocessing
@@ -99,7 +99,7 @@ def measure_row(shape: tuple[int, int, int], classes: int, flips: int) -> dict[s
             file.write(header.binaryblock + bytes(4))
             file.write(np.random.default_rng(0).integers(-900, 900, shape[0] * shape[1] * 8, "i2"))
             file.truncate(352 + 2 * shape[0] * shape[1] * shape[2])
-        costs = forecast(model, {"scan": (scan,)})
+        costs = forecast_costs(model, {"scan": (scan,)})
         started = time.perf_counter()
         predict_files(model, [scan], out, report=lambda text: None)
         seconds = time.perf_counter() - started

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from study import finish, make_parser, measure, write_table
+from study import finish_run, make_parser, measure_arm, write_table
 
 from medssl.config import InputError
 from medssl.data.phantoms import write_phantoms
@@ -39,7 +39,7 @@ PHANTOM_SETTINGS = [
 ]
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe_run(folder: Path) -> dict[str, Any]:
     """Return what the journal and the pseudo-labels of a run say of its last student."""
     summary = read_json(folder / "summary.json")
     last = summary["rounds"][-1]
@@ -59,7 +59,7 @@ def describe(folder: Path) -> dict[str, Any]:
     }
 
 
-def last_round(folder: Path) -> Path:
+def find_last_evaluation(folder: Path) -> Path:
     """Return the evaluation of a run's last round, whatever round its gates delivered."""
     last = read_json(folder / "summary.json")["rounds"][-1]["round"]
     path = folder / "evaluation" / f"round_{last}"
@@ -74,7 +74,7 @@ def is_measured(folder: Path) -> bool:
 def describe_arm(out: Path, name: str, draws: list[int]) -> dict[str, Any]:
     """Return the row of an arm, averaged over draws within each case; all must be measured."""
     folders = [out / f"draw_{draw}_{name}" for draw in draws]
-    abouts = [describe(folder) for folder in folders]
+    abouts = [describe_run(folder) for folder in folders]
     about = abouts[0]
     for key in ("minutes", "coverage", "agreement"):
         values = [other[key] for other in abouts if other[key] != ""]
@@ -82,25 +82,27 @@ def describe_arm(out: Path, name: str, draws: list[int]) -> dict[str, Any]:
     about["minutes"] = round(about["minutes"], 1)
     about["finite"] = all(other["finite"] for other in abouts)
     about["delivered"] = "+".join(dict.fromkeys(other["delivered"] for other in abouts))
-    ours = [last_round(folder) for folder in folders]
-    found = measure(ours, [last_round(out / f"draw_{draw}_{BASELINE}") for draw in draws])
+    ours = [find_last_evaluation(folder) for folder in folders]
+    comparison = measure_arm(
+        ours, [find_last_evaluation(out / f"draw_{draw}_{BASELINE}") for draw in draws]
+    )
     alone = [out / f"draw_{draw}_{BASELINE}_{about['steps']}" for draw in draws]
     to_alone = ""
     if alone != folders and all(map(is_measured, alone)):
-        row = measure(ours, [last_round(folder) for folder in alone])
+        row = measure_arm(ours, [find_last_evaluation(folder) for folder in alone])
         to_alone = format_estimate(row["difference"], "+", 4)
     return {
         "draw": "+".join(map(str, draws)),
         "arm": name,
-        "n": found["n"],
-        "dice": f"{found['dice']['mean']:.4f}",
-        "to round 0": format_estimate(found["difference"], "+", 4),
+        "n": comparison["n"],
+        "dice": f"{comparison['dice']['mean']:.4f}",
+        "to round 0": format_estimate(comparison["difference"], "+", 4),
         "to labels only, total steps": to_alone,
         **about,
     }
 
 
-def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, Any]]:
+def tabulate_arms(out: Path, draws: list[int], names: list[str]) -> list[dict[str, Any]]:
     """Return one row per draw and arm, and one of all draws for the arms that have several."""
     rows: list[dict[str, Any]] = []
     measured: dict[str, list[int]] = {}
@@ -113,7 +115,11 @@ def tabulate(out: Path, draws: list[int], names: list[str]) -> list[dict[str, An
                 measured.setdefault(name, []).append(draw)
             else:
                 rows.append({"draw": draw, "arm": name, "n": "", "dice": "not run"})
-    rows += [describe_arm(out, name, found) for name, found in measured.items() if found[1:]]
+    rows += [
+        describe_arm(out, name, measured_draws)
+        for name, measured_draws in measured.items()
+        if measured_draws[1:]
+    ]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     return [{key: row.get(key, "") for key in keys} for row in rows]
 
@@ -141,19 +147,19 @@ def main() -> None:
     for draw in options.draws:
         base = options.out / f"draw_{draw}_{BASELINE}"
         common = [*settings, f"draw={draw}"]
-        finish(data, base, [*common, f"method={BASELINE}", "rounds=0"])
+        finish_run(data, base, [*common, f"method={BASELINE}", "rounds=0"])
         totals: set[int] = set()
         for name in names:
             if time.monotonic() - started < options.hours * 3600:
-                given, extra = [*common, f"method={name}"], ["--round-0", str(base)]
-                arm = finish(data, options.out / f"draw_{draw}_{name}", given, extra)
+                arm_settings, extra = [*common, f"method={name}"], ["--round-0", str(base)]
+                arm = finish_run(data, options.out / f"draw_{draw}_{name}", arm_settings, extra)
                 totals.add(arm["total_steps"])
-            write_table(options.out, tabulate(options.out, options.draws, names))
+            write_table(options.out, tabulate_arms(options.out, options.draws, names))
         for total in sorted(totals):
             if time.monotonic() - started < options.hours * 3600:
-                given = [*common, f"method={BASELINE}", "rounds=0", f"steps={total}"]
-                finish(data, options.out / f"draw_{draw}_{BASELINE}_{total}", given)
-            write_table(options.out, tabulate(options.out, options.draws, names))
+                arm_settings = [*common, f"method={BASELINE}", "rounds=0", f"steps={total}"]
+                finish_run(data, options.out / f"draw_{draw}_{BASELINE}_{total}", arm_settings)
+            write_table(options.out, tabulate_arms(options.out, options.draws, names))
     print((options.out / "results.md").read_text(encoding="utf-8"))
 
 

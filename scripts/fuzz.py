@@ -47,7 +47,7 @@ from medssl.rounds import loop, student, teacher
 from medssl.run_folder import read_folder, read_points
 from medssl.runs import StopFlag
 from medssl.settings import dump, load_config
-from medssl.tracking.note import describe, write_note
+from medssl.tracking.note import describe_training, write_note
 
 MOST_BYTES = 2 * 2**30  # more than there are before the first input
 ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
@@ -75,7 +75,7 @@ RUN_SETTINGS = [
 Draw = Callable[[st.SearchStrategy], object]
 
 
-def damage(draw: Draw, content: bytes) -> bytes:
+def damage_bytes(draw: Draw, content: bytes) -> bytes:
     """Cut bytes, flip bits, overwrite, repeat or replace a part of them."""
     place = draw(st.integers(0, max(0, len(content) - 1)))
     kind = draw(st.sampled_from(("cut", "flip", "overwrite", "insert", "repeat", "replace")))
@@ -130,13 +130,13 @@ def fuzz_nifti(data: st.DataObject, folder: Path) -> None:
     """Read a damaged NIfTI file in all ways."""
     content = NIFTI[data.draw(st.sampled_from(sorted(NIFTI)), "file")]
     for _ in range(data.draw(st.integers(1, 2), "changes")):
-        change = data.draw(st.sampled_from((damage, change_header)), "kind")
+        change = data.draw(st.sampled_from((damage_bytes, change_header)), "kind")
         content = change(data.draw, content)
     suffix = data.draw(st.sampled_from((".nii", ".nii.gz", ".nii.gz, damaged")), "suffix")
     if suffix != ".nii":
         content = gzip.compress(content, 1)
     if suffix.endswith("damaged"):
-        content = damage(data.draw, content)
+        content = damage_bytes(data.draw, content)
     path = folder / f"scan{suffix.split(',')[0]}"
     path.write_bytes(content)
     read_all(path, data.draw(st.integers(1, 2), "channels"))
@@ -188,7 +188,7 @@ def fuzz_pictures(data: st.DataObject, folder: Path) -> None:
     name, suffix = data.draw(st.sampled_from(sorted(PICTURES)), "file")
     content = PICTURES[name, suffix]
     for _ in range(data.draw(st.integers(1, 2), "changes")):
-        content = damage(data.draw, content)
+        content = damage_bytes(data.draw, content)
     suffix = data.draw(st.sampled_from((suffix, suffix, suffix, "png", "tif", "jpg")), "suffix")
     path = folder / f"scan.{suffix}"
     path.write_bytes(content)
@@ -223,7 +223,7 @@ def fuzz_settings(data: st.DataObject, folder: Path) -> None:
             odd, lambda x: st.dictionaries(keys, x, max_size=3) | st.lists(x, max_size=3)
         )
         if kind == "damaged":
-            source.write_bytes(damage(data.draw, yaml.safe_dump(DEFAULTS).encode()))
+            source.write_bytes(damage_bytes(data.draw, yaml.safe_dump(DEFAULTS).encode()))
         elif kind == "odd":
             source.write_bytes(data.draw(odd, "text").encode("utf-8", "surrogatepass"))
         else:
@@ -273,14 +273,16 @@ def go_on(data: Path, run: Path) -> None:
             student, "read_review", lambda home: [{**r, "accepted": "1"} for r in accept(home)]
         )
         resolved = load_config(data, RUN_SETTINGS)
-        prepared = loop.prepare(resolved, lambda plan: load_config(data, RUN_SETTINGS, plan), run)
+        prepared = loop.prepare_run(
+            resolved, lambda plan: load_config(data, RUN_SETTINGS, plan), run
+        )
         loop.run_training(prepared, run, StopFlag(run))
 
 
 def tell(run: Path) -> None:
     """Read what MLflow gets."""
     folder = read_folder(run)
-    describe(folder)
+    describe_training(folder)
     write_note(folder, choose_names(folder))
     list(read_points(folder, 0))
 
@@ -292,7 +294,7 @@ def fuzz_run(data: st.DataObject, folder: Path) -> None:
     run = runs / "run"
     pattern = data.draw(st.sampled_from(RUN_FILES), "file")
     path = next(iter(sorted(run.glob(pattern) if pattern[0] != "." else runs.glob(pattern[3:]))))
-    path.write_bytes(damage(data.draw, path.read_bytes()))
+    path.write_bytes(damage_bytes(data.draw, path.read_bytes()))
     commands: dict[str, Callable[[], object]] = {
         "tell": lambda: tell(run),
         "compare": lambda: compare([f"a={run}", f"b={run}/round_0"]),
@@ -319,7 +321,7 @@ SHARES = {"nifti": 0.45, "pictures": 0.35, "settings": 0.15, "run": 0.05}
 """Of all inputs; those of a run folder take a second each."""
 
 
-def fuzz(target: str, count: int, start: int) -> None:
+def fuzz_reader(target: str, count: int, start: int) -> None:
     """Feed a reader with so many inputs.
 
     Raises:
@@ -361,7 +363,7 @@ def main() -> None:
     total = sum(SHARES[name] for name in names)
     for name in names:
         count = max(1, round(options.count * SHARES[name] / total))
-        fuzz(name, count, options.seed)
+        fuzz_reader(name, count, options.seed)
         print(f"{name}: {count} inputs", flush=True)
 
 

@@ -98,7 +98,7 @@ class Study:
     plateau: int
 
 
-def run(*arguments: str) -> None:
+def run_command(*arguments: str) -> None:
     """Run a medssl command and stop if it fails."""
     print("medssl", " ".join(arguments), flush=True)
     command = [sys.executable, "-m", "medssl", *arguments]
@@ -107,18 +107,18 @@ def run(*arguments: str) -> None:
         raise SystemExit(code)
 
 
-def finish(
+def finish_run(
     data: str, folder: Path, settings: Sequence[str], options: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Train and evaluate one run, unless that is done; return its summary."""
     if not (folder / "evaluation" / "summary.json").is_file():
-        run("train", data, *settings, *options, "--run", str(folder))
-        run("evaluate", str(folder))
+        run_command("train", data, *settings, *options, "--run", str(folder))
+        run_command("evaluate", str(folder))
     summary: dict[str, Any] = read_json(folder / "summary.json")
     return summary
 
 
-def measure(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
+def measure_arm(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
     """Return the Dice of an arm and its difference to another one, as `medssl compare` does.
 
     Args:
@@ -139,26 +139,26 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
     if arm == "all":
         settings = [s for s in settings if not s.startswith(("labeled=", "draw="))]
         settings += ["validation=0", "rounds=0", f"steps={study.plateau}"]
-        add_rows(study.csv, draw, arm, folder, finish(study.data, folder, settings))
+        add_rows(study.csv, draw, arm, folder, finish_run(study.data, folder, settings))
         return
     first = study.work / f"draw_{draw}_round_0"
     if arm == "labels" and is_finished(study, draw, "round_0") and find_plans(study):
         settings += ["rounds=0", f"steps={count_labels_steps(study, settings)}"]
-        add_rows(study.csv, draw, arm, folder, finish(study.data, folder, settings))
+        add_rows(study.csv, draw, arm, folder, finish_run(study.data, folder, settings))
         return
-    summary = finish(study.data, first, [*settings, "rounds=0"])
+    summary = finish_run(study.data, first, [*settings, "rounds=0"])
     if not is_finished(study, draw, "round_0"):
         add_rows(study.csv, draw, "round_0", first, summary)
     if arm == "round_0":
         return
     if arm == "labels":
         steps = count_labels_steps(study, settings)
-        summary = finish(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
+        summary = finish_run(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
         changes = OFF if arm == "shadow" else PARTS.get(arm, [])
         if arm in ("no_mc_dropout", "no_second_round", "no_warm_start"):
-            changes = [*changes, stretch(study, settings, changes)]
-        summary = finish(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
+            changes = [*changes, stretch_steps(study, settings, changes)]
+        summary = finish_run(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
     add_rows(study.csv, draw, arm, folder, summary)
     first_student = FIRST_STUDENTS.get(arm)
     if first_student and not is_finished(study, draw, first_student):
@@ -207,7 +207,7 @@ def plan_steps(config: Config, plan: Plan) -> int | tuple[int, ...]:
     return plan.steps if config.train.steps == "auto" else config.train.steps
 
 
-def stretch(study: Study, settings: Sequence[str], changes: Sequence[str]) -> str:
+def stretch_steps(study: Study, settings: Sequence[str], changes: Sequence[str]) -> str:
     """Return the setting of steps with which a change has as many passes as the recipe."""
     whole, less = (count_passes(study, [*settings, *extra]) for extra in ([], changes))
     steps = plan_steps(*read_plan(study, [*settings, *changes]))
@@ -237,14 +237,14 @@ def add_rows(
     for case in read_table(folder / evaluation / "per_case.csv"):
         dice = {k: v for k, v in case.items() if k == "dice" or k.startswith("dice/")}
         ids = {k: case[k] for k in ("case_id", "patient_id")}
-        shown = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
-        rows.append({**about, **ids, **shown})
-    with locked(path):
+        cells = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
+        rows.append({**about, **ids, **cells})
+    with hold_lock(path):
         write_csv(path, [*read_rows(path), *rows])
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Keep other processes from writing a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as file:
@@ -272,10 +272,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
     """Write results.csv and the same as a table."""
     write_csv(out / "results.csv", rows)
-    write_text(out / "results.md", to_markdown(rows))
+    write_text(out / "results.md", format_markdown(rows))
 
 
-def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows of the same keys as a table."""
     head = list(rows[0])
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -319,32 +319,32 @@ def compare_arms(
 
 def pick_better(arms: Mapping[str, Arm]) -> tuple[str, Arm] | None:
     """Return the better of labels alone and shadow run, by their mean over the recipe's draws."""
-    found = {name: arms[name] for name in ("labels", "shadow") if name in arms}
-    shared = set.intersection(*(set(arm) for arm in found.values())) if found else set()
-    means = {name: 0.0 for name in found if shared}
+    controls = {name: arms[name] for name in ("labels", "shadow") if name in arms}
+    shared = set.intersection(*(set(arm) for arm in controls.values())) if controls else set()
+    means = {name: 0.0 for name in controls if shared}
     for draw in shared:
-        cases = sorted(next(iter(found.values()))[draw])
-        sides = compare_cases([[arm[draw][case] for case in cases] for arm in found.values()])
-        for name, dice in zip(found, sides, strict=True):
+        cases = sorted(next(iter(controls.values()))[draw])
+        sides = compare_cases([[arm[draw][case] for case in cases] for arm in controls.values()])
+        for name, dice in zip(controls, sides, strict=True):
             means[name] += (mean_known(dice) or 0.0) / len(shared)
     best = max(means, key=lambda name: means[name], default=None)
-    return None if best is None else (best, found[best])
+    return None if best is None else (best, controls[best])
 
 
-def mean_of(cases: Mapping[str, Row]) -> float:
+def average_dice(cases: Mapping[str, Row]) -> float:
     """Return the mean Dice of an arm alone: n/a is in no mean; NaN where all is."""
-    found = mean_known(row["dice"] for row in cases.values())
-    return math.nan if found is None else found
+    mean = mean_known(row["dice"] for row in cases.values())
+    return math.nan if mean is None else mean
 
 
-def tabulate(path: Path) -> list[dict[str, Any]]:
+def tabulate_arms(path: Path) -> list[dict[str, Any]]:
     """Return one row per arm: Dice, and differences to round 0, the controls and the recipe."""
     arms, patients = read_arms(path)
     rows = []
     parts = []
     for name in (arm for arm in ARMS if arm in arms):
         arm = arms[name]
-        means = {draw: mean_of(cases) for draw, cases in sorted(arm.items())}
+        means = {draw: average_dice(cases) for draw, cases in sorted(arm.items())}
         row: dict[str, Any] = {
             "arm": name,
             "draws": ", ".join(map(str, means)),
@@ -353,10 +353,15 @@ def tabulate(path: Path) -> list[dict[str, Any]]:
         }
         for other in MAIN_ARMS:
             like = FIRST_STUDENTS["shadow"] if (name, other) == ("first_round", "shadow") else other
-            found = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
-            row[f"minus {other}"] = "" if found is None else show(found[0])
-            if found and other == "recipe" and name in PARTS and found[0]["p"] is not None:
-                parts.append((len(rows), found[0]["p"]))
+            difference = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
+            row[f"minus {other}"] = "" if difference is None else format_difference(difference[0])
+            if (
+                difference
+                and other == "recipe"
+                and name in PARTS
+                and difference[0]["p"] is not None
+            ):
+                parts.append((len(rows), difference[0]["p"]))
         row["p (Holm)"] = ""
         rows.append(row)
     adjusted = adjust_holm([p for _, p in parts])
@@ -370,14 +375,14 @@ def update_page(page: Path, csv_path: Path) -> None:
     start, end = (f"<!-- {csv_path.name}{word} -->\n" for word in ("", " end"))
     before, rest = page.read_text(encoding="utf-8").split(start)
     _, after = rest.split(end)
-    write_text(page, f"{before}{start}{to_markdown(tabulate(csv_path))}{end}{after}")
+    write_text(page, f"{before}{start}{format_markdown(tabulate_arms(csv_path))}{end}{after}")
 
 
-def show(found: DrawDifference) -> str:
+def format_difference(difference: DrawDifference) -> str:
     """Return a difference with its bootstrap interval and, with several draws, that of t."""
-    text = f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-    if found["t_low"] is not None:
-        text += f"; t [{found['t_low']:+.3f}, {found['t_high']:+.3f}]"
+    text = f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    if difference["t_low"] is not None:
+        text += f"; t [{difference['t_low']:+.3f}, {difference['t_high']:+.3f}]"
     return text
 
 
@@ -420,7 +425,7 @@ def main() -> None:
     for draw in [] if options.table else options.draws:
         for arm in options.arms:
             run_arm(study, draw, arm)
-    print(to_markdown(tabulate(study.csv)))
+    print(format_markdown(tabulate_arms(study.csv)))
     if options.page:
         update_page(options.page, study.csv)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.costs import Costs, forecast
+from medssl.costs import Costs, forecast_costs
 from medssl.networks.build import build_network
 from medssl.predict import MC_PASSES, Model, describe_model, predict_case, save_model
 
@@ -43,7 +43,7 @@ def test_as_many_windows_are_forecast_as_go_through_the_network(model, tmp_path,
     told = []
     for images in scans.values():
         predict_case(model, images, passes=MC_PASSES * uncertainty, advance=told.append)
-    costs = forecast(model, scans, uncertainty=uncertainty)
+    costs = forecast_costs(model, scans, uncertainty=uncertainty)
     assert costs.num_windows == sum(told) > 4
 
 
@@ -51,9 +51,9 @@ def test_costs_grow_with_the_scan_and_what_is_written_of_it(model, tmp_path):
     small = {"a": (write_noise(tmp_path / "a.nii", (20, 20, 20)),)}
     large = {"b": (write_noise(tmp_path / "b.nii", (90, 90, 60)),)}
     few, many, maps = (
-        forecast(model, small),
-        forecast(model, large),
-        forecast(model, large, probs=True, uncertainty=True),
+        forecast_costs(model, small),
+        forecast_costs(model, large),
+        forecast_costs(model, large, probs=True, uncertainty=True),
     )
     assert few.num_windows < many.num_windows < maps.num_windows
     assert few.peak < many.peak
@@ -62,7 +62,7 @@ def test_costs_grow_with_the_scan_and_what_is_written_of_it(model, tmp_path):
 
 def test_a_scan_that_cannot_be_read_costs_nothing_and_is_left_to_be_named_later(model, tmp_path):
     (tmp_path / "bad.nii").write_bytes(b"no scan")
-    assert forecast(model, {"bad": (tmp_path / "bad.nii",)}).num_windows == 0
+    assert forecast_costs(model, {"bad": (tmp_path / "bad.nii",)}).num_windows == 0
 
 
 def test_costs_are_told_beside_what_there_is(tmp_path):
@@ -118,13 +118,13 @@ info, scans, out = load_model(Path(sys.argv[1])).info, Path(sys.argv[2]), Path(s
 model = Model(torch.nn.Conv3d(1, 3, 1).eval(), info, torch.device("cpu"))
 model.network.bias.data = torch.tensor([0.0, 0.5, 0.0])
 model.network.weight.data = torch.tensor([-1.0, 0.1, 1.0]).reshape(3, 1, 1, 1, 1)
-tried, real = [], predict.slide
+tried, real = [], predict.slide_window
 
 def slide(network, image, window, mirrored, box, advance):
     tried.append([part.stop - part.start for part in box])
     return real(network, image, window, mirrored, box, advance)
 
-predict.slide = slide
+predict.slide_window = slide
 predict.count_free_memory = lambda device: 1e12  # as where nobody says what there is
 predict_files(model, [scans / "small.nii"], out, report=str)
 tried.clear()

@@ -17,7 +17,7 @@ def run(tmp_path, monkeypatch):
     cases = [SimpleNamespace(case_id=f"u{i}", mask_suffix=".nii.gz") for i in range(3)]
     return SimpleNamespace(
         folder=tmp_path,
-        round_folder=lambda index: tmp_path / f"round_{index}",
+        find_round_folder=lambda index: tmp_path / f"round_{index}",
         plan=SimpleNamespace(device="cpu"),
         num_rounds=2,
         unlabeled=cases,
@@ -29,7 +29,7 @@ def write_round(run, index, rows, **final):
     gate = {"passed": True, "reasons": ["empty"]}
     mark = {"hash": "", "round": index, "steps": 1, "seconds": 1.0}
     done = {**mark, "final": final, "validation": rows, "gate": gate}
-    write_json(run.round_folder(index) / "done.json", done)
+    write_json(run.find_round_folder(index) / "done.json", done)
 
 
 def make_row(organ, lesion):
@@ -41,13 +41,13 @@ def make_row(organ, lesion):
 def test_a_round_that_rightly_leaves_a_class_out_is_better_than_one_with_false_alarms(run):
     write_round(run, 0, [make_row(0.90, 0.0)], **{"val/dice": 0.45})
     write_round(run, 1, [make_row(0.44, None)], **{"val/dice": 0.44})
-    assert deliver.deliver(run, [0, 1], 0, False).delivered == "round_1"
+    assert deliver.deliver_model(run, [0, 1], 0, False).delivered == "round_1"
 
 
 def test_rounds_of_version_0_1_0_are_compared_by_their_means(run):
     write_round(run, 0, [], **{"val/dice": 0.5})
     write_round(run, 1, [], **{"val/dice": 0.4})
-    assert deliver.deliver(run, [0, 1], 0, False).delivered == "round_0"
+    assert deliver.deliver_model(run, [0, 1], 0, False).delivered == "round_0"
 
 
 def test_an_unlabeled_scan_that_fails_is_named_and_the_others_get_their_masks(run, monkeypatch):
@@ -60,7 +60,7 @@ def test_an_unlabeled_scan_that_fails_is_named_and_the_others_get_their_masks(ru
         written.append(path.name)
 
     monkeypatch.setattr(deliver, "_segment", segment)
-    outcome = deliver.deliver(run, [0], 0, True)
+    outcome = deliver.deliver_model(run, [0], 0, True)
     assert written == ["u0.nii.gz", "u2.nii.gz"]
     assert (outcome.status, outcome.unsegmented) == ("delivered", ("u1",))
     assert "1 of 3 unlabeled scans got no mask" in outcome.message
@@ -69,8 +69,8 @@ def test_an_unlabeled_scan_that_fails_is_named_and_the_others_get_their_masks(ru
 
 def test_masks_that_were_asked_for_and_are_not_written_are_not_passed_over(run):
     write_round(run, 0, [])
-    refused = deliver.deliver(run, [], 1, True)
+    refused = deliver.deliver_model(run, [], 1, True)
     assert "--predict-unlabeled has written no masks" in refused.message
-    assert "--predict-unlabeled" not in deliver.deliver(run, [], 1, False).message
+    assert "--predict-unlabeled" not in deliver.deliver_model(run, [], 1, False).message
     run.unlabeled = []
-    assert "there is no unlabeled scan" in deliver.deliver(run, [0], 0, True).message
+    assert "there is no unlabeled scan" in deliver.deliver_model(run, [0], 0, True).message

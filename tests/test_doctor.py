@@ -14,7 +14,7 @@ import torch
 from commands import run_command
 
 from medssl import doctor
-from medssl.tracking import default_uri, find_store_problem
+from medssl.tracking import find_default_uri, find_store_problem
 
 Disk = namedtuple("Disk", "total used free")
 KINDS = ("python", "packages", "processor", "bfloat16", "cards", "driver", "memory", "disk")
@@ -164,7 +164,7 @@ def test_packages_that_are_missing_or_too_old_are_told_with_their_command(monkey
 
 
 def test_a_store_that_is_no_database_or_held_by_another_is_told(tmp_path):
-    uri = default_uri(tmp_path)
+    uri = find_default_uri(tmp_path)
     assert find_store_problem(uri) == ""
     assert not list(tmp_path.iterdir())
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store, store:

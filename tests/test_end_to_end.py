@@ -17,7 +17,7 @@ from commands import run_command
 from safetensors.numpy import load_file
 
 from medssl.data.phantoms import write_phantoms
-from medssl.runs import hash_file, lock
+from medssl.runs import hash_file, hold_lock
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +186,7 @@ def test_an_output_folder_that_is_a_file_is_an_error_and_no_traceback(
 
 
 def test_one_process_at_a_time_trains_a_run(data: Path, finished: Path) -> None:
-    with lock(finished.parent / f".{finished.name}.lock"):
+    with hold_lock(finished.parent / f".{finished.name}.lock"):
         for command in (["train", data, *SETTINGS, "--run", finished], ["evaluate", finished]):
             assert "another process works on this run" in medssl(*command, code=2)
     assert json.loads((finished / "state.json").read_text())["status"] == "delivered"

@@ -26,7 +26,7 @@ from medssl.export.exchange import SUFFIXES, strip_padding
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.predict import describe_model, load_model, predict_files, save_model
 from medssl.runs import hash_file, read_json, write_json
-from medssl.tracking import default_uri, sync
+from medssl.tracking import find_default_uri, sync_run
 
 OBLIQUE = np.array(
     [[-0.9, 0.3, 0.2, 9.0], [0.3, 0.8, 0.3, -7.0], [0.2, -0.2, 1.9, 3.0], [0, 0, 0, 1]]
@@ -68,7 +68,7 @@ def make_model(tiny_plan, tiny_spec):
 
 
 def write_scans(folder, kind):
-    """Write what is read in different ways: scaled, oblique, in metres; a stack, colors, gray."""
+    """Write what is read in different ways: scaled, oblique, in meters; a stack, colors, gray."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     if kind == "pictures":
@@ -86,7 +86,7 @@ def write_scans(folder, kind):
     image = nib.Nifti1Image(array, np.diag([-1e-3, 1e-3, 2e-3, 1]))
     image.header.set_xyzt_units("meter")
     image.header["pixdim"][1:4] = 1e-3  # MONAI's reader would follow these, and the qform
-    nib.save(image, folder / "metres.nii.gz")
+    nib.save(image, folder / "meters.nii.gz")
     return folder
 
 
@@ -379,8 +379,8 @@ def test_champion_and_teacher_are_served_by_mlflow(tmp_path, make_model, monkeyp
 
     run = write_whole_run(tmp_path / "runs" / "a", make_model)
     scans = write_scans(tmp_path / "scans", "3d")
-    sync(run)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(run.parent))
+    sync_run(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", find_default_uri(run.parent))
     predict_files(load_model(run), [scans], tmp_path / "out", report=lambda _: None)
     for alias, version in (("champion", "1"), ("teacher", "2")):
         name = f"models:/Task04_Hippocampus@{alias}"

@@ -20,4 +20,4 @@ def test_only_errors_of_the_input_come_of_damaged_and_odd_inputs(monkeypatch, ta
     monkeypatch.syspath_prepend(SCRIPTS)
     import fuzz
 
-    fuzz.fuzz(target, count, 1)
+    fuzz.fuzz_reader(target, count, 1)

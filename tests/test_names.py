@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> Path:
 def test_ids_paths_and_passwords_are_taken_out_of_a_text(
     run: Path, text: str, expected: str
 ) -> None:
-    assert choose_names(read_folder(run)).text(text) == expected
+    assert choose_names(read_folder(run)).clean_text(text) == expected
 
 
 def test_mlflow_and_a_shared_report_hide_the_same_in_the_same_texts(run: Path) -> None:
@@ -79,20 +79,20 @@ def test_mlflow_and_a_shared_report_hide_the_same_in_the_same_texts(run: Path) -
 def test_a_case_without_a_pseudonym_leaves_under_a_number_both_ways(run: Path) -> None:
     for folder in (read_folder(run), read_folder_with_tables(run)):
         names = choose_names(folder)
-        assert names.text("bert-2 is empty") == "case_001 is empty"
-        assert names.case("bert-2") == "case_001"
-        assert names.tree({"bert-2": ["a bert-2", 3]}) == {"case_001": ["a case_001", 3]}
+        assert names.clean_text("bert-2 is empty") == "case_001 is empty"
+        assert names.name_case("bert-2") == "case_001"
+        assert names.clean_tree({"bert-2": ["a bert-2", 3]}) == {"case_001": ["a case_001", 3]}
 
 
 def test_names_that_stay_at_home_are_shown_as_they_are() -> None:
     names = Names(IDS, ("/srv/my scans",), shared=False)
     for text, _ in TEXTS:
-        assert names.text(text) == text
-    assert names.tree({"p07": "a/b"}) == {"p07": "a/b"}
-    assert names.case("p07") == "p07"
+        assert names.clean_text(text) == text
+    assert names.clean_tree({"p07": "a/b"}) == {"p07": "a/b"}
+    assert names.name_case("p07") == "p07"
 
 
 def test_numbers_of_a_file_that_is_full_of_them_are_no_case_ids() -> None:
     names = Names(IDS, numbers=False)
-    assert (names.text("4"), names.text("012 voxels")) == ("4", "012 voxels")
-    assert names.find("012 and p07") == ["p07"]
+    assert (names.clean_text("4"), names.clean_text("012 voxels")) == ("4", "012 voxels")
+    assert names.find_names("012 and p07") == ["p07"]

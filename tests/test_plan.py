@@ -247,7 +247,7 @@ def cores(monkeypatch):
 
     def use(free, count=8):
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        monkeypatch.setattr("medssl.machine.OWN_THREADS", 8)
+        monkeypatch.setattr("medssl.machine.TORCH_THREADS", 8)
         monkeypatch.setattr("medssl.machine.count_cores", lambda: count)
         monkeypatch.setattr("medssl.machine.count_free_cores", lambda: free)
 

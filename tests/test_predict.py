@@ -33,7 +33,7 @@ from medssl.predict import (
 )
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
-from medssl.windows import Window, slide
+from medssl.windows import Window, slide_window
 
 ISOTROPIC = np.diag([1.0, 1, 1, 1])
 ANISOTROPIC = np.diag([0.8, 0.8, 2.5, 1])
@@ -284,7 +284,7 @@ def test_masks_and_maps_say_of_their_place_what_their_scan_says(oracle, tmp_path
             np.testing.assert_array_equal(found[field], expected[field])
         np.testing.assert_array_equal(found["pixdim"][:4], expected["pixdim"][:4])
     mask = np.asanyarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
-    assert dice(mask == 7, np.asarray(image.dataobj) > 50) >= 0.99, "metres are taken as metres"
+    assert dice(mask == 7, np.asarray(image.dataobj) > 50) >= 0.99, "meters are taken as meters"
 
 
 def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp_path):
@@ -384,9 +384,9 @@ def test_a_scan_that_the_network_has_no_memory_for_is_named_and_the_others_are_s
     def refuse_large(network, image, *rest):
         if image.shape[2] > 20:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
-        return slide(network, image, *rest)
+        return slide_window(network, image, *rest)
 
-    monkeypatch.setattr(predict, "slide", refuse_large)
+    monkeypatch.setattr(predict, "slide_window", refuse_large)
     with pytest.raises(InputError, match=r"1 of 2 scans .*\n.*large\.nii: .*does not fit"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=lambda text: None)
     assert (tmp_path / "out" / "small.nii.gz").exists()
@@ -717,13 +717,13 @@ def test_where_memory_runs_out_a_scan_is_cut_again_and_goes_on(oracle, tmp_path,
     def refuse_large(network, image, window, mirrored, part, *rest):
         sizes = [p.stop - p.start for p in part]
         tried.append(sizes)
-        slabs = slide(network, image, window, mirrored, part, *rest)
+        slabs = slide_window(network, image, window, mirrored, part, *rest)
         yield next(slabs)
         if min(sizes) > 12:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         yield from slabs
 
-    monkeypatch.setattr(predict, "slide", refuse_large)
+    monkeypatch.setattr(predict, "slide_window", refuse_large)
     mask = predict_case(oracle, (tmp_path / "a.nii",)).mask
     assert len(tried) > 2
     assert np.array_equal(mask, whole)

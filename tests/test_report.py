@@ -30,7 +30,7 @@ from medssl.metrics import paired_difference
 from medssl.names import Names, choose_names
 from medssl.overlays import CLASS_COLORS, render_overlay, write_overlay
 from medssl.report import figures, scans, write_report
-from medssl.report.figures import _spread, draw_pairs, pair_dice
+from medssl.report.figures import _spread, pair_dice, plot_pairs
 from medssl.report.sentences import (
     count_steps,
     explain_row,
@@ -634,8 +634,8 @@ def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) ->
 def test_a_case_without_a_pseudonym_gets_a_number(run: Path) -> None:
     (run / "pseudonyms.json").unlink()
     names = choose_names(read_folder_with_tables(run))
-    assert re.fullmatch(r"case_\d{3}", names.case("test_00"))
-    assert names.case("never heard of") == "case ?"
+    assert re.fullmatch(r"case_\d{3}", names.name_case("test_00"))
+    assert names.name_case("never heard of") == "case ?"
 
 
 @pytest.mark.usefixtures("quick")
@@ -755,7 +755,7 @@ def test_the_patients_right_is_left_and_the_front_is_on_top() -> None:
 def test_any_number_of_cases_can_be_paired(number: int) -> None:
     rng = np.random.default_rng(1)
     before = {f"c{i}": float(rng.uniform(0, 1)) for i in range(number)}
-    png = draw_pairs(before, {c: v * 0.9 for c, v in before.items()}, lambda c: f"$\\{c} 頭")
+    png = plot_pairs(before, {c: v * 0.9 for c, v in before.items()}, lambda c: f"$\\{c} 頭")
     assert png.startswith(b"\x89PNG")
 
 

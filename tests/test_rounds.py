@@ -82,7 +82,7 @@ def start(data, tmp_path, monkeypatch, stop_at):
         *overrides, name="run", stop=None, settings=SETTINGS, taken=None, stop_flag=None, **options
     ):
         given = [*settings, *overrides]
-        prepared = loop.prepare(
+        prepared = loop.prepare_run(
             load_config(data, given), lambda plan: load_config(data, given, plan), taken
         )
         folder = tmp_path / "runs" / name
@@ -389,7 +389,7 @@ def test_the_teacher_is_the_last_model_that_passed(
     teachers_seen, left = [], iter(verdicts)
     monkeypatch.setattr(loop, "train_round", lambda run, index, by: teachers_seen.append(by))
     monkeypatch.setattr(loop, "label_and_judge", lambda *_: Gate(bool(next(left)), ("because",)))
-    monkeypatch.setattr(loop, "deliver", lambda run, passed, rejected, _: (passed, rejected))
+    monkeypatch.setattr(loop, "deliver_model", lambda run, passed, rejected, _: (passed, rejected))
     num_rounds = 4 if verdicts[-2:] == [0, 0] or len(verdicts) == 1 else len(verdicts) - 1
     run = SimpleNamespace(num_rounds=num_rounds)
     assert loop._run_rounds(run, False) == (passed, rejected)
@@ -518,7 +518,7 @@ def test_labels_are_pulled_towards_volumes_corrected_on_the_labeled_cases(start,
     monkeypatch.setattr(
         students, "_measure_shares", lambda *_: true * torch.tensor([1, 1.25, 5, 1])
     )
-    monkeypatch.setattr(students, "expect", lambda _: fake_expectation(true))
+    monkeypatch.setattr(students, "derive_expectation", lambda _: fake_expectation(true))
     start("target.assignment=transport", "rounds=2")
     seen, later = fits
     uncorrected = torch.bincount(later["pool"].argmax(1), minlength=4) / len(later["pool"])
@@ -548,7 +548,7 @@ def test_what_a_teacher_says_where_nobody_annotated_plays_no_part(monkeypatch):
     probs[:, 1, :1], probs[:, 0, 1:2], probs[:, 2, 2:] = 1, 1, 1
     case = SimpleNamespace(label=lambda: label)
     run = SimpleNamespace(labeled=(case,), plan=SimpleNamespace(num_classes=3))
-    monkeypatch.setattr(students, "_ask", lambda *_: iter([probs]))
+    monkeypatch.setattr(students, "_predict_cases", lambda *_: iter([probs]))
     shares = students._measure_shares(run, 0)
     assert shares.tolist() == pytest.approx([0.5, 0.5, students.LEAST_SHARE], abs=1e-5)
 
@@ -756,7 +756,7 @@ def test_the_plan_of_a_run_says_that_a_label_was_made_by_a_model(tmp_path):
     label, values = read_dataset(tmp_path).cases[0].label, (0, 1, 2, 3)
     write_mask(label, *read_label(label, values, None), values, origin="pseudo-mask")
     resolved = load_config(tmp_path, SETTINGS)
-    prepared = loop.prepare(resolved, lambda plan: load_config(tmp_path, SETTINGS, plan), None)
+    prepared = loop.prepare_run(resolved, lambda plan: load_config(tmp_path, SETTINGS, plan), None)
     (reason,) = [reason for reason in prepared.plan.reasons if "made by a model" in reason]
     assert reason.startswith("1 of 2 labels")
 

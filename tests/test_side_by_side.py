@@ -58,7 +58,7 @@ def test_cases_without_a_class_and_single_patients_have_a_difference(tmp_path, m
 
     ours = write_evaluation(tmp_path / "a", ["1,p,0.8", "2,p,", "3,p,0.7"])
     theirs = write_evaluation(tmp_path / "b", ["3,p,0.6", "2,p,", "1,p,0.6"])
-    row = study.measure([ours], [theirs])
+    row = study.measure_arm([ours], [theirs])
     found = row["difference"]
     assert found["mean"] == pytest.approx(0.15)
     assert found["low"] is None
@@ -80,7 +80,7 @@ def test_an_interval_is_over_patients(tmp_path, monkeypatch):
         folders = (
             write_evaluation(tmp_path / name / k, v) for k, v in (("a", ours), ("b", theirs))
         )
-        found = study.measure(*([folder] for folder in folders))["difference"]
+        found = study.measure_arm(*([folder] for folder in folders))["difference"]
         widths.append(found["high"] - found["low"])
     assert widths[1] > 1.2 * widths[0]
 

@@ -36,7 +36,7 @@ def trained(study, monkeypatch, tiny_plan):
             path.write_text("\n".join(["case_id,patient_id,dice", *rows]) + "\n")
         return {"total_steps": 10, "seconds": 90.0}
 
-    monkeypatch.setattr(study, "finish", finish)
+    monkeypatch.setattr(study, "finish_run", finish)
     return commands
 
 
@@ -82,7 +82,7 @@ def test_first_students_are_compared_with_each_other(study, trained, tmp_path):
     run = make_study(study, tmp_path, "labeled=6")
     for arm in ("shadow", "recipe", "recipe"):
         study.run_arm(run, 0, arm)
-    rows = {row["arm"]: row for row in study.tabulate(run.csv)}
+    rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
     assert list(rows) == ["round_0", "shadow_first_round", "shadow", "first_round", "recipe"]
     assert rows["first_round"]["minus shadow"].startswith("+0.1000")  # 0.65 and 0.55
     assert rows["recipe"]["minus shadow"].startswith("+0.1000")  # 0.7 and 0.6
@@ -119,7 +119,7 @@ def test_the_table_has_differences_over_draws(study, trained, tmp_path):
     for draw in (0, 1):
         for arm in ("labels", "recipe", "no_cutmix", "no_entropy"):
             study.run_arm(run, draw, arm)
-    rows = {row["arm"]: row for row in study.tabulate(run.csv)}
+    rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
     assert list(rows) == [
         *("round_0", "labels", "first_round", "recipe", "no_entropy", "no_cutmix")
     ]
@@ -142,14 +142,14 @@ def test_the_report_says_what_the_committed_study_found(study):
     shared = [draw for draw in arms["recipe"] if draw in arms["shadow"]]
     assert f"{ {1: 'one draw', 2: 'two draws', 3: 'three draws'}[draws] } of them" in EVIDENCE
     after, before = (
-        sum(study.mean_of(arms[arm][draw]) for draw in shared) / draws
+        sum(study.average_dice(arms[arm][draw]) for draw in shared) / draws
         for arm in ("recipe", "round_0")
     )
     assert f"at {after:.3f} Dice where labels alone are at {before:.3f}" in EVIDENCE
     interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
     assert f"which is {interval}" in EVIDENCE
     page = ROOT / "docs" / "evidence.md"
-    assert study.to_markdown(study.tabulate(path)) in page.read_text(encoding="utf-8")
+    assert study.format_markdown(study.tabulate_arms(path)) in page.read_text(encoding="utf-8")
 
 
 def test_the_table_of_a_page_is_replaced(study, tmp_path):
@@ -176,4 +176,4 @@ def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):
     found, _ = study.compare_arms(arms["shadow"], arms["labels"], patients)
     assert found["mean"] == pytest.approx(0.27)
     assert study.pick_better(arms)[0] == "shadow"
-    assert study.mean_of(arms["shadow"][0]) == pytest.approx(0.44)  # alone
+    assert study.average_dice(arms["shadow"][0]) == pytest.approx(0.44)  # alone

@@ -22,7 +22,7 @@ from PIL import Image
 
 from medssl.config import InputError
 from medssl.runs import read_json, write_json
-from medssl.tracking import Mirror, default_uri, send, serve, server, store, sync
+from medssl.tracking import Mirror, find_default_uri, send, serve_runs, server, store, sync_run
 
 CLASSES = ("anterior", "posterior")
 SECRETS = ("anna", "schmidt", "hospital", "ward7", "swordfish")
@@ -179,7 +179,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store without runs: making one takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("store")
     os.environ.update(store.ENVIRONMENT)
-    store.connect(default_uri(folder))
+    store.open_store(find_default_uri(folder))
     return folder / "mlflow.db"
 
 
@@ -193,7 +193,7 @@ def runs(tmp_path: Path, empty_store: Path) -> Path:
 def test_a_run_is_a_parent_with_a_child_per_round(runs: Path) -> None:
     run = write_run(runs / "mine")
     write_evaluation(run)
-    sync(run)
+    sync_run(run)
     assert sorted(ask(runs, "select name, status from runs")) == [
         ("mine", "FINISHED"),
         ("overlays", "FINISHED"),
@@ -220,7 +220,7 @@ def test_a_run_is_a_parent_with_a_child_per_round(runs: Path) -> None:
 def test_syncing_twice_doubles_nothing(runs: Path) -> None:
     run = write_run(runs / "mine")
     write_evaluation(run)
-    sync(run)
+    sync_run(run)
 
     def look() -> tuple[Any, ...]:
         tables = ("runs", "metrics", "params", "tags", "model_versions")
@@ -228,19 +228,19 @@ def test_syncing_twice_doubles_nothing(runs: Path) -> None:
         return *counts, sorted(path.name for path in (runs / "mlartifacts").rglob("*"))
 
     before = look()
-    sync(run)
+    sync_run(run)
     assert look() == before
     record = read_json(run / "tracking.json")
     record["own store"]["offset"] = 0  # as if killed between sending and taking note
     write_json(run / "tracking.json", record)
-    sync(run)
+    sync_run(run)
     assert look() == before
 
 
 def test_points_beyond_the_checkpoint_wait_for_it(runs: Path) -> None:
     run = write_run(runs / "mine")
     set_state(run, "running", 1, 100)
-    sync(run)
+    sync_run(run)
     found = ask(
         runs,
         "select r.name, max(m.step) from metrics m join runs r on r.run_uuid = m.run_uuid "
@@ -249,14 +249,14 @@ def test_points_beyond_the_checkpoint_wait_for_it(runs: Path) -> None:
     assert found == [("round 0", 600), ("round 1", 100)]
     assert ask(runs, "select count(*) from model_versions") == [(0,)]
     set_state(run, "delivered", 2, 600)
-    sync(run)
+    sync_run(run)
     assert count_points(runs) == count_journal(run)
 
 
 def test_a_resumed_run_goes_on_under_the_same_ids(runs: Path) -> None:
     run = write_run(runs / "mine")
     set_state(run, "interrupted", 1, 300)
-    sync(run)
+    sync_run(run)
     ids = read_json(run / "tracking.json")["own store"]
     assert ask(runs, "select status from runs where name = 'mine'") == [("KILLED",)]
     assert ask(runs, "select status from runs where name = 'round 0'") == [("FINISHED",)]
@@ -264,10 +264,10 @@ def test_a_resumed_run_goes_on_under_the_same_ids(runs: Path) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["train"]["workers"] = 7  # no part of the hash, so a resumed run may bring another one
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    sync(run)
+    sync_run(run)
     assert ask(runs, "select status from runs where name = 'mine'") == [("RUNNING",)]
     set_state(run, "delivered", 2, 600)
-    sync(run)
+    sync_run(run)
     assert ask(runs, "select status from runs where name = 'mine'") == [("FINISHED",)]
     again = read_json(run / "tracking.json")["own store"]
     assert again["parent"] == ids["parent"]
@@ -281,7 +281,7 @@ def test_what_is_not_finite_is_dropped_and_counted(runs: Path) -> None:
     line = {"round": 0, "step": 700, "time": time.time(), "metrics": metrics}
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n" + '{"round": 0, "st')
-    sync(run)
+    sync_run(run)
     found = ask(runs, "select key, value from metrics where step = 700 order by key")
     assert found == [("monitors/nonfinite", 3.0), ("val/a", 1.0)]
 
@@ -290,13 +290,13 @@ def test_what_is_not_finite_is_dropped_and_counted(runs: Path) -> None:
 def test_a_folder_of_runs_that_is_renamed_keeps_the_artifacts_of_all_its_runs(
     runs: Path, name: str
 ) -> None:
-    sync(write_run(runs / "first"))
+    sync_run(write_run(runs / "first"))
     moved = runs.with_name(name)
     runs.rename(moved)
-    sync(write_run(moved / "second", draw=1))
+    sync_run(write_run(moved / "second", draw=1))
     assert not runs.exists()
     assert [path.name for path in moved.parent.iterdir()] == [name], "a stray folder or database"
-    client = store.connect(default_uri(moved))
+    client = store.open_store(find_default_uri(moved))
     for run in ("first", "second"):
         parent = read_json(moved / run / "tracking.json")["own store"]["parent"]
         assert {"config.yaml", "model"} <= {file.path for file in client.list_artifacts(parent)}
@@ -308,11 +308,11 @@ def test_a_folder_of_runs_that_is_renamed_keeps_the_artifacts_of_all_its_runs(
 
 def test_files_that_mlflow_has_lost_are_sent_again(runs: Path) -> None:
     run = write_run(runs / "mine")
-    sync(run)
+    sync_run(run)
     before = sorted(path.name.split("%")[0] for path in (runs / "mlartifacts").rglob("*"))
     counts = ask(runs, "select count(*) from metrics")
     shutil.rmtree(runs / "mlartifacts")
-    sync(run)
+    sync_run(run)
     names = {path.name for path in (runs / "mlartifacts").rglob("*")}
     assert {"config.yaml", "model.json", "plan.json"} <= names
     assert before
@@ -332,21 +332,21 @@ def make_half(path: Path, statement: str) -> None:
 def test_a_store_that_was_half_made_is_made_anew(runs: Path, statement: str) -> None:
     make_half(runs / "mlflow.db", f"pragma foreign_keys = off; {statement}")
     run = write_run(runs / "mine", rounds=1)
-    sync(run)
+    sync_run(run)
     assert count_points(runs) == count_journal(run)
     assert not list(runs.glob(".mlflow.db.new*"))
 
 
 def test_a_store_with_runs_that_mlflow_does_not_take_is_named_and_kept(runs: Path) -> None:
     run = write_run(runs / "mine", rounds=1)
-    sync(run)
+    sync_run(run)
     make_half(runs / "mlflow.db", "update alembic_version set version_num = '0'")
     before = (runs / "mlflow.db").read_bytes()
     with pytest.raises(InputError, match=r"mlflow\.db: MLflow cannot use this store.*medssl sync"):
-        sync(run)
+        sync_run(run)
     assert (runs / "mlflow.db").read_bytes() == before
     (runs / "mlflow.db").write_bytes(b"no database at all" * 100)
-    for read in (lambda: sync(run), lambda: serve(runs, port=find_port())):
+    for read in (lambda: sync_run(run), lambda: serve_runs(runs, port=find_port())):
         with pytest.raises(InputError, match=r"mlflow\.db: MLflow cannot use this store"):
             read()
 
@@ -360,7 +360,7 @@ def test_a_database_of_another_program_is_never_replaced(tmp_path: Path, stateme
     make_half(tmp_path / "other.db", statement)
     before = (tmp_path / "other.db").read_bytes()
     with pytest.raises(InputError, match=r"other\.db: MLflow cannot use this store"):
-        sync(run, f"sqlite:///{tmp_path / 'other.db'}")
+        sync_run(run, f"sqlite:///{tmp_path / 'other.db'}")
     assert (tmp_path / "other.db").read_bytes() == before
 
 
@@ -375,7 +375,7 @@ def test_a_kill_while_a_store_is_made_leaves_none(
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "delete_experiment", die)
         with pytest.raises(KeyboardInterrupt):
-            store.connect(default_uri(tmp_path))
+            store.open_store(find_default_uri(tmp_path))
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -383,7 +383,7 @@ def test_a_tracking_uri_of_the_environment_is_said_and_not_followed(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    assert store.choose_store(runs, "auto") == default_uri(runs)
+    assert store.choose_store(runs, "auto") == find_default_uri(runs)
     told = capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI is set and not followed" in told
     assert "tracking.uri=$MLFLOW_TRACKING_URI" in told
@@ -426,15 +426,15 @@ def test_a_damaged_file_of_a_run_is_named_with_its_repair(
     (run / "evaluation").mkdir()
     (run / name).write_text(content)
     with pytest.raises(InputError, match=rf"{name}: .*(delete it|medssl sync)"):
-        sync(run)
+        sync_run(run)
 
 
 def test_a_run_that_was_deleted_in_mlflow_comes_back_whole(runs: Path) -> None:
     run = write_run(runs / "mine")
-    sync(run)
+    sync_run(run)
     parent = read_json(run / "tracking.json")["own store"]["parent"]
-    store.connect(default_uri(runs)).delete_run(parent)
-    sync(run)
+    store.open_store(find_default_uri(runs)).delete_run(parent)
+    sync_run(run)
     active = "(select run_uuid from runs where lifecycle_stage = 'active')"
     assert ask(runs, f"select count(*) from params where run_uuid in {active}")[0][0] > 5
 
@@ -453,7 +453,7 @@ def test_no_case_id_path_or_password_reaches_the_store(runs: Path) -> None:
     summary["worst"] = {"schmidt3-b": 0.2}
     write_json(run / "summary.json", summary)
     (run / "report_share.html").write_text("<p>case_00000001: 0.9 </p><a href='/x'>")
-    sync(run)
+    sync_run(run)
     sent = [(runs / "mlflow.db").read_bytes()]
     sent += [path.read_bytes() for path in (runs / "mlartifacts").rglob("*") if path.is_file()]
     names = [str(path.relative_to(runs)).encode() for path in (runs / "mlartifacts").rglob("*")]
@@ -467,12 +467,12 @@ def test_a_model_or_report_that_names_a_case_is_refused(runs: Path) -> None:
     run = write_run(runs / "mine")
     write_json(run / "model" / "model.json", {"provenance": {"trained_on": ["anna_schmidt_001"]}})
     with pytest.raises(InputError, match=r"model\.json holds a case_id or a path"):
-        sync(run)
+        sync_run(run)
     assert ask(runs, "select count(*) from model_versions") == [(0,)]
     assert ask(runs, "select status from runs where name = 'mine'") == [("FINISHED",)]
     (run / "report_share.html").write_text("<td>anna_schmidt_001</td>")
     with pytest.raises(InputError, match=r"report_share\.html holds"):
-        sync(run)
+        sync_run(run)
 
 
 def test_numbers_of_a_model_are_no_case_ids(runs: Path) -> None:
@@ -482,13 +482,13 @@ def test_numbers_of_a_model_are_no_case_ids(runs: Path) -> None:
     model = {"labels": {"1": "anterior"}, "network": {"filters": [16, 32, 128]}, "cases": 128}
     model["provenance"] = {"weights.safetensors": "0a1b", "steps": 128}
     write_json(run / "model" / "model.json", model)
-    sync(run)
+    sync_run(run)
     assert ask(runs, "select count(*) from model_versions") == [(1,)]
 
 
 def test_a_large_model_stays_in_the_run_folder(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(send, "_MODEL_LIMIT", 500)
-    sync(write_run(runs / "mine"))
+    sync_run(write_run(runs / "mine"))
     names = {path.name for path in (runs / "mlartifacts").rglob("*")}
     assert "model.json" in names
     assert "weights.safetensors" not in names
@@ -503,8 +503,8 @@ def test_no_connection_is_attempted_with_the_folders_own_store(runs: Path) -> No
         "        seen.append((event, args[1:]))\n"
         "        raise OSError('no network')\n"
         "sys.addaudithook(hook)\n"
-        "from medssl.tracking import sync\n"
-        "sync(Path(sys.argv[1]))\nimport time; time.sleep(1)\nassert not seen, seen\n"
+        "from medssl.tracking import sync_run\n"
+        "sync_run(Path(sys.argv[1]))\nimport time; time.sleep(1)\nassert not seen, seen\n"
     )
     environment = {k: v for k, v in os.environ.items() if k not in store.ENVIRONMENT}
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, env=environment)
@@ -513,11 +513,11 @@ def test_no_connection_is_attempted_with_the_folders_own_store(runs: Path) -> No
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
-        sync(tmp_path)
+        sync_run(tmp_path)
     with pytest.raises(InputError, match="no MLflow store"):
-        serve(tmp_path)
+        serve_runs(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        serve(tmp_path / "missing")
+        serve_runs(tmp_path / "missing")
 
 
 def test_a_port_in_use_is_answered_with_a_free_one(runs: Path) -> None:
@@ -526,7 +526,7 @@ def test_a_port_in_use_is_answered_with_a_free_one(runs: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"port {port} .* in use; --port \d+ is free"):
-            serve(runs, port=port)
+            serve_runs(runs, port=port)
 
 
 def test_the_training_process_never_imports_mlflow_and_notify_costs_nothing(runs: Path) -> None:
@@ -558,8 +558,8 @@ def test_a_dead_server_costs_bounded_time_and_sync_makes_up_for_it(
     assert time.monotonic() - start < 12
     assert f"`medssl sync {run}` uploads it later" in capsys.readouterr().out
     with pytest.raises(InputError, match="did not take mine"):
-        sync(run, f"http://127.0.0.1:{port}")
-    sync(run, default_uri(runs))
+        sync_run(run, f"http://127.0.0.1:{port}")
+    sync_run(run, find_default_uri(runs))
     assert count_points(runs) == count_journal(run)
 
 
@@ -574,7 +574,7 @@ def test_a_process_that_dies_is_started_again(runs: Path) -> None:
     set_state(run, "delivered", 2, 600)
     mirror.notify()
     mirror.close(60)
-    sync(run)
+    sync_run(run)
     assert count_points(runs) == count_journal(run)
 
 
@@ -590,8 +590,8 @@ def test_uri_none_mirrors_nothing(tmp_path: Path) -> None:
 def test_four_simultaneous_first_starts_all_succeed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     folders = [write_run(runs / f"run_{index}", draw=index) for index in range(4)]
-    code = "import sys; from pathlib import Path; from medssl.tracking import sync\n"
-    code += "sync(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from medssl.tracking import sync_run\n"
+    code += "sync_run(Path(sys.argv[1]))"
     processes = [subprocess.Popen([sys.executable, "-c", code, str(run)]) for run in folders]
     assert [process.wait(timeout=120) for process in processes] == [0, 0, 0, 0]
     assert ask(runs, "select count(*) from runs") == [(20,)]
@@ -621,9 +621,9 @@ def heed_interrupts() -> None:
 
 @contextlib.contextmanager
 def run_server(runs: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """Run `serve` in a process of its own, and end it as a person would."""
-    code = "import sys; from pathlib import Path; from medssl.tracking import serve\n"
-    code += "sys.exit(serve(Path(sys.argv[1]), port=int(sys.argv[2])))"
+    """Run `serve_runs` in a process of its own, and end it as a person would."""
+    code = "import sys; from pathlib import Path; from medssl.tracking import serve_runs\n"
+    code += "sys.exit(serve_runs(Path(sys.argv[1]), port=int(sys.argv[2])))"
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code, str(runs), str(port)],
         stdout=subprocess.PIPE,

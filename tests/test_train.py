@@ -13,7 +13,7 @@ from medssl.networks.build import build_network
 from medssl.objective import Objective
 from medssl.runs import Journal, StopFlag, hash_json, read_json
 from medssl.settings import hash_config
-from medssl.train import Progress, _identify, find_lr, train
+from medssl.train import Progress, _identify, find_lr, train_model
 
 TIMES = ("monitors/data_wait", "monitors/steps_per_second")
 
@@ -43,7 +43,7 @@ def train_in(tiny_config, tiny_plan, make_dataset, stop_at):
         objective.bad, objective.num_steps = frozenset(bad), plan.steps
         flag = stop if hasattr(stop, "is_set") else stop_at(stop)
         dataset = make_dataset(round_index, seed=config.train.seed)
-        steps = train(objective, dataset, config, plan, folder, round_index, flag, **options)
+        steps = train_model(objective, dataset, config, plan, folder, round_index, flag, **options)
         return objective, steps
 
     return run

@@ -29,7 +29,7 @@ def run(tmp_path_factory, stop_at):
     given = ["tracking.uri=none", "plan.patch_size=[16,16,16]", "steps=2"]
     resolved = load_config(data / "my draft.csv", given)
     reload = lambda plan: load_config(data / "my draft.csv", given, plan)  # noqa: E731
-    prepared = loop.prepare(resolved, reload, None)
+    prepared = loop.prepare_run(resolved, reload, None)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loop, "_run_rounds", lambda *_: Outcome("delivered", None, ""))
         loop.run_training(prepared, folder / "runs" / "a", stop_at(None))

@@ -4,7 +4,7 @@ from monai.inferers import sliding_window_inference
 from torch import nn
 
 from medssl.transforms.geometry import Box
-from medssl.windows import Window, align_slabs, slide
+from medssl.windows import Window, align_slabs, slide_window
 
 WINDOWS = [
     Window((8, 8, 8)),
@@ -53,31 +53,31 @@ def test_slabs_are_what_monai_blends_of_the_whole_and_of_any_box(image, window, 
     ]
     for box in boxes:
         told: list[int] = []
-        slabs = slide(network, image, window, mirrored, box, told.append)
+        slabs = slide_window(network, image, window, mirrored, box, told.append)
         found = torch.cat(list(slabs), dim=1 + window.find_axis(shape))
         expected = whole if box is None else whole[(slice(None), *box)]
         assert torch.allclose(found, expected, atol=1e-5)
         if not mirrored:
-            assert sum(told) == window.count(shape, box)
+            assert sum(told) == window.count_windows(shape, box)
 
 
 @pytest.mark.parametrize("image", [(9, 9, 40)], indirect=True)
 def test_slabs_leave_as_soon_as_they_are_complete(image):
     window = Window((8, 8, 8))
     told: list[int] = []
-    first = next(slide(build(window), image, window, advance=told.append))
+    first = next(slide_window(build(window), image, window, advance=told.append))
     assert first.shape == (3, 9, 9, 4)
-    assert sum(told) == 4 < window.count((9, 9, 40))
+    assert sum(told) == 4 < window.count_windows((9, 9, 40))
 
 
 @pytest.mark.parametrize("image", [(21, 9, 8)], indirect=True)
 def test_views_whose_windows_begin_elsewhere_meet_on_the_same_planes(image):
     window = Window((8, 8, 8))
     network = build(window)
-    views = [slide(network, image, window, axes) for axes in ((), (0,))]
+    views = [slide_window(network, image, window, axes) for axes in ((), (0,))]
     plain, mirrored = (torch.cat(parts, 1) for parts in zip(*align_slabs(views, 0), strict=True))
-    assert torch.equal(plain, torch.cat(list(slide(network, image, window)), 1))
-    assert torch.equal(mirrored, torch.cat(list(slide(network, image, window, (0,))), 1))
+    assert torch.equal(plain, torch.cat(list(slide_window(network, image, window)), 1))
+    assert torch.equal(mirrored, torch.cat(list(slide_window(network, image, window, (0,))), 1))
 
 
 def test_logits_that_are_not_finite_are_refused():
@@ -86,7 +86,7 @@ def test_logits_that_are_not_finite_are_refused():
     with torch.no_grad():
         network.bias[1] = float("inf")
     with pytest.raises(FloatingPointError, match="not finite"):
-        next(slide(network, torch.zeros(1, 2, 8, 8, 8), window))
+        next(slide_window(network, torch.zeros(1, 2, 8, 8, 8), window))
 
 
 def test_a_scan_is_cut_into_as_few_parts_as_fit():

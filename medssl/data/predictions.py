@@ -34,7 +34,7 @@ from medssl.formats.readers import (
     name_scan,
     strip_suffix,
 )
-from medssl.runs import hash_file, lock, read_json, tell_full_disk, write_json
+from medssl.runs import hash_file, hold_lock, read_json, tell_full_disk, write_json
 
 RECORD = "predictions.json"
 AUDIT = "predictions.jsonl"
@@ -300,7 +300,7 @@ class Record:
         if not self._pending:
             return
         started = time.monotonic()
-        with lock(self.out):
+        with hold_lock(self.out):
             record = _read_record(self.out)
             merged = {key: {**record.get(key, {}), **self._pending.get(key, {})} for key in _PARTS}
             merged |= {k: self._pending[k] for k in ("labels", "model") if k in self._pending}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from medssl import __version__
-from medssl.export.exchange import find_multiples, save_script, trace
+from medssl.export.exchange import find_multiples, save_script, trace_network
 from medssl.networks.build import NetworkSpec
 from medssl.predict import Model, ModelInfo
 from medssl.runs import write_file, write_json, write_text
@@ -89,7 +89,7 @@ def _write_network(model: Model, folder: Path) -> dict[str, Any]:
     """
     if model.info.network.name != "dynunet":
         size = (1, model.info.network.in_channels, *model.info.patch_size)
-        script = trace(model.network, torch.zeros(size))
+        script = trace_network(model.network, torch.zeros(size))
         write_file(folder / "model.ts", functools.partial(save_script, script))
         load = "$torch.jit.load(@bundle_root + '/models/model.ts', map_location=@device)"
         return {"network": load, "initialize": ["$@network.eval()"]}

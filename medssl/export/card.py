@@ -54,7 +54,7 @@ def write_card(model: Path, info: ModelInfo) -> str:
         *_describe_making(info, run),
     ]
     text = "\n".join(lines) + "\n"
-    return text if run is None else choose_names(run).text(text)
+    return text if run is None else choose_names(run).clean_text(text)
 
 
 def _describe_use(info: ModelInfo) -> Iterator[str]:
@@ -116,7 +116,7 @@ def _describe_worth(info: ModelInfo, run: RunFolder | None) -> Iterator[str]:
     content = measured or folds
     dice = content.get("dice") or {}
     if dice:
-        yield f"Mean Dice {where}: {_say_interval(dice)}, n = {dice.get('n')} cases of "
+        yield f"Mean Dice {where}: {_format_interval(dice)}, n = {dice.get('n')} cases of "
         yield f"{dice.get('num_patients')} patients."
         yield ""
     classes = content.get("classes") or {}
@@ -125,7 +125,7 @@ def _describe_worth(info: ModelInfo, run: RunFolder | None) -> Iterator[str]:
         yield f"| class | {' | '.join(columns)} | missed | false alarms |"
         yield "|---" * (len(columns) + 3) + "|"
         for name, row in classes.items():
-            cells = [_say_interval(row.get(column)) for column in columns]
+            cells = [_format_interval(row.get(column)) for column in columns]
             extra = [str(row.get(key, "")) for key in ("num_missed", "num_false_alarms")]
             yield f"| {' | '.join([name, *cells, *extra])} |"
         yield ""
@@ -135,7 +135,7 @@ def _describe_worth(info: ModelInfo, run: RunFolder | None) -> Iterator[str]:
     yield ""
 
 
-def _say_interval(estimate: Any) -> str:
+def _format_interval(estimate: Any) -> str:
     """Return a mean with its 95 % interval."""
     known = estimate if isinstance(estimate, Mapping) else {}
     values = [known.get(key) for key in ("mean", "low", "high")]

@@ -112,7 +112,7 @@ def _write_export(network: nn.Module, example: Tensor, path: Path) -> None:
 
 def _write_script(network: nn.Module, example: Tensor, path: Path) -> None:
     """Write TorchScript."""
-    save_script(trace(network, example), path)
+    save_script(trace_network(network, example), path)
 
 
 def save_script(script: torch.jit.ScriptModule, path: Path) -> None:
@@ -122,7 +122,7 @@ def save_script(script: torch.jit.ScriptModule, path: Path) -> None:
         torch.jit.save(script, path)
 
 
-def trace(network: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
+def trace_network(network: nn.Module, example: Tensor) -> torch.jit.ScriptModule:
     """Return a network as TorchScript, traced on an example (B, C, I, J[, K])."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls it deprecated; programs still ask for it

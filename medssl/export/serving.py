@@ -54,10 +54,10 @@ class ServedModel:
                 end = next((s for b, s in _STARTS.items() if content.startswith(b)), ".nii")
                 images.append(Path(folder) / f"scan_{index:04d}{end}")
                 images[-1].write_bytes(content)
-            found = predict_case(self.model, tuple(images))
+            prediction = predict_case(self.model, tuple(images))
             mask = Path(folder) / f"mask{name_mask_suffix(images[0])}"
-            place = (found.mask, found.affine, self.model.info.label_values)
-            write_mask(mask, *place, header=found.header, origin="prediction")
+            place = (prediction.mask, prediction.affine, self.model.info.label_values)
+            write_mask(mask, *place, header=prediction.header, origin="prediction")
             return base64.b64encode(mask.read_bytes()).decode()
 
 

@@ -4,7 +4,7 @@ This file travels in every exported bundle, as scripts/steps.py, with `medssl.tr
 and `medssl.transforms.normalize`: there it runs without medssl. Those are the steps that MONAI has
 none of the same result for. Its `Spacing` lays another grid over a scan, its `NormalizeIntensity`
 knows no percentiles of the non-zero voxels, and its reader follows the qform where the voxel size
-of the sform is not pixdim, and reads lengths in metres as millimetres.
+of the sform is not pixdim, and reads lengths in meters as millimeters.
 
 Axes: B batch, C channels or classes, I J K voxel axes.
 """
@@ -32,7 +32,7 @@ from medssl.transforms.normalize import normalize
 
 _NIFTI = (".nii.gz", ".nii")
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-_MM = {1: 1e3, 3: 1e-3}  # xyzt_units: metre, micron
+_MM = {1: 1e3, 3: 1e-3}  # xyzt_units: meter, micron
 _PLACING = (
     *("xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),

@@ -1,6 +1,6 @@
 """Figures of the report: matplotlib without global state, PNG in memory.
 
-A class has the same colour in every figure and overlay; rounds run from grey (labels only) to
+A class has the same color in every figure and overlay; rounds run from gray (labels only) to
 dark blue. Lines are named where they end, so that no legend has to be matched.
 """
 
@@ -23,7 +23,7 @@ from PIL import Image
 
 from medssl.metrics import Row, compare_cases
 from medssl.overlays import pick_color
-from medssl.run_folder import Point, RoundFolder, RunFolder, number
+from medssl.run_folder import Point, RoundFolder, RunFolder, parse_number
 
 INK, MUTED, GRID = "#1F2933", "#5F6B76", "#E3E7EB"
 GAIN, LOSS, BASELINE = "#1B5E9E", "#B4451F", "#9AA5B1"
@@ -44,7 +44,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of dots: a column of review.csv, its title and its colour."""
+    """One plot of dots: a column of review.csv, its title and its color."""
 
     column: str
     title: str
@@ -98,7 +98,7 @@ def pair_dice(
     return {case_id: a for case_id, a, _ in known}, {case_id: b for case_id, _, b in known}
 
 
-def draw_pairs(
+def plot_pairs(
     before: Mapping[str, float], after: Mapping[str, float], show: Callable[[str], str]
 ) -> bytes:
     """Draw the Dice of each test case under labels only and under the delivered model.
@@ -115,7 +115,7 @@ def draw_pairs(
         return b""
     with _style():
         if len(cases) > 40:
-            return _save(_draw_scatter(cases, before, after))
+            return _save(_plot_scatter(cases, before, after))
         figure = Figure(figsize=(_WIDTH, 0.24 * len(cases) + 1.0), layout="constrained")
         axes: Axes = figure.add_subplot()
         for row, case_id in enumerate(cases):
@@ -160,7 +160,7 @@ def _explain_dots(axes: Axes) -> None:
         x += 0.025 + 0.0066 * len(text)
 
 
-def _draw_scatter(
+def _plot_scatter(
     cases: Sequence[str], before: Mapping[str, float], after: Mapping[str, float]
 ) -> Figure:
     """Draw many cases as points against the line of no change, and their differences."""
@@ -186,12 +186,12 @@ def _draw_scatter(
     return figure
 
 
-def draw_curves(run: RunFolder) -> bytes:
+def plot_curves(run: RunFolder) -> bytes:
     """Draw losses, learning rate and validation Dice against the step, one line per round."""
     present = {name for entry in run.rounds for name in entry.curves}
-    wanted = [f"losses/{name}" for name in LOSSES] + ["val/dice", "monitors/lr"]
-    metrics = [name for name in wanted if name in present]
-    metrics += sorted(n for n in present if n.startswith("losses/") and n not in wanted)
+    ordered = [f"losses/{name}" for name in LOSSES] + ["val/dice", "monitors/lr"]
+    metrics = [name for name in ordered if name in present]
+    metrics += sorted(n for n in present if n.startswith("losses/") and n not in ordered)
     if not metrics:
         return b""
     with _style():
@@ -208,15 +208,15 @@ def draw_curves(run: RunFolder) -> bytes:
                 (entry, entry.curves[metric]) for entry in run.rounds if metric in entry.curves
             ]
             for entry, points in lines:
-                color = _round_color(entry.index, len(run.rounds))
-                _draw_line(axes, points, color, smooth=metric.startswith("losses/"))
+                color = _choose_round_color(entry.index, len(run.rounds))
+                _plot_line(axes, points, color, smooth=metric.startswith("losses/"))
             _name_lines(axes, [(e.index, p, len(run.rounds)) for e, p in lines])
             axes.set_xlabel("step of the round")
             axes.margins(x=0.01)
         return _save(figure)
 
 
-def draw_coverage_curves(run: RunFolder) -> bytes:
+def plot_coverage_curves(run: RunFolder) -> bytes:
     """Draw accepted fraction and threshold of each class against the step, one column a round."""
     rounds = [entry for entry in run.rounds if _list_class_curves(run, entry, "coverage")]
     if not rounds:
@@ -231,7 +231,7 @@ def draw_coverage_curves(run: RunFolder) -> bytes:
                 axes = grid[row, column]
                 curves = _list_class_curves(run, entry, kind)
                 for index, points in curves.items():
-                    _draw_line(axes, points, class_color(index), smooth=kind == "coverage")
+                    _plot_line(axes, points, choose_class_color(index), smooth=kind == "coverage")
                 if row == 0:
                     axes.set_title(f"round {entry.index}")
                 if row == len(kinds) - 1:
@@ -248,7 +248,7 @@ def draw_coverage_curves(run: RunFolder) -> bytes:
         return _save(figure)
 
 
-def draw_reviews(run: RunFolder) -> bytes:
+def plot_reviews(run: RunFolder) -> bytes:
     """Draw, per round, coverage and agreement of each class; a dot is a scan.
 
     Agreement has a panel per class where review.csv has a column per class, else one for all.
@@ -270,7 +270,7 @@ def draw_reviews(run: RunFolder) -> bytes:
             kind = panels[0].column.partition("/")[0]
             low = _find_floor(rounds, [panel.column for panel in panels])
             for axes, panel in zip(line, panels, strict=False):
-                _draw_strips(axes, rounds, panel)
+                _plot_strips(axes, rounds, panel)
                 axes.set_ylim(low, 1.03)
                 axes.set_yticks([at for at in axes.get_yticks() if low <= at < 1.001])
             unit = "fraction" if kind == "coverage" else "mean Dice"
@@ -281,8 +281,8 @@ def draw_reviews(run: RunFolder) -> bytes:
 def _list_panels(run: RunFolder, rounds: Sequence[RoundFolder], kind: str) -> list[Panel]:
     """Return the panels of coverage or agreement that have a value."""
     panels = [
-        Panel(f"{kind}/{run.classes[index]}", run.classes[index], class_color(index))
-        for index in list_shown_classes(run)
+        Panel(f"{kind}/{run.classes[index]}", run.classes[index], choose_class_color(index))
+        for index in list_plotted_classes(run)
         if index > 0
     ]
     panels = [panel for panel in panels if any(_take(entry, panel.column) for entry in rounds)]
@@ -291,23 +291,23 @@ def _list_panels(run: RunFolder, rounds: Sequence[RoundFolder], kind: str) -> li
     return panels
 
 
-def _draw_strips(axes: Axes, rounds: Sequence[RoundFolder], panel: Panel) -> None:
+def _plot_strips(axes: Axes, rounds: Sequence[RoundFolder], panel: Panel) -> None:
     """Draw a column of dots per round that has values."""
-    shown = [entry for entry in rounds if _take(entry, panel.column)]
-    for place, entry in enumerate(shown):
-        _draw_strip(axes, place, _take(entry, panel.column), panel.color)
-    axes.set_xticks(range(len(shown)), [f"round {entry.index}" for entry in shown])
-    axes.set_xlim(-0.5, max(len(shown), 3) - 0.2)
+    entries = [entry for entry in rounds if _take(entry, panel.column)]
+    for place, entry in enumerate(entries):
+        _plot_strip(axes, place, _take(entry, panel.column), panel.color)
+    axes.set_xticks(range(len(entries)), [f"round {entry.index}" for entry in entries])
+    axes.set_xlim(-0.5, max(len(entries), 3) - 0.2)
     axes.grid(False, axis="x")
     axes.set_title(_shorten(panel.title), color=panel.color)
 
 
-def class_color(index: int) -> str:
-    """Return the colour of a class; the background is grey."""
+def choose_class_color(index: int) -> str:
+    """Return the color of a class; the background is gray."""
     return BASELINE if index == 0 else pick_color(index)
 
 
-def list_shown_classes(run: RunFolder) -> list[int]:
+def list_plotted_classes(run: RunFolder) -> list[int]:
     """Return the classes that figures show: background and the first seven others."""
     return sorted(run.classes)[: _MAX_CLASSES + 1]
 
@@ -315,7 +315,7 @@ def list_shown_classes(run: RunFolder) -> list[int]:
 def _list_class_curves(run: RunFolder, entry: RoundFolder, kind: str) -> dict[int, Sequence[Point]]:
     """Return the curves of a monitor per class; its key may end in the index or in the name."""
     curves: dict[int, Sequence[Point]] = {}
-    for index in list_shown_classes(run):
+    for index in list_plotted_classes(run):
         for key in (run.classes[index], str(index)):
             points = entry.curves.get(f"monitors/{kind}/{key}")
             if points:
@@ -337,7 +337,7 @@ def is_unfiltered(run: RunFolder) -> bool:
 
 def _take(entry: RoundFolder, column: str) -> list[float]:
     """Return the numbers of a column of review.csv."""
-    values = [number(row.get(column)) for row in entry.review]
+    values = [parse_number(row.get(column)) for row in entry.review]
     return [value for value in values if value is not None]
 
 
@@ -347,7 +347,7 @@ def _find_floor(rounds: Sequence[RoundFolder], keys: Sequence[str]) -> float:
     return max(0.0, math.floor(10 * lowest - 0.3) / 10)
 
 
-def _draw_strip(axes: Axes, place: int, values: Sequence[float], color: str) -> None:
+def _plot_strip(axes: Axes, place: int, values: Sequence[float], color: str) -> None:
     """Draw a column of dots, spread where they would hide each other, with its median."""
     ordered = np.sort(np.asarray(values))
     spread = 0.16 * np.sin(np.arange(len(ordered)) * 2.4)
@@ -357,7 +357,7 @@ def _draw_strip(axes: Axes, place: int, values: Sequence[float], color: str) -> 
     axes.text(place + 0.28, median, f"{median:.2f}", va="center", fontsize=8.5, color=INK)
 
 
-def _draw_line(axes: Axes, points: Sequence[Point], color: str, smooth: bool) -> None:
+def _plot_line(axes: Axes, points: Sequence[Point], color: str, smooth: bool) -> None:
     """Draw a curve: thinned to what the eye can see, noise behind its running mean."""
     steps, values = _thin(points)
     if smooth and len(values) >= 20:
@@ -385,8 +385,8 @@ def _smooth(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return smoothed
 
 
-def _round_color(index: int, num_rounds: int) -> str:
-    """Return grey for round 0 and ever darker blues for the students."""
+def _choose_round_color(index: int, num_rounds: int) -> str:
+    """Return gray for round 0 and ever darker blues for the students."""
     if index == 0:
         return BASELINE
     light, dark = np.array([0x7F, 0xB2, 0xDF]), np.array([0x0F, 0x3F, 0x75])
@@ -397,7 +397,9 @@ def _round_color(index: int, num_rounds: int) -> str:
 
 def _name_lines(axes: Axes, lines: Sequence[tuple[int, Sequence[Point], int]]) -> None:
     """Write the number of its round at the end of each line."""
-    ends = [(*_end(points), f" {index}", _round_color(index, n)) for index, points, n in lines]
+    ends = [
+        (*_end(points), f" {index}", _choose_round_color(index, n)) for index, points, n in lines
+    ]
     for step in {end[0] for end in ends}:
         _place_labels(axes, step, [end[1:] for end in ends if end[0] == step])
 
@@ -405,7 +407,7 @@ def _name_lines(axes: Axes, lines: Sequence[tuple[int, Sequence[Point], int]]) -
 def _name_classes(axes: Axes, run: RunFolder, curves: Mapping[int, Sequence[Point]]) -> None:
     """Write the name of its class at the end of each line."""
     ends = [
-        (*_end(points), f" {_shorten(run.classes[index], 18)}", class_color(index))
+        (*_end(points), f" {_shorten(run.classes[index], 18)}", choose_class_color(index))
         for index, points in curves.items()
     ]
     if ends:
@@ -424,8 +426,8 @@ def _place_labels(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]
     height = axes.get_position().height * axes.figure.get_figheight()  # type: ignore[union-attr]  # a figure here, never a subfigure
     gap = 0.17 / max(height, 0.5)
     ordered = sorted(ends, key=lambda end: end[0])
-    wanted = [(end[0] - low) / ((high - low) or 1.0) for end in ordered]
-    places = _spread(wanted, gap)
+    heights = [(end[0] - low) / ((high - low) or 1.0) for end in ordered]
+    places = _spread(heights, gap)
     for (_, text, color), y in zip(ordered, places, strict=True):
         axes.annotate(
             text,
@@ -437,10 +439,10 @@ def _place_labels(axes: Axes, step: float, ends: Sequence[tuple[float, str, str]
         )
 
 
-def _spread(wanted: Sequence[float], gap: float) -> list[float]:
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
     """Return heights in rising order, at least ``gap`` apart, near the wanted ones."""
     places: list[float] = []
-    for height in wanted:
+    for height in heights:
         places.append(max(height, places[-1] + gap) if places else height)
     excess = max(0.0, places[-1] - 1.0) if places else 0.0
     for index in range(len(places) - 1, -1, -1):
@@ -463,7 +465,7 @@ def _shorten(text: str, length: int = 28) -> str:
 
 
 def _save(figure: Figure) -> bytes:
-    """Return the figure as a PNG of at most 256 colours."""
+    """Return the figure as a PNG of at most 256 colors."""
     figure.set_dpi(_DPI)
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves draw and buffer_rgba untyped
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The page: what was read, said and drawn, put into template.html."""
+"""The page: the text, figures and scans of a run, put into template.html."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from medssl.overlays import CLASS_COLORS
 from medssl.report import figures, scans, sentences
 from medssl.report.scans import Overlay, Sources
 from medssl.report.sentences import format_number
-from medssl.run_folder import RoundFolder, RunFolder, number, read_folder_with_tables
+from medssl.run_folder import RoundFolder, RunFolder, parse_number, read_folder_with_tables
 from medssl.runs import write_text
 
 NUM_LISTED = 12
@@ -37,8 +37,8 @@ class Picture:
     problem: str = ""
 
 
-class Drawings:
-    """The pictures of a run that show no names: each is drawn once for both pages."""
+class FigureCache:
+    """The figures of a run that show no names: each is made once for both pages."""
 
     def __init__(self, run: RunFolder, sources: Sources) -> None:
         self.run = run
@@ -46,17 +46,17 @@ class Drawings:
         self._plots: dict[Callable[[RunFolder], bytes], bytes] = {}
         self._overlays: dict[tuple[object, ...], Overlay] = {}
 
-    def plot(self, draw: Callable[[RunFolder], bytes]) -> bytes:
-        """Return what a function of ``figures`` draws."""
-        if draw not in self._plots:
-            self._plots[draw] = draw(self.run)
-        return self._plots[draw]
+    def plot_figure(self, plot: Callable[[RunFolder], bytes]) -> bytes:
+        """Return the PNG of a function of ``figures``."""
+        if plot not in self._plots:
+            self._plots[plot] = plot(self.run)
+        return self._plots[plot]
 
-    def show(self, draw: Callable[..., Overlay], case_id: str, *where: Any) -> Overlay:
-        """Return what a function of ``scans`` draws of a case."""
-        key = (draw, case_id, *where)
+    def render_case(self, render: Callable[..., Overlay], case_id: str, *where: Any) -> Overlay:
+        """Return the overlay of a function of ``scans`` for a case."""
+        key = (render, case_id, *where)
         if key not in self._overlays:
-            self._overlays[key] = draw(self.run, self.sources, case_id, *where)
+            self._overlays[key] = render(self.run, self.sources, case_id, *where)
         return self._overlays[key]
 
 
@@ -74,11 +74,11 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         InputError: It is no run folder.
     """
     run = read_folder_with_tables(Path(run_dir))
-    drawings = Drawings(run, scans.find_sources(run))
-    return _write_page(run, drawings, share=False), _write_page(run, drawings, share=True)
+    cache = FigureCache(run, scans.find_sources(run))
+    return _write_page(run, cache, share=False), _write_page(run, cache, share=True)
 
 
-def _write_page(run: RunFolder, drawings: Drawings, share: bool) -> Path:
+def _write_page(run: RunFolder, cache: FigureCache, share: bool) -> Path:
     """Write one of the two pages."""
     names = choose_names(run) if share else Names(shared=False)
     environment = Environment(
@@ -99,19 +99,19 @@ def _write_page(run: RunFolder, drawings: Drawings, share: bool) -> Path:
         damaged=run.damaged,
         edited=run.edited,
         facts=_list_facts(run),
-        verdict=_describe_verdict(run, drawings.sources, names),
+        verdict=_describe_verdict(run, cache.sources, names),
         interval=_place_interval(run),
         rounds=sentences.tabulate_rounds(run, names),
-        ending=_capitalize(names.text(str(run.summary.get("exit") or ""))),
+        ending=_capitalize(names.clean_text(str(run.summary.get("exit") or ""))),
         classes=_tabulate_classes(run),
         pairs=_show_pairs(run, names),
-        curves=_show_curves(drawings),
-        coverage=_show_coverage(drawings),
+        curves=_show_curves(cache),
+        coverage=_show_coverage(cache),
         colors=_list_colors(run),
         num_colors=len(CLASS_COLORS),
         has_directions=bool(run.plan.get("has_spacing", True)),
-        cases=_show_cases(drawings, names),
-        annotate=_show_annotate(drawings, names),
+        cases=_show_cases(cache, names),
+        annotate=_show_annotate(cache, names),
         origin=_describe_origin(run, names),
     )
     path = run.path / ("report_share.html" if share else "report.html")
@@ -142,7 +142,7 @@ def _list_facts(run: RunFolder) -> list[tuple[str, str]]:
     titles = ("labeled", "unlabeled", "validation", "test")
     sizes = [f"{len(run.list_part(part)):,}" if run.splits else sentences.MISSING for part in parts]
     steps = sentences.count_steps(run)
-    seconds = [number(entry.done.get("seconds")) for entry in run.rounds]
+    seconds = [parse_number(entry.done.get("seconds")) for entry in run.rounds]
     total = sum(value for value in seconds if value is not None)
     return [
         *zip(titles, sizes, strict=True),
@@ -161,14 +161,14 @@ def _describe_verdict(run: RunFolder, sources: Sources, names: Names) -> dict[st
         "kind": verdict.kind.replace(" ", "-"),
         "word": verdict.word,
         "sentence": verdict.sentence,
-        "details": [names.text(detail) for detail in verdict.details],
+        "details": [names.clean_text(detail) for detail in verdict.details],
     }
 
 
 def _place_interval(run: RunFolder) -> dict[str, Any] | None:
     """Return where the interval of the paired difference lies on a line of 100 units."""
     paired = run.paired
-    difference, low, high = (number(paired.get(key)) for key in ("mean", "low", "high"))
+    difference, low, high = (parse_number(paired.get(key)) for key in ("mean", "low", "high"))
     if difference is None or low is None or high is None or low == high:
         return None
     start, end = min(0.0, low), max(0.0, high)
@@ -189,13 +189,13 @@ def _tabulate_classes(run: RunFolder) -> list[dict[str, str]]:
     for name, entry in (run.evaluation.get("classes") or {}).items():
         dice = entry.get("dice") or {}
         unit = "mm" if "hd95_mm" in entry else "px"
-        low, high = number(dice.get("low")), number(dice.get("high"))
+        low, high = parse_number(dice.get("low")), parse_number(dice.get("high"))
         index = {other: i for i, other in run.classes.items()}.get(name, 1)
         interval = f"{format_number(low)} to {format_number(high)}"
         rows.append(
             {
                 "name": name,
-                "color": figures.class_color(index),
+                "color": figures.choose_class_color(index),
                 "dice": format_number(dice.get("mean")),
                 "interval": sentences.MISSING if low is None else interval,
                 "hd95": format_number((entry.get(f"hd95_{unit}") or {}).get("mean"), 2),
@@ -218,7 +218,7 @@ def _show_pairs(run: RunFolder, names: Names) -> Picture:
         average = mean_known([after[case_id] for case_id in shared])
         why = (
             f"The delivered model is round 0 itself, so before and after are one: mean Dice "
-            f"{average:.3f} on {sentences.count(len(shared), 'test case')}."
+            f"{average:.3f} on {sentences.format_count(len(shared), 'test case')}."
         )
         return Picture(title, "", "", why)
     if not shared:
@@ -227,18 +227,18 @@ def _show_pairs(run: RunFolder, names: Names) -> Picture:
     better = sum(after[case_id] > before[case_id] for case_id in shared)
     worse = sum(after[case_id] < before[case_id] for case_id in shared)
     caption = (
-        f"{better} of {sentences.count(len(shared), 'test case')} are better than with labels "
-        f"only, {worse} worse. Mean Dice {mean_known(before.values()):.3f} with labels "
+        f"{better} of {sentences.format_count(len(shared), 'test case')} are better than with "
+        f"labels only, {worse} worse. Mean Dice {mean_known(before.values()):.3f} with labels "
         f"only, {mean_known(after.values()):.3f} delivered."
     )
-    return Picture(title, caption, _embed(figures.draw_pairs(before, after, names.case)))
+    return Picture(title, caption, _embed(figures.plot_pairs(before, after, names.name_case)))
 
 
-def _show_curves(drawings: Drawings) -> Picture:
+def _show_curves(cache: FigureCache) -> Picture:
     """Return the curves of training."""
-    run, png = drawings.run, drawings.plot(figures.draw_curves)
+    run, png = cache.run, cache.plot_figure(figures.plot_curves)
     caption = (
-        "One line per round, its number at its end: grey is round 0 (labels only), darker blue is "
+        "One line per round, its number at its end: gray is round 0 (labels only), darker blue is "
         "later. Thin lines are single records, thick ones their running mean."
     )
     section = run.config.get("losses", {}).get("supervised", {})
@@ -252,14 +252,14 @@ def _show_curves(drawings: Drawings) -> Picture:
     return Picture("Training", caption, _embed(png), "" if png else why)
 
 
-def _show_coverage(drawings: Drawings) -> list[Picture]:
+def _show_coverage(cache: FigureCache) -> list[Picture]:
     """Return the pictures of coverage, thresholds and agreement."""
-    run = drawings.run
+    run = cache.run
     students = any(entry.index > 0 for entry in run.rounds)
     why = "the run has no student round" if not students else "no file of the run says it"
     unfiltered = figures.is_unfiltered(run)
-    reviews = drawings.plot(figures.draw_reviews)
-    curves = b"" if unfiltered else drawings.plot(figures.draw_coverage_curves)
+    reviews = cache.plot_figure(figures.plot_reviews)
+    curves = b"" if unfiltered else cache.plot_figure(figures.plot_coverage_curves)
     why_no_curves = f"No curve of coverage: {why}."
     if unfiltered:
         why_no_curves = "Nothing to show: this method has no filter, every voxel enters the loss."
@@ -267,7 +267,7 @@ def _show_coverage(drawings: Drawings) -> list[Picture]:
         "Coverage: of the voxels that the model of the round calls this class, the fraction that "
         "is trusted. "
     )
-    many = len(run.classes) > len(figures.list_shown_classes(run))
+    many = len(run.classes) > len(figures.list_plotted_classes(run))
     note = " Only the first seven classes are shown." if many else ""
     return [
         Picture(
@@ -288,18 +288,20 @@ def _show_coverage(drawings: Drawings) -> list[Picture]:
 
 
 def _list_colors(run: RunFolder) -> list[tuple[str, str]]:
-    """Return name and colour of each foreground class for the key of the overlays."""
-    return [(name, figures.class_color(i)) for i, name in sorted(run.classes.items()) if i > 0]
+    """Return name and color of each foreground class for the key of the overlays."""
+    return [
+        (name, figures.choose_class_color(i)) for i, name in sorted(run.classes.items()) if i > 0
+    ]
 
 
-def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
+def _show_cases(cache: FigureCache, names: Names) -> dict[str, Any]:
     """Return overlays of the best, median and worst test case, or of pseudo-masks without one."""
-    run = drawings.run
+    run = cache.run
     ranked = sorted(run.dice, key=lambda case_id: (-run.dice[case_id], case_id))
     if ranked:
         pictures = [
             _show(
-                drawings.show(scans.draw_test_case, case_id),
+                cache.render_case(scans.render_test_case, case_id),
                 role,
                 names,
                 _describe_dice(run, case_id),
@@ -314,14 +316,14 @@ def _show_cases(drawings: Drawings, names: Names) -> dict[str, Any]:
         )
         return {"pictures": [], "note": note, "has_reference": False}
     ranked = [row["case_id"] for row in reversed(_rank_by_uncertainty(last))]
-    found = {row["case_id"]: number(row.get("uncertainty")) for row in last.review}
+    uncertainties = {row["case_id"]: parse_number(row.get("uncertainty")) for row in last.review}
     picked = _pick(ranked, ("Most certain", "Median", "Least certain"))[:2]
     pictures = [
         _show(
-            drawings.show(scans.draw_pseudo_mask, case_id, last.path),
+            cache.render_case(scans.render_pseudo_mask, case_id, last.path),
             role,
             names,
-            f"uncertainty {format_number(found[case_id])} nats",
+            f"uncertainty {format_number(uncertainties[case_id])} nats",
         )
         for role, case_id in picked
     ]
@@ -351,7 +353,7 @@ def _pick(ranked: list[str], roles: tuple[str, str, str]) -> list[tuple[str, str
 
 def _show(overlay: Overlay, role: str, names: Names, caption: str) -> Picture:
     """Return an overlay with the name that may be shown."""
-    title = f"{role}: {names.case(overlay.case_id)}"
+    title = f"{role}: {names.name_case(overlay.case_id)}"
     problem = f"No picture: {overlay.problem}." if overlay.problem else ""
     return Picture(title, caption, _embed(overlay.png), problem)
 
@@ -360,37 +362,39 @@ def _rank_by_uncertainty(entry: RoundFolder) -> list[Mapping[str, str]]:
     """Return the rows of review.csv, the most uncertain case first, unknown ones last."""
 
     def key(row: Mapping[str, str]) -> tuple[float, str]:
-        value = number(row.get("uncertainty"))
+        value = parse_number(row.get("uncertainty"))
         return (float("inf") if value is None else -value, row["case_id"])
 
     return sorted(entry.review, key=key)
 
 
-def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
+def _show_annotate(cache: FigureCache, names: Names) -> dict[str, Any]:
     """Return the scans to annotate next: table, pictures, or why there is none."""
-    run = drawings.run
+    run = cache.run
     last = run.reviewed
     if last is None:
         why = "No unlabeled scan has been pseudo-labeled, so none is known to be difficult."
         return {"rows": [], "pictures": [], "note": why, "num_reviewed": 0}
     ranked = _rank_by_uncertainty(last)
     classes = sentences.list_classes(run)
-    largest = max((number(row.get("uncertainty")) or 0.0 for row in ranked), default=0.0) or 1.0
+    largest = (
+        max((parse_number(row.get("uncertainty")) or 0.0 for row in ranked), default=0.0) or 1.0
+    )
     rows = [
         {
-            "name": names.case(row["case_id"]),
+            "name": names.name_case(row["case_id"]),
             "uncertainty": format_number(row.get("uncertainty")),
-            "bar": round(100 * (number(row.get("uncertainty")) or 0.0) / largest),
+            "bar": round(100 * (parse_number(row.get("uncertainty")) or 0.0) / largest),
             "agreement": format_number(row.get("agreement"), 2),
             "coverage": _percent(row.get("coverage")),
-            "used": {1.0: "yes", 0.0: "no"}.get(number(row.get("accepted")) or 0.0, "–"),
+            "used": {1.0: "yes", 0.0: "no"}.get(parse_number(row.get("accepted")) or 0.0, "–"),
             "why": sentences.explain_row(row, classes, names),
         }
         for row in ranked[:NUM_LISTED]
     ]
     pictures = [
         _show(
-            drawings.show(scans.draw_pseudo_mask, row["case_id"], last.path, 5.0),
+            cache.render_case(scans.render_pseudo_mask, row["case_id"], last.path, 5.0),
             f"{place}",
             names,
             f"uncertainty {format_number(row.get('uncertainty'))} nats",
@@ -401,7 +405,7 @@ def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
     shared = {row["why"] for row in rows}
     note = (
         f"From the review of round {last.index}: {len(rows)} of "
-        f"{sentences.count(len(ranked), 'unlabeled scan')}, the most uncertain first."
+        f"{sentences.format_count(len(ranked), 'unlabeled scan')}, the most uncertain first."
     )
     if len(shared) == 1 and len(rows) > 1:  # what all have in common is said once
         note += f" Of all of them: {shared.pop()}."
@@ -414,8 +418,8 @@ def _show_annotate(drawings: Drawings, names: Names) -> dict[str, Any]:
 
 def _percent(value: object) -> str:
     """Return a fraction as a percentage."""
-    found = number(value)
-    return sentences.MISSING if found is None else f"{found:.0%}"
+    fraction = parse_number(value)
+    return sentences.MISSING if fraction is None else f"{fraction:.0%}"
 
 
 def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
@@ -427,7 +431,7 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
         versions["revision"] = provenance["revision"]
     if provenance.get("threads"):
         versions["threads"] = provenance["threads"]
-    config = names.tree(dict(run.config))
+    config = names.clean_tree(dict(run.config))
     if names.shared:
         config.pop("tracking", None)
         config.get("data", {}).pop("root", None)
@@ -436,7 +440,7 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
     folder = "RUN" if names.shared else shlex.quote(str(run.path))
     scan = "SCAN.nii.gz" if run.plan.get("has_spacing", True) else "PICTURE.png"
     return {
-        "reasons": [names.text(str(reason)) for reason in run.plan.get("reasons") or ()],
+        "reasons": [names.clean_text(str(reason)) for reason in run.plan.get("reasons") or ()],
         "command": _hide_arguments(command) if names.shared else command,
         "versions": [(key, str(value)) for key, value in versions.items()],
         "config": text,
@@ -450,5 +454,5 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
 def _hide_arguments(command: str) -> str:
     """Return a command with what may be a path or a name replaced by DATA."""
     words = command.split()
-    kept = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
-    return " ".join([*words[:2], *kept])
+    arguments = [w if re.fullmatch(r"--?[\w-]+|[\w.]+=[\w.,+-]+", w) else "DATA" for w in words[2:]]
+    return " ".join([*words[:2], *arguments])

@@ -21,7 +21,7 @@ from medssl.data.layouts import read_dataset
 from medssl.data.trained import find_data
 from medssl.formats.readers import name_mask_suffix
 from medssl.overlays import render_overlay, show_channels
-from medssl.run_folder import RunFolder, number
+from medssl.run_folder import RunFolder, parse_number
 
 Array = npt.NDArray[Any]
 
@@ -89,21 +89,21 @@ def describe_patients(run: RunFolder, sources: Sources) -> str:
     return ""
 
 
-def draw_test_case(run: RunFolder, sources: Sources, case_id: str) -> Overlay:
+def render_test_case(run: RunFolder, sources: Sources, case_id: str) -> Overlay:
     """Draw a test case with the delivered model's prediction and the reference label."""
     folder = run.path / "evaluation" / "predictions"
-    return _draw(run, sources, case_id, folder, width=9.0, with_reference=True)
+    return _render_case(run, sources, case_id, folder, width=9.0, with_reference=True)
 
 
-def draw_pseudo_mask(
+def render_pseudo_mask(
     run: RunFolder, sources: Sources, case_id: str, folder: Path, width: float = 9.0
 ) -> Overlay:
     """Draw an unlabeled case with the pseudo-mask of a round's folder, ``width`` inches wide."""
     masks = folder / "pseudo_masks"
-    return _draw(run, sources, case_id, masks, width, with_reference=False)
+    return _render_case(run, sources, case_id, masks, width, with_reference=False)
 
 
-def _draw(
+def _render_case(
     run: RunFolder,
     sources: Sources,
     case_id: str,
@@ -125,8 +125,8 @@ def _draw(
         reference = None
         if with_reference and case.label is not None:
             reference, _ = read_label(case.label, run.label_values, _find_ignore(run), case)
-        shown = show_channels(volume.array, not volume.has_spacing)
-        arrays = [shown, classes, *([] if reference is None else [reference])]
+        scan = show_channels(volume.array, not volume.has_spacing)
+        arrays = [scan, classes, *([] if reference is None else [reference])]
         turned = [_to_ras(array, volume.affine) for array in arrays]
         image, prediction, *label = turned
         spacing = _find_spacing(volume.affine)
@@ -161,9 +161,9 @@ def _find_problem(run: RunFolder, sources: Sources, case_id: str, mask: Path) ->
 
 def _find_ignore(run: RunFolder) -> int | None:
     """Return the label value that means: not annotated."""
-    given = number((run.config.get("data") or {}).get("ignore"))
-    given = number(run.plan.get("ignore")) if given is None else given
-    return None if given is None else int(given)
+    ignored = parse_number((run.config.get("data") or {}).get("ignore"))
+    ignored = parse_number(run.plan.get("ignore")) if ignored is None else ignored
+    return None if ignored is None else int(ignored)
 
 
 def _to_ras(array: Array, affine: Array) -> Array:

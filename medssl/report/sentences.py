@@ -8,7 +8,7 @@ from typing import Any
 
 from medssl.metrics import MIN_CASES_FOR_VERDICT, mean_known
 from medssl.names import Names
-from medssl.run_folder import RoundFolder, RunFolder, number
+from medssl.run_folder import RoundFolder, RunFolder, parse_number
 
 MISSING = "–"
 EVIDENCE = (
@@ -19,14 +19,14 @@ EVIDENCE = (
 """What the recipe gained in docs/acdc_3.csv; a test holds it against that."""
 
 
-def count(amount: int, noun: str) -> str:
+def format_count(amount: int, noun: str) -> str:
     """Return "1 scan", "2 scans" or "1,200 steps"."""
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
 def format_seconds(value: object) -> str:
     """Return a duration as people say it; a dash where it is unknown."""
-    seconds = number(value)
+    seconds = parse_number(value)
     if seconds is None:
         return MISSING
     if seconds < 60:
@@ -39,10 +39,10 @@ def format_seconds(value: object) -> str:
 
 def format_number(value: object, digits: int = 3, sign: bool = False) -> str:
     """Return a number with a typographic minus; a dash where it is unknown."""
-    found = number(value)
-    if found is None:
+    parsed = parse_number(value)
+    if parsed is None:
         return MISSING
-    text = f"{found:+.{digits}f}" if sign else f"{found:.{digits}f}"
+    text = f"{parsed:+.{digits}f}" if sign else f"{parsed:.{digits}f}"
     return text.replace("-", "−")
 
 
@@ -53,10 +53,10 @@ def list_classes(run: RunFolder) -> list[str]:
 
 def count_steps(run: RunFolder) -> int | None:
     """Return the steps of all rounds that are done, or None where no file says it."""
-    total = number(run.summary.get("total_steps"))
+    total = parse_number(run.summary.get("total_steps"))
     if total is not None:
         return int(total)
-    steps = [number(entry.done.get("steps")) for entry in run.rounds if entry.done]
+    steps = [parse_number(entry.done.get("steps")) for entry in run.rounds if entry.done]
     return int(sum(s for s in steps if s is not None)) if any(steps) else None
 
 
@@ -68,13 +68,13 @@ def write_headline(run: RunFolder, names: Names) -> str:
     classes = list_classes(run)
     what = f" to find {_join(classes)}" if classes else ""
     students = sum(entry.index > 0 for entry in run.rounds)
-    rounds = f"labels only and {count(students, 'self-training round')}"
+    rounds = f"labels only and {format_count(students, 'self-training round')}"
     steps = count_steps(run)
     unfinished = run.state.get("status") in ("running", "interrupted", "failed")
     alone = "so far labels only" if unfinished else "labels only, no self-training round"
     effort = [rounds if students else alone]
-    effort += [] if steps is None else [f"{count(steps, 'step')}"]
-    seconds = [number(entry.done.get("seconds")) for entry in run.rounds]
+    effort += [] if steps is None else [f"{format_count(steps, 'step')}"]
+    seconds = [parse_number(entry.done.get("seconds")) for entry in run.rounds]
     if any(seconds):
         device = run.provenance.get("device")
         on = f" on {device}" if device else ""
@@ -122,13 +122,13 @@ def write_verdict(run: RunFolder, patients: str) -> VerdictText:
     """
     paired = run.paired
     in_folds = not run.evaluation.get("paired")
-    difference, n = number(paired.get("mean")), int(number(paired.get("n")) or 0)
+    difference, n = parse_number(paired.get("mean")), int(parse_number(paired.get("n")) or 0)
     details = _list_caveats(run, "" if difference is None or in_folds else patients)
     if difference is None:
         is_open = run.splits and not run.list_part("test") and not run.evaluation
         word = "Not measured here" if is_open else "Not measured"
         return VerdictText("not measured", word, _say_why_not_measured(run), tuple(details))
-    low, high = number(paired.get("low")), number(paired.get("high"))
+    low, high = parse_number(paired.get("low")), parse_number(paired.get("high"))
     measured = run.cross_check if in_folds else run.evaluation
     kind = str(measured.get("verdict") or "not measured")
     if kind == "no gain" and high is not None and high < 0:
@@ -136,18 +136,18 @@ def write_verdict(run: RunFolder, patients: str) -> VerdictText:
     amount = f"{format_number(abs(difference))} Dice {'above' if difference >= 0 else 'below'}"
     interval = f"{format_number(low, sign=True)} to {format_number(high, sign=True)}"
     steps = _baseline_steps(run)
-    baseline = f"labels only ({count(steps, 'step')})" if steps else "labels only"
+    baseline = f"labels only ({format_count(steps, 'step')})" if steps else "labels only"
     sentence = (
         f"The delivered model ({_spell(run.delivered)}) is {amount} {baseline}: "
         f"paired difference {format_number(difference, sign=True)}, 95 % interval {interval}, "
-        f"on {count(n, 'test case')} that it was not trained on."
+        f"on {format_count(n, 'test case')} that it was not trained on."
     )
     if in_folds:
         sentence = _describe_folds(measured, f"{amount} labels only", interval)
     elif run.delivered == "round_0":
         sentence = (
             f"The delivered model is round 0 itself, trained on labels only: there is no gain "
-            f"over it to measure ({count(n, 'test case')})."
+            f"over it to measure ({format_count(n, 'test case')})."
         )
         kind = "no gain"
     if kind == "not measured":
@@ -167,18 +167,19 @@ def _describe_folds(check: Mapping[str, Any], gain: str, interval: str) -> str:
         f"{format_number(dice.get('mean'))} Dice ({format_number(dice.get('low'))} to "
         f"{format_number(dice.get('high'))})"
     )
-    scans = count(int(number(paired.get("n")) or 0), "labeled scan")
+    scans = format_count(int(parse_number(paired.get("n")) or 0), "labeled scan")
     how = f"on {scans}, each measured by models that had not seen it or another of its patient"
     if not students:
         return (
-            f"None of {count(len(delivered), 'fold')} delivered a student: labels only have "
+            f"None of {format_count(len(delivered), 'fold')} delivered a student: labels only have "
             f"{quality} {how}."
         )
     rest = "" if students == len(delivered) else f" ({students} of them delivered a student)"
     return (
-        f"Out of {count(len(delivered), 'fold')}{rest}, models of the same recipe have {quality} "
-        f"and are {gain}: paired difference {format_number(paired.get('mean'), sign=True)}, 95 % "
-        f"interval {interval}, {how}. The delivered model has learned from all of them."
+        f"Out of {format_count(len(delivered), 'fold')}{rest}, models of the same recipe have "
+        f"{quality} and are {gain}: paired difference "
+        f"{format_number(paired.get('mean'), sign=True)}, 95 % interval "
+        f"{interval}, {how}. The delivered model has learned from all of them."
     )
 
 
@@ -199,11 +200,11 @@ def _say_why_not_measured(run: RunFolder) -> str:
         )
     if not run.summary:
         return (
-            f"The run has not delivered a model yet; its {count(num_test, 'test case')} "
+            f"The run has not delivered a model yet; its {format_count(num_test, 'test case')} "
             f"{'is' if num_test == 1 else 'are'} untouched."
         )
     return (
-        f"The {count(num_test, 'test case')} of the run have not been looked at yet: "
+        f"The {format_count(num_test, 'test case')} of the run have not been looked at yet: "
         "`medssl evaluate` on this run folder measures the model on them."
     )
 
@@ -215,9 +216,9 @@ def _list_caveats(run: RunFolder, patients: str) -> list[str]:
     if steps and total and total > steps:
         alone = steps + round((total - steps) * _count_patches_of_students(run))
         details.append(
-            f"Labels only is round 0 with {count(steps, 'step')}; the run used {total:,} in all "
-            "its rounds. Longer training alone can give a part of a gain: labels only with as many "
-            f"patches is `medssl train DATA rounds=0 steps={alone}`."
+            f"Labels only is round 0 with {format_count(steps, 'step')}; the run used {total:,} in "
+            "all its rounds. Longer training alone can give a part of a gain: labels only with as "
+            f"many patches is `medssl train DATA rounds=0 steps={alone}`."
         )
     labeled, val = len(run.list_part("labeled")), len(run.list_part("val"))
     if val:
@@ -230,12 +231,12 @@ def _list_caveats(run: RunFolder, patients: str) -> list[str]:
         chosen = "the last round that passed its gate is delivered" if good else ""
         details.append(
             f"Validation labels count as labels: there is no validation case, so the run has "
-            f"{count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."
+            f"{format_count(labeled, 'label')}{f' and {chosen}' if chosen else ''}."
         )
     failed = run.evaluation.get("failed")
     if isinstance(failed, list) and failed:
         details.append(
-            f"{count(len(failed), 'test case')} could not be measured and "
+            f"{format_count(len(failed), 'test case')} could not be measured and "
             f"{'is' if len(failed) == 1 else 'are'} in no figure: {', '.join(map(str, failed))}."
         )
     if patients:
@@ -246,17 +247,17 @@ def _list_caveats(run: RunFolder, patients: str) -> list[str]:
 
 def _count_patches_of_students(run: RunFolder) -> float:
     """Return how many times the patches of a labeled step a student's step has; 1 if unknown."""
-    batch, unlabeled = (number(run.plan.get(key)) for key in ("batch", "num_unlabeled"))
+    batch, unlabeled = (parse_number(run.plan.get(key)) for key in ("batch", "num_unlabeled"))
     views = run.config.get("views") or ["strong"]
     return 1.0 + len(views) * (unlabeled or 0.0) / batch if batch else 1.0
 
 
 def _baseline_steps(run: RunFolder) -> int | None:
     """Return the steps of round 0."""
-    given = number((run.summary.get("baseline") or {}).get("steps"))
-    if given is None and run.rounds and run.rounds[0].index == 0:
-        given = number(run.rounds[0].done.get("steps"))
-    return None if given is None else int(given)
+    steps = parse_number((run.summary.get("baseline") or {}).get("steps"))
+    if steps is None and run.rounds and run.rounds[0].index == 0:
+        steps = parse_number(run.rounds[0].done.get("steps"))
+    return None if steps is None else int(steps)
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ class RoundRow:
     gate: str
     reasons: tuple[str, ...]
     learned: str
-    kept: str
+    kept_cases: str
     agreement: str
     coverage: str
     val: str
@@ -289,26 +290,26 @@ def _describe_round(run: RunFolder, entry: RoundFolder, names: Names) -> RoundRo
     gate = known.get("gate") or {}
     passed = {True: "passed", False: "rejected"}[bool(gate["passed"])] if "passed" in gate else ""
     final = known.get("final") or {}
-    accepted = [number(row.get("accepted")) for row in entry.review]
-    kept = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
-    coverage = mean_known([number(row.get("coverage")) for row in entry.review])
-    agreement = number(known.get("agreement"))
+    accepted = [parse_number(row.get("accepted")) for row in entry.review]
+    kept_cases = f"{int(sum(a or 0 for a in accepted))} of {len(accepted)}" if accepted else MISSING
+    coverage = mean_known([parse_number(row.get("coverage")) for row in entry.review])
+    agreement = parse_number(known.get("agreement"))
     if agreement is None:
-        agreement = mean_known([number(row.get("agreement")) for row in entry.review])
-    test = number((run.evaluation.get("rounds") or {}).get(entry.name))
+        agreement = mean_known([parse_number(row.get("agreement")) for row in entry.review])
+    test = parse_number((run.evaluation.get("rounds") or {}).get(entry.name))
     curve = entry.curves.get("val/dice")
-    val = number(final.get("val/dice")) or (curve[-1][1] if curve else None)
+    val = parse_number(final.get("val/dice")) or (curve[-1][1] if curve else None)
     unfinished = "" if entry.done else "not finished"
     return RoundRow(
         label=f"Round {entry.index}",
         role=unfinished or ("labels only" if entry.index == 0 else "student"),
         delivered=entry.name == run.delivered,
-        steps=f"{int(steps):,}" if (steps := number(known.get("steps"))) else MISSING,
+        steps=f"{int(steps):,}" if (steps := parse_number(known.get("steps"))) else MISSING,
         seconds=format_seconds(known.get("seconds")),
         gate=passed,
-        reasons=tuple(names.text(str(reason)) for reason in gate.get("reasons") or ()),
+        reasons=tuple(names.clean_text(str(reason)) for reason in gate.get("reasons") or ()),
         learned=_describe_material(known),
-        kept=kept,
+        kept_cases=kept_cases,
         agreement=format_number(agreement),
         coverage=MISSING if coverage is None else f"{coverage:.0%}",
         val=format_number(val),
@@ -318,7 +319,10 @@ def _describe_round(run: RunFolder, entry: RoundFolder, names: Names) -> RoundRo
 
 def _describe_material(known: Mapping[str, Any]) -> str:
     """Return how many labeled and pseudo-labeled scans a round was trained on."""
-    labeled, pseudo = number(known.get("num_labeled")), number(known.get("num_unlabeled"))
+    labeled, pseudo = (
+        parse_number(known.get("num_labeled")),
+        parse_number(known.get("num_unlabeled")),
+    )
     if labeled is None:
         return MISSING
     return f"{labeled:.0f} + {pseudo:.0f}" if pseudo and known.get("round") else f"{labeled:.0f}"
@@ -327,14 +331,16 @@ def _describe_material(known: Mapping[str, Any]) -> str:
 def explain_row(row: Mapping[str, str], classes: Iterable[str], names: Names) -> str:
     """Return why a scan is worth annotating, from its row of review.csv."""
     reasons = []
-    if number(row.get("accepted")) == 0.0:
-        why = names.text(row.get("reason") or "")
+    if parse_number(row.get("accepted")) == 0.0:
+        why = names.clean_text(row.get("reason") or "")
         reasons.append(f"not used for training{f' ({why})' if why else ''}")
-    agreement = number(row.get("agreement"))
+    agreement = parse_number(row.get("agreement"))
     if agreement is not None and agreement < 0.8:
         reasons.append(f"it changed since the round before: Dice {agreement:.2f}")
-    coverage = {name: number(row.get(f"coverage/{name}")) for name in classes}
-    sizes = {n: number(row.get(f"volume_ml/{n}") or row.get(f"area_px/{n}")) for n in coverage}
+    coverage = {name: parse_number(row.get(f"coverage/{name}")) for name in classes}
+    sizes = {
+        n: parse_number(row.get(f"volume_ml/{n}") or row.get(f"area_px/{n}")) for n in coverage
+    }
     known = {n: value for n, value in coverage.items() if value is not None and sizes[n] != 0}
     if known:
         name = min(known, key=lambda key: known[key])

@@ -15,7 +15,7 @@ from medssl.data.io import write_mask
 from medssl.machine import explain_out_of_memory
 from medssl.metrics import compare_cases, mean_known
 from medssl.predict import Model, check_weights, explain_failure, load_model, predict_native
-from medssl.rounds.run import Run, count_members, to_tensor
+from medssl.rounds.run import Run, count_members, load_image
 from medssl.runs import (
     CaseCounter,
     RoundMark,
@@ -45,10 +45,12 @@ class Outcome:
     unsegmented: tuple[str, ...] = ()
 
 
-def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: bool) -> Outcome:
+def deliver_model(
+    run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: bool
+) -> Outcome:
     """Deliver the best validated round, or the last one that passed its gate."""
     if not passed:
-        reasons = read_json(run.round_folder(0) / "done.json", RoundMark)["gate"]["reasons"]
+        reasons = read_json(run.find_round_folder(0) / "done.json", RoundMark)["gate"]["reasons"]
         _copy_model(run, 0)
         message = f"the labels-only model did not pass its gate: {'; '.join(reasons)}"
         if predict_unlabeled:
@@ -86,13 +88,13 @@ def deliver(run: Run, passed: Sequence[int], rejected: int, predict_unlabeled: b
 
 def _compare_rounds(run: Run, passed: Sequence[int]) -> dict[int, float]:
     """Return the mean dice of the validation cases for rounds side by side; empty without any."""
-    done = {r: read_json(run.round_folder(r) / "done.json", RoundMark) for r in passed}
+    done = {r: read_json(run.find_round_folder(r) / "done.json", RoundMark) for r in passed}
     tables = [entry.get("validation") or [] for entry in done.values()]
     if all(tables):
-        found = [mean_known(dice) for dice in compare_cases(tables)]
+        scores = [mean_known(dice) for dice in compare_cases(tables)]
     else:  # of version 0.1.0
-        found = [entry["final"].get("val/dice") for entry in done.values()]
-    return {r: value for r, value in zip(done, found, strict=True) if value is not None}
+        scores = [entry["final"].get("val/dice") for entry in done.values()]
+    return {r: value for r, value in zip(done, scores, strict=True) if value is not None}
 
 
 def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:
@@ -108,7 +110,7 @@ def deliver_interrupted(run: Run, passed: Sequence[int]) -> Outcome:
 
 def _copy_model(run: Run, index: int) -> None:
     """Copy the model of a round to model/; model.json comes last."""
-    source, target = run.round_folder(index) / "model", run.folder / "model"
+    source, target = run.find_round_folder(index) / "model", run.folder / "model"
     check_weights(source)
     _drop_old_evaluation(run, source / "weights.safetensors", target / "weights.safetensors")
     (target / "model.json").unlink(missing_ok=True)
@@ -136,7 +138,7 @@ def _summarize(run: Run, delivered: str, message: str) -> None:
     rounds = []
     hidden = ("hash", "final", "files", "validation")
     for index in range(run.config.train.rounds + 1):
-        path = run.round_folder(index) / "done.json"
+        path = run.find_round_folder(index) / "done.json"
         if path.is_file():
             done = read_json(path, RoundMark)
             final = done["final"]
@@ -185,7 +187,7 @@ def _predict_unlabeled(run: Run) -> dict[str, str] | None:
 @explain_out_of_memory("the scan does not fit the memory; use a machine with more")
 def _segment(run: Run, model: Model, case: CachedCase, path: Path) -> None:
     """Write the mask of a case."""
-    image = to_tensor(case, run.plan.device)
+    image = load_image(case, run.plan.device)
     way = WayBack(case.shape, case.affine, case.native_shape, case.native_affine)
     mask = np.empty(case.native_shape, np.uint8)
     classes = run.plan.num_classes

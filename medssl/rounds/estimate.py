@@ -30,7 +30,7 @@ from medssl.rounds.student import (
     find_patch_flips,
 )
 from medssl.runs import Journal, StopFlag
-from medssl.train import train
+from medssl.train import train_model
 from medssl.windows import SLICES
 
 TRIED_STEPS = 4  # at least, of which the last ones are timed
@@ -40,7 +40,7 @@ TRIED_SECONDS = 3.0  # for as long as more steps are tried: of a few a busy mach
 LEAST_BYTES = 250  # of a training step for each voxel of its patches: no network gets by with less
 
 
-class _Enough(StopFlag):
+class _TrialStop(StopFlag):
     """Stops after a few steps, of quick ones after a few seconds."""
 
     def __init__(self, folder: Path) -> None:
@@ -142,14 +142,14 @@ def _try_steps(plan: Plan, config: Config, index: int, folder: Path) -> float:
     section = config.train.model_copy(update={"log_every": 1, "checkpoint_every": MOST_TRIED})
     sampling = choose_sampling(config, plan, index, config.train.seed)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train(
+        train_model(
             objective,
             PatchDataset(labeled, unlabeled, sampling),
             config.model_copy(update={"train": section}),
             plan.model_copy(update={"steps": MOST_TRIED}),
             folder,
             index,
-            _Enough(folder),
+            _TrialStop(folder),
         )
     lines = [entry["metrics"] for entry in Journal(folder / "metrics.jsonl").read()]
     rates = [float(line["monitors/steps_per_second"]) for line in lines]

@@ -26,7 +26,13 @@ from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
 from medssl.plan import Plan, list_decisions, make_plan
 from medssl.predict import ModelInfo, describe_model
-from medssl.rounds.deliver import MOST_REJECTED, Outcome, deliver, deliver_interrupted, set_status
+from medssl.rounds.deliver import (
+    MOST_REJECTED,
+    Outcome,
+    deliver_interrupted,
+    deliver_model,
+    set_status,
+)
 from medssl.rounds.estimate import estimate_run
 from medssl.rounds.run import Run, StopRequested
 from medssl.rounds.student import check_settings, train_round
@@ -69,7 +75,7 @@ STUDENT_KEYS = (
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """The data set, its splits and the plan, before anything is trained."""
 
     dataset: Dataset
@@ -78,9 +84,9 @@ class Prepared:
     resolved: Resolved
 
 
-def prepare(
+def prepare_run(
     resolved: Resolved, reload: Callable[[Mapping[str, Any]], Resolved], run_dir: Path | None
-) -> Prepared:
+) -> PreparedRun:
     """Read and check the data set, split it and make the plan; writes nothing.
 
     Args:
@@ -124,7 +130,7 @@ def prepare(
         plan = plan.model_copy(
             update={"estimate": estimate_run(plan, config, rounds), "palette": checked.palette}
         )
-    return Prepared(dataset, splits, plan, reload(list_decisions(plan)))
+    return PreparedRun(dataset, splits, plan, reload(list_decisions(plan)))
 
 
 def _read_plan(run_dir: Path) -> Plan:
@@ -135,7 +141,7 @@ def _read_plan(run_dir: Path) -> Plan:
 
 
 def run_training(
-    prepared: Prepared,
+    prepared: PreparedRun,
     run_dir: Path,
     stop: StopFlag,
     restart: bool = False,
@@ -187,15 +193,15 @@ def run_training(
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
     first = {**plan.model_dump(mode="json", include=about), "steps": at_round(plan.steps, 0)}
     first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
-    taken = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
-    if round_0 is not None and not taken:
+    has_round_0 = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
+    if round_0 is not None and not has_round_0:
         _check_round_0(round_0, first_hash)
     if restart or is_half_deleted(run_dir):
         delete_run(run_dir)
     _open_folder(prepared, run_dir, run_hash)
     metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
     write_trained_on(run_dir, metas)
-    if round_0 is not None and not taken:
+    if round_0 is not None and not has_round_0:
         _take_over_round_0(round_0, run_dir)
     mirror = None
     if config.tracking.uri != "none":
@@ -260,7 +266,7 @@ def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
                 break
     except StopRequested:
         return deliver_interrupted(run, passed)
-    return deliver(run, passed, rejected, predict_unlabeled)
+    return deliver_model(run, passed, rejected, predict_unlabeled)
 
 
 def _describe(
@@ -317,7 +323,7 @@ def _take_over_round_0(source: Path, run_dir: Path) -> None:
         write_json(here / folder / "done.json", read_json(there / folder / "done.json"))
 
 
-def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
+def _open_folder(prepared: PreparedRun, run_dir: Path, run_hash: str) -> None:
     """Write what describes a run, or refuse a folder that holds another one."""
     path = run_dir / "run.json"
     is_new = not path.is_file()
@@ -358,7 +364,7 @@ def _open_folder(prepared: Prepared, run_dir: Path, run_hash: str) -> None:
         set_status(run_dir, "running")
 
 
-def _find_difference(prepared: Prepared, run_dir: Path) -> str:
+def _find_difference(prepared: PreparedRun, run_dir: Path) -> str:
     """Say what of a command is not as in the run that a folder holds."""
     try:
         then = load_config(run_dir / "config.yaml").config

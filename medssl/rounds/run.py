@@ -54,11 +54,11 @@ class Run:
         """Return the steps of a round."""
         return at_round(self.plan.steps, index)
 
-    def round_hash(self, index: int) -> str:
+    def find_round_hash(self, index: int) -> str:
         """Return the hash of a round's models: round 0 depends on no setting of students."""
         return self.hash if index else self.first_hash
 
-    def round_folder(self, index: int) -> Path:
+    def find_round_folder(self, index: int) -> Path:
         """Return the folder of a round."""
         return self.folder / f"round_{index}"
 
@@ -100,7 +100,7 @@ def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
         if mapped is None:
             continue
         label = np.array(mapped)  # of a map that is cut while the scan is segmented we would die
-        image = to_tensor(case, run.plan.device)
+        image = load_image(case, run.plan.device)
         probs = predict_probs(network, image, run.plan.window.plain)
         classes = probs[0].argmax(0).cpu().numpy()
         classes[label == IGNORE] = IGNORE
@@ -120,12 +120,12 @@ def average_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {column: value for column, value in means.items() if value is not None}
 
 
-def expect(run: Run) -> Expectation:
-    """Return what the labeled cases lead one to expect of a pseudo-label."""
+def derive_expectation(run: Run) -> Expectation:
+    """Return how often and how large each class is in the labeled cases, to judge others by."""
     labels = (label for case in run.labeled if (label := case.label()) is not None)
     return expect_from(labels, run.plan.num_classes)
 
 
-def to_tensor(case: CachedCase, device: str) -> torch.Tensor:
+def load_image(case: CachedCase, device: str) -> torch.Tensor:
     """Return the image of a case, (1, C, I, J, K) float32."""
     return torch.from_numpy(np.asarray(case.image(), dtype=np.float32))[None].to(device)

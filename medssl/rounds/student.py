@@ -39,11 +39,11 @@ from medssl.rounds.run import (
     StopRequested,
     average_validation,
     count_members,
-    expect,
+    derive_expectation,
+    load_image,
     load_members,
     measure_validation,
     predict_members,
-    to_tensor,
 )
 from medssl.run_folder import read_review
 from medssl.runs import (
@@ -56,7 +56,7 @@ from medssl.runs import (
     seed_from,
     write_json,
 )
-from medssl.train import find_model_folder, train
+from medssl.train import find_model_folder, train_model
 
 TRANSPORT_STEPS = 500
 MOST_CORRECTED = 2.0  # factor by which a class is made larger or smaller
@@ -132,18 +132,18 @@ def _check_patches(config: Config, plan: Plan) -> None:
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:
     """Train the models of a round: one, or an ensemble if another round follows."""
-    wanted = [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
-    kept = [] if teacher is None or not wanted else _choose_cases(run, index, teacher)
-    for member in wanted:
+    members = [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
+    cases = [] if teacher is None or not members else _choose_cases(run, index, teacher)
+    for member in members:
         name = f"round {index}" + (f", model {member + 1} of the ensemble" if member else "")
         if teacher is None:
             print(f"{name}: {len(run.labeled)} labeled cases alone, the honest baseline")
         else:
             print(
-                f"{name}: a student learns from {len(run.labeled)} labeled and {len(kept)} "
+                f"{name}: a student learns from {len(run.labeled)} labeled and {len(cases)} "
                 f"pseudo-labeled cases of round {teacher}"
             )
-        _train_model(run, index, member, teacher, kept)
+        _train_model(run, index, member, teacher, cases)
 
 
 def _is_trained(run: Run, index: int, member: int) -> bool:
@@ -153,7 +153,7 @@ def _is_trained(run: Run, index: int, member: int) -> bool:
         InputError: It has changed since, or it is of another configuration.
     """
     folder = find_model_folder(run.folder, index, member) / "model"
-    if not is_done(folder, run.round_hash(index)):
+    if not is_done(folder, run.find_round_hash(index)):
         return False
     changed = find_changed(folder, read_json(folder / "done.json", ModelMark))
     if changed:
@@ -167,22 +167,22 @@ def _is_trained(run: Run, index: int, member: int) -> bool:
 
 
 def _train_model(
-    run: Run, index: int, member: int, teacher: int | None, kept: Sequence[UnlabeledCase]
+    run: Run, index: int, member: int, teacher: int | None, cases: Sequence[UnlabeledCase]
 ) -> None:
     """Train one model of a round, and write its model folder."""
     config, folder = run.config, find_model_folder(run.folder, index, member)
     section = config.losses.pseudo_label
     planned = run.count_steps(index)
     seed = seed_from(config.train.seed, "member", member) if member else config.train.seed
-    spec = describe_student(run.plan, config, index) if kept else run.plan.network
+    spec = describe_student(run.plan, config, index) if cases else run.plan.network
     torch.manual_seed(seed_from(seed, index, "weights"))
     network = build_network(spec, download=True)
-    if kept and config.train.start == "warm" and teacher is not None:
-        _start_warm(network, load_model(run.round_folder(teacher)))
-    objective = _build_objective(run, network, kept, teacher)
-    if kept and config.train.start == "warm" and config.teacher.source != ("previous_round",):
+    if cases and config.train.start == "warm" and teacher is not None:
+        _start_warm(network, load_model(run.find_round_folder(teacher)))
+    objective = _build_objective(run, network, cases, teacher)
+    if cases and config.train.start == "warm" and config.teacher.source != ("previous_round",):
         objective.keep_average()
-    if teacher is not None and kept and section.transition == "held_out":
+    if teacher is not None and cases and section.transition == "held_out":
         objective.losses["pseudo_label"] = build_loss(
             section, _measure_transition(run, teacher, objective)
         )
@@ -194,15 +194,17 @@ def _train_model(
         for part in (1, 2)
         if not member
     }
-    steps = train(
+    steps = train_model(
         objective,
-        PatchDataset(run.labeled, kept, choose_sampling(config, run.plan, index, seed)),
+        PatchDataset(run.labeled, cases, choose_sampling(config, run.plan, index, seed)),
         config,
         run.plan,
         run.folder,
         index,
         run.stop,
-        validate=(lambda: validate(run, objective.predictor)) if run.val and not member else None,
+        validate=(lambda: measure_dice(run, objective.predictor))
+        if run.val and not member
+        else None,
         on_checkpoint=run.notify,
         member=member,
         snapshots=thirds,
@@ -213,30 +215,30 @@ def _train_model(
     if steps < planned:
         raise StopRequested
     done: dict[str, Any] = {
-        "hash": run.round_hash(index),
+        "hash": run.find_round_hash(index),
         "round": index,
         "steps": steps,
-        "num_kept": len(kept),
+        "num_kept": len(cases),
         "files": hash_files(folder / "model", "model.json", WEIGHTS),
     }
-    if kept:
-        done["agreement_with_average"] = _compare_with_average(run, objective, kept)
+    if cases:
+        done["agreement_with_average"] = _compare_with_average(run, objective, cases)
     write_json(folder / "model" / "done.json", done)
 
 
 @torch.no_grad()
 def _compare_with_average(
-    run: Run, objective: Objective, kept: Sequence[UnlabeledCase]
+    run: Run, objective: Objective, cases: Sequence[UnlabeledCase]
 ) -> float | None:
     """Return the mean Dice of the class maps of student and average on a few unlabeled scans.
 
     A student that ran away from its average was still changing when its round ended.
     """
     objective.eval()
-    chosen = [kept[place].cached for place in np.linspace(0, len(kept) - 1, COMPARED).astype(int)]
+    chosen = [cases[place].cached for place in np.linspace(0, len(cases) - 1, COMPARED).astype(int)]
     agreements: list[float | None] = []
     for case in {case.case_id: case for case in chosen}.values():
-        image = to_tensor(case, run.plan.device)
+        image = load_image(case, run.plan.device)
         maps = [
             predict_probs(network, image, run.plan.window.plain)[0].argmax(0).cpu().numpy()
             for network in (objective.student, objective.predictor)
@@ -249,8 +251,8 @@ def _compare_with_average(
 def _start_warm(network: SegmentationNetwork, teacher: Model) -> None:
     """Give a student the weights of its teacher."""
     pairs = zip(network.state_dict().values(), teacher.network.state_dict().values(), strict=True)
-    for own, given in pairs:  # by place: noise between the layers changes their names
-        own.copy_(given)
+    for target, source in pairs:  # by place: noise between the layers changes their names
+        target.copy_(source)
 
 
 def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
@@ -258,7 +260,7 @@ def _save_snapshot(folder: Path, objective: Objective, info: ModelInfo) -> None:
     save_model(folder, objective.predictor, info)
 
 
-def is_glance(config: Config, index: int, rounds: int) -> bool:
+def needs_one_pass(config: Config, index: int, rounds: int) -> bool:
     """Return whether only the gate reads the pseudo-labels of a round: one pass is enough.
 
     So it is before the last round of methods whose targets are made online.
@@ -269,13 +271,13 @@ def is_glance(config: Config, index: int, rounds: int) -> bool:
 def count_label_passes(config: Config, plan: Plan, index: int, rounds: int) -> int:
     """Return how often each scan is predicted to pseudo-label it after a round."""
     section = config.filter.uncertainty
-    if is_glance(config, index, rounds):
+    if needs_one_pass(config, index, rounds):
         return 1
     if config.teacher.probs == "sampled":
         return section.passes
     mirrored: int = 2 ** len(plan.flips)
-    doubt = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
-    return config.teacher.ensemble * mirrored + doubt
+    extra = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
+    return config.teacher.ensemble * mirrored + extra
 
 
 def needs_stability(run: Run, index: int) -> bool:
@@ -288,28 +290,28 @@ def needs_stability(run: Run, index: int) -> bool:
 
 
 def _build_objective(
-    run: Run, network: SegmentationNetwork, kept: Sequence[UnlabeledCase], teacher: int | None
+    run: Run, network: SegmentationNetwork, cases: Sequence[UnlabeledCase], teacher: int | None
 ) -> Objective:
     """Return the objective of a round: round 0 has the built-in one, whatever is named."""
-    kind = load_objective(run.config.objective) if kept else Objective
+    kind = load_objective(run.config.objective) if cases else Objective
     flips = find_patch_flips(run.plan)
-    if run.config.target.assignment != "transport" or not kept:
+    if run.config.target.assignment != "transport" or not cases:
         return kind(network, run.config, run.class_names, flips=flips)
     section = run.config.target.transport
-    shares = expect(run).share
+    shares = derive_expectation(run).share
     labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
-    folders = [case.folder for case in kept if case.folder is not None]
+    folders = [case.folder for case in cases if case.folder is not None]
     if not folders or teacher is None:
         return kind(network, run.config, run.class_names, labeled, flips=flips)
     pool = draw_probs(folders)
     counts = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes)
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)
     if section.prior == "calibrated":
-        found = counts / len(pool)
+        pool_shares = counts / len(pool)
         ratio = torch.ones_like(labeled)
         if teacher == 0:  # a student's volumes in cases that it saw twice say little of the pool
             ratio = labeled / _measure_shares(run, teacher)
-        prior = complete_shares((found * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
+        prior = complete_shares((pool_shares * ratio.clamp(1 / MOST_CORRECTED, MOST_CORRECTED))[1:])
     potentials = fit_potentials(pool, prior, section.epsilon, section.rho, TRANSPORT_STEPS)
     potentials = spare_rare(potentials, counts)
     return kind(network, run.config, run.class_names, prior, potentials, flips)
@@ -331,7 +333,7 @@ def complete_shares(foreground: Sequence[float] | torch.Tensor) -> torch.Tensor:
 def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     """Return the mean share of each class in what a teacher says of the annotated voxels."""
     shares = []
-    for case, probs in zip(run.labeled, _ask(run, teacher, run.labeled), strict=True):
+    for case, probs in zip(run.labeled, _predict_cases(run, teacher, run.labeled), strict=True):
         annotated = torch.from_numpy(np.asarray(case.label()) != IGNORE)
         classes = probs[0].argmax(0)[annotated]
         counts = torch.bincount(classes, minlength=run.plan.num_classes)
@@ -344,22 +346,23 @@ def _measure_transition(run: Run, teacher: int, objective: Objective) -> torch.T
     """Return what the targets that a teacher gives say of each class, on the validation cases."""
     labels = (torch.from_numpy(np.array(case.label()))[None] for case in run.val)
     targets = (
-        objective.read_target(objective.assign(probs))[0] for probs in _ask(run, teacher, run.val)
+        objective.read_target(objective.assign(probs))[0]
+        for probs in _predict_cases(run, teacher, run.val)
     )
     return estimate_transition(targets, labels, run.plan.num_classes)
 
 
-def _ask(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.Tensor]:
-    """Yield what a teacher says of each case: the probs (1, num_classes, I, J, K) of its models."""
+def _predict_cases(run: Run, teacher: int, cases: Sequence[CachedCase]) -> Iterator[torch.Tensor]:
+    """Yield the mean probs (1, num_classes, I, J, K) of a teacher's models for each case."""
     members = load_members(run, teacher)
     for case in cases:
-        all_probs = predict_members(run, members, to_tensor(case, run.plan.device))
+        all_probs = predict_members(run, members, load_image(case, run.plan.device))
         yield torch.stack(all_probs).mean(0).cpu()
 
 
 def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
     """Return the pseudo-labeled cases that the student of a round learns from."""
-    source, section = run.round_folder(teacher), run.config.filter.case
+    source, section = run.find_round_folder(teacher), run.config.filter.case
     offline = "previous_round" in run.config.teacher.source
     rows = {row["case_id"]: row for row in read_review(source / "review.csv")}
     accepted = [row for row in rows.values() if row["accepted"] == "1"]
@@ -414,6 +417,6 @@ def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampli
     )
 
 
-def validate(run: Run, network: SegmentationNetwork) -> dict[str, float]:
+def measure_dice(run: Run, network: SegmentationNetwork) -> dict[str, float]:
     """Return val/dice of the validation cases on the cache grid."""
     return average_validation(measure_validation(run, network))

@@ -30,13 +30,13 @@ from medssl.rounds.run import (
     StopRequested,
     average_validation,
     count_members,
-    expect,
+    derive_expectation,
+    load_image,
     load_members,
     measure_validation,
     predict_members,
-    to_tensor,
 )
-from medssl.rounds.student import is_glance, needs_stability
+from medssl.rounds.student import needs_one_pass, needs_stability
 from medssl.runs import (
     Journal,
     ModelMark,
@@ -55,7 +55,7 @@ from medssl.train import find_model_folder
 
 def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     """Pseudo-label the unlabeled cases with the model of a round, and judge it by them."""
-    folder = run.round_folder(index)
+    folder = run.find_round_folder(index)
     if is_done(folder, run.hash):
         gate = read_json(folder / "done.json", RoundMark)["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
@@ -63,7 +63,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
         gate = Gate(True, ("not judged: no student learns from it",))
         _finish_round(run, index, teacher, [], gate)
         return gate
-    expectation = expect(run)
+    expectation = derive_expectation(run)
     members = load_members(run, index)
     weights = [
         find_model_folder(run.folder, index, member) / "model" / "weights.safetensors"
@@ -74,7 +74,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
         for part in (1, 2)
         if needs_stability(run, index)
     ]
-    before = run.round_folder(teacher) / "pseudo_labels" if teacher is not None else None
+    before = run.find_round_folder(teacher) / "pseudo_labels" if teacher is not None else None
     reviews = label_cases(
         run.unlabeled,
         lambda case: _label_case(run, index, members, earlier, case),
@@ -98,7 +98,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
 
 def _name_way(run: Run, index: int) -> list[str]:
     """Return what tells apart pseudo-labels that are made in other ways than in 0.1.0."""
-    ways = ["one pass"] if is_glance(run.config, index, run.num_rounds) else []
+    ways = ["one pass"] if needs_one_pass(run.config, index, run.num_rounds) else []
     return ways if run.config.teacher.probs == "clean" else [*ways, run.config.teacher.probs]
 
 
@@ -111,15 +111,15 @@ def _label_case(
     The stability is the mean Dice of the class maps of earlier checkpoints with that of the last
     one (Yang et al. 2022, ST++, equation 4).
     """
-    image = to_tensor(case, run.plan.device)
+    image = load_image(case, run.plan.device)
     window = run.plan.window
-    if is_glance(run.config, index, run.num_rounds):
+    if needs_one_pass(run.config, index, run.num_rounds):
         probs = predict_probs(members[0].network, image, window.plain)
-        doubt = entropy_of(probs)
+        uncertainty = entropy_of(probs)
     elif run.config.teacher.probs == "sampled":
-        probs, doubt = _sample_label(run, members, case, image)
+        probs, uncertainty = _sample_label(run, members, case, image)
     else:
-        probs, doubt = _predict_label(run, members, case, image)
+        probs, uncertainty = _predict_label(run, members, case, image)
     stability = None
     if earlier:
         classes = probs[0].argmax(0).cpu().numpy()
@@ -127,7 +127,7 @@ def _label_case(
         then = [predict_probs(m.network, image, window.plain) for m in earlier]
         agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
         stability = float(np.mean(agreements))
-    return RawPseudoLabel(probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy(), stability)
+    return RawPseudoLabel(probs[0].cpu().numpy(), uncertainty[0, 0].cpu().numpy(), stability)
 
 
 def _sample_label(
@@ -174,7 +174,7 @@ def _finish_round(
     run: Run, index: int, teacher: int | None, reviews: Sequence[CaseReview], gate: Gate
 ) -> None:
     """Write the done mark of a round and its line in the journal."""
-    folder = run.round_folder(index)
+    folder = run.find_round_folder(index)
     journal = Journal(run.folder / "metrics.jsonl")
     metrics: dict[str, float] = {"monitors/gate": float(gate.passed)}
     if reviews:
@@ -191,9 +191,11 @@ def _finish_round(
     with_student = model_done.get("agreement_with_average")
     if with_student is not None:
         metrics["monitors/agreement_with_average"] = with_student
-    own = [e for e in journal.read() if e["round"] == index]
-    last = [e for e in own if "losses/total" in e["metrics"]]
-    if not any("monitors/gate" in e["metrics"] for e in own):  # a kill came before the done mark
+    entries = [e for e in journal.read() if e["round"] == index]
+    last = [e for e in entries if "losses/total" in e["metrics"]]
+    if not any(
+        "monitors/gate" in e["metrics"] for e in entries
+    ):  # a kill came before the done mark
         journal.append(index, run.count_steps(index), metrics)
     values = {**(last[-1]["metrics"] if last else {}), **metrics}
     rows = measure_validation(run, load_model(folder, run.plan.device).network) if run.val else []
@@ -217,7 +219,7 @@ def _finish_round(
     if teacher is not None:
         for earlier in range(index):
             if earlier != teacher and gate.passed:
-                shutil.rmtree(run.round_folder(earlier) / "pseudo_labels", ignore_errors=True)
+                shutil.rmtree(run.find_round_folder(earlier) / "pseudo_labels", ignore_errors=True)
 
 
 def _measure_seconds(run: Run, index: int) -> float:

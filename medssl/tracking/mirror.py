@@ -11,7 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
-from medssl.tracking.send import sync
+from medssl.tracking.send import sync_run
 
 PAUSE_S = 15.0
 """Seconds between two mirrorings of a run; doubled after each failure, up to ``_MAX_PAUSE_S``."""
@@ -26,8 +26,8 @@ class Mirror:
 
     Args:
         run_dir: The run folder.
-        uri: As in ``sync``; "none" mirrors nothing.
-        experiment: As in ``sync``.
+        uri: As in ``sync_run``; "none" mirrors nothing.
+        experiment: As in ``sync_run``.
         pause_s: Seconds between two mirrorings.
     """
 
@@ -135,7 +135,7 @@ def answer_requests() -> None:
     for _ in sys.stdin:
         answer = ""
         try:
-            sync(Path(run_dir), uri, experiment)
+            sync_run(Path(run_dir), uri, experiment)
         except Exception as error:  # whatever it is, the training goes on and is told in a line
             answer = f"{type(error).__name__}: {error}".removeprefix("InputError: ")
         print(json.dumps(answer), file=answers, flush=True)

@@ -10,7 +10,7 @@ from medssl.run_folder import RunFolder, is_finite
 _PARTS = ("labeled", "unlabeled", "val", "test")
 
 
-def describe(folder: RunFolder) -> dict[str, str]:
+def describe_training(folder: RunFolder) -> dict[str, str]:
     """Return the tags of a training: what a person would filter and group by."""
     config, splits = folder.config, folder.splits
     facts: dict[str, Any] = {
@@ -29,7 +29,7 @@ def describe(folder: RunFolder) -> dict[str, str]:
 
 def write_note(folder: RunFolder, names: Names) -> str:
     """Write what this training was, in sentences."""
-    facts = describe(folder)
+    facts = describe_training(folder)
     lines = [
         f"**{facts.get('method', 'medssl')}** on **{folder.dataset}**: "
         f"{facts.get('labeled_cases', '?')} labeled and {facts.get('unlabeled_cases', '?')} "
@@ -43,10 +43,12 @@ def write_note(folder: RunFolder, names: Names) -> str:
     for round_index, done in folder.done_rounds.items():
         reasons = "; ".join(done.get("gate", {}).get("reasons", []))
         if reasons and not done["gate"].get("passed", True):
-            lines.append(f"Round {round_index} did not pass its gate: {names.text(reasons)}.  ")
+            lines.append(
+                f"Round {round_index} did not pass its gate: {names.clean_text(reasons)}.  "
+            )
     if folder.plan.get("reasons"):
         lines += ["", "Why it was planned so:", ""]
-        lines += [f"- {names.text(str(reason))}" for reason in folder.plan["reasons"]]
+        lines += [f"- {names.clean_text(str(reason))}" for reason in folder.plan["reasons"]]
     lines += [
         "",
         f"Everything else is in the run folder `{folder.path.name}`: report, masks, model.",

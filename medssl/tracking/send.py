@@ -21,16 +21,16 @@ import yaml
 from medssl.config import InputError
 from medssl.names import Names, choose_names, hide_password, refuse_names
 from medssl.run_folder import RunFolder, is_finite, read_folder, read_points
-from medssl.runs import Shape, hash_file, hash_json, list_rounds, lock, read_json, write_json
-from medssl.tracking.note import describe, write_note
+from medssl.runs import Shape, hash_file, hash_json, hold_lock, list_rounds, read_json, write_json
+from medssl.tracking.note import describe_training, write_note
 from medssl.tracking.store import (
     ENVIRONMENT,
-    choose,
     choose_store,
-    connect,
-    default_uri,
+    choose_value,
+    find_default_uri,
     find_experiment,
-    is_there,
+    has_run,
+    open_store,
 )
 
 _MODEL_LIMIT = 40 * 2**20  # bytes of a model that MLflow gets a copy of
@@ -55,7 +55,7 @@ _RUN_STATUS = {
 }
 
 
-def sync(run_dir: Path, uri: str | None = None, experiment: str | None = None) -> None:
+def sync_run(run_dir: Path, uri: str | None = None, experiment: str | None = None) -> None:
     """Bring MLflow up to what the run folder holds; twice is the same as once.
 
     Args:
@@ -69,14 +69,14 @@ def sync(run_dir: Path, uri: str | None = None, experiment: str | None = None) -
     folder = read_folder(run_dir.resolve())
     configured = folder.config.get("tracking", {})
     uri = choose_store(folder.path.parent, uri, configured.get("uri"))
-    name = choose(experiment, configured.get("experiment")) or folder.dataset
+    name = choose_value(experiment, configured.get("experiment")) or folder.dataset
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        with lock(folder.path / ".tracking.lock"):
+        with hold_lock(folder.path / ".tracking.lock"):
             _send_all(folder, uri, name)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
@@ -143,9 +143,9 @@ def _open_target(folder: RunFolder, uri: str, experiment: str) -> _Target:
     path = folder.path / "tracking.json"
     records = read_json(path, repair=_FORGET) if path.is_file() else {}
     # a store that moves with the folder is still the same store
-    key = "own store" if uri == default_uri(folder.path.parent) else hide_password(uri)
-    client = connect(uri)
-    if key not in records or not is_there(client, _check_record(path, records[key])["parent"]):
+    key = "own store" if uri == find_default_uri(folder.path.parent) else hide_password(uri)
+    client = open_store(uri)
+    if key not in records or not has_run(client, _check_record(path, records[key])["parent"]):
         records[key] = {"children": {}, "offset": 0, "sent": {}}
         records[key]["parent"] = _make_parent(client, folder, uri, experiment)
         write_json(path, records)
@@ -200,7 +200,7 @@ def _find_child(target: _Target, name: str, started_ms: int) -> str:
     """Return the id of a child run, such as "round 0", which is made if need be."""
     children = target.record["children"]
     if name not in children:
-        facts = describe(target.folder)
+        facts = describe_training(target.folder)
         shared = {k: v for k, v in facts.items() if k in ("dataset", "method", "draw", "seed")}
         run = target.client.create_run(
             target.client.get_run(target.parent).info.experiment_id,
@@ -229,14 +229,14 @@ def _send_params(target: _Target) -> None:
     plan = {k: v for k, v in folder.plan.items() if k not in ("reasons", "estimate")}
     config = {k: v for k, v in _clean_config(target).items() if k != "tracking"}
     values = dict(_flatten(config))
-    values.update(_flatten(target.names.tree(plan), "plan"))
+    values.update(_flatten(target.names.clean_tree(plan), "plan"))
     params = [Param(_clean_key(key), value) for key, value in values.items()]
 
     def send() -> None:
         for first in range(0, len(params), 100):
             target.client.log_batch(target.parent, params=params[first : first + 100])
         parts = {k: v for k, v in folder.splits.items() if k != "dataset"}
-        digest = hash_json(target.names.tree(parts))[:8]
+        digest = hash_json(target.names.clean_tree(parts))[:8]
         data = Dataset(folder.dataset, digest, source_type="local", source=folder.dataset)
         target.client.log_inputs(target.parent, [DatasetInput(data, [])])
 
@@ -249,7 +249,7 @@ def _clean_config(target: _Target) -> dict[str, Any]:
     data = dict(config.get("data", {}))
     if data.get("root"):
         data["root"] = Path(data["root"]).name or target.folder.dataset
-    cleaned: dict[str, Any] = target.names.tree({**config, "data": data})
+    cleaned: dict[str, Any] = target.names.clean_tree({**config, "data": data})
     return cleaned
 
 
@@ -284,7 +284,10 @@ def _send_tags(target: _Target) -> None:
     """Send the tags and the note, where they have changed."""
     from mlflow.entities import RunTag
 
-    tags = {key: target.names.text(value) for key, value in describe(target.folder).items()}
+    tags = {
+        key: target.names.clean_text(value)
+        for key, value in describe_training(target.folder).items()
+    }
     tags["mlflow.note.content"] = write_note(target.folder, target.names)[:7900]
     target.once(
         "tags",
@@ -330,12 +333,12 @@ def _log_metrics(client: Any, run_id: str, entries: Iterable[Mapping[str, Any]])
 def _send_round_metrics(target: _Target) -> None:
     """Send to the parent what each completed round came to; its step is the round."""
     for round_index, done in target.folder.done_rounds.items():
-        kept = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
+        metrics = {k: v for k, v in done.get("final", {}).items() if k.startswith(_OF_A_ROUND)}
         for key in ("agreement", "kept_cases", "seconds"):
             if is_finite(done.get(key)):
-                kept[f"monitors/{key}"] = done[key]
+                metrics[f"monitors/{key}"] = done[key]
         path = target.folder.path / f"round_{round_index}" / "done.json"
-        _send_summary(target, round_index, path, kept)
+        _send_summary(target, round_index, path, metrics)
 
 
 def _send_test_metrics(target: _Target) -> None:
@@ -360,8 +363,8 @@ def _send_test_metrics(target: _Target) -> None:
 
 def _round_of(name: str) -> int:
     """Return the number in a round's name, such as round_2; 0 where there is none."""
-    found = re.search(r"\d+$", name)
-    return int(found.group()) if found else 0
+    match = re.search(r"\d+$", name)
+    return int(match.group()) if match else 0
 
 
 def _send_summary(target: _Target, step: int, path: Path, metrics: Mapping[str, Any]) -> None:
@@ -409,9 +412,9 @@ def _send_documents(target: _Target) -> None:
     folder = target.folder
     documents = {
         "config.yaml": _clean_config(target),
-        "plan.json": target.names.tree(folder.plan),
-        "summary.json": target.names.tree(folder.summary),
-        "evaluation.json": target.names.tree(folder.evaluation),
+        "plan.json": target.names.clean_tree(folder.plan),
+        "summary.json": target.names.clean_tree(folder.summary),
+        "evaluation.json": target.names.clean_tree(folder.evaluation),
     }
     for name, content in documents.items():
         if not content:
@@ -455,7 +458,7 @@ def _send_report(target: _Target) -> None:
     def send() -> None:
         text = path.read_text(encoding="utf-8")
         visible = re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)  # in pictures anything can be read
-        refuse_names(path, replace(target.names, numbers=False).find(visible))
+        refuse_names(path, replace(target.names, numbers=False).find_names(visible))
         target.client.log_text(target.parent, text, "report.html")
 
     target.once("report.html", hash_file(path), send)
@@ -496,7 +499,7 @@ def _send_version(target: _Target, folder: Path, alias: str, takes_alias: bool) 
     about = read_json(path)
     texts = [text for pair in _flatten(about) for text in pair]
     names = replace(target.names, numbers=False)  # it is full of them
-    refuse_names(path, (text for text in texts if names.text(text) != text))
+    refuse_names(path, (text for text in texts if names.clean_text(text) != text))
     files = [path, folder / "weights.safetensors"]
     if sum(file.stat().st_size for file in files if file.is_file()) > _MODEL_LIMIT:
         target.once(

@@ -26,7 +26,7 @@ from medssl.tracking.store import (
 )
 
 
-def serve(runs_folder: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
+def serve_runs(runs_folder: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
     """Run the MLflow UI on the store of a folder of runs until Ctrl-C.
 
     Args:
@@ -149,9 +149,9 @@ def _check_store(folder: Path) -> None:
 def _check_port(host: str, port: int) -> None:
     """Check that a port can be listened on; otherwise name the next one that can."""
     free = (candidate for candidate in range(port, 65536) if _is_free(host, candidate))
-    found = next(free, None)
-    if found != port:
-        hint = "choose another --host" if found is None else f"--port {found} is free"
+    next_free = next(free, None)
+    if next_free != port:
+        hint = "choose another --host" if next_free is None else f"--port {next_free} is free"
         raise InputError(f"port {port} on {host} is in use; {hint}")
 
 

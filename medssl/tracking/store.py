@@ -18,7 +18,7 @@ from typing import Any
 
 from medssl.config import InputError
 from medssl.names import hide_password
-from medssl.runs import lock
+from medssl.runs import hold_lock
 
 VIEW = "medssl"
 ENVIRONMENT = {
@@ -38,7 +38,7 @@ UNUSED = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 """What other programs send their runs to; ours are of patients, and go where medssl is told."""
 
 
-def default_uri(runs_folder: Path) -> str:
+def find_default_uri(runs_folder: Path) -> str:
     """Return the store of a folder of runs: sqlite, absolute; made at its first use."""
     return _to_uri(runs_folder.resolve() / "mlflow.db")
 
@@ -91,9 +91,9 @@ def check_uri(uri: str) -> None:
         )
 
 
-def choose_store(runs_folder: Path, *given: str | None) -> str:
+def choose_store(runs_folder: Path, *candidates: str | None) -> str:
     """Return the store that was chosen, or that of the folder of runs."""
-    chosen = choose(*given)
+    chosen = choose_value(*candidates)
     if chosen is not None:
         check_uri(chosen)
         return chosen
@@ -103,15 +103,15 @@ def choose_store(runs_folder: Path, *given: str | None) -> str:
             f"runs go to {runs_folder / 'mlflow.db'}; tracking.uri=${UNUSED[0]} sends them there",
             file=sys.stderr,
         )
-    return default_uri(runs_folder)
+    return find_default_uri(runs_folder)
 
 
-def choose(*values: str | None) -> str | None:
+def choose_value(*values: str | None) -> str | None:
     """Return the first value that says something."""
     return next((value for value in values if value not in (None, "", "auto", "none")), None)
 
 
-def connect(uri: str) -> Any:
+def open_store(uri: str) -> Any:
     """Return a client; a sqlite store is made by one process while the others wait."""
     from mlflow import MlflowClient
 
@@ -120,7 +120,7 @@ def connect(uri: str) -> Any:
         return MlflowClient(uri, registry_uri=uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     uri = _to_uri(path)
-    with lock(path.with_name(f".{path.name}.lock")), _remove_strays(uri):
+    with hold_lock(path.with_name(f".{path.name}.lock")), _remove_strays(uri):
         if not path.is_file() or not _opens(path):
             _make_store(path)
         follow_move(path)
@@ -193,9 +193,9 @@ def find_store_problem(uri: str) -> str:
             return explain_store(path, error)
     elif re.match("https?://", uri):
         question = urllib.request.Request(f"{hide_password(uri).rstrip('/')}/health")
-        given = urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]
-        if given:
-            word = base64.b64encode(urllib.parse.unquote(given).encode()).decode()
+        credentials = urllib.parse.urlsplit(uri).netloc.rpartition("@")[0]
+        if credentials:
+            word = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
             question.add_header("Authorization", f"Basic {word}")
         try:
             urllib.request.urlopen(question, timeout=5).close()
@@ -254,8 +254,8 @@ def follow_move(path: Path) -> None:
         return  # somebody's store, whose artifacts lie elsewhere
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=20)) as store, store:
-            found = store.execute("select artifact_location from experiments").fetchall()
-            roots = {str(place).rpartition("/mlartifacts/")[0] for (place,) in found}
+            locations = store.execute("select artifact_location from experiments").fetchall()
+            roots = {str(place).rpartition("/mlartifacts/")[0] for (place,) in locations}
             for old in (f"{root}/mlartifacts/" for root in roots if root.startswith("file:")):
                 for table, column in _PLACES if old != new else ():
                     store.execute(
@@ -272,7 +272,7 @@ def _place_artifacts(path: Path) -> str:
     return (path.parent / "mlartifacts").as_uri()
 
 
-def is_there(client: Any, run_id: str) -> bool:
+def has_run(client: Any, run_id: str) -> bool:
     """Return whether a run exists and nobody has deleted it."""
     from mlflow.exceptions import MlflowException
 
@@ -288,8 +288,8 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
     """Return the id of an experiment, which is made or restored if need be."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         path = _find_file(uri)
         root = path and _place_artifacts(path)  # a server knows itself
         location = root and f"{root}/{re.sub(r'[^A-Za-z0-9_-]+', '_', name)}"
@@ -300,16 +300,16 @@ def find_experiment(client: Any, uri: str, name: str) -> str:
         }
         with contextlib.suppress(MlflowException):  # another run was faster, or so we will see
             return str(client.create_experiment(name, artifact_location=location, tags=tags))
-        found = client.get_experiment_by_name(name)
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return str(found.experiment_id)
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _describe_view() -> str:
     """Return the view of the runs table that lets two runs be compared at a glance.
 
-    It is in the UI's menu "Views"; ``serve`` prints its address.
+    It is in the UI's menu "Views"; ``serve_runs`` prints its address.
     """
     columns = [f"tags.`{name}`" for name in ("verdict", "method")]
     metrics = ("dice_labels_only", "dice_delivered", "gain", "gain_low", "gain_high")

@@ -592,7 +592,7 @@ def test_a_file_with_all_channels_is_one_scan(tmp_path):
         (["a_0001.nii", "a_0002.nii"], 2, "a: the model wants 2 channels"),
         (["a.nii", "a.nii.gz"], 1, "two scans of one name"),
         (["x/a.nii", "y/a.nii"], 2, "two scans of one name"),
-        (["a.mha"], 1, "no scan that is read"),
+        (["a.gipl"], 1, "no scan that is read"),
         ([], 1, "no scan that is read"),
     ],
 )

@@ -12,7 +12,7 @@ from medssl.run_folder import RoundFolder, RunFolder, parse_number
 
 MISSING = "–"
 EVIDENCE = (
-    " In the project's own study, on the heart with three labeled patients and three draws of them, "
+    " In the project's own study, on the heart with three labeled patients and three draws of them "
     "the delivered model is at 0.840 Dice where labels alone are at 0.756, which is +0.073 "
     "[+0.026, +0.142] over as many more steps on the labels alone (docs/evidence.md)."
 )

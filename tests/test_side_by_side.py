@@ -97,4 +97,4 @@ def test_a_run_with_a_lost_step_or_without_losses_is_not_finite(tmp_path, monkey
     ):
         write_json(tmp_path / name / "summary.json", about)
         Journal(tmp_path / name / "metrics.jsonl").append(1, 2, metrics)
-        assert compare_methods.describe(tmp_path / name)["finite"] is is_finite
+        assert compare_methods.describe_run(tmp_path / name)["finite"] is is_finite

@@ -32,7 +32,7 @@ def predict(scan):
 with torch.no_grad(), sample_dropout(network):  # any module with nn.Dropout in it
     passes = (predict(images[2:]) for _ in range(4))
     probs, entropy, information = combine(passes, "MC dropout")
-certain = entropy < find_limit(UncertaintySection(start=0.75), num_classes=4, risen=0.0)
+certain = entropy < find_limit(UncertaintySection(start=0.75), num_classes=4, rise=0.0)
 expected = expect_from([label[0].numpy() for label in labels], num_classes=4)
 cleaned = drop_islands(probs[0].numpy(), expected.single)  # one piece in every label
 usual = [index for index, share in expected.presence.items() if share > 0.9]

@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_finished_scans_and_no_half_file(saved, tmp_path):
         process.kill()
     assert process.returncode == 130, errors
     assert errors == f"stopped: the masks of finished scans stand in {tmp_path / 'out'}\n"
-    names = ["a.nii.gz", "a_probs.nii.gz", "predictions.json"]
+    names = ["a.nii.gz", "a_probs.nii.gz", "predictions.json", "predictions.jsonl"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert set(json.loads((tmp_path / "out" / "predictions.json").read_text())["scans"]) == {"a"}
 

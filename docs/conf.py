@@ -40,3 +40,13 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"medssl {release}"
 html_show_copyright = False
+
+
+def _skip_fields(app, what, name, member, skip, options):
+    """Leave out the fields of named tuples, which their docstrings describe."""
+    return True if type(member).__name__ == "_tuplegetter" else skip
+
+
+def setup(app):
+    """Connect what is left out."""
+    app.connect("autodoc-skip-member", _skip_fields)

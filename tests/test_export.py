@@ -157,7 +157,7 @@ sys.argv = ["monai.bundle", *sys.argv[1:]]
 runpy.run_module("monai.bundle", run_name="__main__")
 """
 REAL = {
-    "Task04_Hippocampus/imagesTr/*.nii.gz": ("3d", 6),
+    "Task04_Hippocampus/imagesTr/*.nii.gz": ("3d", 2),
     "isbi_em/images/*.png": ("pictures", 1),
     "acdc_half/images/*.nii.gz": ("unet", 1),
 }

@@ -3,6 +3,7 @@
 from contextlib import suppress
 
 import numpy as np
+import pytest
 import SimpleITK
 from hypothesis import strategies as st
 
@@ -51,6 +52,43 @@ def save_by_itk(path, array, affine, compressed=True):
     image.SetOrigin(moved[:3, 3].tolist())
     image.SetDirection((moved[:3, :3] / spacing).ravel().tolist())
     SimpleITK.WriteImage(image, str(path), useCompression=compressed)
+
+
+def check_writing(module, path, num_channels, is_left_handed, note, expected_note, tolerance):
+    """What a module writes opens in ITK, and in the module, on the same voxels."""
+    rng = np.random.default_rng(5)
+    shape = (4, 5, 3, num_channels) if num_channels else (4, 5, 3)
+    for dtype in ("uint8", "int16", "int32", "float32"):
+        array = rng.integers(0, 100, shape).astype(dtype)
+        affine = turn(rng, is_left_handed)
+        module.write(path, array, affine, None, note)
+        voxels, place = read_by_itk(path)
+        np.testing.assert_array_equal(voxels.reshape(shape), array)
+        assert voxels.dtype == dtype
+        np.testing.assert_allclose(place, affine, atol=1e-9)
+        scan = module.open_image(path, None)
+        np.testing.assert_array_equal(read(scan).reshape(shape), array)
+        np.testing.assert_allclose(scan.affine, affine, atol=tolerance)
+        assert scan.read_note() == expected_note
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def check_mask_of(module, image, path, lines):
+    """The mask of an image has these lines of its header, its place, and no name."""
+    scan = module.open_image(image, 1)
+    module.write(path, np.ones((2, 3, 4), np.uint8), scan.affine, scan.header, "")
+    text = path.read_bytes()
+    for line in lines:
+        assert line.encode() in text
+    assert b"Mustermann" not in text
+    again = module.open_label(path)
+    np.testing.assert_array_equal(again.affine, scan.affine)
+    assert again.header["contradictions"] == scan.header["contradictions"]
+    np.testing.assert_array_equal(read_by_itk(path)[1], read_by_itk(image)[1])
+    with pytest.raises(ValueError, match="is not the grid"):
+        module.write(path, np.ones((2, 3, 3), np.uint8), scan.affine, scan.header, "")
+    with pytest.raises(ValueError, match="is not the grid"):
+        module.write(path, np.ones((2, 3, 4), np.uint8), 2 * scan.affine, scan.header, "")
 
 
 ODD = [b"0", b"-1", b"nan", b"inf", b"1e999", b"99999999999", b"none", b"(", b"", b"x", b"\xff"]

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from itk_scans import change, read, read_all, read_by_itk, save_by_itk, turn
+from itk_scans import (
+    change,
+    check_mask_of,
+    check_writing,
+    read,
+    read_all,
+    read_by_itk,
+    save_by_itk,
+    turn,
+)
 
 from medssl.config import InputError
 from medssl.formats import nrrd
@@ -253,22 +262,8 @@ def test_a_header_that_declares_more_than_the_file_can_hold_is_refused_at_once(t
 @pytest.mark.parametrize("num_channels", [0, 2])
 @pytest.mark.parametrize("is_left_handed", [False, True])
 def test_what_is_written_opens_in_itk_on_the_same_voxels(tmp_path, num_channels, is_left_handed):
-    rng = np.random.default_rng(5)
-    shape = (4, 5, 3, num_channels) if num_channels else (4, 5, 3)
-    for dtype in ("uint8", "int16", "int32", "float32"):
-        array = rng.integers(0, 100, shape).astype(dtype)
-        affine = turn(rng, is_left_handed)
-        path = tmp_path / "a.nrrd"
-        nrrd.write(path, array, affine, None, "a \\ note\nof two lines")
-        found, place = read_by_itk(path)
-        np.testing.assert_array_equal(found.reshape(shape), array)
-        assert found.dtype == dtype
-        np.testing.assert_allclose(place, affine, atol=1e-9)
-        scan = nrrd.open_image(path, None)
-        np.testing.assert_array_equal(read(scan).reshape(shape), array)
-        np.testing.assert_allclose(scan.affine, affine, atol=1e-12)
-        assert scan.read_note() == "a \\ note\nof two lines"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.nrrd"]
+    path, note = tmp_path / "a.nrrd", "a \\ note\nof two lines"
+    check_writing(nrrd, path, num_channels, is_left_handed, note, "a \\ note\nof two lines", 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -282,20 +277,7 @@ def test_what_is_written_opens_in_itk_on_the_same_voxels(tmp_path, num_channels,
 def test_a_mask_says_of_its_place_what_its_image_says_and_nothing_else(tmp_path, fields):
     named = fields + "content: Erika Mustermann\nPatientName:=Mustermann\n"
     image = save(tmp_path / "a.nrrd", named, COUNT)
-    scan, path = nrrd.open_image(image, 1), tmp_path / "b.nrrd"
-    nrrd.write(path, np.ones((2, 3, 4), np.uint8), scan.affine, scan.header, "")
-    text = path.read_bytes()
-    for line in fields.splitlines():
-        assert line.encode() in text
-    assert b"Mustermann" not in text
-    again = nrrd.open_label(path)
-    np.testing.assert_array_equal(again.affine, scan.affine)
-    assert again.header["contradictions"] == scan.header["contradictions"]
-    np.testing.assert_array_equal(read_by_itk(path)[1], read_by_itk(image)[1])
-    with pytest.raises(ValueError, match="is not the grid"):
-        nrrd.write(path, np.ones((2, 3, 3), np.uint8), scan.affine, scan.header, "")
-    with pytest.raises(ValueError, match="is not the grid"):
-        nrrd.write(path, np.ones((2, 3, 4), np.uint8), 2 * scan.affine, scan.header, "")
+    check_mask_of(nrrd, image, tmp_path / "b.nrrd", fields.splitlines())
 
 
 def save_segments(path, layers, segments):

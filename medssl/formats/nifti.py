@@ -25,7 +25,15 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.scan import PIECE, Scan, check_channels, check_label, check_place, guard
+from medssl.formats.scan import (
+    PIECE,
+    Scan,
+    check_channels,
+    check_label,
+    check_own_grid,
+    check_place,
+    guard,
+)
 from medssl.runs import write_file
 from medssl.transforms.geometry import (
     MAX_DISPLACEMENT,
@@ -343,9 +351,7 @@ def _place_as(array: NDArray[Any], affine: Affine, header: Header) -> Any:
     if array.ndim == 3 and len(header["dim"]) == 2:
         array = array[..., 0]
     restored = _restore(header, array.shape)
-    on_grid = np.allclose(_find_affine(restored), affine, rtol=1e-6, atol=1e-6)
-    if _complete(array.shape) != _complete(header["dim"]) or not on_grid:
-        raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
+    check_own_grid(array, affine, header["dim"], _find_affine(restored), header)
     kind = nib.Nifti2Image if isinstance(restored, nib.Nifti2Header) else nib.Nifti1Image
     restored.set_data_dtype(array.dtype)
     image = kind(array, None, restored)

@@ -26,7 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.scan import Scan, check_channels, check_label, check_place, guard
+from medssl.formats.scan import (
+    Scan,
+    check_channels,
+    check_label,
+    check_own_grid,
+    check_place,
+    guard,
+)
 from medssl.formats.streams import (
     check_size,
     find_beside,
@@ -188,9 +195,7 @@ def write(
         header = _describe(array.shape[:3], affine)
     expected = tuple(header["nrrd sizes"])
     place, _ = _find_place(path, header)
-    on_grid = np.allclose(place, affine, rtol=1e-6, atol=1e-6)
-    if (*expected, 1)[:3] != array.shape[:3] or not on_grid:
-        raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
+    check_own_grid(array, affine, expected, place, header)
     channels = array.shape[3:]
     sizes = " ".join(str(size) for size in (*expected, *channels))
     lines = [

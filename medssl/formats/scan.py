@@ -4,10 +4,11 @@ Legend: C channels, I J K voxel axes.
 """
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
@@ -74,6 +75,26 @@ def check_place(path: Path, shape: Shape, affine: Affine, unit: str) -> None:
             f"{path}: {error} (the unit of the header is {unit}); repair orientation, voxel size "
             "or unit in the header, or convert the scan again"
         ) from error
+
+
+def check_own_grid(
+    array: NDArray[Any], affine: Affine, sizes: Sequence[int], place: Affine, header: Header
+) -> None:
+    """Refuse an array that is to be written with the header of another grid.
+
+    Args:
+        array: (I, J, K) or (I, J, K, C).
+        affine: Of the array.
+        sizes: That the header gives; a missing third one is one voxel.
+        place: The affine that the header gives.
+        header: For the message.
+
+    Raises:
+        ValueError: Shape or affine differ.
+    """
+    on_grid = np.allclose(place, affine, rtol=1e-6, atol=1e-6)
+    if (*sizes, 1)[:3] != (*array.shape, 1)[:3] or not on_grid:
+        raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
 
 
 def check_channels(path: Path, scan: Scan, num_channels: int | None) -> Scan:

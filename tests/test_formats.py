@@ -4,6 +4,7 @@ import zipfile
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
 from commands import run_command
@@ -15,7 +16,7 @@ from medssl.data.io import read_image, read_label, read_label_values, read_origi
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import make_phantom
 from medssl.formats import dicom_files, metaimage, nrrd
-from medssl.formats.readers import KINDS
+from medssl.formats.readers import DICOM, KINDS, find_reader
 
 AFFINE = np.array([[-1.0, 0, 0, 20], [0, -1.0, 0, 10], [0, 0, 2.0, -30], [0, 0, 0, 1]])
 NAMES = {1: "Left Lobe", 2: "right lobe", 3: "core"}
@@ -214,3 +215,49 @@ def test_a_scan_is_its_files_to_the_cache(tmp_path):
 
 def test_all_kinds_are_named_where_none_is_found():
     assert KINDS.startswith("NIfTI (.nii, .nii.gz), DICOM, NRRD, MetaImage")
+
+
+def test_names_that_count_as_one_are_refused(tmp_path):
+    image, classes = make_case(0)
+    series = write_series(tmp_path / "images" / "a", image)
+    header = dicom_files.open_image(series, None).header
+    (tmp_path / "labels").mkdir()
+    names = {1: "Lobe", 2: "LOBE", 3: "core"}
+    dicom_files.write(tmp_path / "labels" / "a.dcm", classes, AFFINE, header, "", names)
+    with pytest.raises(InputError, match=r"a: the names \['LOBE', 'Lobe'\] count as one"):
+        read_dataset(tmp_path)
+    with pytest.raises(InputError, match=r"data\.labels: the names \['Core', 'core'\]"):
+        read_dataset(tmp_path, labels={1: "core", 2: "Core"})
+
+
+def test_a_region_of_number_0_is_a_class(tmp_path):
+    image, classes = make_case(0)
+    series = write_series(tmp_path / "images" / "a", image)
+    path = tmp_path / "labels" / "a.rtstruct.dcm"
+    path.parent.mkdir()
+    write_object(path, series, classes)
+    dataset = pydicom.dcmread(path)
+    for element in dataset.iterall():
+        if element.keyword in ("ROINumber", "ReferencedROINumber") and element.value == 1:
+            element.value = 0
+    dataset.save_as(path)
+    read = read_dataset(tmp_path)
+    assert read.labels == {0: "background", 1: "core", 2: "Left Lobe", 3: "right lobe"}
+    label, _ = read_label(path, VALUES, None, read.cases[0])
+    np.testing.assert_array_equal(label, np.array([0, 2, 3, 1])[classes])
+
+
+def test_series_that_a_layout_does_not_name_are_noted_by_folder(mixed, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(mixed[0], root)
+    write_series(root / "raw" / "old", make_case(0)[0])
+    (note,) = read_dataset(root, labels=NAMES).notes
+    assert note.startswith("1 scans are not read")
+    assert "in the folders raw/old (1);" in note
+
+
+def test_a_folder_of_bare_files_without_a_suffix_is_a_series(tmp_path):
+    for number, one in enumerate(make_slices(make_case(0)[0], AFFINE)):
+        one.file_meta, one.preamble = pydicom.dataset.FileMetaDataset(), None
+        pydicom.dcmwrite(tmp_path / f"IM{number}", one, implicit_vr=False, little_endian=True)
+    assert find_reader(tmp_path) is DICOM

@@ -7,7 +7,7 @@ import re
 import shlex
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,22 +223,28 @@ def walk_scans(root: Path, with_dicom: bool = True) -> list[Path]:
     Raises:
         InputError: A DICOM file is damaged, or the packages that read DICOM are missing.
     """
-    files = walk_files(root)
-    plain = [path for path in files if find_reader(path) not in (None, DICOM)]
-    halves = {path.with_suffix(".hdr") for path in plain if path.suffix.lower() == ".img"}
-    scans = [path for path in plain if path.suffix.lower() != ".img"]
-    scans += [path.with_suffix(".img") for path in sorted(halves - set(plain))]
-    others = [path for path in files if path not in set(plain)]
-    if with_dicom and any(is_dicom(path) or is_series(path) for path in others):
-        scans += _walk_series(root, others)
+    readers = {path: find_reader(path) for path in walk_files(root)}
+    plain = {path for path, reader in readers.items() if reader not in (None, DICOM)}
+    scans = [path for path in readers if path in plain and not _is_half(path, plain)]
+    if with_dicom:
+        others = [path for path in readers if path not in plain]
+        scans += _walk_series(root, [path for path in others if readers[path] or is_dicom(path)])
     return keep_scans(scans)
 
 
+def _is_half(path: Path, paths: Container[Path]) -> bool:
+    """Tell whether a path is the .img of a .hdr that is there, which stands for both."""
+    return path.suffix.lower() == ".img" and path.with_suffix(".hdr") in paths
+
+
 def _walk_series(root: Path, files: Sequence[Path]) -> list[Path]:
-    """Return the DICOM series and masks among files, and the archives of series."""
+    """Return the series and masks of DICOM files below a folder, and the archives among them."""
+    archives = [path for path in files if path.suffix.lower() == ".zip"]
+    if len(archives) == len(files):
+        return archives
     from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
 
-    series = list_series(root) if any(map(is_dicom, files)) else []
+    series = list_series(root)
     counts = Counter(one.folder for one in series if one.is_image)
     scans = []
     for one in series:
@@ -248,7 +254,7 @@ def _walk_series(root: Path, files: Sequence[Path]) -> list[Path]:
             scans.append(one.files[0] if len(one.files) == 1 else Path(f"{one.folder}#{one.uid}"))
         elif one.modality in ("SEG", "RTSTRUCT"):
             scans += one.files
-    return [*scans, *(path for path in files if is_series(path))]
+    return [*scans, *archives]
 
 
 def explain_files(root: Path, used: Iterable[Path]) -> list[str]:

@@ -41,7 +41,7 @@ CONTRADICTIONS = {
         "other programs may take the qform; repair the wrong one"
     ),
     "code": (
-        "neither sform nor qform has a code, so the header does not say where left and right are: "
+        "the header does not say where left and right are (in NIfTI no form has a code): "
         "the first axis is taken to run from right to left"
     ),
     "unit": "the header gives lengths in another unit, converted to mm",

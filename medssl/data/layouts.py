@@ -28,6 +28,7 @@ from medssl.data.files import (
     is_mask,
     is_scan,
     list_scans,
+    walk_files,
     walk_scans,
 )
 from medssl.formats.readers import (
@@ -38,6 +39,7 @@ from medssl.formats.readers import (
     find_reader,
     has_spacing,
     name_scan,
+    split_series,
     strip_suffix,
 )
 
@@ -81,14 +83,14 @@ def _name_modality(dataset: Dataset) -> Dataset:
     images = [case.images[0] for case in dataset.cases]
     if any(dataset.channels) or len(dataset.channels) != 1 or find_reader(images[0]) is not DICOM:
         return dataset
-    from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
+    from medssl.formats.dicom import read_modality  # heavy: only where there is DICOM
 
     modalities = set()
     for path in images[:: -(-len(images) // _MOST_OPENED)]:
         if find_reader(path) is not DICOM:
             return dataset
         with contextlib.suppress(InputError):  # it is named when it is read
-            modalities |= {one.modality for one in list_series(path) if one.is_image}
+            modalities.add(read_modality(path))
     return dataset if len(modalities) != 1 else replace(dataset, channels=(modalities.pop(),))
 
 
@@ -111,6 +113,11 @@ def _name_segments(dataset: Dataset) -> Dataset:
     if not any(names.values()):
         return dataset
     values = _number_names(list(names.values()), dataset.labels)
+    for case_id, named in {"data.labels": dataset.labels or {}, **names}.items():
+        counts = Counter(map(_fold, named.values()))
+        alike = sorted(name for name in named.values() if counts[_fold(name)] > 1)
+        if alike:
+            problems.append(f"{case_id}: the names {alike} count as one: give each another")
     for case_id, named in names.items():
         if named and not any(_fold(name) in values for name in named.values()):
             problems.append(
@@ -145,7 +152,7 @@ def _number_names(
         for number, name in named.items():
             values[_fold(name)].add(number)
     numbers = [number for same in values.values() for number in same]
-    if len(set(numbers)) == len(numbers) == len(values):
+    if len(set(numbers)) == len(numbers) == len(values) and 0 not in numbers:
         return {name: same.pop() for name, same in values.items()}
     return {name: number for number, name in enumerate(sorted(values), 1)}
 
@@ -176,9 +183,12 @@ def _find_left_out(dataset: Dataset) -> list[str]:
     ]
     used = list_files(dataset)
     known, are_scans = {os.path.realpath(path) for path in used}, has_spacing(used[0])
+    left_out = walk_scans(root, with_dicom=False)
+    if any(find_reader(path) is DICOM for path in used):
+        left_out += _find_series_left_out(root, used)
     counts = Counter(
         str(path.parent.relative_to(root))
-        for path in walk_scans(root, any(find_reader(path) is DICOM for path in used))
+        for path in left_out
         if has_spacing(path) == are_scans and os.path.realpath(path) not in known
     )
     if counts:
@@ -190,6 +200,15 @@ def _find_left_out(dataset: Dataset) -> list[str]:
             f"list: medssl check {root} --draft FILE.csv"
         )
     return notes
+
+
+def _find_series_left_out(root: Path, used: Iterable[Path]) -> list[Path]:
+    """Return one DICOM file of each folder that is not read; by names, no header is opened."""
+    places = {split_series(path)[0] for path in used}
+    files = [path for path in walk_files(root) if path.suffix.lower() in DICOM.suffixes]
+    return list(
+        {path.parent: path for path in files if places.isdisjoint((path, *path.parents))}.values()
+    )
 
 
 def _suggest_path(path: Path) -> str:

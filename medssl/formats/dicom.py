@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.readers import split_series
+from medssl.formats.readers import START, split_series, starts_dicom
 from medssl.formats.scan import Scan, check_place, guard
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -196,6 +196,22 @@ def list_series(path: Path) -> list[Series]:
     return [_describe(group) for group in _read_headers(path).values()]
 
 
+@keep_quiet()
+def read_modality(path: Path) -> str:
+    """Return the modality of the first image of a series, such as CT; empty if there is none.
+
+    Raises:
+        InputError: There is no such file or folder, or a file before the image is damaged.
+    """
+    source, _ = split_series(path)
+    for place in guard(path, partial(_list_files, source)):
+        if guard_dicom(place, partial(_is_dicom, place)):
+            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
+            if not _name_other(header):
+                return str(header.get("Modality") or "")
+    return ""
+
+
 def open_scan(path: Path) -> Scan:
     """Open the one image series of a folder or archive, or the one named by `PATH#UID`.
 
@@ -234,6 +250,16 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
         for plane in guard_dicom(place, partial(find_planes, place, header))
     ]
     return _stack(path, planes)
+
+
+@keep_quiet()
+def read_fields(place: Place, *names: str) -> Any:
+    """Read some fields of a DICOM file, and pass over all others.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    return _read(place, stop_before_pixels=True, specific_tags=list(names))
 
 
 @keep_quiet()
@@ -281,11 +307,9 @@ def _is_dicom(place: Place) -> bool:
     """Tell whether a file is DICOM, with or without the preamble, by its first bytes."""
     try:
         with place.open("rb") as file:
-            start = file.read(132)
+            return starts_dicom(file.read(START))
     except (RuntimeError, NotImplementedError) as error:  # has a password, or is packed strangely
         raise InputError(f"{place}: cannot be unpacked ({error}): unpack the archive") from error
-    is_bare = start[:2] == b"\x08\x00" and start[3:4] == b"\x00"  # an element of group 0008
-    return start[128:] == b"DICM" or is_bare
 
 
 def _read(place: Place, **options: Any) -> Any:

@@ -46,6 +46,7 @@ class Format(Protocol):
         """Return the names of the values of a label, where its kind has names."""
 
 
+START = 132  # bytes that tell whether a file is DICOM
 _MOST_OPENED = 20  # files that tell whether a folder holds DICOM
 _PICTURE_TYPES = ("uint8", "uint16", "int32")
 
@@ -178,18 +179,24 @@ def _is_dicom_member(archive: zipfile.ZipFile, name: str) -> bool:
     """Tell whether a member of an archive is DICOM."""
     try:
         with archive.open(name) as file:
-            return file.read(132)[128:] == b"DICM"
+            return starts_dicom(file.read(START))
     except (OSError, RuntimeError, NotImplementedError, zlib.error, zipfile.BadZipFile):
         return False  # it is named when it is read
 
 
+def starts_dicom(start: bytes) -> bool:
+    """Tell whether a file begins as DICOM: by the word at byte 128, or an element of group 0008."""
+    is_bare = start[:2] == b"\x08\x00" and start[3:4] == b"\x00"  # without the preamble
+    return start[128:START] == b"DICM" or is_bare
+
+
 def is_dicom(path: Path) -> bool:
-    """Tell whether a file is DICOM: by `.dcm`, or by the magic word at byte 128."""
+    """Tell whether a file is DICOM, by `.dcm` or by its first bytes."""
     if path.suffix.lower() in DICOM.suffixes:
         return True
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return starts_dicom(file.read(START))
     except OSError:
         return False
 

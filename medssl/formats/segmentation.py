@@ -26,6 +26,7 @@ from medssl.formats.dicom import (
     keep_quiet,
     open_scan,
     read_dataset,
+    read_fields,
 )
 from medssl.formats.scan import Scan
 
@@ -72,15 +73,27 @@ def list_segments(path: Path) -> dict[int, str]:
     Raises:
         InputError: It is neither.
     """
-    dataset = read_dataset(path, with_pixels=False)
-    modality = _check_modality(path, dataset)
-    if modality == "SEG":
-        pairs = [(s.SegmentNumber, s.get("SegmentLabel")) for s in dataset.SegmentSequence]
-    else:
-        regions = dataset.get("StructureSetROISequence", ())
-        pairs = [(roi.ROINumber, roi.get("ROIName")) for roi in regions]
-    kind = "segment" if modality == "SEG" else "region"
-    return {int(number): str(name or f"{kind} {number}") for number, name in pairs if number}
+    dataset = read_fields(path, "Modality", "SegmentSequence", "StructureSetROISequence")
+    if _check_modality(path, dataset) == "SEG":
+        segments = [(int(one.SegmentNumber), one) for one in dataset.SegmentSequence]
+        return {number: _name_segment(one) for number, one in segments if number}
+    return {int(roi.ROINumber): _name_region(roi) for roi in _list_regions(dataset)}
+
+
+def _name_segment(segment: Any) -> str:
+    """Return the name of a segment of a SEG."""
+    return str(segment.get("SegmentLabel") or f"segment {int(segment.SegmentNumber)}")
+
+
+def _name_region(region: Any) -> str:
+    """Return the name of a region of an RTSTRUCT."""
+    return str(region.get("ROIName") or f"region {region.ROINumber}")
+
+
+def _list_regions(dataset: Any) -> Iterable[Any]:
+    """Return the descriptions of the regions of an RTSTRUCT."""
+    regions: Iterable[Any] = dataset.get("StructureSetROISequence", ())
+    return regions
 
 
 def _check_modality(path: Path, dataset: Any) -> str:
@@ -195,7 +208,7 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
     regions: list[Region] = []
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
-        name = str(segment.get("SegmentLabel") or f"segment {number}")
+        name = _name_segment(segment)
         segment_planes = [
             plane
             for plane, frame_number in zip(planes, numbers, strict=True)
@@ -275,10 +288,7 @@ def _place(
 
 def _find_regions(path: Path, dataset: Any, source: Scan) -> list[Region]:
     """Return the regions of interest of an RTSTRUCT that have an inside."""
-    names = {
-        int(roi.ROINumber): str(roi.get("ROIName") or f"region {roi.ROINumber}")
-        for roi in dataset.get("StructureSetROISequence", ())
-    }
+    names = {int(roi.ROINumber): _name_region(roi) for roi in _list_regions(dataset)}
     contours: dict[int, list[Any]] = {number: [] for number in names}
     for roi in dataset.get("ROIContourSequence", ()):
         number = int(roi.ReferencedROINumber)

@@ -96,7 +96,7 @@ def write_seg(
             Values without a name are called by their number.
         note: What `medssl.formats.segmentation.read_note` is to return.
         model: Which model made the mask, for its algorithm identification.
-        as_labelmap: Write a label map with run-length compression, a tenth of the size, which few
+        as_labelmap: Write a label map with run-length compression, a seventh of the size, which few
             other programs read yet.
 
     Raises:

@@ -12,8 +12,9 @@ may work on one CSV, each on its own draws or arms. All arms train on the same l
     labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
     shadow     the recipe's rounds, restarts and labeled batches, unlabeled terms off (B)
     recipe     method=default (C)
-    no_PART    the recipe without a part (D); without MC dropout or the second round students are
-               longer by the passes that this saves
+    no_PART    the recipe's first student without a part (D), held against first_round; without MC
+               dropout it is longer by the passes that this saves. no_second_round has one student
+               with the passes of both, and is held against the recipe
     all        labels alone, all labels but those of the test cases, longer: the plateau (E)
 
 The first students of recipe and shadow are written down too, as first_round and shadow_first_round.
@@ -70,12 +71,13 @@ PARTS = {
     "no_strong_noise": ["noise.strong=0", "noise.stochastic_depth=1.0"],
     "no_ema": ["teacher.source=[self]"],
     "no_warm_start": ["train.start=scratch"],
-    "no_second_round": ["rounds=1"],  # the steps of both in one
+    "no_second_round": [],  # the steps of both in one
 }
-"""The recipe without one part each (D)."""
+"""The recipe without one part each (D), after one student."""
 
 MAIN_ARMS = ("round_0", "labels", "shadow", "recipe")
 FIRST_STUDENTS = {"recipe": "first_round", "shadow": "shadow_first_round"}
+ONE_STUDENT = {*PARTS} - {"no_second_round"}  # as long as the first student of the recipe
 ARMS = (
     *("round_0", "labels", "shadow_first_round", "shadow", "first_round", "recipe"),
     *(*PARTS, "all"),
@@ -156,8 +158,10 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         summary = finish_run(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
         changes = OFF if arm == "shadow" else PARTS.get(arm, [])
-        if arm in ("no_mc_dropout", "no_second_round", "no_warm_start"):
-            changes = [*changes, stretch_steps(study, settings, changes)]
+        if arm in PARTS:
+            as_long_as = [*settings, "rounds=1"] if arm in ONE_STUDENT else settings
+            changes = [*changes, "rounds=1"]
+            changes += [stretch_steps(study, as_long_as, changes)]
         summary = finish_run(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
     add_rows(study.csv, draw, arm, folder, summary)
     first_student = FIRST_STUDENTS.get(arm)
@@ -208,7 +212,7 @@ def plan_steps(config: Config, plan: Plan) -> int | tuple[int, ...]:
 
 
 def stretch_steps(study: Study, settings: Sequence[str], changes: Sequence[str]) -> str:
-    """Return the setting of steps with which a change has as many passes as the recipe."""
+    """Return the setting of steps with which changed settings have as many passes."""
     whole, less = (count_passes(study, [*settings, *extra]) for extra in ([], changes))
     steps = plan_steps(*read_plan(study, [*settings, *changes]))
     factor = sum(whole[1:]) / sum(less[1:])
@@ -352,7 +356,8 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
             "per draw": ", ".join(f"{value:.3f}" for value in means.values()),
         }
         for other in MAIN_ARMS:
-            like = FIRST_STUDENTS["shadow"] if (name, other) == ("first_round", "shadow") else other
+            is_first = name in ONE_STUDENT or (name, other) == ("first_round", "shadow")
+            like = FIRST_STUDENTS.get(other, other) if is_first else other
             difference = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
             row[f"minus {other}"] = "" if difference is None else format_difference(difference[0])
             if (

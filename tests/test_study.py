@@ -75,7 +75,9 @@ def test_arms_of_a_draw_share_its_round_0(study, trained, tmp_path):
     for name in ("draw_2_shadow", "draw_2_no_entropy"):
         assert by_name[name][1] == ["--round-0", str(tmp_path / "work" / "draw_2_round_0")]
     assert "losses.pseudo_label.weight=0" in by_name["draw_2_shadow"][0]
-    assert by_name["draw_2_no_entropy"][0][-1] == "losses.entropy.weight=0"
+    assert by_name["draw_2_no_entropy"][0][-3:] == [
+        *("losses.entropy.weight=0", "rounds=1", "steps=[8, 8]")
+    ]
 
 
 def test_first_students_are_compared_with_each_other(study, trained, tmp_path):
@@ -99,14 +101,14 @@ def test_labels_alone_have_as_many_passes_as_the_recipe(study, trained, tmp_path
 
 def test_what_a_part_saves_of_passes_goes_into_longer_students(study, trained, tmp_path):
     run = make_study(study, tmp_path, "steps=[100,30]")
-    for arm, longer in (("no_mc_dropout", "[100, 34, 34]"), ("no_second_round", "[100, 60]")):
+    for arm, longer in (("no_mc_dropout", "[100, 34]"), ("no_second_round", "[100, 60]")):
         study.run_arm(run, 0, arm)
         assert trained[-1][1][-1] == f"steps={longer}"  # 30 (2 + 2 * 5 / 3) / (2 + 2 * 4 / 3)
 
 
 def test_students_from_scratch_have_the_steps_of_the_recipe_s(study, trained, tmp_path):
     study.run_arm(make_study(study, tmp_path, "labeled=6"), 0, "no_warm_start")
-    assert trained[-1][1][-1] == "steps=[8, 8, 8]"  # of the plan, which gives them more by itself
+    assert trained[-1][1][-1] == "steps=[8, 8]"  # of the plan, which gives them more by itself
 
 
 def test_all_labels_train_in_the_plateau(study, trained, tmp_path):
@@ -117,15 +119,18 @@ def test_all_labels_train_in_the_plateau(study, trained, tmp_path):
 def test_the_table_has_differences_over_draws(study, trained, tmp_path):
     run = make_study(study, tmp_path, "labeled=6")
     for draw in (0, 1):
-        for arm in ("labels", "recipe", "no_cutmix", "no_entropy"):
+        for arm in ("labels", "recipe", "no_cutmix", "no_entropy", "no_second_round"):
             study.run_arm(run, draw, arm)
     rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
     assert list(rows) == [
-        *("round_0", "labels", "first_round", "recipe", "no_entropy", "no_cutmix")
+        *("round_0", "labels", "first_round", "recipe", "no_entropy", "no_cutmix"),
+        "no_second_round",
     ]
     assert rows["recipe"]["dice"] == "0.7100"
     assert rows["recipe"]["minus labels"].startswith("+0.1000 [+0.1000, +0.1000]")
-    assert rows["no_cutmix"]["minus recipe"].startswith("-0.1000")
+    assert rows["no_cutmix"]["minus recipe"].startswith("-0.0500")  # 0.6 and first_round's 0.65
+    assert rows["no_second_round"]["minus recipe"].startswith("-0.1000")
+    assert rows["first_round"]["minus recipe"].startswith("-0.0500")
     assert rows["labels"]["minus labels"] == ""
     assert study.pick_better(study.read_arms(run.csv)[0])[0] == "labels"
 

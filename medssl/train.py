@@ -81,7 +81,7 @@ def train_model(
     objective.to(device).train()
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.train.lr, weight_decay=config.train.weight_decay
+        parameters, lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True
     )
     folder = find_model_folder(run_dir, round_index, member)
     path = folder / "checkpoint.pt"

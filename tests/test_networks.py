@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from medssl.config import InputError
-from medssl.networks.build import NetworkSpec, build_network
+from medssl.networks.build import InstanceNorm, NetworkSpec, build_network
 from medssl.networks.noise import (
     DropBranch,
     add_stochastic_depth,
@@ -83,6 +83,41 @@ def test_dropout_is_never_on_logits_nor_at_full_resolution(network):
 
 def test_no_batch_statistics_are_kept_that_would_mix_labeled_and_unlabeled(network):
     assert not [name for name, _ in network.named_buffers() if "running" in name]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instance_norm_is_that_of_torch_in_values_and_gradients(layout, dtype):
+    generator = torch.Generator().manual_seed(2)
+    x = (5 + 3 * torch.randn(2, 4, 6, 5, 7, generator=generator)).to(dtype)
+    slope = torch.randn(x.shape, generator=generator)
+    ours, theirs = InstanceNorm(4), nn.InstanceNorm3d(4, affine=True)
+    with torch.no_grad():
+        for weight in ours.parameters():
+            weight.normal_(generator=generator)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for norm in (ours, theirs):
+        image = x.contiguous(memory_format=layout).requires_grad_()
+        y = norm(image)
+        with torch.no_grad():
+            still = norm(image)
+        (y.float() * slope).sum().backward()
+        results.append([y, still, image.grad, norm.weight.grad, norm.bias.grad])
+    loose = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), **loose)
+
+
+def test_weights_of_monai_s_own_network_fit_and_give_the_same_logits(tiny_spec, image):
+    network = build_network(tiny_spec).eval()
+    plain = build_network(tiny_spec).eval()
+    for module in list(plain.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, InstanceNorm):
+                setattr(module, name, nn.InstanceNorm3d(child.num_channels, affine=True))
+    plain.load_state_dict(network.state_dict())
+    torch.testing.assert_close(network(image), plain(image), rtol=1e-4, atol=1e-5)
 
 
 def test_survival_falls_linearly_from_the_input_to_the_last_block(tiny_spec):

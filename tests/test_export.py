@@ -1,6 +1,7 @@
 """Models for those who do not have medssl: bundle, ONNX, torch.export, TorchScript, zip, card."""
 
 import base64
+import contextlib
 import json
 import os
 import shutil
@@ -90,21 +91,57 @@ def write_scans(folder, kind):
     return folder
 
 
-def run_bundle(bundle, scans, out):
-    """Run a bundle in this process, as `python -m monai.bundle run` does."""
-    import monai.bundle
-
+@contextlib.contextmanager
+def import_scripts(bundle):
+    """Find the scripts of a bundle, where it is the working folder, and no others."""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.chdir(bundle)
         patch.syspath_prepend(str(bundle))
         for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
             patch.delitem(sys.modules, name)
+        yield
+        for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
+            del sys.modules[name]
+
+
+def run_bundle(bundle, scans, out):
+    """Run a bundle in this process, as `python -m monai.bundle run` does."""
+    import monai.bundle
+
+    with import_scripts(bundle):
         monai.bundle.run(
             config_file="configs/inference.json", dataset_dir=str(scans), output_dir=str(out)
         )
-        for name in [name for name in sys.modules if name.split(".")[0] == "scripts"]:
-            del sys.modules[name]
+
+
+def ask_bundle(bundle, scan):
+    """Return what MONAI Label 0.8.5 makes of a scan: `data` after the transforms of a bundle.
+
+    Its `BundleInferTask` builds and loads a network of its own, so `initialize` and `run` never
+    run; it gives a file as a string, and has a device of its own.
+    """
+    from monai.bundle import ConfigItem, ConfigParser
+
+    with import_scripts(bundle):
+        config = ConfigParser()
+        config.read_config(bundle / "configs" / "inference.json")
+        config.config["bundle_root"] = str(bundle)
+        if (bundle / "models" / "model.pt").exists():
+            network = config.get_parsed_content("network_def", instantiate=True)
+            network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
+        else:
+            network = torch.jit.load(bundle / "models" / "model.ts")
+        config.config["device"] = "cpu"
+        config.ref_resolver.items["device"] = ConfigItem(config="cpu", id="device")
+        data = {"image": str(scan), "image_path": str(scan), "device": "cpu"}
+        for transform in config.get_parsed_content("preprocessing").transforms:
+            data = transform(data)
+        inferer = config.get_parsed_content("inferer")
+        data["pred"] = inferer(data["image"][None], network.eval())[0]
+        for transform in config.get_parsed_content("postprocessing").transforms:
+            data = transform(data)
+        return data
 
 
 def count_differences(first, second):
@@ -143,6 +180,41 @@ def test_a_bundle_gives_the_masks_of_predict(tmp_path, make_model, kind):
     for script in (bundle / "scripts").glob("*.py"):
         assert "import medssl" not in script.read_text()
         assert "from medssl" not in script.read_text()
+
+
+@pytest.mark.parametrize("kind", ["3d", "slices", "unet"])
+def test_a_bundle_answers_in_monai_label(tmp_path, make_model, kind):
+    model, scans = make_model(tmp_path / "model", kind), write_scans(tmp_path / "scans", kind)
+    bundle = export_model(model, "monai-bundle", tmp_path / "bundle")
+    predict_files(load_model(model), [scans], tmp_path / "ours", report=lambda _: None)
+    before = {path for path in bundle.rglob("*") if "__pycache__" not in path.parts}
+    for scan in scans.iterdir():
+        data = ask_bundle(bundle, scan)
+        ours = nib.load(tmp_path / "ours" / f"{scan.name.split('.')[0]}.nii.gz")
+        values = np.asanyarray(ours.dataobj)
+        assert len(np.unique(values)) > 1
+        assert kind != "unet" or 5 in values  # else a wrong numbering would pass
+        classes = np.searchsorted([0, 1, 5], values)  # it numbers classes as channel_def does
+        assert np.array_equal(data["pred"].numpy(), classes[None])
+        assert data["pred"].affine.numpy() == pytest.approx(convert_to_mm(ours))
+        assert "spatial_shape" not in data["image"].meta  # else `Restored` resizes the mask to it
+    # what lies in the model folder of a server outlives the patient's visit
+    assert before == {path for path in bundle.rglob("*") if "__pycache__" not in path.parts}
+    about = read_json(bundle / "configs" / "metadata.json")
+    assert {"version", "description"} <= set(about)
+    layout = about["network_data_format"]
+    (image,), (pred,) = layout["inputs"].items(), layout["outputs"].items()
+    assert (image[0], pred[0]) == ("image", "pred")
+    assert len(image[1]["spatial_shape"]) == (3 if kind == "3d" else 2)
+    names = load_model(model).info.labels
+    assert {int(index): name for index, name in pred[1]["channel_def"].items()} == names
+    assert names[0] == "background"  # which it leaves out by this name
+
+
+def convert_to_mm(image):
+    """Return the affine of an image, in mm."""
+    is_meter = image.header.get_xyzt_units()[0] == "meter"
+    return np.diag([*[1000.0 if is_meter else 1.0] * 3, 1]) @ image.affine
 
 
 BLOCK = """

@@ -186,17 +186,23 @@ def _describe_inference(info: ModelInfo, network: Mapping[str, Any]) -> dict[str
             ],
         },
         "dataset": {"_target_": "Dataset", "data": "@data", "transform": "@preprocessing"},
-        "postprocessing": {
+        "predict": {
+            "_target_": f"{steps}Predictd",
+            "key": "image",
+            "inferer": "@inferer",
+            "network": "@network",
+            "device": "@device",
+        },
+        "postprocessing": {  # of MONAI Label too, which has its own network, and saves by itself
             "_target_": "Compose",
             "transforms": [
-                {
-                    "_target_": f"{steps}Predictd",
-                    "key": "image",
-                    "inferer": "@inferer",
-                    "network": "@network",
-                    "device": "@device",
-                },
+                {"_target_": f"{steps}ToNatived", "key": "pred", "ref_key": "image"},
                 {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+            ],
+        },
+        "save": {
+            "_target_": "Compose",
+            "transforms": [
                 {
                     "_target_": "MapLabelValued",
                     "keys": "pred",
@@ -211,7 +217,8 @@ def _describe_inference(info: ModelInfo, network: Mapping[str, Any]) -> dict[str
             ],
         },
         "initialize": network["initialize"],
-        "run": ["$collections.deque(map(@postprocessing, @dataset), maxlen=0)"],
+        "masks": "$map(@postprocessing, map(@predict, @dataset))",
+        "run": ["$collections.deque(map(@save, @masks), maxlen=0)"],
     }
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
+from monai.utils import convert_to_tensor, ensure_tuple
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
@@ -68,10 +69,10 @@ def _strip(file: Path) -> str:
 
 
 class LoadScand:
-    """Read a list of files as one scan (C, I, J, K) float32 with its affine, in mm, RAS+.
+    """Read a file, or a list of them, as one scan (C, I, J, K) float32 with its affine, mm, RAS+.
 
     Args:
-        key: Of the list.
+        key: Of the file (as MONAI Label gives it) or the list.
         num_channels: That the network takes.
     """
 
@@ -80,13 +81,13 @@ class LoadScand:
         self.num_channels = num_channels
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        """Return the scan in the place of the list.
+        """Return the scan in the place of its files.
 
         Raises:
             ValueError: A file has other channels, voxels that are no finite numbers, or another
                 place than its fellows.
         """
-        paths = [Path(path) for path in data[self.key]]
+        paths = [Path(path) for path in ensure_tuple(data[self.key])]
         each = self.num_channels if len(paths) == 1 else 1
         parts, affines = zip(*(_read(path, each) for path in paths), strict=True)
         array = np.concatenate(parts)
@@ -188,7 +189,7 @@ class MirroredInferer:
         Raises:
             FloatingPointError: The network gave logits that are not finite.
         """
-        device = inputs.device
+        inputs, device = convert_to_tensor(inputs, track_meta=False), inputs.device
         is_short = self.precision == "bfloat16" and _has_bfloat16(device)
 
         def run(window: Tensor) -> Tensor:
@@ -235,10 +236,10 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 class Predictd:
-    """Add what a network says of a scan: probs (num_classes, I, J, K), on the scan's own voxels.
+    """Add what a network says of a scan: probs (num_classes, I, J, K), on the grid of `ToGridd`.
 
     Args:
-        key: Of the scan, on the grid of `ToGridd`.
+        key: Of the scan.
         inferer: A `MirroredInferer`.
         network: In evaluation mode.
         device: That it is on.
@@ -254,12 +255,30 @@ class Predictd:
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return the data with the probs."""
-        scan = data[self.key]
+        return {
+            **data,
+            self.pred_key: self.inferer(data[self.key][None].to(self.device), self.network)[0],
+        }
+
+
+class ToNatived:
+    """Bring probs (num_classes, I, J, K) from the grid of `ToGridd` to the scan's own voxels.
+
+    Args:
+        key: Of the probs.
+        ref_key: Of the scan, on the grid.
+    """
+
+    def __init__(self, key: str, ref_key: str) -> None:
+        self.key, self.ref_key = key, ref_key
+
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return the data with the probs there, and with where that is."""
+        scan = data[self.ref_key]
         shape, affine = scan.meta["native"]
-        probs = self.inferer(scan.as_tensor()[None].to(self.device), self.network)[0]
-        native = to_native(probs.cpu().numpy(), scan.affine.numpy(), shape, affine)
+        native = to_native(data[self.key].cpu().numpy(), scan.affine.numpy(), shape, affine)
         meta = {"file": scan.meta["file"], "name": scan.meta["name"]}
-        return {**data, self.pred_key: MetaTensor(native, affine=affine, meta=meta)}
+        return {**data, self.key: MetaTensor(native, affine=affine, meta=meta)}
 
 
 class SaveMaskd:

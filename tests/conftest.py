@@ -208,6 +208,16 @@ def make_dataset(cached_cases, pseudo_labeled):
     return make
 
 
+@pytest.fixture(scope="module")
+def few_tried_steps():
+    """Before a training four steps are timed, not as many as a small network takes in seconds."""
+    from medssl.rounds import estimate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "TRIED_SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def leave():
     """Return a function that leaves a temporary file in a folder, as a kill two hours ago did."""

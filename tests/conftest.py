@@ -1,3 +1,4 @@
+import collections
 import os
 import subprocess
 import time
@@ -25,6 +26,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # a long file must not begin when others end
     if REAL_DATA not in os.environ:
         _skip(items, "real", f"{REAL_DATA} is not set")
     if any(item.get_closest_marker("gpu") for item in items):

@@ -494,7 +494,7 @@ TINY = (
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_tried_steps")
-@pytest.mark.parametrize("has_colors", [False, True])
+@pytest.mark.parametrize("has_colors", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_colors):
     data, folder, named = tmp_path / "data", tmp_path / "runs" / "a", "data.labels={255: organ}"
     values = (0, 255, 255, 255)

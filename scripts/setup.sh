@@ -16,6 +16,8 @@ wanted="$(cat pyproject.toml) ${1:-}"
 installed="$(cat .venv/.medssl_installed 2>/dev/null || true)"
 if [ "$installed" != "$wanted" ] && [ "$installed" != "$wanted[dev]" ]; then
   echo "installing into .venv (about 3 GB to download the first time, mostly torch)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${1:-}"
+  # what is imported is compiled then: all 19,000 files would take a minute
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+    --editable ".${1:-}"
   echo "$wanted" > .venv/.medssl_installed
 fi

@@ -2,16 +2,19 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
 
 USE = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] == "medssl"]:
+    del sys.modules[name]
+sys.path.insert(0, {root!r})
 import torch
 from medssl.settings import load_config
 from medssl.losses.supervised import ce
@@ -32,10 +35,7 @@ def read_blocks(language):
 
 
 def use(root):
-    command = [sys.executable, "-c", USE.format(root=str(root))]
-    return subprocess.run(
-        command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True
-    )
+    return processes.run("-c", USE.format(root=str(root)), cwd=root)
 
 
 @pytest.fixture

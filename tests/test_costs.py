@@ -1,22 +1,16 @@
-import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import processes
 import pytest
 import torch
 
 from medssl.costs import Costs, forecast_costs
 from medssl.networks.build import build_network
 from medssl.predict import MC_PASSES, Model, describe_model, predict_case, save_model
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_noise(path, shape=(30, 26, 20), spacing=(1.0, 1.0, 1.0)):
@@ -81,27 +75,22 @@ def saved(model, tmp_path):
 def test_ctrl_c_leaves_finished_scans_and_no_half_file(saved, tmp_path):
     write_noise(tmp_path / "in" / "a.nii", (12, 12, 12))
     write_noise(tmp_path / "in" / "b.nii", (200, 200, 200))
-    command = [sys.executable, "-m", "medssl", "predict", saved, tmp_path / "in", "--probs"]
-    process = subprocess.Popen(
-        [*map(str, command), "--out", str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    first, second = process.stdout.readline(), process.stdout.readline()
+    command = ("-m", "medssl", "predict", saved, tmp_path / "in", "--probs")
+    told, errors = tmp_path / "told", tmp_path / "errors"
+    with told.open("w") as stdout, errors.open("w") as stderr:
+        process = processes.Process(
+            *command, "--out", tmp_path / "out", stdout=stdout, stderr=stderr
+        )
+    while process.poll() is None and told.read_text().count("\n") < 2:
+        time.sleep(0.01)
+    first, second = told.read_text().splitlines()
     assert first.startswith("2 scans, ")
     assert second.startswith(str(tmp_path / "out" / "a.nii.gz"))
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert errors == f"stopped: the masks of finished scans stand in {tmp_path / 'out'}\n"
+    assert process.wait(timeout=60) == 130, errors.read_text()
+    words = f"stopped: the masks of finished scans stand in {tmp_path / 'out'}\n"
+    assert errors.read_text() == words
     names = ["a.nii.gz", "a_probs.nii.gz", "predictions.json", "predictions.jsonl"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert set(json.loads((tmp_path / "out" / "predictions.json").read_text())["scans"]) == {"a"}
@@ -145,13 +134,7 @@ def test_under_a_limit_of_memory_a_scan_is_segmented_in_smaller_slabs(model, tmp
     tried, masks = {}, {}
     for room in (0, 130_000_000):  # bytes; the slabs of the whole take 216 million
         out = tmp_path / str(room)
-        command = [sys.executable, "-c", CHILD, tmp_path / "run", tmp_path / "in", out, room]
-        done = subprocess.run(
-            [*map(str, command)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
+        done = processes.run("-c", CHILD, tmp_path / "run", tmp_path / "in", out, room)
         assert done.returncode == 0, done.stderr
         tried[room] = json.loads(done.stdout.splitlines()[-1])
         masks[room] = np.asanyarray(nib.load(out / "a.nii.gz").dataobj)

@@ -15,6 +15,8 @@ from medssl.data.phantoms import write_phantoms
 from medssl.report import write_report
 from medssl.runs import read_json
 
+pytestmark = pytest.mark.usefixtures("few_tried_steps")
+
 QUICK = [
     *("plan.patch_size=[16,16,16]", "network.depth=3", "network.width=0.5", "plan.flips=[]"),
     *("train.batch=2", "steps=4", "rounds=1", "tracking.uri=none", "filter.uncertainty.passes=2"),

@@ -237,7 +237,13 @@ REAL = {
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", REAL)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(pattern, marks=[pytest.mark.nightly] * (kind != "unet"))
+        for pattern, (kind, _) in REAL.items()
+    ],
+)
 def test_a_bundle_runs_without_medssl_on_real_scans(tmp_path, make_model, pattern):
     kind, count = REAL[pattern]
     files = sorted(Path(os.environ["MEDSSL_DATA"]).resolve().glob(pattern))[:count]

@@ -13,7 +13,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
         ("nifti", 220),
         ("pictures", 160),
         ("settings", 90),
-        pytest.param("run", 30, marks=pytest.mark.slow),
+        pytest.param("run", 10, marks=pytest.mark.slow),
+        pytest.param("run", 60, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
 def test_only_errors_of_the_input_come_of_damaged_and_odd_inputs(monkeypatch, target, count):

@@ -134,8 +134,18 @@ def test_what_a_student_would_fail_at_is_refused_before_round_0(start, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
+ALIKE = {"entropy", "fixmatch", "flexmatch", "mean_teacher", "pseudo_label", "softmatch"}
+"""Presets that differ from freematch, uamt or default by numbers, a threshold or terms left out."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(set(list_methods()) - {"labels_only"}))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, marks=[pytest.mark.nightly] * (method in ALIKE))
+        for method in sorted(set(list_methods()) - {"labels_only"})
+    ],
+)
 def test_every_preset_trains_its_rounds_labels_and_delivers(start, method):
     folder = start(f"method={method}", settings=SMALL)
     config = load_config(folder / "config.yaml").config

@@ -493,13 +493,14 @@ TINY = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("has_colors", [False, True])
+@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.parametrize("has_colors", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_colors):
     data, folder, named = tmp_path / "data", tmp_path / "runs" / "a", "data.labels={255: organ}"
     values = (0, 255, 255, 255)
     write_pictures(data, 4, 3, 2, shape=(72, 64), label_values=values, has_colors=has_colors)
     assert run("check", data, named) == 0
-    more = ("steps=60", "rounds=2", "train.lr=4e-3", "train.checkpoint_every=60")
+    more = ("steps=[60,10]", "rounds=2", "train.lr=4e-3", "train.checkpoint_every=60")
     assert run("train", data, named, *TINY, *more, "--run", folder) == 0
     assert [entry["round"] for entry in read_json(folder / "summary.json")["rounds"]] == [0, 1, 2]
     assert read_json(folder / "plan.json")["slice_axis"] == 2
@@ -520,6 +521,7 @@ def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_color
     assert len(list((folder / "round_0" / "pseudo_masks").glob("*.png"))) == 3
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.real
 def test_two_micrographs_teach_a_student(tmp_path):
@@ -549,6 +551,7 @@ def test_two_micrographs_teach_a_student(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_tried_steps")
 def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_count_or_stop", lambda stop: None)  # it shall come to its steps
     data = tmp_path / "data"
@@ -567,6 +570,7 @@ def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_tried_steps")
 def test_a_thick_slice_volume_is_trained_by_slice(tmp_path):
     data = tmp_path / "data"
     for index in range(4):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import yaml
 from PIL import Image
@@ -592,8 +593,8 @@ def test_four_simultaneous_first_starts_all_succeed(tmp_path: Path) -> None:
     folders = [write_run(runs / f"run_{index}", draw=index) for index in range(4)]
     code = "import sys; from pathlib import Path; from medssl.tracking import sync_run\n"
     code += "sync_run(Path(sys.argv[1]))"
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(run)]) for run in folders]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0, 0]
+    started = [processes.Process("-c", code, run) for run in folders]
+    assert [process.wait(timeout=120) for process in started] == [0, 0, 0, 0]
     assert ask(runs, "select count(*) from runs") == [(20,)]
     assert ask(runs, "select name from experiments where lifecycle_stage = 'active'") == [
         ("Task04_Hippocampus",)

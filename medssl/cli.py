@@ -448,17 +448,25 @@ def evaluate(
     from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
-    options: dict[str, Any] = {"tolerance": tolerance, "device": chosen}
-    if data is not None and out is not None:
-        summary = evaluate_data(model, data, out, data=settings, overwrite=overwrite, **options)
+    options: dict[str, Any] = {"tolerance": tolerance, "device": chosen, "forecast": True}
+    is_run = data is None and (model / "run.json").is_file()
+    try:
+        with lock_run(model) if is_run else contextlib.nullcontext():
+            if data is not None and out is not None:
+                options["data"] = settings
+                summary = evaluate_data(model, data, out, overwrite=overwrite, **options)
+            elif round_number is None:
+                summary = evaluate_run(model, overwrite=overwrite, **options)
+            else:
+                summary = evaluate_round(model, round_number, **options)
+    except KeyboardInterrupt:
+        masks = (out or model / "evaluation") / "predictions"
+        kept = f"; masks of finished cases stand in {masks}" if round_number is None else ""
+        print(f"stopped: no table was written{kept}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    if data is not None:
         _finish_evaluation(render_summary(summary), summary)
         return
-    is_run = (model / "run.json").is_file()
-    with lock_run(model) if is_run else contextlib.nullcontext():
-        if round_number is None:
-            summary = evaluate_run(model, overwrite=overwrite, **options)
-        else:
-            summary = evaluate_round(model, round_number, **options)
     if round_index == "all":
         for folder in list_rounds(model / "evaluation").values():
             if (folder / "summary.json").is_file():

@@ -573,7 +573,7 @@ def predict_files(
     problems = list(plan.problems)
     is_full = False
     record = Record(out)
-    bar = _show_bar(num_windows)
+    bar = show_bar(num_windows)
     try:
         for name, images in plan.scans.items():
             if is_full:
@@ -613,7 +613,7 @@ def predict_files(
         raise kind(f"{len(problems)} of {total} scans were not segmented:\n{listed}")
 
 
-def _show_bar(num_windows: int) -> tqdm[Any]:
+def show_bar(num_windows: int) -> tqdm[Any]:
     """Return a bar of windows with the remaining time, which is silent but on a terminal."""
     is_visible = num_windows and sys.stderr.isatty()
     return tqdm(total=num_windows, unit="window", dynamic_ncols=True, disable=not is_visible)

@@ -123,7 +123,10 @@ def _count(
             window.count_windows(grid_shape, way.find_source(box)) for box in boxes
         )
     is_same = np.allclose(grid, affine, atol=1e-6)  # then nothing is resampled or turned
-    prepare = 4 * channels * (2 * native + (0 if is_same else cached))
+    look = 4 * native  # percentiles of a channel; of a z-score, of a copy of what is not 0
+    if any(how.kind == "zscore" for how in info.preprocessing.normalization):
+        look = 9 * native
+    prepare = 4 * channels * native + max(look, 0 if is_same else 4 * channels * cached)
     sweep = 4 * channels * cached + (5 if uncertainty else 1) * native + slabs + rates.network
     values = classes + uncertainty * 2
     written = native * ((4 * classes) * probs + 4 * uncertainty)

@@ -409,7 +409,7 @@ def predict_case(
         volume.affine,
         volume.header,
     )
-    prepared = preprocess_image(volume, info.preprocessing)
+    prepared = preprocess_image(volume, info.preprocessing, overwrite=True)
     del volume  # its voxels are not needed any more
     way = WayBack(prepared.shape, prepared.affine, shape, affine)
     image = torch.from_numpy(prepared.array)[None]

@@ -1,3 +1,4 @@
+import tracemalloc
 import weakref
 from dataclasses import replace
 
@@ -64,6 +65,17 @@ def test_labeled_cases_lead_one_to_expect_presence_and_share():
     found = expect_from(labels, 3)
     assert found.presence == {1: 1.0, 2: 0.5}
     assert found.share == pytest.approx({1: 0.3, 2: 0.05})
+
+
+def test_the_memory_of_expectations_is_that_of_the_largest_structure():
+    label = np.zeros((120, 110, 100), np.uint8)
+    label[40:60, 40:60, 40:60] = 1
+    label[70:80, 40:60, 40:60] = 2
+    tracemalloc.start()
+    assert expect_from([label], 3).single == {1, 2}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < label.size, "bytes"
 
 
 def test_voxels_that_nobody_annotated_count_nowhere():

@@ -92,11 +92,13 @@ def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expect
     single = set(classes)
     is_partial = False
     for label in labels:
-        is_partial |= bool((label == IGNORE).any())
-        counts = np.bincount(label[label != IGNORE], minlength=num_classes)
+        every = sum(np.bincount(plane.ravel(), minlength=IGNORE + 1) for plane in label)
+        is_partial |= bool(every[IGNORE])
+        counts = np.delete(every, IGNORE)
         if counts.sum():
             shares.append(counts[1:num_classes] / counts.sum())
-            single = {index for index in single if _is_single(label == index)}
+            boxes = ndimage.find_objects(label, num_classes - 1)
+            single = {c for c in single if not (b := boxes[c - 1]) or _is_single(label[b] == c)}
     if not shares:
         nothing = dict.fromkeys(classes, 0.0)
         return Expectation(nothing, nothing)

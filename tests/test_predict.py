@@ -23,14 +23,15 @@ from medssl.predict import (
     Model,
     describe_model,
     load_model,
-    measure_uncertainty,
     predict_case,
     predict_files,
     predict_probs,
     resolve_model,
     sample_probs,
+    sample_uncertainty,
     save_model,
 )
+from medssl.pseudo import uncertainty
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
 from medssl.windows import Window, slide_window
@@ -528,8 +529,9 @@ def test_a_volume_of_one_patch_is_predicted_as_by_the_network(network):
 
 def test_mutual_information_is_between_zero_and_the_entropy(network):
     image = torch.randn(1, 1, 8, 8, 8)
-    entropy, information = measure_uncertainty(network, image, Window((8, 8, 8)), 4)
-    assert entropy.shape == information.shape == (1, 1, 8, 8, 8)
+    (maps,) = sample_uncertainty(network, image, Window((8, 8, 8)), 4)
+    entropy, information = maps
+    assert entropy.shape == information.shape == (8, 8, 8)
     assert (entropy <= np.log(3) + 1e-5).all()
     assert (information >= 0).all()
     assert (information <= entropy + 1e-6).all()
@@ -544,6 +546,17 @@ def test_entropy_and_mutual_information_worked_by_hand():
     of_draws = (np.log(2) - 0.9 * np.log(0.9) - 0.1 * np.log(0.1)) / 2
     assert entropy.item() == pytest.approx(of_mean, abs=1e-6)
     assert information.item() == pytest.approx(of_mean - of_draws, abs=1e-6)
+
+
+def test_predictions_are_combined_the_same_in_pieces(monkeypatch):
+    draws = [torch.softmax(torch.randn(1, 3, 7, 6, 5), 1) for _ in range(3)]
+    whole = combine(draws, "three models")
+    monkeypatch.setattr(uncertainty, "_PIECE", 3 * 6 * 5 * 2)
+    kept = [draw.clone() for draw in draws]
+    mean, *doubts = combine(draws, "three models")
+    assert torch.equal(mean, whole[0])
+    assert all(map(torch.allclose, doubts, whole[1:]))  # a logarithm is not of the same bits
+    assert all(map(torch.equal, draws, kept))
 
 
 def test_predictions_that_do_not_differ_are_an_error():
@@ -562,7 +575,7 @@ def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last)
 def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):
     network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).eval()
     with pytest.raises(InputError, match="no active dropout"):
-        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2)
+        list(sample_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2))
 
 
 def touch(folder, *names):

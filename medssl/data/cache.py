@@ -302,7 +302,7 @@ def draw_class_voxels(
         most: How many are drawn, without replacement, where there are more.
         generator: Source of the draw.
     """
-    counts = [np.count_nonzero(plane == index) for plane in classes]
+    counts = [int(np.count_nonzero(plane == index)) for plane in classes]
     chosen = np.arange(total := sum(counts))
     if total > most:
         chosen = np.sort(generator.choice(total, most, replace=False))

@@ -395,12 +395,18 @@ def predict(
     _check_format(format)
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
     from medssl.costs import forecast_costs  # slow to import: after the mistakes
-    from medssl.predict import load_model, predict_files
+    from medssl.predict import find_finished, load_model, predict_files
 
     loaded = load_model(model, _take_device(device))
     try:
-        costs = forecast_costs(loaded, plan.scans, probs=probs, uncertainty=uncertainty)
-        print(costs.describe(len(plan.scans), out), flush=True)
+        finished = find_finished(loaded, plan, out, uncertainty)
+        if finished:
+            number = f"{len(finished)} of {len(plan.scans)}"
+            print(f"passed over: {number} scans whose masks this model has written there already")
+        left = {name: images for name, images in plan.scans.items() if name not in finished}
+        costs = forecast_costs(loaded, left, probs=probs, uncertainty=uncertainty)
+        if left:
+            print(costs.describe(len(left), out), flush=True)
         predict_files(
             loaded,
             inputs,
@@ -410,6 +416,7 @@ def predict(
             overwrite=overwrite,
             format=format,
             num_windows=costs.num_windows,
+            finished=finished,
         )
     except KeyboardInterrupt:
         print(f"stopped: the masks of finished scans stand in {out}", file=sys.stderr)

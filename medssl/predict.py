@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from medssl import __version__
 from medssl.config import InputError
 from medssl.data.files import hash_source
 from medssl.data.io import (
@@ -34,10 +35,12 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.predictions import (
+    PlannedPredictions,
     Record,
     SomeFailedError,
     append_audit,
     plan_predictions,
+    read_audit,
 )
 from medssl.data.trained import resolve_model
 from medssl.formats.readers import get_reader
@@ -567,6 +570,7 @@ def predict_files(
     overwrite: bool = False,
     format: str | None = None,
     num_windows: int = 0,
+    finished: Collection[str] = (),
     report: Callable[[str], object] = print,
 ) -> None:
     """Segment files and folders of scans; one mask each, and predictions.json.
@@ -584,6 +588,7 @@ def predict_files(
         overwrite: Replace what stands there all the same; scans never are.
         format: Of the masks, one of `medssl.formats.readers.FORMATS`; None: that of each scan.
         num_windows: Of all scans, for a bar on a terminal; 0 for none.
+        finished: Scans that are passed over, see `find_finished`.
         report: Is told of every file.
 
     Raises:
@@ -603,6 +608,8 @@ def predict_files(
     bar = show_bar(num_windows)
     try:
         for name, images in plan.scans.items():
+            if name in finished:
+                continue
             if is_full:
                 problems.append(f"{images[0]}: not tried, since there is no room for its mask")
                 continue
@@ -674,6 +681,34 @@ def _write_prediction(
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
     flags = {name: prediction.flags}
     return record.add_files(files, labels=labels, model=info.provenance, flags=flags)
+
+
+def find_finished(
+    model: Model, plan: PlannedPredictions, out: Path, uncertainty: bool = False
+) -> list[str]:
+    """Return the scans whose files stand as this model has written them, and would again.
+
+    The audit log knows of each prediction the hashes of model, settings, scan and files. All of
+    them, the version of medssl, and the files as they are now have to agree.
+
+    Args:
+        model: A loaded model.
+        plan: What is to be read and written.
+        out: Folder of the masks.
+        uncertainty: Whether the uncertainty of MC dropout is written.
+    """
+    entries = {entry.get("scan"): entry for entry in read_audit(out)}
+    finished = []
+    for name, images in plan.scans.items():
+        entry = entries.get(name, {})
+        output, known = entry.get("output"), entry.get("model") is not None
+        if not (known and isinstance(output, dict) and entry.get("medssl") == __version__):
+            continue
+        with contextlib.suppress(InputError, OSError):
+            if all(output.get(f.name) == hash_file(f) for f in plan.files[name]):
+                same = _audit(model, images, uncertainty)
+                finished += [name] * all(entry.get(key) == value for key, value in same.items())
+    return finished
 
 
 def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:

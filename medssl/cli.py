@@ -395,12 +395,18 @@ def predict(
     _check_format(format)
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
     from medssl.costs import forecast_costs  # slow to import: after the mistakes
-    from medssl.predict import load_model, predict_files
+    from medssl.predict import find_finished, load_model, predict_files
 
     loaded = load_model(model, _take_device(device))
     try:
-        costs = forecast_costs(loaded, plan.scans, probs=probs, uncertainty=uncertainty)
-        print(costs.describe(len(plan.scans), out), flush=True)
+        finished = find_finished(loaded, plan, out, uncertainty)
+        if finished:
+            number = f"{len(finished)} of {len(plan.scans)}"
+            print(f"passed over: {number} scans whose masks this model has written there already")
+        left = {name: images for name, images in plan.scans.items() if name not in finished}
+        costs = forecast_costs(loaded, left, probs=probs, uncertainty=uncertainty)
+        if left:
+            print(costs.describe(len(left), out), flush=True)
         predict_files(
             loaded,
             inputs,
@@ -410,6 +416,7 @@ def predict(
             overwrite=overwrite,
             format=format,
             num_windows=costs.num_windows,
+            finished=finished,
         )
     except KeyboardInterrupt:
         print(f"stopped: the masks of finished scans stand in {out}", file=sys.stderr)
@@ -448,17 +455,25 @@ def evaluate(
     from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
-    options: dict[str, Any] = {"tolerance": tolerance, "device": chosen}
-    if data is not None and out is not None:
-        summary = evaluate_data(model, data, out, data=settings, overwrite=overwrite, **options)
+    options: dict[str, Any] = {"tolerance": tolerance, "device": chosen, "forecast": True}
+    is_run = data is None and (model / "run.json").is_file()
+    try:
+        with lock_run(model) if is_run else contextlib.nullcontext():
+            if data is not None and out is not None:
+                options["data"] = settings
+                summary = evaluate_data(model, data, out, overwrite=overwrite, **options)
+            elif round_number is None:
+                summary = evaluate_run(model, overwrite=overwrite, **options)
+            else:
+                summary = evaluate_round(model, round_number, **options)
+    except KeyboardInterrupt:
+        masks = (out or model / "evaluation") / "predictions"
+        kept = f"; masks of finished cases stand in {masks}" if round_number is None else ""
+        print(f"stopped: no table was written{kept}", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    if data is not None:
         _finish_evaluation(render_summary(summary), summary)
         return
-    is_run = (model / "run.json").is_file()
-    with lock_run(model) if is_run else contextlib.nullcontext():
-        if round_number is None:
-            summary = evaluate_run(model, overwrite=overwrite, **options)
-        else:
-            summary = evaluate_round(model, round_number, **options)
     if round_index == "all":
         for folder in list_rounds(model / "evaluation").values():
             if (folder / "summary.json").is_file():

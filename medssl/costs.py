@@ -1,4 +1,4 @@
-"""What a prediction will take, said before it starts: memory, time and disk, from a short probe.
+"""What predictions will take, said before they start: memory, time and disk, from a short probe.
 
 Axes: C channels, I J K voxel axes.
 """
@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.data.io import read_geometry, read_image, write_map, write_mask
+from medssl.metrics import case_metrics
 from medssl.predict import MC_PASSES, Model, choose_parts, find_flags
-from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid
+from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid, grid_spacing
 from medssl.transforms.preprocess import preprocess_image
 from medssl.windows import SLICES, slide_window
 
@@ -58,12 +59,13 @@ class Costs:
 
 
 class _Rates(NamedTuple):
-    """Seconds of a window, of a voxel that is read, of a value brought back, of one written."""
+    """Seconds of a window, and of a voxel or value that is read, brought back, and so on."""
 
     window: float
     read: float
     back: float
     write: float
+    measure: float
     network: float  # bytes that a window takes beside its scan
 
 
@@ -73,6 +75,7 @@ def forecast_costs(
     *,
     probs: bool = False,
     uncertainty: bool = False,
+    measured: bool = False,
 ) -> Costs:
     """Return what the segmentation of scans will take; those that cannot be read take nothing.
 
@@ -81,6 +84,7 @@ def forecast_costs(
         scans: The image files of each scan, by its name.
         probs: Whether class probabilities are written.
         uncertainty: Whether the uncertainty of MC dropout is written.
+        measured: Whether the masks are compared with labels, which takes less memory.
     """
     grids = []
     for images in scans.values():
@@ -91,9 +95,10 @@ def forecast_costs(
     rates = _probe(model, grids[0][1])
     base = _read_status("VmRSS")
     each = [_count(model, rates, *grid, probs, uncertainty) for grid in grids]
+    compare = measured * sum(float(np.prod(shape)) for shape, _ in grids)
     return Costs(
         base + max(costs.peak for costs in each),
-        sum(costs.seconds for costs in each),
+        sum(costs.seconds for costs in each) + compare * (rates.read + rates.measure),
         sum(costs.disk for costs in each) + probs * max(costs.disk for costs in each),
         sum(costs.num_windows for costs in each),
     )
@@ -118,7 +123,10 @@ def _count(
             window.count_windows(grid_shape, way.find_source(box)) for box in boxes
         )
     is_same = np.allclose(grid, affine, atol=1e-6)  # then nothing is resampled or turned
-    prepare = 4 * channels * (2 * native + (0 if is_same else cached))
+    look = 4 * native  # percentiles of a channel; of a z-score, of a copy of what is not 0
+    if any(how.kind == "zscore" for how in info.preprocessing.normalization):
+        look = 9 * native
+    prepare = 4 * channels * native + max(look, 0 if is_same else 4 * channels * cached)
     sweep = 4 * channels * cached + (5 if uncertainty else 1) * native + slabs + rates.network
     values = classes + uncertainty * 2
     written = native * ((4 * classes) * probs + 4 * uncertainty)
@@ -171,8 +179,13 @@ def _probe(model: Model, affine: Affine) -> _Rates:
         path = Path(folder) / "mask.nii.gz"
         values = info.label_values
         write = _measure(lambda: write_mask(path, mask, affine, values, header=None))
-    count = float(voxels.size)
-    return _Rates(window, read_seconds / count, back / count, write / count, network_bytes)
+    place = (np.indices(shape) - SIDE / 2) ** 2
+    ball: NDArray[np.uint8] = (place.sum(0) < (0.4 * SIDE) ** 2).astype(np.uint8)
+    spacing = grid_spacing(affine)
+    measure = _measure(lambda: case_metrics(ball, np.roll(ball, 1, 0), spacing, 2))
+    steps = (read_seconds, back, write, measure)
+    read_rate, back, write, measure = (step / float(voxels.size) for step in steps)
+    return _Rates(window, read_rate, back, write, measure, network_bytes)
 
 
 def _measure(act: Callable[[], object]) -> float:

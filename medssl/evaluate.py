@@ -7,16 +7,20 @@ is complete. Here, and nowhere else, labels of test cases are opened.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from medssl.config import DataSection, InputError
+from medssl.costs import forecast_costs
 from medssl.data.cases import Case, Dataset
 from medssl.data.io import (
     read_geometry,
@@ -54,7 +58,14 @@ from medssl.metrics import (
     paired_difference,
     surface_tolerance,
 )
-from medssl.predict import Model, ModelInfo, explain_failure, load_model, predict_case
+from medssl.predict import (
+    Model,
+    ModelInfo,
+    explain_failure,
+    load_model,
+    predict_case,
+    show_bar,
+)
 from medssl.runs import (
     DeliveredSummary,
     State,
@@ -79,6 +90,7 @@ def evaluate_model(
     tolerance: float | None = None,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    forecast: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Predict cases, compare with their labels, and write the tables.
@@ -96,6 +108,7 @@ def evaluate_model(
             pictures the unit is the pixel, and None takes one.
         about: What else the summary is to hold, such as the name of the data set.
         overwrite: Replace what stands in the folder and no evaluation wrote.
+        forecast: Say first what it will take, and show a bar of windows on a terminal.
         report: Takes a line of progress.
 
     Returns:
@@ -114,8 +127,10 @@ def evaluate_model(
     scans = [image for case in labeled for image in case.images]
     protect_files(out, [*tables, *masks], overwrite, scans)
     _check_labels(labeled, model.info, ignore)
+    num_windows = _forecast(model, labeled, out, report) if forecast else 0
     _remove_tables(out)
-    rows, summary = _measure(model, labeled, ignore, tolerance, out, report)
+    with show_bar(num_windows) as bar:
+        rows, summary = _measure(model, labeled, ignore, tolerance, out, bar, report)
     summary = {**(about or {}), **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
     record_predictions(out, [out / name for name in tables])
@@ -131,6 +146,7 @@ def evaluate_data(
     tolerance: float | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    forecast: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Evaluate a run, one of its rounds, or a model folder on the labeled cases of a data set.
@@ -147,6 +163,7 @@ def evaluate_data(
         tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
         device: Torch device.
         overwrite: Replace what stands in the folder and no evaluation wrote.
+        forecast: Say first what it will take, and show a bar of windows on a terminal.
         report: Takes a line of progress.
 
     Raises:
@@ -191,6 +208,7 @@ def evaluate_data(
         tolerance=tolerance,
         about=about,
         overwrite=overwrite,
+        forecast=forecast,
         report=report,
     )
 
@@ -201,6 +219,7 @@ def evaluate_round(
     *,
     tolerance: float | None = None,
     device: str = "cpu",
+    forecast: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Evaluate one round of a run on the run's own test cases.
@@ -212,6 +231,7 @@ def evaluate_round(
         index: The round; 0 is labels only.
         tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
         device: Torch device.
+        forecast: Say first what it will take, and show a bar of windows on a terminal.
         report: Takes a line of progress.
 
     Raises:
@@ -225,8 +245,10 @@ def evaluate_round(
     model = load_model(run_dir / name, device)
     _check_labels(labeled, model.info, ignore)
     out = run_dir / "evaluation" / name
+    num_windows = _forecast(model, labeled, out, report) if forecast else 0
     _remove_tables(out)
-    rows, summary = _measure(model, labeled, ignore, tolerance, None, report)
+    with show_bar(num_windows) as bar:
+        rows, summary = _measure(model, labeled, ignore, tolerance, None, bar, report)
     about = {"model": str(run_dir / name), "dataset": dataset.name}
     summary = {**about, **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
@@ -239,6 +261,7 @@ def evaluate_run(
     tolerance: float | None = None,
     device: str = "cpu",
     overwrite: bool = False,
+    forecast: bool = False,
     report: Report = print,
 ) -> dict[str, Any]:
     """Evaluate the delivered model and every round of a run on the run's own test cases.
@@ -251,6 +274,7 @@ def evaluate_run(
         tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
         device: Torch device.
         overwrite: Replace masks of an earlier evaluation that were changed since.
+        forecast: Say first what it will take, and show a bar of windows on a terminal.
         report: Takes a line of progress.
 
     Returns:
@@ -270,16 +294,21 @@ def evaluate_run(
     if read_files(out):  # 0.1.0 kept no record
         protect_files(out, [_name_mask(case) for case in labeled], overwrite)
     folders = {name: out if name == "model" else out / name for name in paths}
-    _check_labels(labeled, load_model(run_dir, device).info, ignore)
+    delivered = load_model(run_dir, device)
+    _check_labels(labeled, delivered.info, ignore)
+    num_models = len(set(hashes.values()))  # the delivered model is mostly one of the rounds
+    num_windows = _forecast(delivered, labeled, out, report, num_models) if forecast else 0
     for folder in folders.values():
         _remove_tables(folder)
     measured: dict[str, tuple[list[Row], dict[str, Any]]] = {}
-    for name, path in paths.items():
-        if hashes[name] not in measured:  # the delivered model is mostly one of the rounds
-            report(f"{path}: {len(labeled)} test cases")
-            masks = out if name == "model" else None
-            model = load_model(path, device)
-            measured[hashes[name]] = _measure(model, labeled, ignore, tolerance, masks, report)
+    with show_bar(num_windows) as bar:
+        for name, path in paths.items():
+            if hashes[name] not in measured:
+                report(f"{path}: {len(labeled)} test cases")
+                place = out if name == "model" else None
+                model = load_model(path, device)
+                found = _measure(model, labeled, ignore, tolerance, place, bar, report)
+                measured[hashes[name]] = found
     tables = {name: measured[value][0] for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],
@@ -301,12 +330,24 @@ def _remove_tables(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def _forecast(
+    model: Model, cases: Sequence[Case], out: Path, report: Report, num_models: int = 1
+) -> int:
+    """Say what it takes to measure models that are like this one; return their windows."""
+    costs = forecast_costs(model, {case.case_id: case.images for case in cases}, measured=True)
+    num_windows = num_models * costs.num_windows
+    costs = replace(costs, seconds=num_models * costs.seconds, num_windows=num_windows)
+    report(costs.describe(len(cases), out))
+    return num_windows
+
+
 def _measure(
     model: Model,
     cases: Sequence[Case],
     ignore: int | None,
     tolerance: float | None,
     out: Path | None,
+    bar: tqdm[Any],
     report: Report,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Predict and measure cases; write masks into predictions/ of a folder where one is given."""
@@ -319,29 +360,35 @@ def _measure(
     failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     tolerances: list[float] = []
     record = Record(out) if out is not None else None
-    for number, case in enumerate(cases, 1):
-        try:
-            prediction = predict_case(model, case.images)
-        except Exception as error:  # whatever it is, it is this case's: the others are measured
-            failed[case.case_id] = explain_failure(error)
-            report(f"[{number}/{len(cases)}] {case.case_id}: not measured: {failed[case.case_id]}")
-            continue
-        label, affine = _read_label(case, info.label_values, ignore)
-        spacing = grid_spacing(affine) if has_spacing(case.images[0]) else None
-        tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
-        num_classes = len(info.label_values)
-        metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
-        rows.append(tabulate_case(case, metrics, names, in_mm=spacing is not None))
-        if prediction.flags:
-            flags[case.case_id] = list(prediction.flags)
+
+    def tell(number: int, case: Case, text: str) -> None:
+        with bar.external_write_mode():
+            report(f"[{number}/{len(cases)}] {case.case_id}: {text}")
+
+    with contextlib.ExitStack() as stack:
         if record is not None:
-            path = record.out / _name_mask(case)
-            place = (prediction.mask, prediction.affine, info.label_values)
-            write_mask(path, *place, header=prediction.header, origin="prediction")
-            record.add_files([path])
-        report(f"[{number}/{len(cases)}] {case.case_id}: {_describe(metrics, names)}")
-    if record is not None:
-        record.write()
+            stack.callback(record.write)  # of what was done before an interruption too
+        for number, case in enumerate(cases, 1):
+            try:
+                prediction = predict_case(model, case.images, advance=bar.update)
+            except Exception as error:  # whatever it is, it is this case's: the others are measured
+                failed[case.case_id] = explain_failure(error)
+                tell(number, case, f"not measured: {failed[case.case_id]}")
+                continue
+            label, affine = _read_label(case, info.label_values, ignore)
+            spacing = grid_spacing(affine) if has_spacing(case.images[0]) else None
+            tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
+            num_classes = len(info.label_values)
+            metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
+            rows.append(tabulate_case(case, metrics, names, in_mm=spacing is not None))
+            if prediction.flags:
+                flags[case.case_id] = list(prediction.flags)
+            if record is not None:
+                path = record.out / _name_mask(case)
+                place = (prediction.mask, prediction.affine, info.label_values)
+                write_mask(path, *place, header=prediction.header, origin="prediction")
+                record.add_files([path])
+            tell(number, case, _describe(metrics, names))
     if not rows:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")

@@ -34,7 +34,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from scipy.ndimage import binary_erosion
+from scipy.ndimage import binary_erosion, find_objects
 from scipy.spatial import KDTree
 
 from medssl.config import IGNORE, InputError
@@ -121,18 +121,42 @@ def case_metrics(
         raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ")
     if spacing is not None and (len(spacing) != prediction.ndim or min(spacing) <= 0):
         raise ValueError(f"spacing {tuple(spacing)} does not fit {prediction.ndim} axes")
-    ignored = reference == IGNORE
     for name, array in (("prediction", prediction), ("reference", reference)):
-        outside = (array < 0) | (array >= num_classes)
-        if (outside & ~ignored).any():
-            values = np.unique(array[outside & ~ignored])[:5].tolist()
-            raise ValueError(f"{name} holds {values}, which are no classes 0..{num_classes - 1}")
+        strange = _find_strange(array, reference, num_classes)
+        if strange:
+            raise ValueError(f"{name} holds {strange}, which are no classes 0..{num_classes - 1}")
     if tolerance is None:
         tolerance = surface_tolerance(spacing)
-    return {
-        c: _measure_class((prediction == c) & ~ignored, reference == c, ignored, spacing, tolerance)
-        for c in range(1, num_classes)
-    }
+    boxes = [find_objects(array, num_classes - 1) for array in (prediction, reference)]
+    metrics = {}
+    for c, both in enumerate(zip(*boxes, strict=True), 1):
+        box = _join_boxes([box for box in both if box], prediction.ndim)
+        ours, theirs = prediction[box], reference[box]
+        ignored = theirs == IGNORE
+        masks = ((ours == c) & ~ignored, theirs == c, ignored)
+        metrics[c] = _measure_class(*masks, spacing, tolerance, prediction.shape)
+    return metrics
+
+
+def _find_strange(
+    array: NDArray[np.integer], reference: NDArray[np.integer], num_classes: int
+) -> list[int]:
+    """Return the first few values that are no classes where the reference is not ignored."""
+    strange: set[int] = set()
+    for plane, known in zip(array, reference, strict=True):
+        outside = ((plane < 0) | (plane >= num_classes)) & (known != IGNORE)
+        strange.update(np.unique(plane[outside]).tolist())
+    return sorted(strange)[:5]
+
+
+def _join_boxes(boxes: Sequence[tuple[slice, ...]], num_axes: int) -> tuple[slice, ...]:
+    """Return the slices that hold several boxes, with a voxel around them; none for no box."""
+    if not boxes:
+        return (slice(0),) * num_axes
+    return tuple(
+        slice(max(min(part.start for part in parts) - 1, 0), max(part.stop for part in parts) + 1)
+        for parts in zip(*boxes, strict=True)
+    )
 
 
 def surface_tolerance(spacing: Sequence[float] | None) -> float:
@@ -199,14 +223,15 @@ def _measure_class(
     ignored: Mask,
     spacing: Sequence[float] | None,
     tolerance: float,
+    shape: Sequence[int],
 ) -> ClassMetrics:
-    """Measure one class under the policy of this module."""
+    """Measure one class in the part that holds it of a scan (I, J, K), under the policy above."""
     size = np.ones(prediction.ndim) if spacing is None else np.asarray(spacing, dtype=np.float64)
     num_predicted, num_reference = int(prediction.sum()), int(reference.sum())
     unit = 1.0 if spacing is None else float(np.prod(size)) / 1000.0
-    thin = tuple(axis for axis, count in enumerate(prediction.shape) if count == 1)
-    if 0 < len(thin) < prediction.ndim:
-        size = np.delete(size, thin)
+    thin = tuple(axis for axis, count in enumerate(shape) if count == 1)
+    if num_predicted + num_reference and 0 < len(thin) < prediction.ndim:
+        size, shape = np.delete(size, thin), np.delete(shape, thin).tolist()
         prediction, reference, ignored = (
             mask.squeeze(thin) for mask in (prediction, reference, ignored)
         )
@@ -217,7 +242,7 @@ def _measure_class(
         dice = 2.0 * int((prediction & reference).sum()) / (num_predicted + num_reference)
         hd95, surface = _compare_surfaces(prediction, reference, ignored, size, tolerance)
     elif num_predicted or num_reference:
-        diagonal = float(np.linalg.norm(size * prediction.shape))
+        diagonal = float(np.linalg.norm(size * shape))
         dice, hd95, surface = 0.0, diagonal, 0.0
     return ClassMetrics(
         dice=dice,

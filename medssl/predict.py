@@ -10,8 +10,9 @@ import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from medssl import __version__
 from medssl.config import InputError
 from medssl.data.files import hash_source
 from medssl.data.io import (
@@ -33,10 +35,12 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.predictions import (
+    PlannedPredictions,
     Record,
     SomeFailedError,
     append_audit,
     plan_predictions,
+    read_audit,
 )
 from medssl.data.trained import resolve_model
 from medssl.formats.readers import get_reader
@@ -72,6 +76,9 @@ Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
 SLAB_BYTES = 3 * 2**30  # of the slabs that are held at once; a scan with larger ones is cut
+
+Walk = Callable[[Box], Iterator[Tensor]]
+"""Yields slabs (n, I, J, K) of a part of the cache grid, in order along `Window.find_axis`."""
 
 Advance = Callable[[int], object]
 """Is told how many windows have gone through a network."""
@@ -257,16 +264,15 @@ def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) 
 
 def predict_probs(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:
     """Return probs (1, num_classes, I, J, K), averaged over all mirrorings of the window."""
-    return _gather(_average(network, image, window), image, window)
+    return _gather(average_views(network, image, window), image, window)
 
 
-def predict_mirrored(
-    network: SegmentationNetwork, image: Tensor, window: Window
-) -> Iterator[Tensor]:
-    """Yield probs (1, num_classes, I, J, K) under each mirroring of the window, none first."""
-    for axes in window.mirrorings:
-        slabs = (torch.softmax(slab, 0) for slab in slide_window(network, image, window, axes))
-        yield _gather(slabs, image, window)
+def mirror_views(
+    network: SegmentationNetwork, image: Tensor, window: Window, box: Box | None = None
+) -> list[Iterator[Tensor]]:
+    """Return walks over slabs of probs (num_classes, I, J, K), one a mirroring of the window."""
+    views = [slide_window(network, image, window, axes, box) for axes in window.mirrorings]
+    return [(torch.softmax(slab, 0) for slab in view) for view in views]
 
 
 def _gather(slabs: Iterable[Tensor], image: Tensor, window: Window) -> Tensor:
@@ -282,14 +288,17 @@ def _gather(slabs: Iterable[Tensor], image: Tensor, window: Window) -> Tensor:
     return whole
 
 
-def _average(
+def average_views(
     network: SegmentationNetwork,
     image: Tensor,
     window: Window,
     box: Box | None = None,
     advance: Advance = int,
 ) -> Iterator[Tensor]:
-    """Yield slabs of probs (num_classes, I, J, K), averaged over the mirrorings of the window."""
+    """Yield slabs of probs (num_classes, I, J, K), averaged over the mirrorings of the window.
+
+    The arguments are those of `sample_uncertainty`.
+    """
     axes = window.mirrorings
     views = [slide_window(network, image, window, view, box, advance) for view in axes]
     for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
@@ -299,7 +308,7 @@ def _average(
         yield total / len(axes)
 
 
-def _sample_uncertainty(
+def sample_uncertainty(
     network: SegmentationNetwork,
     image: Tensor,
     window: Window,
@@ -307,7 +316,21 @@ def _sample_uncertainty(
     box: Box | None = None,
     advance: Advance = int,
 ) -> Iterator[Tensor]:
-    """Yield slabs (2, I, J, K) of predictive entropy and mutual information of MC dropout."""
+    """Yield slabs (2, I, J, K) of predictive entropy and mutual information of MC dropout.
+
+    Args:
+        network: The network.
+        image: (1, C, I, J, K).
+        window: How it is moved over the image; its flips do not count.
+        passes: How many.
+        box: The part of the image that is wanted; None for all of it.
+        advance: Is told how many windows have gone through the network.
+
+    Raises:
+        InputError: The network has no active dropout, or the passes do not differ.
+
+    Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
+    """
     spread = 0.0
     with sample_dropout(network):
         views = [slide_window(network, image, window, (), box, advance) for _ in range(passes)]
@@ -350,30 +373,20 @@ def sample_probs(
         matrix = draw_turn(rng, window.flips, window.slice_axis, spacing) if number else np.eye(3)
         view = turn_volume(image, matrix, "border") if number else image
         with sample_dropout(network):
-            logits = predict_logits(network, view, window)
-        probs = torch.softmax(logits, dim=1)
+            slabs = (torch.softmax(slab, 0) for slab in slide_window(network, view, window))
+            probs = _gather(slabs, view, window)
         if first is None:
             first = probs
         else:
             back = np.linalg.inv(matrix).astype(np.float64)
             inside = turn_volume(torch.ones_like(image[:, :1]), matrix, "zeros")
             inside = turn_volume(inside, back, "zeros").clamp(max=1.0)
-            probs = inside * turn_volume(probs, back, "border") + (1 - inside) * first
+            for said, before in zip(
+                torch.split(probs, 1, 1), torch.split(first, 1, 1), strict=True
+            ):
+                turned = inside * turn_volume(said, back, "border")
+                said.copy_(turned + (1 - inside) * before)
         yield probs
-
-
-def measure_uncertainty(
-    network: SegmentationNetwork, image: Tensor, window: Window, passes: int
-) -> tuple[Tensor, Tensor]:
-    """Return predictive entropy and mutual information (1, 1, I, J, K), in nats, of MC dropout.
-
-    Raises:
-        InputError: The network has no active dropout, or the passes do not differ.
-
-    Source: Gal and Ghahramani 2016; Gal 2016, equations 3.24 (mutual information).
-    """
-    maps = _gather(_sample_uncertainty(network, image, window, passes), image, window)
-    return maps[:, :1], maps[:, 1:]
 
 
 @explain_out_of_memory("the scan does not fit the memory; cut it, or use a machine with more")
@@ -409,7 +422,7 @@ def predict_case(
         volume.affine,
         volume.header,
     )
-    prepared = preprocess_image(volume, info.preprocessing)
+    prepared = preprocess_image(volume, info.preprocessing, overwrite=True)
     del volume  # its voxels are not needed any more
     way = WayBack(prepared.shape, prepared.affine, shape, affine)
     image = torch.from_numpy(prepared.array)[None]
@@ -469,19 +482,36 @@ def predict_native(
     Raises:
         InputError: All passes are the same, or the network has no active dropout.
     """
-    axis, cut = window.find_axis(way.shape), window.find_cut(way.shape)
-    device = find_device(network, image)
-    parts = choose_parts(window, way, num_classes, passes or len(window.mirrorings), device)
-    waiting = list(way.cut(cut, parts))
+    walk: Walk = partial(average_views, network, image, window, advance=advance)
     if passes:
         torch.manual_seed(seed_from("mc_dropout"))  # the same scan gets the same map
+        walk = partial(sample_uncertainty, network, image, window, passes, advance=advance)
+    num_views = passes or len(window.mirrorings)
+    yield from bring_boxes(walk, window, way, num_classes, num_views, find_device(network, image))
+
+
+def bring_boxes(
+    walk: Walk,
+    window: Window,
+    way: WayBack,
+    num_classes: int,
+    num_views: int,
+    device: torch.device,
+) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+    """Yield what walks over the cache grid of a scan say, box by box of the scan's own grid.
+
+    Args:
+        walk: Of `average_views`, or another that yields slabs (n, I, J, K) of a part of the scan.
+        window: How a network is moved over the scan.
+        way: From the cache grid to that of the scan.
+        num_classes: C, with background.
+        num_views: Whose slabs are held beside each other.
+        device: Where they are.
+    """
+    axis, cut = window.find_axis(way.shape), window.find_cut(way.shape)
+    waiting = list(way.cut(cut, choose_parts(window, way, num_classes, num_views, device)))
     while waiting:
-        source = way.find_source(waiting[0])
-        slabs = (
-            _sample_uncertainty(network, image, window, passes, source, advance)
-            if passes
-            else _average(network, image, window, source, advance)
-        )
+        slabs = walk(way.find_source(waiting[0]))
         try:
             arrays = (slab.cpu().numpy() for slab in slabs)
             yield from way.stream(arrays, axis, waiting[0])
@@ -540,6 +570,7 @@ def predict_files(
     overwrite: bool = False,
     format: str | None = None,
     num_windows: int = 0,
+    finished: Collection[str] = (),
     report: Callable[[str], object] = print,
 ) -> None:
     """Segment files and folders of scans; one mask each, and predictions.json.
@@ -557,6 +588,7 @@ def predict_files(
         overwrite: Replace what stands there all the same; scans never are.
         format: Of the masks, one of `medssl.formats.readers.FORMATS`; None: that of each scan.
         num_windows: Of all scans, for a bar on a terminal; 0 for none.
+        finished: Scans that are passed over, see `find_finished`.
         report: Is told of every file.
 
     Raises:
@@ -573,9 +605,11 @@ def predict_files(
     problems = list(plan.problems)
     is_full = False
     record = Record(out)
-    bar = _show_bar(num_windows)
+    bar = show_bar(num_windows)
     try:
         for name, images in plan.scans.items():
+            if name in finished:
+                continue
             if is_full:
                 problems.append(f"{images[0]}: not tried, since there is no room for its mask")
                 continue
@@ -613,7 +647,7 @@ def predict_files(
         raise kind(f"{len(problems)} of {total} scans were not segmented:\n{listed}")
 
 
-def _show_bar(num_windows: int) -> tqdm[Any]:
+def show_bar(num_windows: int) -> tqdm[Any]:
     """Return a bar of windows with the remaining time, which is silent but on a terminal."""
     is_visible = num_windows and sys.stderr.isatty()
     return tqdm(total=num_windows, unit="window", dynamic_ncols=True, disable=not is_visible)
@@ -647,6 +681,34 @@ def _write_prediction(
     labels = {str(v): info.labels[i] for i, v in enumerate(info.label_values)}
     flags = {name: prediction.flags}
     return record.add_files(files, labels=labels, model=info.provenance, flags=flags)
+
+
+def find_finished(
+    model: Model, plan: PlannedPredictions, out: Path, uncertainty: bool = False
+) -> list[str]:
+    """Return the scans whose files stand as this model has written them, and would again.
+
+    The audit log knows of each prediction the hashes of model, settings, scan and files. All of
+    them, the version of medssl, and the files as they are now have to agree.
+
+    Args:
+        model: A loaded model.
+        plan: What is to be read and written.
+        out: Folder of the masks.
+        uncertainty: Whether the uncertainty of MC dropout is written.
+    """
+    entries = {entry.get("scan"): entry for entry in read_audit(out)}
+    finished = []
+    for name, images in plan.scans.items():
+        entry = entries.get(name, {})
+        output, known = entry.get("output"), entry.get("model") is not None
+        if not (known and isinstance(output, dict) and entry.get("medssl") == __version__):
+            continue
+        with contextlib.suppress(InputError, OSError):
+            if all(output.get(f.name) == hash_file(f) for f in plan.files[name]):
+                same = _audit(model, images, uncertainty)
+                finished += [name] * all(entry.get(key) == value for key, value in same.items())
+    return finished
 
 
 def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:

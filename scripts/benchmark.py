@@ -7,15 +7,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-ROWS = [  # shape, classes, mirrored axes
-    ((256, 256, 256), 3, 0),
-    ((512, 512, 300), 3, 0),
-    ((512, 512, 600), 5, 0),
-    ((512, 512, 600), 5, 3),
-    ((768, 768, 576), 5, 0),
-    ((768, 768, 576), 20, 0),
+if TYPE_CHECKING:
+    from medssl.data.cache import CachedCase
+    from medssl.data.cases import Case
+    from medssl.predict import Model
+    from medssl.transforms.geometry import Box
+
+ROWS = [  # what is done, shape, classes, mirrored axes
+    ("predict", (256, 256, 256), 3, 0),
+    ("evaluate", (256, 256, 256), 3, 0),
+    ("cache", (256, 256, 256), 3, 0),
+    ("pseudo-label", (256, 256, 256), 3, 0),
+    ("predict", (512, 512, 300), 3, 0),
+    ("predict", (512, 512, 600), 5, 0),
+    ("predict", (512, 512, 600), 5, 3),
+    ("predict", (768, 768, 576), 5, 0),
+    ("predict", (768, 768, 576), 20, 0),
 ]
 PATCH = 64  # voxels of a side of a window
 SPACING = (0.8, 0.8, 1.0)  # mm, of the scan; the plan's is a little coarser
@@ -27,17 +38,18 @@ def main() -> None:
     parser.add_argument("what", choices=["memory"])
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="Folder of the table.")
     parser.add_argument("--most", type=float, default=400, help="Million voxels of a scan.")
-    parser.add_argument("--row", help="Measure one row, I,J,K,classes,flips, in this process.")
+    parser.add_argument("--row", help="Measure one, WHAT,I,J,K,classes,flips, in this process.")
     arguments = parser.parse_args()
     if arguments.row:
-        *shape, classes, flips = (int(word) for word in arguments.row.split(","))
-        print(json.dumps(measure_row((shape[0], shape[1], shape[2]), classes, flips)))
+        what, *words = arguments.row.split(",")
+        *shape, classes, flips = map(int, words)
+        print(json.dumps(measure_row(what, (shape[0], shape[1], shape[2]), classes, flips)))
         return
     rows = []
-    for shape, classes, flips in ROWS:
+    for what, shape, classes, flips in ROWS:
         if shape[0] * shape[1] * shape[2] > arguments.most * 1e6:
             continue
-        row = ",".join(map(str, (*shape, classes, flips)))
+        row = ",".join(map(str, (what, *shape, classes, flips)))
         command = [sys.executable, __file__, "memory", "--row", row]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
@@ -47,28 +59,37 @@ def main() -> None:
 
 
 HEAD = (
-    "| voxels | classes | mirrored axes | peak | expected | bytes a voxel and class | seconds |\n"
-    "|---|---|---|---|---|---|---|\n"
+    "| of | voxels | classes | mirrored axes | peak | expected | bytes a voxel and class "
+    "| seconds |\n|---|---|---|---|---|---|---|---|\n"
 )
 
 
 def format_rows(rows: list[dict[str, float]]) -> str:
     """Return rows of the table in Markdown; memory in GB of 10^9 bytes."""
     return "\n".join(
-        f"| {' x '.join(map(str, row['shape']))} | {row['classes']} | {row['flips']} "
-        f"| {row['peak'] / 1e9:.2f} GB | {row['expected'] / 1e9:.2f} GB "
+        f"| {row['of']} | {' x '.join(map(str, row['shape']))} | {row['classes']} | {row['flips']} "
+        f"| {row['peak'] / 1e9:.2f} GB | {_show_expected(row['expected'])} "
         f"| {row['peak'] / row['voxels'] / row['classes']:.1f} | {row['seconds']:.0f} |"
         for row in rows
     )
 
 
-def measure_row(shape: tuple[int, int, int], classes: int, flips: int) -> dict[str, object]:
-    """Segment a made-up scan by a network of one layer; return peak and expected memory."""
+def _show_expected(size: float | None) -> str:
+    """Return what was forecast, where something is."""
+    return "" if size is None else f"{size / 1e9:.2f} GB"
+
+
+def measure_row(
+    what: str, shape: tuple[int, int, int], classes: int, flips: int
+) -> dict[str, object]:
+    """Do it with a made-up scan and a network of one layer; return peak and expected memory."""
     import nibabel as nib
     import numpy as np
     import torch
 
     from medssl.costs import forecast_costs
+    from medssl.data.cases import Case
+    from medssl.evaluate import evaluate_model
     from medssl.networks.build import NetworkSpec
     from medssl.predict import Model, ModelInfo, predict_files
     from medssl.transforms.preprocess import Normalization, Preprocessing
@@ -99,22 +120,80 @@ def measure_row(shape: tuple[int, int, int], classes: int, flips: int) -> dict[s
             file.write(header.binaryblock + bytes(4))
             file.write(np.random.default_rng(0).integers(-900, 900, shape[0] * shape[1] * 8, "i2"))
             file.truncate(352 + 2 * shape[0] * shape[1] * shape[2])
-        costs = forecast_costs(model, {"scan": (scan,)})
+        mask = np.zeros(shape, np.uint8)
+        mask[shape[0] // 4 : -shape[0] // 4, shape[1] // 4 : -shape[1] // 4] = 1
+        label = Path(folder) / "label.nii"
+        nib.save(nib.Nifti1Image(mask, np.diag([*SPACING, 1])), label)
+        del mask
+        case = Case("scan", (scan,), label, "scan")
+        is_forecast = what in ("predict", "evaluate")
+        costs = forecast_costs(model, {"scan": (scan,)}) if is_forecast else None
+        act: Callable[[], object]
+        if what == "pseudo-label":
+            act = prepare_labeling(model, case, Path(folder))
+        else:
+            act = {
+                "predict": lambda: predict_files(model, [scan], out, report=lambda text: None),
+                "evaluate": lambda: evaluate_model(model, [case], out, report=lambda text: None),
+                "cache": lambda: cache_case(model, case, Path(folder)),
+            }[what]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         started = time.perf_counter()
-        predict_files(model, [scan], out, report=lambda text: None)
+        act()
         seconds = time.perf_counter() - started
     status = Path("/proc/self/status").read_text()
     peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
     return {
+        "of": what,
         "shape": shape,
         "classes": classes,
         "flips": flips,
         "voxels": shape[0] * shape[1] * shape[2],
         "peak": peak,
-        "expected": round(costs.peak),
+        "expected": round(costs.peak) if costs else None,
         "seconds": round(seconds, 1),
-        "expected_seconds": round(costs.seconds, 1),
+        "expected_seconds": round(costs.seconds, 1) if costs else None,
     }
+
+
+def cache_case(model: "Model", case: "Case", folder: Path) -> "CachedCase":
+    """Preprocess a scan and its label into a cache."""
+    from medssl.data.cache import build_cache
+
+    info = model.info
+    values, recipe = info.label_values, info.preprocessing
+    return build_cache([case], recipe, folder / "cache", values, None, 1)["scan"]
+
+
+def prepare_labeling(model: "Model", case: "Case", folder: Path) -> Callable[[], object]:
+    """Cache a scan; return what pseudo-labels it as a teacher of one model does."""
+    import torch
+
+    from medssl.config import FilterSection
+    from medssl.predict import average_views, bring_boxes
+    from medssl.pseudo.gates import Expectation
+    from medssl.pseudo.label import RawPseudoLabel, label_cases
+    from medssl.pseudo.uncertainty import entropy_of
+    from medssl.transforms.geometry import WayBack
+
+    info, cached = model.info, cache_case(model, case, folder)
+    way = WayBack(cached.shape, cached.affine, cached.shape, cached.affine)
+    size = info.network.num_classes
+
+    def say(case: "CachedCase") -> RawPseudoLabel:
+        image = torch.from_numpy(case.image().astype("float32"))[None]
+
+        def walk(box: "Box") -> Iterator[torch.Tensor]:
+            for probs in average_views(model.network, image, info.window, box):
+                yield torch.cat([probs, entropy_of(probs[None])[0]])
+
+        boxes = bring_boxes(walk, info.window, way, size, 1, model.device)
+        return RawPseudoLabel(((b, said[:-1], said[-1]) for b, said in boxes), lambda _: None)
+
+    expected = Expectation({1: 1.0}, {1: 0.2})
+    names, values = info.labels, info.label_values
+    options = (folder / "round_0", None, "", expected, names, values, FilterSection())
+    return lambda: label_cases([cached], say, *options, lambda: False)
 
 
 if __name__ == "__main__":

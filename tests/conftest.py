@@ -182,7 +182,8 @@ def pseudo_labeled(cached_cases, tmp_path_factory):
         probs = np.exp(2 * logits - (2 * logits).max(0))
         probs /= probs.sum(0)
         entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(0)
-        write_pseudo_label(folder / case_id, probs, entropy, "teacher")
+        part = (np.s_[:, :, :], probs, entropy)
+        write_pseudo_label(folder / case_id, probs.shape, [part], "teacher")
         result.append(UnlabeledCase(case, folder / case_id))
     return tuple(result)
 

@@ -3,6 +3,7 @@ import os
 import shutil
 import sys
 import threading
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -121,6 +122,41 @@ def test_float16_keeps_the_image_to_a_thousandth(tmp_path):
     found = build([case], tmp_path)["a"]
     whole = cache.preprocess_image(cache.read_image(case.images, 1), RECIPE).array
     np.testing.assert_allclose(found.image(), whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("labeled", "most"), [(False, 10), (True, 11)])
+def test_the_memory_of_caching_is_that_of_two_copies_of_the_scan(tmp_path, labeled, most):
+    shape = (128, 120, 100)
+    label = np.zeros(shape, np.uint8)
+    for index in range(1, 6):
+        label[20 * index :, 10 * index :, 10 * index :] = index
+    nib.save(nib.Nifti1Image(label.astype(np.int16) * 100, AFFINE), tmp_path / "a.nii")
+    write_mask(tmp_path / "l.nii", label, AFFINE, tuple(range(6)))
+    how = Normalization(kind="ct", low=0, high=600, mean=0, std=300)
+    recipe = Preprocessing(spacing=(1.1, 1.1, 2.0), normalization=(how,))
+    scan = Case("a", (tmp_path / "a.nii",), None, "a")
+    settings = {"recipe": recipe, "label_values": tuple(range(6))}
+    if labeled:
+        build([scan], tmp_path, **settings)
+        scan = Case("a", scan.images, tmp_path / "l.nii", "a")
+    tracemalloc.start()
+    build([scan], tmp_path, **settings)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / label.size < most, "bytes a voxel"
+
+
+@pytest.mark.parametrize("most", [5, 10_000])
+def test_voxels_of_a_class_are_drawn_as_from_a_list_of_them_all(most):
+    label = np.random.default_rng(0).integers(0, 3, (9, 8, 7)).astype(np.uint8)
+    label[3:6] = 0
+    for index in range(4):
+        every = np.argwhere(label == index)
+        if len(every) > most:
+            every = every[np.sort(np.random.default_rng(1).choice(len(every), 5, replace=False))]
+        found = cache.draw_class_voxels(label, index, most, np.random.default_rng(1))
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, every)
 
 
 def test_the_voxel_lists_point_at_their_classes(tmp_path, monkeypatch):

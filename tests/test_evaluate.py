@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,15 +20,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from medssl import cli, evaluate
 from medssl.cli import app
 from medssl.compare import compare
 from medssl.config import DataSection, InputError
+from medssl.costs import Costs
+from medssl.data import predictions
 from medssl.data.cases import Case
 from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
+from medssl.data.predictions import read_files
 from medssl.evaluate import (
     evaluate_data,
     evaluate_model,
@@ -100,7 +105,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={})
     model = SimpleNamespace(info=info, shift=0, predicted=[])
 
-    def predict(model: Any, images: tuple[Path, ...]) -> Prediction:
+    def predict(model: Any, images: tuple[Path, ...], advance: Any = int) -> Prediction:
         image = nib.load(images[0])
         mask = np.roll(image.get_fdata().astype(np.uint8), model.shift, 0)
         model.predicted.append(images[0].name)
@@ -303,10 +308,10 @@ def fail_at(
     """Let the prediction of a case fail, for the model of a shift or for all."""
     predict = evaluate.predict_case
 
-    def fail(model: Any, images: tuple[Path, ...]) -> Prediction:
+    def fail(model: Any, images: tuple[Path, ...], **options: Any) -> Prediction:
         if name in images[0].name and shift in (None, model.shift):
             raise error
-        return predict(model, images)
+        return predict(model, images, **options)
 
     monkeypatch.setattr(evaluate, "predict_case", fail)
 
@@ -321,6 +326,34 @@ def test_an_interrupted_evaluation_leaves_no_table(
         evaluate_model(model, cases, tmp_path / "out", report=quiet)
     assert not (tmp_path / "out" / "per_case.csv").exists()
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_ctrl_c_is_exit_code_130_and_keeps_the_masks_of_finished_cases(
+    data: Path, model: Any, make_run: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = make_run([0]), tmp_path / "out"
+    (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
+    fail_at(monkeypatch, "case06", KeyboardInterrupt())
+    monkeypatch.setattr(evaluate, "forecast_costs", lambda *_, **__: Costs(1e9, 60, 0, 7))
+    monkeypatch.setattr(predictions, "_FEWER", 1e9)  # the record is not written on the way
+    done = CliRunner().invoke(app, ["evaluate", str(run), str(data), "--out", str(out)])
+    assert done.exit_code == 130, done.output
+    stopped = f"stopped: no table was written; masks of finished cases stand in {out}/predictions"
+    assert stopped in done.output
+    assert "9 scans, 7 windows: about 60 seconds; 1.0 GB of memory, " in done.output
+    masks = [f"predictions/case{index:02d}.nii.gz" for index in (3, 4, 5)]
+    assert sorted(p.relative_to(out).as_posix() for p in out.glob("predictions/*")) == masks
+    assert sorted(read_files(out)) == masks, "all of them are on the record"
+
+
+def test_what_all_models_of_a_run_take_is_said_once(
+    model: Any, make_run: RunMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "forecast_costs", lambda *_, **__: Costs(1e9, 300, 0, 7))
+    lines: list[str] = []
+    evaluate_run(make_run([2, 1, 0]), forecast=True, report=lines.append)
+    assert lines[0].startswith("9 scans, 21 windows: about 15 minutes; 1.0 GB of memory, ")
+    assert not [line for line in lines[1:] if "windows" in line]
 
 
 def test_what_a_kill_left_among_the_tables_is_removed(
@@ -457,9 +490,9 @@ def test_the_delivered_model_is_predicted_once_where_it_is_a_round(
     calls: list[tuple[Path, ...]] = []
     predict = evaluate.predict_case
 
-    def count(model: Any, images: tuple[Path, ...]) -> Prediction:
+    def count(model: Any, images: tuple[Path, ...], **options: Any) -> Prediction:
         calls.append(images)
-        return predict(model, images)
+        return predict(model, images, **options)
 
     monkeypatch.setattr(evaluate, "predict_case", count)
     evaluate_run(run, report=quiet)
@@ -571,7 +604,9 @@ def test_data_that_was_wholly_trained_on_is_refused(
         evaluate_data(run, data, tmp_path / "out", report=quiet)
 
 
-def test_a_real_model_folder_is_evaluated_end_to_end(data: Path, tmp_path: Path) -> None:
+def test_a_real_model_folder_is_evaluated_end_to_end(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = NetworkSpec(
         in_channels=1,
         num_classes=3,
@@ -593,7 +628,17 @@ def test_a_real_model_folder_is_evaluated_end_to_end(data: Path, tmp_path: Path)
     )
     save_model(tmp_path / "model", build_network(spec), info)
     out = tmp_path / "out"
-    summary = evaluate_data(tmp_path / "model", data, out, report=quiet)
+    bars: list[Any] = []
+
+    def show(num_windows: int) -> Any:
+        bars.append(tqdm(total=num_windows, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(evaluate, "show_bar", show)
+    lines: list[str] = []
+    summary = evaluate_data(tmp_path / "model", data, out, forecast=True, report=lines.append)
+    assert bars[0].n == bars[0].total > 12
+    assert any(line.startswith(f"12 scans, {bars[0].n} windows: about ") for line in lines)
     assert summary["num_cases"] == 12
     assert "lies in no run" in summary["remarks"][0]
     values = {int(v) for v in np.unique(nib.load(out / "predictions/case00.nii.gz").dataobj)}

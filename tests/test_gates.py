@@ -1,3 +1,4 @@
+import tracemalloc
 import weakref
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from medssl.pseudo.gates import (
     judge_model,
     measure_confidence,
     review_case,
+    sum_classes,
 )
 
 NAMES = {0: "background", 1: "organ", 2: "lesion"}
@@ -45,14 +47,18 @@ def review(
     uncertainty = np.full(classes.shape, doubt, np.float32)
     return review_case(
         "a",
-        probs,
-        uncertainty,
+        [(probs[:, :3], uncertainty[:3]), (probs[:, 3:], uncertainty[3:])],
         {} if agreement is None else {"organ": agreement},
         0.5,
         NAMES,
         expectation,
         FilterSection(**section),
     )
+
+
+def confidence_of(probs, usual):
+    sums = sum_classes([(probs, np.zeros(probs.shape[1:], np.float32))], FilterSection())
+    return measure_confidence(sums, usual)
 
 
 def judge(*reviews):
@@ -64,6 +70,17 @@ def test_labeled_cases_lead_one_to_expect_presence_and_share():
     found = expect_from(labels, 3)
     assert found.presence == {1: 1.0, 2: 0.5}
     assert found.share == pytest.approx({1: 0.3, 2: 0.05})
+
+
+def test_the_memory_of_expectations_is_that_of_the_largest_structure():
+    label = np.zeros((120, 110, 100), np.uint8)
+    label[40:60, 40:60, 40:60] = 1
+    label[70:80, 40:60, 40:60] = 2
+    tracemalloc.start()
+    assert expect_from([label], 3).single == {1, 2}
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < label.size, "bytes"
 
 
 def test_voxels_that_nobody_annotated_count_nowhere():
@@ -141,18 +158,37 @@ def test_confidence_is_the_dice_that_a_teacher_expects_of_its_own_mask():
     probs = np.zeros((2, 4, 1, 1), np.float32)
     probs[1, :, 0, 0] = [0.9, 0.7, 0.4, 0.1]
     probs[0] = 1 - probs[1]
-    assert measure_confidence(probs, {1}) == pytest.approx(2 * (0.9 + 0.7) / (2.1 + 2), abs=1e-6)
+    assert confidence_of(probs, {1}) == pytest.approx(2 * (0.9 + 0.7) / (2.1 + 2), abs=1e-6)
 
 
 def test_confidence_counts_doubt_outside_of_the_mask_and_not_the_sure_background():
     classes = classes_of(20, 0)
     probs = one_hot(classes, 1.0)
-    assert measure_confidence(probs, {1}) == pytest.approx(1.0, abs=1e-6)
+    assert confidence_of(probs, {1}) == pytest.approx(1.0, abs=1e-6)
     outside = classes == 0
     probs[1, outside], probs[0, outside] = 0.45, 0.55
-    found = measure_confidence(probs, {1})
+    found = confidence_of(probs, {1})
     assert found == pytest.approx(2 * 20 / (20 + 0.45 * 80 + 20), abs=1e-5)
     assert probs.max(0).mean() > found  # which a mean of the largest probs does not see
+
+
+def test_a_case_in_slabs_is_reviewed_as_a_whole():
+    rng = np.random.default_rng(0)
+    probs = np.moveaxis(rng.dirichlet(np.ones(3), (9, 8, 7)), -1, 0).astype(np.float32)
+    doubt = rng.random((9, 8, 7)).astype(np.float32)
+    section = FilterSection(threshold={"name": "fixed", "start": 0.5})
+    classes = probs.argmax(0)
+    trusted = (probs.max(0) >= 0.5) & (doubt < 0.75 * np.log(2))
+    parts = [(probs[:, a : a + 2], doubt[a : a + 2]) for a in range(0, 9, 2)]
+    found = review_case("a", iter(parts), {}, 0.5, NAMES, EXPECTATION, section)
+    assert found.coverage == trusted.mean()
+    assert found.coverage_per_class["lesion"] == trusted[classes == 2].mean()
+    assert found.volume_ml["organ"] == (classes == 1).sum() * 0.5
+    assert found.share[2] == (classes == 2).mean()
+    assert found.uncertainty == pytest.approx(doubt[classes > 0].mean(), rel=1e-6)
+    inside, organ = classes == 1, probs[1].astype(np.float64)
+    expected = 2 * organ[inside].sum() / (organ.sum() + inside.sum())
+    assert found.confidence == pytest.approx(expected, rel=1e-12)
 
 
 def test_confidence_is_that_of_the_least_certain_class_of_those_that_are_usual():
@@ -161,9 +197,9 @@ def test_confidence_is_that_of_the_least_certain_class_of_those_that_are_usual()
     probs[:, classes == 2] = np.array([0.3, 0.3, 0.4], np.float32)[:, None]
     lesion = 2 * 5 * 0.4 / (5 * 0.4 + 5)
     organ = 2 * 20 / (20 + 5 * 0.3 + 20)
-    assert measure_confidence(probs, {1, 2}) == pytest.approx(lesion, abs=1e-5)
-    assert measure_confidence(probs, {1}) == pytest.approx(organ, abs=1e-5)
-    assert measure_confidence(probs, set()) == pytest.approx(lesion, abs=1e-5)
+    assert confidence_of(probs, {1, 2}) == pytest.approx(lesion, abs=1e-5)
+    assert confidence_of(probs, {1}) == pytest.approx(organ, abs=1e-5)
+    assert confidence_of(probs, set()) == pytest.approx(lesion, abs=1e-5)
     assert review(classes, probs=probs).confidence == pytest.approx(organ, abs=1e-5)
 
 
@@ -298,7 +334,7 @@ def test_classes_that_neither_round_has_do_not_hide_a_contradiction():
     agreement = {"organ": 0.1, "lesion": None}
     probs = one_hot(classes_of())
     found = review_case(
-        "a", probs, np.zeros((10, 10, 1), np.float32), agreement, 0.5, NAMES, EXPECTATION,
+        "a", [(probs, np.zeros((10, 10, 1), np.float32))], agreement, 0.5, NAMES, EXPECTATION,
         FilterSection(),
     )  # fmt: skip
     assert found.agreement == 0.1

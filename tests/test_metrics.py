@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,38 @@ def test_cropping_changes_no_value(a: int, b: int) -> None:
         if (prediction == c).any() and (reference == c).any():
             expected = brute_force(prediction, reference, c, SPACING)
             assert (m.hd95_mm, m.surface_dice) == pytest.approx(expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(a=st.integers(0, 10_000), b=st.integers(0, 10_000), thin=st.sampled_from([None, 0, 2]))
+def test_a_class_in_its_box_has_the_values_of_the_whole_to_the_bit(
+    a: int, b: int, thin: int | None
+) -> None:
+    shape = tuple(1 if axis == thin else n for axis, n in enumerate((11, 10, 9)))
+    prediction, reference = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    prediction[:9, :8, :7], reference[:9, :8, :7] = (
+        blobs(seed, num_classes=4)[tuple(slice(n) for n in shape)] for seed in (a, b)
+    )
+    reference[6:] = 255
+    ignored, spacing = reference == 255, (0.7, 1.1, 2.9)
+    whole = {
+        c: metrics._measure_class(
+            (prediction == c) & ~ignored, reference == c, ignored, spacing, 1.0, shape
+        )
+        for c in range(1, 4)
+    }
+    assert case_metrics(prediction, reference, spacing, 4, 1.0) == whole
+
+
+def test_the_memory_of_a_measurement_is_that_of_its_largest_structure() -> None:
+    reference = box((30, 60), (30, 60), (30, 60), shape=(160, 160, 160))
+    reference[90:110, 90:110, 90:110] = 2
+    prediction = np.roll(reference, 1, 0)
+    tracemalloc.start()
+    case_metrics(prediction, reference, SPACING, 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < reference.size, "bytes: less than one mask of the whole"
 
 
 @pytest.mark.parametrize("seed", range(5))

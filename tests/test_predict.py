@@ -2,6 +2,7 @@ import errno
 import gzip
 import itertools
 import pickle
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -11,26 +12,28 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from medssl import predict, windows
+from medssl import costs, predict, windows
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
 from medssl.data import predictions
 from medssl.data.io import read_image
-from medssl.data.predictions import SomeFailedError, find_scans
+from medssl.data.predictions import SomeFailedError, find_scans, plan_predictions
 from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
 from medssl.predict import (
     Model,
     describe_model,
+    find_finished,
     load_model,
-    measure_uncertainty,
     predict_case,
     predict_files,
     predict_probs,
     resolve_model,
     sample_probs,
+    sample_uncertainty,
     save_model,
 )
+from medssl.pseudo import uncertainty
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
 from medssl.windows import Window, slide_window
@@ -472,6 +475,61 @@ def test_a_second_call_adds_to_what_the_first_one_wrote(oracle, tmp_path):
     assert set(read_json(tmp_path / "out" / "predictions.json")["flags"]) == {"a", "b"}
 
 
+def test_what_a_stopped_call_has_finished_is_passed_over(saved, tmp_path, monkeypatch):
+    for index, name in enumerate("abc"):
+        write_scan(tmp_path / "in" / f"{name}.nii", bright=80.0 + index)
+    out, real, predicted = tmp_path / "out", predict.predict_case, []
+
+    def stop(model, images, **options):
+        if images[0].name == "c.nii":
+            raise KeyboardInterrupt
+        return real(model, images, **options)
+
+    def count(model, images, **options):
+        predicted.append(images[0].name)
+        return real(model, images, **options)
+
+    monkeypatch.setattr(costs, "forecast_costs", lambda *_, **__: costs.Costs(1e9, 1, 0, 0))
+    command = ["predict", str(saved), str(tmp_path / "in"), "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr(predict, "predict_case", stop)
+    assert CliRunner().invoke(app, command).exit_code == 130
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.nii")}
+    monkeypatch.setattr(predict, "predict_case", count)
+    for words in ("2 of 3 scans", "3 of 3 scans"):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert f"passed over: {words} whose masks this model has written there" in result.output
+    assert predicted == ["c.nii"]
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*.nii")}.items()
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "mask", "scan", "model", "settings", "maps", "passes", "log", "version"]
+)
+def test_a_mask_is_finished_if_nothing_has_changed_that_it_was_made_of(
+    saved, tmp_path, monkeypatch, change
+):
+    scan, out = tmp_path / "in" / "a.nii", tmp_path / "out"
+    write_scan(scan)
+    model = load_model(saved)
+    predict_files(model, [scan], out, report=lambda text: None)
+    plan = plan_predictions([scan], out, 1, maps=["probs"] if change == "maps" else [])
+    (mask,), log = plan.masks.values(), out / "predictions.jsonl"
+    if change == "mask":
+        mask.write_bytes(mask.read_bytes()[:-1])
+    elif change == "scan":
+        write_scan(scan, bright=99.0)
+    elif change in ("model", "settings"):
+        updates = {"model": {"provenance": {"weights.safetensors": "0"}}, "settings": {"flips": ()}}
+        model = replace(model, info=model.info.model_copy(update=updates[change]))
+    elif change == "log":
+        log.write_text(log.read_text()[:-9] + "\n")
+    elif change == "version":
+        monkeypatch.setattr(predict, "__version__", "0.0.1")
+    finished = find_finished(model, plan, out, uncertainty=change == "passes")
+    assert finished == (["a"] if change == "nothing" else [])
+
+
 def test_what_a_kill_left_among_the_masks_is_removed(oracle, tmp_path, leave):
     write_scan(tmp_path / "a.nii")
     left, deeper = leave(tmp_path / "out", "a.nii.gz"), leave(tmp_path / "out" / "more", "a.nii.gz")
@@ -528,8 +586,9 @@ def test_a_volume_of_one_patch_is_predicted_as_by_the_network(network):
 
 def test_mutual_information_is_between_zero_and_the_entropy(network):
     image = torch.randn(1, 1, 8, 8, 8)
-    entropy, information = measure_uncertainty(network, image, Window((8, 8, 8)), 4)
-    assert entropy.shape == information.shape == (1, 1, 8, 8, 8)
+    (maps,) = sample_uncertainty(network, image, Window((8, 8, 8)), 4)
+    entropy, information = maps
+    assert entropy.shape == information.shape == (8, 8, 8)
     assert (entropy <= np.log(3) + 1e-5).all()
     assert (information >= 0).all()
     assert (information <= entropy + 1e-6).all()
@@ -544,6 +603,17 @@ def test_entropy_and_mutual_information_worked_by_hand():
     of_draws = (np.log(2) - 0.9 * np.log(0.9) - 0.1 * np.log(0.1)) / 2
     assert entropy.item() == pytest.approx(of_mean, abs=1e-6)
     assert information.item() == pytest.approx(of_mean - of_draws, abs=1e-6)
+
+
+def test_predictions_are_combined_the_same_in_pieces(monkeypatch):
+    draws = [torch.softmax(torch.randn(1, 3, 7, 6, 5), 1) for _ in range(3)]
+    whole = combine(draws, "three models")
+    monkeypatch.setattr(uncertainty, "_PIECE", 3 * 6 * 5 * 2)
+    kept = [draw.clone() for draw in draws]
+    mean, *doubts = combine(draws, "three models")
+    assert torch.equal(mean, whole[0])
+    assert all(map(torch.allclose, doubts, whole[1:]))  # a logarithm is not of the same bits
+    assert all(map(torch.equal, draws, kept))
 
 
 def test_predictions_that_do_not_differ_are_an_error():
@@ -562,7 +632,7 @@ def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last)
 def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):
     network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).eval()
     with pytest.raises(InputError, match="no active dropout"):
-        measure_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2)
+        list(sample_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2))
 
 
 def touch(folder, *names):

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 from scipy.spatial.transform import Rotation
 
 from medssl.config import IGNORE, InputError
-from medssl.transforms.geometry import Volume, cache_grid, to_native
+from medssl.transforms.geometry import Volume, cache_grid, resample, to_native
 from medssl.transforms.preprocess import (
     Normalization,
     Preprocessing,
@@ -150,6 +150,33 @@ def test_a_label_is_not_mixed_into_classes_between():
     label[:, 6:] = IGNORE
     shape, grid = cache_grid((8, 8, 8), np.eye(4), (0.7, 0.7, 0.7))
     assert set(np.unique(preprocess_label(label, np.eye(4), shape, grid))) == {0, 3, IGNORE}
+
+
+def test_a_label_is_brought_to_the_grid_as_by_arrays_of_floats():
+    label = np.random.default_rng(0).choice([0, 1, 2, 5, IGNORE], (9, 8, 7)).astype(np.uint8)
+    label[2:6, 1:5] = 2
+    affine = np.diag([-0.8, 0.9, 1.3, 1])
+    shape, grid = cache_grid(label.shape, affine, (1.0, 1.0, 1.0))
+    shares = [
+        resample((label == c).astype(np.float32)[None], affine, shape, grid, "linear")[0]
+        for c in (0, 1, 2, 5)
+    ]
+    expected = np.array([0, 1, 2, 5])[np.argmax(shares, 0)]
+    nearest = resample(label[None], affine, shape, grid, "nearest")[0]
+    expected[nearest == IGNORE] = IGNORE
+    np.testing.assert_array_equal(preprocess_label(label, affine, shape, grid), expected)
+
+
+@pytest.mark.parametrize("how", [ZSCORE, CT])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (1.5, 1, 1)])
+def test_a_scan_that_may_be_written_over_gives_the_same_to_the_bit(how, spacing):
+    image = make_image(1, 12, 10, 8)
+    image[0, :5] = 0  # of which the z-score takes no numbers
+    kept = image.copy()
+    plain = preprocess_image(Volume(image, np.eye(4)), recipe(spacing, how)).array
+    np.testing.assert_array_equal(image, kept)
+    over = preprocess_image(Volume(image, np.eye(4)), recipe(spacing, how), overwrite=True).array
+    np.testing.assert_array_equal(over, plain)
 
 
 def test_a_label_keeps_its_volume_on_an_oblique_anisotropic_grid():

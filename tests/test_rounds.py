@@ -19,7 +19,7 @@ from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
 from medssl.data.pseudo_labels import read_pseudo_label
-from medssl.predict import load_model
+from medssl.predict import load_model, predict_probs
 from medssl.pseudo import label
 from medssl.pseudo.gates import Expectation, Gate, judge_model
 from medssl.pseudo.label import weigh_cases
@@ -206,7 +206,7 @@ def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/*/image.npy")
     tensor = torch.from_numpy(np.load(image).astype(np.float32))[None]
     window = Window((16, 16, 16), models[0].info.precision)
-    own = [teachers.predict_probs(m.network, tensor, window)[0].numpy() for m in models]
+    own = [predict_probs(m.network, tensor, window)[0].numpy() for m in models]
     assert np.abs(probs - (own[0] + own[1]) / 2).max() < 0.02
     assert np.abs(own[0] - own[1]).max() > 0.02
     mean = (own[0] + own[1]) / 2
@@ -250,20 +250,22 @@ def test_the_stable_half_comes_first_and_then_all(start, monkeypatch):
 
 def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeypatch):
     def say(*classes):
-        return torch.eye(3)[list(classes)].T.reshape(1, 3, 5, 1, 1)
+        return torch.eye(3)[list(classes)].T.reshape(3, 5, 1, 1)
 
-    earlier = {"first": say(0, 0, 0, 2, 2), "second": say(1, 1, 0, 0, 2)}
-    monkeypatch.setattr(run_of_rounds, "predict_probs", lambda *_: say(1, 1, 2, 2, 0))
-    monkeypatch.setattr(teachers, "predict_probs", lambda network, *_: earlier[network])
+    said = {"last": say(1, 1, 2, 2, 0), "first": say(0, 0, 0, 2, 2), "second": say(1, 1, 0, 0, 2)}
+    monkeypatch.setattr(teachers, "average_views", lambda network, *_: iter([said[network]]))
     plan = SimpleNamespace(window=Window((5, 1, 1)), num_classes=3, device="cpu")
     settings = ["method=classic", "filter.uncertainty.source=none"]
     config = load_config(overrides=settings).config
-    case = SimpleNamespace(case_id="a", image=lambda: np.zeros((1, 5, 1, 1), np.float32))
-    models = [SimpleNamespace(network=name) for name in ("last", *earlier)]
+    grid = {"shape": (5, 1, 1), "affine": np.eye(4)}
+    case = SimpleNamespace(case_id="a", image=lambda: np.zeros((1, 5, 1, 1), np.float32), **grid)
+    models = [SimpleNamespace(network=name) for name in said]
     run = SimpleNamespace(plan=plan, config=config, num_rounds=2)
     found = teachers._label_case(run, 0, models[:1], models[1:], case)
     # class 1: 0 and 2 x 2 / (2 + 2); class 2: 2 x 1 / (2 + 2) and 0
-    assert found.stability == pytest.approx(((0 + 0.5) / 2 + (1 + 0) / 2) / 2)
+    ((_, probs, _),) = found.parts
+    stability = found.measure_stability(probs.argmax(0).astype(np.uint8))
+    assert stability == pytest.approx(((0 + 0.5) / 2 + (1 + 0) / 2) / 2)
 
 
 def test_a_fine_tune_sees_labels_only_and_leaves_the_first_levels_as_they_are(start):
@@ -601,7 +603,7 @@ def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, 
     teacher = teachers.load_model(folder / "round_0")
     image = torch.from_numpy(np.load(path.parents[1] / "image.npy").astype(np.float32))[None]
     window = Window((16, 16, 16), teacher.info.precision)
-    probs = teachers.predict_probs(teacher.network, image, window)
+    probs = predict_probs(teacher.network, image, window)
     assert torch.equal(target.argmax(0), probs[0].argmax(0))
     assert set(target.unique().tolist()) <= {0.0, 1.0}
     assert not torch.equal(target, shifted)

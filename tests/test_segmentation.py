@@ -15,6 +15,7 @@ from series import LPS, join_frames, make_slices, save
 
 from medssl.config import InputError
 from medssl.formats.dicom import open_scan
+from medssl.formats.dicom_files import open_segments
 from medssl.formats.scan import Scan
 from medssl.formats.segmentation import fill_polygons, read_note, read_segments
 from medssl.formats.segmentation_out import MAX_NOTE, find_code, write_rtstruct, write_seg
@@ -122,6 +123,13 @@ def test_classes_are_numbered_as_they_come_where_no_values_are_asked_for(written
     np.testing.assert_array_equal(label, np.searchsorted([0, 1, 5, 7], MASK))
     assert names == {1: NAMES[1], 2: NAMES[5], 3: NAMES[7]}
     assert label.dtype == np.uint8
+
+
+def test_a_label_is_taken_slice_by_slice(written, scan):
+    pieces = list(open_segments(written / "seg.dcm", scan, None).iterate_values())
+    assert [piece.shape for piece in pieces] == [(19 * 14,)] * 8, "not 30 bytes a voxel at once"
+    found = np.concatenate(pieces).reshape(MASK.shape, order="F")
+    np.testing.assert_array_equal(found, np.searchsorted([0, 1, 5, 7], MASK))
 
 
 @pytest.mark.parametrize("kind", WRITERS)

@@ -183,18 +183,18 @@ def _make_image(
 ) -> dict[str, Any]:
     """Preprocess an image and return its description."""
     volume = read_image(case.images, num_channels)
-    image = preprocess_image(volume, recipe)
     meta = {
         "sources": sources,
         "voxels": hash_voxels(volume.array, volume.affine),
-        "shape": image.shape,
-        "affine": image.affine.tolist(),
         "native_shape": volume.shape,
         "native_affine": volume.affine.tolist(),
         "native_header": volume.header,
         "percentiles": measure_percentiles(volume),
         "has_spacing": volume.has_spacing,
     }
+    image = preprocess_image(volume, recipe, overwrite=True)
+    del volume  # its voxels are not needed any more
+    meta |= {"shape": image.shape, "affine": image.affine.tolist()}
     (entry / "meta.json").unlink(missing_ok=True)
     _save(entry / "image.npy", _cast_to_float16(image))
     _write_mark(entry / "meta.json", meta, "image.npy")
@@ -274,22 +274,46 @@ def _describe(
 def _cast_to_float16(image: Volume) -> NDArray[np.float16]:
     """Return the voxels in float16; values beyond its range are cut to it."""
     limit = float(np.finfo(np.float16).max)
-    half: NDArray[np.float16] = np.clip(image.array, -limit, limit).astype(np.float16)
+    half = np.empty(image.array.shape, np.float16)
+    for channel, target in zip(image.array, half, strict=True):
+        for plane, rounded in zip(channel, target, strict=True):
+            rounded[:] = np.clip(plane, -limit, limit)
     return half
 
 
 def _draw_voxels(label: NDArray[np.uint8], seed: int) -> dict[str, Any]:
     """Return class index -> voxels (n, 3) drawn without replacement, for each foreground class."""
     generator = np.random.default_rng(seed)
-    drawn = {}
-    for index in np.unique(label):
-        if index in (0, IGNORE):
-            continue
-        where = np.flatnonzero(label == index)
-        if where.size > MAX_CLASS_VOXELS:
-            where = np.sort(generator.choice(where, MAX_CLASS_VOXELS, replace=False))
-        drawn[str(index)] = np.stack(np.unravel_index(where, label.shape), 1).astype(np.int32)
-    return drawn
+    return {
+        str(index): draw_class_voxels(label, index, MAX_CLASS_VOXELS, generator)
+        for index in np.unique(label).tolist()
+        if index not in (0, IGNORE)
+    }
+
+
+def draw_class_voxels(
+    classes: NDArray[np.uint8], index: int, most: int, generator: np.random.Generator
+) -> NDArray[np.int32]:
+    """Return voxels (n, 3) of a class, in order: all of them, or as many as wanted.
+
+    Args:
+        classes: Classes (I, J, K).
+        index: The class.
+        most: How many are drawn, without replacement, where there are more.
+        generator: Source of the draw.
+    """
+    counts = [int(np.count_nonzero(plane == index)) for plane in classes]
+    chosen = np.arange(total := sum(counts))
+    if total > most:
+        chosen = np.sort(generator.choice(total, most, replace=False))
+    first, voxels = 0, [np.empty((0, 3), np.int32)]
+    for i, (plane, count) in enumerate(zip(classes, counts, strict=True)):
+        start, stop = np.searchsorted(chosen, (first, first + count))
+        if start < stop:  # a list of all voxels takes 24 bytes for each
+            found = np.argwhere(plane == index)[chosen[start:stop] - first]
+            voxels.append(np.insert(found, 0, i, axis=1).astype(np.int32))
+        first += count
+    return np.concatenate(voxels)
 
 
 def _write_mark(path: Path, content: dict[str, Any], *names: str) -> None:

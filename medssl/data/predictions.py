@@ -56,11 +56,13 @@ class SomeFailedError(InputError):
 class PlannedPredictions:
     """What a call of `predict` reads and writes.
 
-    `problems` name the scans that cannot be read as asked for, `notes` what is left out.
+    `files` are the mask and the maps of each scan; `problems` name the scans that cannot be read as
+    asked for, `notes` what is left out.
     """
 
     scans: Scans
     masks: dict[str, Path]
+    files: dict[str, list[Path]]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -110,8 +112,9 @@ def plan_predictions(
         raise InputError("\n".join(problems))
     written = [file for files in targets.values() for file in files]
     protect_files(out, written, overwrite, [p for paths in scans.values() for p in paths])
-    masks = {name: out / files[0] for name, files in targets.items()}
-    return PlannedPredictions(scans, masks, tuple(problems), tuple(notes))
+    paths = {name: [out / file for file in files] for name, files in targets.items()}
+    masks = {name: files[0] for name, files in paths.items()}
+    return PlannedPredictions(scans, masks, paths, tuple(problems), tuple(notes))
 
 
 def _name_output_suffix(image: Path) -> str:
@@ -323,6 +326,16 @@ def append_audit(out: Path, **entry: Any) -> None:
     line = json.dumps({"time": now, "medssl": __version__, **entry}) + "\n"
     with tell_full_disk(out / AUDIT), (out / AUDIT).open("ab") as file:
         file.write(line.encode())
+
+
+def read_audit(out: Path) -> list[dict[str, Any]]:
+    """Return the lines of the audit log of a folder; one that is damaged or cut is left out."""
+    entries = []
+    with contextlib.suppress(OSError):
+        for line in (out / AUDIT).read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:

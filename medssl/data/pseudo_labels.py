@@ -5,7 +5,8 @@ Axes: I J K voxel axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.config import InputError
-from medssl.data.cache import map_array
+from medssl.data.cache import draw_class_voxels, map_array
 from medssl.runs import (
     Shape,
     find_changed,
@@ -25,13 +26,19 @@ from medssl.runs import (
     write_file,
     write_json,
 )
+from medssl.transforms.geometry import Box
 
 MOST_VOXELS = 5_000  # per class, kept to place patches on
+_PIECE = 2**21  # probs that are looked at at once
 _GONE = (
     "cannot be read: damaged, or removed while it was used; delete the done.json of its round: the "
     "same command then makes it anew"
 )
 _ARRAYS = ("probs.npy", "uncertainty.npy", "class_voxels.npz")
+
+Classes = NDArray[np.uint8]
+Part = tuple[Box, NDArray[np.float32] | None, NDArray[np.float32] | None]
+"""A box of a pseudo-label, its probs (num_classes, I, J, K) and its uncertainty (I, J, K)."""
 
 
 class Meta(Shape):
@@ -43,63 +50,80 @@ class Meta(Shape):
 
 def write_pseudo_label(
     folder: Path,
-    probs: NDArray[np.float32],
-    uncertainty: NDArray[np.float32],
+    shape: tuple[int, int, int, int],
+    parts: Iterable[Part],
     teacher: str,
-    stability: float | None = None,
+    find_islands: Callable[[Classes], Iterable[tuple[Box, NDArray[np.bool_]]]] = lambda _: (),
+    measure_stability: Callable[[Classes], float | None] = lambda _: None,
 ) -> None:
-    """Write the pseudo-label of a case; meta.json comes last, so its existence means whole.
+    """Write the pseudo-label of a case, part by part as it comes.
+
+    meta.json comes last, so its existence means whole.
 
     Args:
         folder: pseudo_labels/<case_id>.
-        probs: (num_classes, I, J, K); stored as uint8, 255 = 1.
-        uncertainty: (I, J, K) predictive entropy in nats; stored as float16.
+        shape: (num_classes, I, J, K).
+        parts: Boxes of it, and their probs (num_classes, I, J, K), stored as uint8, 255 = 1, and
+            predictive entropy (I, J, K) in nats, stored as float16; either may come later.
         teacher: Hash of the weights that made it.
-        stability: Mean Dice with what earlier checkpoints of the teacher said, if measured.
+        find_islands: Finds, in its classes (I, J, K), what is to be background.
+        measure_stability: Returns the mean Dice of its classes, before that, with what earlier
+            checkpoints of the teacher said, if it is measured.
 
     Raises:
         FloatingPointError: Probs or uncertainty are not finite.
+        InputError: The disk is full.
     """
-    if not (np.isfinite(probs).all() and np.isfinite(uncertainty).all()):
-        raise FloatingPointError(f"{folder.name}: a pseudo-label of non-finite numbers")
-    folder.mkdir(parents=True, exist_ok=True)
+    stability: float | None = None
+
+    def fill(probs: Path, uncertainty: Path) -> None:
+        nonlocal stability
+        _reserve(probs, shape, np.uint8)
+        _reserve(uncertainty, shape[1:], np.float16)
+        classes = np.empty(shape[1:], np.uint8)
+        for box, said, doubt in parts:
+            if not all(np.isfinite(array).all() for array in (said, doubt) if array is not None):
+                raise FloatingPointError(f"{folder.name}: a pseudo-label of non-finite numbers")
+            if said is not None:
+                classes[box] = said.argmax(0)
+                np.load(probs, "r+", allow_pickle=False)[(slice(None), *box)] = np.rint(said * 255)
+            if doubt is not None:
+                np.load(uncertainty, "r+", allow_pickle=False)[box] = doubt
+        stability = measure_stability(classes)
+        for box, islands in find_islands(classes):
+            part = np.load(probs, "r+", allow_pickle=False)[(slice(None), *box)]
+            part[:, islands] = 0
+            part[0, islands] = 255
+
     (folder / "meta.json").unlink(missing_ok=True)
-    stored = np.rint(probs * 255).astype(np.uint8)
-    voxels = _draw_class_voxels(stored)
-    _save(folder / "probs.npy", stored)
-    _save(folder / "uncertainty.npy", uncertainty.astype(np.float16))
-    named: dict[str, Any] = {str(index): places for index, places in voxels.items()}
-    write_file(folder / "class_voxels.npz", lambda path: _save_archive(path, named))
+    write_file(
+        folder / "probs.npy",
+        lambda probs: write_file(folder / "uncertainty.npy", lambda doubt: fill(probs, doubt)),
+    )
+    classes = read_classes(folder)
+    voxels: dict[str, Any] = {
+        str(index): draw_class_voxels(
+            classes, index, MOST_VOXELS, np.random.default_rng(seed_from("class_voxels", index))
+        )
+        for index in range(1, shape[0])
+    }
+    write_file(folder / "class_voxels.npz", lambda path: _save_archive(path, voxels))
     files = hash_files(folder, *_ARRAYS)
     write_json(folder / "meta.json", {"teacher": teacher, "stability": stability, "files": files})
 
 
-def _save(path: Path, array: NDArray[Any]) -> None:
-    """Write an array atomically."""
-
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-
-    write_file(path, save)
+def _reserve(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    """Make an array file, with room on the disk: in a map, a full disk would end the process."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _save_archive(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write named arrays under exactly this file name."""
     with path.open("wb") as file:
         np.savez(file, **arrays)
-
-
-def _draw_class_voxels(probs: NDArray[np.uint8]) -> dict[int, NDArray[np.int32]]:
-    """Return some voxels of each foreground class of a pseudo-label."""
-    classes = probs.argmax(0)
-    result = {}
-    for index in range(1, len(probs)):
-        candidates = np.argwhere(classes == index).astype(np.int32)
-        rng = np.random.default_rng(seed_from("class_voxels", index))
-        chosen = rng.choice(len(candidates), min(len(candidates), MOST_VOXELS), replace=False)
-        result[index] = candidates[np.sort(chosen)]
-    return result
 
 
 def has_pseudo_label(folder: Path, teacher: str, shape: tuple[int, ...]) -> bool:
@@ -129,10 +153,41 @@ def map_pseudo_label(folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.float1
     return probs, uncertainty
 
 
+def read_slabs(folder: Path) -> Iterator[tuple[slice, NDArray[np.uint8], NDArray[np.float16]]]:
+    """Yield planes of a pseudo-label along I, with its probs and uncertainty as they are stored.
+
+    Each slab is mapped anew, so that the memory does not fill with what was looked at.
+
+    Raises:
+        InputError: The files are gone or damaged.
+    """
+    num_classes, num_planes, *plane = map_pseudo_label(folder)[0].shape
+    step = max(1, _PIECE // (num_classes * int(np.prod(plane))))
+    for start in range(0, num_planes, step):
+        where = slice(start, min(start + step, num_planes))
+        probs, uncertainty = map_pseudo_label(folder)
+        yield where, probs[:, where], uncertainty[where]
+
+
+def iterate_pseudo_label(folder: Path) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Yield probs (num_classes, I, J, K) and uncertainty (I, J, K), some planes along I at a time.
+
+    Raises:
+        InputError: The files are gone or damaged.
+    """
+    for _, probs, uncertainty in read_slabs(folder):
+        yield probs.astype(np.float32) / np.float32(255), uncertainty.astype(np.float32)
+
+
 def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return probs (num_classes, I, J, K) and uncertainty (I, J, K) of a pseudo-label."""
-    probs, uncertainty = (array.astype(np.float32) for array in map_pseudo_label(folder))
-    return probs / np.float32(255), uncertainty
+    probs, uncertainty = zip(*iterate_pseudo_label(folder), strict=True)
+    return np.concatenate(probs, 1), np.concatenate(uncertainty)
+
+
+def read_classes(folder: Path) -> Classes:
+    """Return the classes (I, J, K) of a pseudo-label."""
+    return np.concatenate([p.argmax(0).astype(np.uint8) for _, p, _ in read_slabs(folder)])
 
 
 def read_stability(folder: Path) -> float | None:

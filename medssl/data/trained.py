@@ -153,7 +153,8 @@ def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> li
         turned = np.asarray(nib.orientations.apply_orientation(channel, way), dtype=np.float32)
         if turned.min() < turned.max():
             digest = hashlib.sha256(repr(turned.shape).encode())
-            digest.update((turned + 0.0).tobytes())  # no negative zero
+            for plane in turned:
+                digest.update((plane + 0.0).tobytes())  # no negative zero
             hashes.append(digest.hexdigest())
     return hashes
 

@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
@@ -56,7 +57,7 @@ def open_segments(path: Path, source: Scan, values: Mapping[str, int] | None) ->
         return segmentation.read_segments(file, source, values)[0]
 
     def iterate_values() -> Iterator[NDArray[Any]]:
-        yield read().ravel(order="F")
+        yield from (plane.ravel(order="F") for plane in np.moveaxis(read(), -1, 0))
 
     note = partial(segmentation.read_note, file)
     return Scan(source.shape, source.affine, 1, iterate_values, source.header, note)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from medssl.config import IGNORE, FilterSection
 from medssl.metrics import mean_known
 from medssl.pseudo.thresholds import find_lowest
 from medssl.pseudo.uncertainty import find_limit
+from medssl.transforms.geometry import Box
 
 OFTEN = 0.9  # share of labeled cases above which a case without the class is suspect
 LEAST_ACCEPTED = 0.5  # share of cases
@@ -26,6 +28,9 @@ LEAST_PRIOR = 0.2  # share of the class's labeled voxel share
 MOST_PRIOR = 5.0
 ONE_PIECE = 0.98  # share of a class's voxels in its largest component
 LEAST_AGREEMENT = 0.4  # mean Dice with the pseudo-labels of the round before, or the student
+
+Slab = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Probs (num_classes, I, J, K) and uncertainty (I, J, K) of a part of a pseudo-label."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +97,15 @@ def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expect
     single = set(classes)
     is_partial = False
     for label in labels:
-        is_partial |= bool((label == IGNORE).any())
-        counts = np.bincount(label[label != IGNORE], minlength=num_classes)
+        every = np.zeros(IGNORE + 1, np.int64)
+        for plane in label:
+            every += np.bincount(plane.ravel(), minlength=IGNORE + 1)
+        is_partial |= bool(every[IGNORE])
+        counts = np.delete(every, IGNORE)
         if counts.sum():
             shares.append(counts[1:num_classes] / counts.sum())
-            single = {index for index in single if _is_single(label == index)}
+            boxes = ndimage.find_objects(label, num_classes - 1)
+            single = {c for c in single if not (b := boxes[c - 1]) or _is_single(label[b] == c)}
     if not shares:
         nothing = dict.fromkeys(classes, 0.0)
         return Expectation(nothing, nothing)
@@ -124,26 +133,29 @@ def _find_components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     return np.asarray(components, dtype=np.int32)
 
 
-def drop_islands(probs: NDArray[np.float32], single: frozenset[int]) -> NDArray[np.float32]:
-    """Return probs in which islands, all but the largest component of a class, are background.
+def find_islands(
+    classes: NDArray[np.uint8], single: frozenset[int]
+) -> Iterator[tuple[Box, NDArray[np.bool_]]]:
+    """Yield the islands, all but the largest component, of each class that is one piece.
 
     Args:
-        probs: (num_classes, I, J, K).
+        classes: Classes (I, J, K).
         single: Classes that are one piece.
+
+    Yields:
+        The box of a class, and where islands are in it.
 
     Source: Bai et al. 2023 (BCP), section 3.2, for pseudo-labels.
     """
-    classes = probs.argmax(0)
-    result = probs.copy()
+    boxes = ndimage.find_objects(classes, max(single, default=0))
     for index in single:
-        components = _find_components(classes == index)
-        if components.max() < 2:
+        if (box := boxes[index - 1]) is None:
             continue
-        largest = int(np.bincount(components.ravel())[1:].argmax()) + 1
-        islands = (components > 0) & (components != largest)
-        result[:, islands] = 0.0
-        result[0, islands] = 1.0
-    return result
+        components = _find_components(classes[box] == index)
+        if components.max() > 1:
+            largest = int(np.bincount(components.ravel())[1:].argmax()) + 1
+            i, j, k = box
+            yield (i, j, k), (components > 0) & (components != largest)
 
 
 def trust_voxels(
@@ -165,7 +177,48 @@ def trust_voxels(
     return trusted
 
 
-def measure_confidence(probs: NDArray[np.float32], usual: Collection[int]) -> float:
+@dataclass(frozen=True)
+class ClassSums:
+    """Sums over the voxels of a pseudo-label, by class (num_classes,).
+
+    ``counts`` are the voxels that it gives to a class, ``trusted`` those of them that are trusted,
+    ``doubt`` their uncertainty in nats; ``probs`` is the sum of the probs of a class over all
+    voxels, ``inside`` over those that it is given to.
+    """
+
+    counts: NDArray[np.int64]
+    trusted: NDArray[np.int64]
+    doubt: NDArray[np.float64]
+    probs: NDArray[np.float64]
+    inside: NDArray[np.float64]
+
+
+def sum_classes(slabs: Iterable[Slab], section: FilterSection) -> ClassSums:
+    """Add up what is asked of a pseudo-label.
+
+    Args:
+        slabs: Its probs (num_classes, I, J, K) and its uncertainty (I, J, K) in nats, of a part of
+            it each.
+        section: The filter's settings.
+    """
+    total: list[NDArray[Any]] = []
+    for probs, uncertainty in slabs:
+        classes, size = probs.argmax(0).ravel(), len(probs)
+        trusted = trust_voxels(probs, uncertainty, section).ravel()
+        flat = probs.reshape(size, -1)
+        own = np.take_along_axis(flat, classes[None], 0)[0]
+        sums = [
+            np.bincount(classes, minlength=size),
+            np.bincount(classes[trusted], minlength=size),
+            np.bincount(classes, uncertainty.ravel(), size),
+            flat.sum(1, dtype=np.float64),
+            np.bincount(classes, own, size),
+        ]
+        total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+    return ClassSums(*total)
+
+
+def measure_confidence(sums: ClassSums, usual: Collection[int]) -> float:
     """Return the Dice that a teacher expects of its own mask, in the class where it is lowest.
 
     Per class 2 sum p_v m_v / sum (p_v + m_v), where m is the mask of the argmax. The mean of the
@@ -173,26 +226,20 @@ def measure_confidence(probs: NDArray[np.float32], usual: Collection[int]) -> fl
     every voxel, and high inside of a wrong mask.
 
     Args:
-        probs: (num_classes, I, J, K).
+        sums: Of the pseudo-label.
         usual: The classes that count. If the mask has none of them, all that it has count.
 
     Source: Borges et al. 2024, Soft Dice Confidence. Departure: several classes, of which the
         lowest counts.
     """
-    classes = probs.argmax(0)
-    present = set(np.unique(classes[classes > 0]).tolist()) or {0}
-    expected = []
-    for index in present & set(usual) or present:
-        mask = classes == index
-        total = float(probs[index].sum(dtype=np.float64)) + float(mask.sum())
-        expected.append(2 * float(probs[index][mask].sum(dtype=np.float64)) / total)
-    return min(expected)
+    present = set((np.flatnonzero(sums.counts[1:]) + 1).tolist()) or {0}
+    expected = 2 * sums.inside / np.maximum(sums.probs + sums.counts, 1e-300)
+    return min(float(expected[index]) for index in present & set(usual) or present)
 
 
 def review_case(
     case_id: str,
-    probs: NDArray[np.float32],
-    uncertainty: NDArray[np.float32],
+    slabs: Iterable[Slab],
     agreement: Mapping[str, float | None],
     voxel_ml: float | None,
     names: Mapping[int, str],
@@ -203,8 +250,7 @@ def review_case(
 
     Args:
         case_id: The case.
-        probs: (num_classes, I, J, K).
-        uncertainty: (I, J, K), nats.
+        slabs: As for `sum_classes`.
         agreement: Dice of each class with the pseudo-label of the round before, None for a class
             that neither has; empty without one.
         voxel_ml: Volume of a voxel of this grid in ml; None counts pixels.
@@ -212,52 +258,54 @@ def review_case(
         expectation: What the labeled cases lead one to expect.
         section: The filter's settings.
     """
-    classes = probs.argmax(0)
-    trusted = trust_voxels(probs, uncertainty, section)
-    foreground = classes > 0
-    where = foreground if foreground.any() else np.ones_like(foreground)
-    masks = {i: classes == i for i in names if i > 0}
+    sums = sum_classes(slabs, section)
+    counts, num_voxels = sums.counts.tolist(), int(sums.counts.sum())
+    where = slice(1, None) if any(counts[1:]) else slice(None)
     usual = {i for i, share in expectation.presence.items() if share > OFTEN}
-    confidence = measure_confidence(probs, usual)
-    reason = _find_reason(classes, confidence, usual, expectation.has_empty, names, section)
+    confidence = measure_confidence(sums, usual)
+    reason = _find_reason(counts, confidence, usual, expectation.has_empty, names, section)
     return CaseReview(
         case_id=case_id,
         accepted=not reason,
         reason=reason,
         confidence=confidence,
-        uncertainty=float(uncertainty[where].mean()),
+        uncertainty=float(sums.doubt[where].sum() / sums.counts[where].sum()),
         agreement=mean_known(agreement.values()),
         agreement_per_class=dict(agreement),
-        coverage=float(trusted.mean()),
+        coverage=float(sums.trusted.sum()) / num_voxels,
         coverage_per_class={
-            names[i]: float(trusted[m].mean()) if m.any() else None for i, m in masks.items()
+            name: float(sums.trusted[i]) / counts[i] if counts[i] else None
+            for i, name in names.items()
+            if i
         },
         volume_ml={
-            names[i]: float(m.sum()) * (1.0 if voxel_ml is None else voxel_ml)
-            for i, m in masks.items()
+            name: float(counts[i]) * (1.0 if voxel_ml is None else voxel_ml)
+            for i, name in names.items()
+            if i
         },
-        share={i: float(m.mean()) for i, m in masks.items()},
+        share={i: counts[i] / num_voxels for i in names if i},
         has_spacing=voxel_ml is not None,
     )
 
 
 def _find_reason(
-    classes: NDArray[np.intp],
+    counts: Sequence[int],
     confidence: float,
     usual: Collection[int],
     may_be_empty: bool,
     names: Mapping[int, str],
     section: FilterSection,
 ) -> str:
-    """Return why a case is not used, or nothing."""
-    if classes.max() == 0 and not may_be_empty:
+    """Return why a case of so many voxels of each class is not used, or nothing."""
+    present = [index for index, count in enumerate(counts) if count]
+    is_empty = present == [0]
+    if is_empty and not may_be_empty:
         return "empty"
-    if classes.min() == classes.max() > 0:
-        return f"constant: all {names[int(classes.max())]}"
+    if len(present) == 1 and not is_empty:
+        return f"constant: all {names[present[0]]}"
     if confidence < section.case.confidence:
         return f"confidence {confidence:.2f} is below {section.case.confidence:g}"
-    is_empty = classes.max() == 0  # as some labeled case is
-    lost = [] if is_empty else [names[i] for i in sorted(usual) if not (classes == i).any()]
+    lost = [] if is_empty else [names[i] for i in sorted(usual) if not counts[i]]
     return f"lost {', '.join(lost)}" if lost else ""
 
 

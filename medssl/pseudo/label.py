@@ -7,25 +7,35 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
 from medssl.data.pseudo_labels import (
+    Classes,
+    Part,
     has_pseudo_label,
+    iterate_pseudo_label,
     measure_agreement,
-    read_pseudo_label,
+    read_classes,
     read_stability,
     write_pseudo_label,
 )
 from medssl.overlays import show_channels, write_overlay
-from medssl.pseudo.gates import CaseReview, Expectation, drop_islands, review_case, trust_voxels
+from medssl.pseudo.gates import (
+    CaseReview,
+    Expectation,
+    Slab,
+    find_islands,
+    review_case,
+    trust_voxels,
+)
 from medssl.runs import write_text
 from medssl.transforms.geometry import WayBack
 
@@ -37,13 +47,13 @@ LEAST_WEIGHT = 0.01  # of a case, so that none is lost for good
 class RawPseudoLabel:
     """What a teacher says of a case, before any filter.
 
-    ``probs`` (num_classes, I, J, K); ``uncertainty`` (I, J, K) in nats; ``stability`` is the mean
-    Dice of earlier checkpoints' class maps with this one, or None where it was not measured.
+    ``parts`` are boxes of it with their probs and uncertainty; ``measure_stability`` returns the
+    mean Dice of earlier checkpoints' class maps with its own (I, J, K), or None where that is not
+    measured.
     """
 
-    probs: NDArray[np.float32]
-    uncertainty: NDArray[np.float32]
-    stability: float | None
+    parts: Iterable[Part]
+    measure_stability: Callable[[Classes], float | None]
 
 
 def label_cases(
@@ -85,22 +95,26 @@ def label_cases(
         target = folder / "pseudo_labels" / case.case_id
         if not has_pseudo_label(target, teacher_hash, (len(names), *case.shape)):
             raw = predict(case)
-            raw_probs = raw.probs
-            if section.components == "largest":
-                raw_probs = drop_islands(raw_probs, expectation.single)
-            write_pseudo_label(target, raw_probs, raw.uncertainty, teacher_hash, raw.stability)
-        probs, uncertainty = read_pseudo_label(target)
-        agreement = _compare(probs, before / case.case_id, names) if before else {}
+            single = expectation.single if section.components == "largest" else frozenset()
+            write_pseudo_label(
+                target,
+                (len(names), *case.shape),
+                raw.parts,
+                teacher_hash,
+                partial(find_islands, single=single),
+                raw.measure_stability,
+            )
+        classes = read_classes(target)
+        agreement = _compare(classes, before / case.case_id, names) if before else {}
         voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
-        review = review_case(
-            case.case_id, probs, uncertainty, agreement, voxel_ml, names, expectation, section
-        )
+        slabs = iterate_pseudo_label(target)
+        review = review_case(case.case_id, slabs, agreement, voxel_ml, names, expectation, section)
         reviews.append(replace(review, stability=read_stability(target)))
-        _write_mask(folder, case, probs, uncertainty, label_values, section)
+        _write_mask(folder, case, iterate_pseudo_label(target), label_values, section)
         if number <= NUM_OVERLAYS:
             write_overlay(
                 show_channels(np.asarray(case.image(), np.float32), not case.has_spacing),
-                probs.argmax(0).astype(np.uint8),
+                classes,
                 folder / "overlays" / f"{case.case_id}.png",
                 title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
                 spacing=case.spacing if case.has_spacing else None,
@@ -114,12 +128,9 @@ def label_cases(
     return reviews
 
 
-def _compare(
-    probs: NDArray[np.float32], before: Path, names: Mapping[int, str]
-) -> dict[str, float | None]:
+def _compare(classes: Classes, before: Path, names: Mapping[int, str]) -> dict[str, float | None]:
     """Return the Dice of each foreground class with an earlier pseudo-label, None for n/a."""
-    classes = probs.argmax(0)
-    earlier = read_pseudo_label(before)[0].argmax(0)
+    earlier = read_classes(before)
     there = {*np.unique(classes).tolist(), *np.unique(earlier).tolist()}
     return {
         name: measure_agreement(classes, earlier, [index]) if index in there else None
@@ -131,17 +142,17 @@ def _compare(
 def _write_mask(
     folder: Path,
     case: CachedCase,
-    probs: NDArray[np.float32],
-    uncertainty: NDArray[np.float32],
+    slabs: Iterable[Slab],
     label_values: tuple[int, ...],
     section: FilterSection,
 ) -> None:
     """Write the pseudo-mask of a case on its native grid; voxels that are not trusted are 255."""
     way = WayBack(case.shape, case.affine, case.native_shape, case.native_affine)
     mask = np.empty(case.native_shape, np.uint8)
-    for box, native in way.stream([probs], 0, way.whole):
-        trusted = trust_voxels(native, way.bring(uncertainty[None], (0, 0, 0), box)[0], section)
-        mask[box] = np.where(trusted, native.argmax(0), IGNORE)
+    joined = (np.concatenate([probs, uncertainty[None]]) for probs, uncertainty in slabs)
+    for box, native in way.stream(joined, 0, way.whole):
+        trusted = trust_voxels(native[:-1], native[-1], section)
+        mask[box] = np.where(trusted, native[:-1].argmax(0), IGNORE)
     path = folder / "pseudo_masks" / f"{case.case_id}{case.mask_suffix}"
     untrusted = find_untrusted_value(label_values)
     place = (mask, case.native_affine, label_values, untrusted)

@@ -15,6 +15,7 @@ from medssl.config import InputError, UncertaintySection
 from medssl.losses.entropy import renyi_entropy
 
 LEAST_PROB = 1e-12
+_PIECE = 2**24  # probs that are looked at at once
 
 
 def find_limit(section: UncertaintySection, num_classes: int, rise: float) -> float:
@@ -75,17 +76,20 @@ def combine_slab(predictions: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor,
     """Return what ``combine`` does of a part of a scan, and how far its predictions differ."""
     first: Tensor | None = None
     total, total_entropy = torch.zeros(()), torch.zeros(())
-    count, spread = 0, 0.0
+    count, planes, spread = 0, 1, 0.0
     for probs in predictions:
         if first is None:
             first = probs
             total, total_entropy = torch.zeros_like(probs), torch.zeros_like(probs[:, :1])
-        spread = max(spread, float((probs - first).abs().max()))
-        total += probs
-        total_entropy += entropy_of(probs)
+            planes = max(1, _PIECE // probs[:, :, :1].numel())  # the steps between take no more
+        parts = (torch.split(array, planes, 2) for array in (probs, first, total, total_entropy))
+        for now, before, sums, entropies in zip(*parts, strict=True):
+            spread = max(spread, float((now - before).abs().max()))
+            sums += now
+            entropies += entropy_of(now)
         count += 1
-    mean = total / count
-    entropy = entropy_of(mean)
+    mean = total.div_(count)
+    entropy = torch.cat([entropy_of(part) for part in torch.split(mean, planes, 2)], 2)
     return mean, entropy, (entropy - total_entropy / count).clamp(min=0.0), spread
 
 

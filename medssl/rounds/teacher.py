@@ -6,25 +6,30 @@ Axes: C channels, I J K voxel axes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from medssl.data.cache import CachedCase
-from medssl.data.pseudo_labels import measure_agreement
+from medssl.data.pseudo_labels import Classes, Part, measure_agreement
 from medssl.metrics import mean_known
 from medssl.predict import (
     Model,
+    Walk,
+    average_views,
+    bring_boxes,
     load_model,
-    measure_uncertainty,
-    predict_mirrored,
-    predict_probs,
+    mirror_views,
     sample_probs,
+    sample_uncertainty,
 )
 from medssl.pseudo.gates import CaseReview, Gate, judge_model
 from medssl.pseudo.label import RawPseudoLabel, label_cases
-from medssl.pseudo.uncertainty import combine, entropy_of
+from medssl.pseudo.uncertainty import combine, combine_slab, entropy_of, refuse_equal
 from medssl.rounds.run import (
     Run,
     StopRequested,
@@ -34,7 +39,6 @@ from medssl.rounds.run import (
     load_image,
     load_members,
     measure_validation,
-    predict_members,
 )
 from medssl.rounds.student import needs_one_pass, needs_stability
 from medssl.runs import (
@@ -51,6 +55,8 @@ from medssl.runs import (
     write_state,
 )
 from medssl.train import find_model_folder
+from medssl.transforms.geometry import Box, WayBack
+from medssl.windows import Window, align_slabs
 
 
 def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
@@ -112,28 +118,61 @@ def _label_case(
     one (Yang et al. 2022, ST++, equation 4).
     """
     image = load_image(case, run.plan.device)
-    window = run.plan.window
     if needs_one_pass(run.config, index, run.num_rounds):
-        probs = predict_probs(members[0].network, image, window.plain)
-        uncertainty = entropy_of(probs)
+        window = run.plan.window.plain
+        walk = partial(_say_once, members[0], image, window)
+        parts = _walk_scan(run, case, walk, window)
     elif run.config.teacher.probs == "sampled":
-        probs, uncertainty = _sample_label(run, members, case, image)
+        parts = _sample_label(run, members, case, image)
     else:
-        probs, uncertainty = _predict_label(run, members, case, image)
-    stability = None
-    if earlier:
-        classes = probs[0].argmax(0).cpu().numpy()
+        parts = _predict_label(run, members, case, image)
+
+    def measure_stability(classes: Classes) -> float | None:
         named = range(1, run.plan.num_classes)
-        then = [predict_probs(m.network, image, window.plain) for m in earlier]
-        agreements = [measure_agreement(t[0].argmax(0).cpu().numpy(), classes, named) for t in then]
-        stability = float(np.mean(agreements))
-    return RawPseudoLabel(probs[0].cpu().numpy(), uncertainty[0, 0].cpu().numpy(), stability)
+        window = run.plan.window.plain
+        agreements = []
+        for model in earlier:
+            then = np.empty_like(classes)
+            walk = partial(average_views, model.network, image, window)
+            for box, probs in _bring(run, case, walk, window):
+                then[box] = probs.argmax(0)
+            agreements.append(measure_agreement(then, classes, named))
+        return float(np.mean(agreements)) if agreements else None
+
+    return RawPseudoLabel(parts, measure_stability)
+
+
+def _bring(
+    run: Run, case: CachedCase, walk: Walk, window: Window, num_views: int = 0
+) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+    """Yield what a walk says of a case, box by box of the cache grid."""
+    same = WayBack(case.shape, case.affine, case.shape, case.affine)
+    num_views = num_views or len(window.mirrorings)
+    device = torch.device(run.plan.device)
+    return bring_boxes(walk, window, same, run.plan.num_classes, num_views, device)
+
+
+def _walk_scan(
+    run: Run, case: CachedCase, walk: Walk, window: Window, num_views: int = 0
+) -> Iterator[Part]:
+    """Yield the parts of a pseudo-label of a walk over its probs and, last, its uncertainty."""
+    for box, said in _bring(run, case, walk, window, num_views):
+        yield box, said[:-1], said[-1]
+
+
+def _say_once(model: Model, image: torch.Tensor, window: Window, box: Box) -> Iterator[Tensor]:
+    """Yield slabs (num_classes + 1, I, J, K): the probs of one model, and their entropy."""
+    for probs in average_views(model.network, image, window, box):
+        yield torch.cat([probs, entropy_of(probs[None])[0]])
 
 
 def _sample_label(
     run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the mean of MC-dropout passes, each seen from elsewhere, and its uncertainty."""
+) -> Iterator[Part]:
+    """Yield the mean of MC-dropout passes, each seen from elsewhere, and its uncertainty.
+
+    A pass that is turned needs what was said of the whole scan, so all of it comes at once.
+    """
     section = run.config.filter.uncertainty
     seed = seed_from(run.config.train.seed, case.case_id, "mc_dropout")
     torch.manual_seed(seed)
@@ -146,28 +185,49 @@ def _sample_label(
         case.spacing,
     )
     probs, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
-    return probs, information if section.measure == "mutual_information" else entropy
+    doubt = information if section.measure == "mutual_information" else entropy
+    i, j, k = case.shape
+    box = slice(0, i), slice(0, j), slice(0, k)
+    yield box, probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy()
 
 
 def _predict_label(
     run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the probs of the un-noised teacher, averaged over mirrorings, and an uncertainty."""
-    window = run.plan.window
-    section = run.config.filter.uncertainty
-    all_probs = predict_members(run, members, image)
-    probs = torch.stack(all_probs).mean(0)
-    entropy = information = entropy_of(probs)
-    if section.source == "mc_dropout":
+) -> Iterator[Part]:
+    """Yield the probs of the un-noised teacher, averaged over mirrorings, and an uncertainty."""
+    window, section = run.plan.window, run.config.filter.uncertainty
+    is_mutual = section.measure == "mutual_information"
+    of_members = "the ensemble" if len(members) > 1 else ""  # the last round has one
+    compared = {"flips": "mirrorings", "ensemble": of_members}.get(section.source, "")
+    spread = 0.0
+
+    def walk(box: Box) -> Iterator[Tensor]:
+        nonlocal spread
+        views = [average_views(model.network, image, window, box) for model in members]
+        if section.source == "flips":
+            views += mirror_views(members[0].network, image, window, box)
+        for slabs in align_slabs(views, window.find_axis(case.shape)):
+            probs = torch.stack(slabs[: len(members)]).mean(0)
+            doubt = entropy_of(probs[None])
+            if compared:
+                several = slabs[len(members) :] or slabs
+                _, entropy, information, differ = combine_slab(slab[None] for slab in several)
+                spread = max(spread, differ)
+                doubt = information if is_mutual else entropy
+            yield torch.cat([probs, doubt[0]])
+
+    num_views = (len(members) + (section.source == "flips")) * len(window.mirrorings)
+    is_later = section.source == "mc_dropout"
+    for box, probs, doubt in _walk_scan(run, case, walk, window, num_views):
+        yield box, probs, None if is_later else doubt
+    if compared:
+        refuse_equal(spread, compared)
+    if is_later:
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
         network, passes = members[0].network, section.passes
-        entropy, information = measure_uncertainty(network, image, window, passes)
-    elif section.source == "ensemble" and len(members) > 1:  # the last round has one
-        _, entropy, information = combine(all_probs, "the ensemble")
-    elif section.source == "flips":
-        turned = predict_mirrored(members[0].network, image, window)
-        _, entropy, information = combine(turned, "mirrorings")
-    return probs, information if section.measure == "mutual_information" else entropy
+        sample = partial(sample_uncertainty, network, image, window, passes)
+        for box, maps in _bring(run, case, sample, window, passes):
+            yield box, None, maps[int(is_mutual)]
 
 
 def _finish_round(

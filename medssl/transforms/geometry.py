@@ -169,6 +169,7 @@ def resample(
     to_shape: Shape,
     to_affine: Affine,
     mode: Literal["linear", "nearest"],
+    out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """Sample an array on another grid, by world coordinates.
 
@@ -181,17 +182,21 @@ def resample(
         to_shape: Shape (I, J, K) of the new grid.
         to_affine: Affine (4, 4) of the new grid.
         mode: `linear` for images and probs, `nearest` for anything that must not be mixed.
+        out: Where the result goes, in a dtype of its own; None: a new array of that of `array`.
 
     Returns:
-        Values (C, I, J, K), of ``to_shape``, in the dtype of `array`.
+        Values (C, I, J, K), of ``to_shape``.
     """
     matrix: Affine = (
         np.linalg.inv(affine) @ to_affine
     )  # voxel of the new grid -> voxel of the old one
     reordered = _reorder(array, matrix, to_shape)
-    if reordered is not None:
+    if reordered is not None and out is None:
         return reordered
-    result = np.empty((array.shape[0], *to_shape), dtype=array.dtype)
+    result = np.empty((array.shape[0], *to_shape), dtype=array.dtype) if out is None else out
+    if reordered is not None:
+        result[:] = reordered
+        return result
     for source, target in zip(array, result, strict=True):
         ndimage.affine_transform(
             source,

@@ -78,7 +78,7 @@ class Preprocessing(BaseModel):
         return self
 
 
-def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
+def preprocess_image(volume: Volume, recipe: Preprocessing, overwrite: bool = False) -> Volume:
     """Normalize a scan and bring it to the cache grid.
 
     The numbers of a z-score are taken on the native grid, so they do not depend on the spacing
@@ -87,6 +87,7 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
     Args:
         volume: The scan (C, I, J, K) as read.
         recipe: The stored recipe.
+        overwrite: Whether the voxels of the scan may be written over, which saves a copy of them.
 
     Returns:
         The scan (C, I, J, K) float32 on its cache grid.
@@ -113,7 +114,7 @@ def preprocess_image(volume: Volume, recipe: Preprocessing) -> Volume:
         )
     shape, affine = cache_grid(volume.shape, volume.affine, recipe.spacing)
     _refuse_huge(volume, shape, affine)
-    normalized = np.empty(volume.array.shape, dtype=np.float32)
+    normalized = volume.array if overwrite else np.empty(volume.array.shape, np.float32)
     for index, how in enumerate(recipe.normalization):
         normalize(volume.array[index], **how.model_dump(), out=normalized[index])
     resampled = resample(normalized, volume.affine, shape, affine, "linear")
@@ -157,13 +158,14 @@ def preprocess_label(
     """
     result = np.zeros(grid_shape, dtype=np.uint8)
     largest = np.full(grid_shape, -1.0, dtype=np.float32)
-    for index in np.unique(label[label != IGNORE]):
-        one = (label == index).astype(np.float32)[None]
-        share = resample(one, affine, grid_shape, grid_affine, "linear")[0]
-        wins = share > largest
-        result[wins] = index
-        largest[wins] = share[wins]
-    if (label == IGNORE).any():
+    share = np.empty((1, *grid_shape), np.float32)
+    present = np.unique(label)
+    for index in present[present != IGNORE]:
+        one = (label == index)[None]
+        resample(one, affine, grid_shape, grid_affine, "linear", out=share)
+        np.copyto(result, index, where=share[0] > largest)
+        np.maximum(largest, share[0], out=largest)
+    if IGNORE in present:
         nearest = resample(label[None], affine, grid_shape, grid_affine, "nearest")[0]
         result[nearest == IGNORE] = IGNORE
     return result

@@ -307,8 +307,8 @@ def evaluate_run(
                 report(f"{path}: {len(labeled)} test cases")
                 place = out if name == "model" else None
                 model = load_model(path, device)
-                found = _measure(model, labeled, ignore, tolerance, place, bar, report)
-                measured[hashes[name]] = found
+                pair = _measure(model, labeled, ignore, tolerance, place, bar, report)
+                measured[hashes[name]] = pair
     tables = {name: measured[value][0] for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],

@@ -381,11 +381,9 @@ def sample_probs(
             back = np.linalg.inv(matrix).astype(np.float64)
             inside = turn_volume(torch.ones_like(image[:, :1]), matrix, "zeros")
             inside = turn_volume(inside, back, "zeros").clamp(max=1.0)
-            for said, before in zip(
-                torch.split(probs, 1, 1), torch.split(first, 1, 1), strict=True
-            ):
-                turned = inside * turn_volume(said, back, "border")
-                said.copy_(turned + (1 - inside) * before)
+            for now, before in zip(torch.split(probs, 1, 1), torch.split(first, 1, 1), strict=True):
+                turned = inside * turn_volume(now, back, "border")
+                now.copy_(turned + (1 - inside) * before)
         yield probs
 
 

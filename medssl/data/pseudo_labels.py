@@ -76,29 +76,30 @@ def write_pseudo_label(
     """
     stability: float | None = None
 
-    def fill(probs: Path, uncertainty: Path) -> None:
+    def fill(probs_file: Path, uncertainty_file: Path) -> None:
         nonlocal stability
-        _reserve(probs, shape, np.uint8)
-        _reserve(uncertainty, shape[1:], np.float16)
+        _reserve(probs_file, shape, np.uint8)
+        _reserve(uncertainty_file, shape[1:], np.float16)
         classes = np.empty(shape[1:], np.uint8)
-        for box, said, doubt in parts:
-            if not all(np.isfinite(array).all() for array in (said, doubt) if array is not None):
+        for box, probs, uncertainty in parts:
+            arrays = [array for array in (probs, uncertainty) if array is not None]
+            if not all(np.isfinite(array).all() for array in arrays):
                 raise FloatingPointError(f"{folder.name}: a pseudo-label of non-finite numbers")
-            if said is not None:
-                classes[box] = said.argmax(0)
-                np.load(probs, "r+", allow_pickle=False)[(slice(None), *box)] = np.rint(said * 255)
-            if doubt is not None:
-                np.load(uncertainty, "r+", allow_pickle=False)[box] = doubt
+            if probs is not None:
+                classes[box] = probs.argmax(0)
+                _open(probs_file)[(slice(None), *box)] = np.rint(probs * 255)
+            if uncertainty is not None:
+                _open(uncertainty_file)[box] = uncertainty
         stability = measure_stability(classes)
         for box, islands in find_islands(classes):
-            part = np.load(probs, "r+", allow_pickle=False)[(slice(None), *box)]
+            part = _open(probs_file)[(slice(None), *box)]
             part[:, islands] = 0
             part[0, islands] = 255
 
     (folder / "meta.json").unlink(missing_ok=True)
     write_file(
         folder / "probs.npy",
-        lambda probs: write_file(folder / "uncertainty.npy", lambda doubt: fill(probs, doubt)),
+        lambda first: write_file(folder / "uncertainty.npy", lambda second: fill(first, second)),
     )
     classes = read_classes(folder)
     voxels: dict[str, Any] = {
@@ -118,6 +119,12 @@ def _reserve(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Non
     if hasattr(os, "posix_fallocate"):
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def _open(path: Path) -> NDArray[Any]:
+    """Map an array file to write to it; mapped anew, what was written before takes no memory."""
+    array: NDArray[Any] = np.load(path, "r+", allow_pickle=False)
+    return array
 
 
 def _save_archive(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -182,13 +182,13 @@ class ClassSums:
     """Sums over the voxels of a pseudo-label, by class (num_classes,).
 
     ``counts`` are the voxels that it gives to a class, ``trusted`` those of them that are trusted,
-    ``doubt`` their uncertainty in nats; ``probs`` is the sum of the probs of a class over all
+    ``uncertainty`` that of theirs in nats; ``probs`` is the sum of the probs of a class over all
     voxels, ``inside`` over those that it is given to.
     """
 
     counts: NDArray[np.int64]
     trusted: NDArray[np.int64]
-    doubt: NDArray[np.float64]
+    uncertainty: NDArray[np.float64]
     probs: NDArray[np.float64]
     inside: NDArray[np.float64]
 
@@ -269,7 +269,7 @@ def review_case(
         accepted=not reason,
         reason=reason,
         confidence=confidence,
-        uncertainty=float(sums.doubt[where].sum() / sums.counts[where].sum()),
+        uncertainty=float(sums.uncertainty[where].sum() / sums.counts[where].sum()),
         agreement=mean_known(agreement.values()),
         agreement_per_class=dict(agreement),
         coverage=float(sums.trusted.sum()) / num_voxels,

@@ -156,8 +156,8 @@ def _walk_scan(
     run: Run, case: CachedCase, walk: Walk, window: Window, num_views: int = 0
 ) -> Iterator[Part]:
     """Yield the parts of a pseudo-label of a walk over its probs and, last, its uncertainty."""
-    for box, said in _bring(run, case, walk, window, num_views):
-        yield box, said[:-1], said[-1]
+    for box, values in _bring(run, case, walk, window, num_views):
+        yield box, values[:-1], values[-1]
 
 
 def _say_once(model: Model, image: torch.Tensor, window: Window, box: Box) -> Iterator[Tensor]:
@@ -185,10 +185,10 @@ def _sample_label(
         case.spacing,
     )
     probs, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
-    doubt = information if section.measure == "mutual_information" else entropy
+    uncertainty = information if section.measure == "mutual_information" else entropy
     i, j, k = case.shape
     box = slice(0, i), slice(0, j), slice(0, k)
-    yield box, probs[0].cpu().numpy(), doubt[0, 0].cpu().numpy()
+    yield box, probs[0].cpu().numpy(), uncertainty[0, 0].cpu().numpy()
 
 
 def _predict_label(
@@ -208,18 +208,18 @@ def _predict_label(
             views += mirror_views(members[0].network, image, window, box)
         for slabs in align_slabs(views, window.find_axis(case.shape)):
             probs = torch.stack(slabs[: len(members)]).mean(0)
-            doubt = entropy_of(probs[None])
+            uncertainty = entropy_of(probs[None])
             if compared:
                 several = slabs[len(members) :] or slabs
                 _, entropy, information, differ = combine_slab(slab[None] for slab in several)
                 spread = max(spread, differ)
-                doubt = information if is_mutual else entropy
-            yield torch.cat([probs, doubt[0]])
+                uncertainty = information if is_mutual else entropy
+            yield torch.cat([probs, uncertainty[0]])
 
     num_views = (len(members) + (section.source == "flips")) * len(window.mirrorings)
     is_later = section.source == "mc_dropout"
-    for box, probs, doubt in _walk_scan(run, case, walk, window, num_views):
-        yield box, probs, None if is_later else doubt
+    for box, probs, uncertainty in _walk_scan(run, case, walk, window, num_views):
+        yield box, probs, None if is_later else uncertainty
     if compared:
         refuse_equal(spread, compared)
     if is_later:

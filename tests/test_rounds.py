@@ -58,7 +58,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write_phantoms(folder, num_labeled=2, num_unlabeled=4, num_test=0, shape=(24, 24, 24))
+    write_phantoms(folder, num_labeled=2, num_unlabeled=4, num_test=0, shape=(16, 16, 16))
     return folder
 
 
@@ -764,7 +764,7 @@ def test_mlflow_gets_a_run_for_the_last_time_with_its_state_and_report(
 
 
 def test_the_plan_of_a_run_says_that_a_label_was_made_by_a_model(tmp_path):
-    write_phantoms(tmp_path, num_labeled=2, num_unlabeled=0, num_test=0, shape=(24, 24, 24))
+    write_phantoms(tmp_path, num_labeled=2, num_unlabeled=0, num_test=0, shape=(16, 16, 16))
     label, values = read_dataset(tmp_path).cases[0].label, (0, 1, 2, 3)
     write_mask(label, *read_label(label, values, None), values, origin="pseudo-mask")
     resolved = load_config(tmp_path, SETTINGS)

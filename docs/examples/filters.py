@@ -4,11 +4,11 @@ import torch
 from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNet
 
-from medssl.config import UncertaintySection
+from medssl.config import FilterSection, UncertaintySection
 from medssl.data.phantoms import make_phantom
 from medssl.losses.supervised import dice_ce
 from medssl.networks.noise import sample_dropout
-from medssl.pseudo.gates import drop_islands, expect_from, measure_confidence
+from medssl.pseudo.gates import expect_from, find_islands, measure_confidence, sum_classes
 from medssl.pseudo.uncertainty import combine, find_limit
 
 torch.manual_seed(0)
@@ -23,17 +23,15 @@ for _ in range(20):
     dice_ce(network(images[:2]), labels).backward()
     optimizer.step()
 
-
-def predict(scan):
-    """Return the probs of one pass."""
-    return torch.softmax(sliding_window_inference(scan, (24, 24, 24), 4, network), dim=1)
-
-
 with torch.no_grad(), sample_dropout(network):  # any module with nn.Dropout in it
-    passes = (predict(images[2:]) for _ in range(4))
+    logits = (sliding_window_inference(images[2:], (24, 24, 24), 4, network) for _ in range(4))
+    passes = (torch.softmax(scores, dim=1) for scores in logits)
     probs, entropy, information = combine(passes, "MC dropout")
 certain = entropy < find_limit(UncertaintySection(start=0.75), num_classes=4, rise=0.0)
 expected = expect_from([label[0].numpy() for label in labels], num_classes=4)
-cleaned = drop_islands(probs[0].numpy(), expected.single)  # one piece in every label
+cleaned = probs[0].numpy().copy()
+for box, islands in find_islands(cleaned.argmax(0), expected.single):  # one piece in every label
+    cleaned[(slice(None), *box)][:, islands] = [[1], [0], [0], [0]]  # the others: background
 usual = [index for index, share in expected.presence.items() if share > 0.9]
-confidence = measure_confidence(cleaned, usual)  # the Dice that the network expects of itself
+sums = sum_classes([(cleaned, entropy[0, 0].numpy())], FilterSection())
+confidence = measure_confidence(sums, usual)  # the Dice that the network expects of itself

@@ -41,7 +41,7 @@ from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
 Loss = Callable[..., Tensor]
-Tensors = tuple[Tensor, ...] | list[Tensor]
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 FEATURE_DROPOUT = 0.5  # of the skips' channels in the view feature_noise; Yang et al. 2023
 LEAST_PROB = 1e-6
@@ -478,7 +478,7 @@ def build_loss(section: PseudoLabelSection, transition: Tensor | None = None) ->
 def average(student: nn.Module, decay: float) -> AveragedModel:
     """Return an EMA of a network, buffers included, that takes no gradient."""
 
-    def move(averages: Tensors, current: Tensors, count: Tensor | int) -> None:
+    def move(averages: _Tensors, current: _Tensors, count: Tensor | int) -> None:
         if averages[0].is_floating_point():
             share = 1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay)
             torch._foreach_lerp_(averages, current, share)

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from medssl.data.cache import CachedCase
     from medssl.data.cases import Case
     from medssl.predict import Model
-    from medssl.transforms.geometry import Box
 
 ROWS = [  # what is done, shape, classes, mirrored axes
     ("predict", (256, 256, 256), 3, 0),
@@ -126,8 +126,9 @@ def measure_row(
         nib.save(nib.Nifti1Image(mask, np.diag([*SPACING, 1])), label)
         del mask
         case = Case("scan", (scan,), label, "scan")
-        is_forecast = what in ("predict", "evaluate")
-        costs = forecast_costs(model, {"scan": (scan,)}) if is_forecast else None
+        costs = None
+        if what in ("predict", "evaluate"):
+            costs = forecast_costs(model, {"scan": (scan,)}, measured=what == "evaluate")
         act: Callable[[], object]
         if what == "pseudo-label":
             act = prepare_labeling(model, case, Path(folder))
@@ -170,10 +171,10 @@ def prepare_labeling(model: "Model", case: "Case", folder: Path) -> Callable[[],
     import torch
 
     from medssl.config import FilterSection
-    from medssl.predict import average_views, bring_boxes
+    from medssl.predict import bring_boxes
     from medssl.pseudo.gates import Expectation
     from medssl.pseudo.label import RawPseudoLabel, label_cases
-    from medssl.pseudo.uncertainty import entropy_of
+    from medssl.rounds.teacher import average_with_entropy
     from medssl.transforms.geometry import WayBack
 
     info, cached = model.info, cache_case(model, case, folder)
@@ -182,13 +183,10 @@ def prepare_labeling(model: "Model", case: "Case", folder: Path) -> Callable[[],
 
     def say(case: "CachedCase") -> RawPseudoLabel:
         image = torch.from_numpy(case.image().astype("float32"))[None]
-
-        def walk(box: "Box") -> Iterator[torch.Tensor]:
-            for probs in average_views(model.network, image, info.window, box):
-                yield torch.cat([probs, entropy_of(probs[None])[0]])
-
+        walk = partial(average_with_entropy, model, image, info.window)
         boxes = bring_boxes(walk, info.window, way, size, 1, model.device)
-        return RawPseudoLabel(((b, said[:-1], said[-1]) for b, said in boxes), lambda _: None)
+        parts = ((box, values[:-1], values[-1]) for box, values in boxes)
+        return RawPseudoLabel(parts, lambda _: None)
 
     expected = Expectation({1: 1.0}, {1: 0.2})
     names, values = info.labels, info.label_values

@@ -310,8 +310,8 @@ def draw_class_voxels(
     for i, (plane, count) in enumerate(zip(classes, counts, strict=True)):
         start, stop = np.searchsorted(chosen, (first, first + count))
         if start < stop:  # a list of all voxels takes 24 bytes for each
-            found = np.argwhere(plane == index)[chosen[start:stop] - first]
-            voxels.append(np.insert(found, 0, i, axis=1).astype(np.int32))
+            places = np.argwhere(plane == index)[chosen[start:stop] - first]
+            voxels.append(np.insert(places, 0, i, axis=1).astype(np.int32))
         first += count
     return np.concatenate(voxels)
 

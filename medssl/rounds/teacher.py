@@ -120,7 +120,7 @@ def _label_case(
     image = load_image(case, run.plan.device)
     if needs_one_pass(run.config, index, run.num_rounds):
         window = run.plan.window.plain
-        walk = partial(_say_once, members[0], image, window)
+        walk = partial(average_with_entropy, members[0], image, window)
         parts = _walk_scan(run, case, walk, window)
     elif run.config.teacher.probs == "sampled":
         parts = _sample_label(run, members, case, image)
@@ -160,8 +160,11 @@ def _walk_scan(
         yield box, values[:-1], values[-1]
 
 
-def _say_once(model: Model, image: torch.Tensor, window: Window, box: Box) -> Iterator[Tensor]:
-    """Yield slabs (num_classes + 1, I, J, K): the probs of one model, and their entropy."""
+def average_with_entropy(model: Model, image: Tensor, window: Window, box: Box) -> Iterator[Tensor]:
+    """Yield slabs (num_classes + 1, I, J, K): the probs of one model, and their entropy.
+
+    The arguments are those of `medssl.predict.average_views`.
+    """
     for probs in average_views(model.network, image, window, box):
         yield torch.cat([probs, entropy_of(probs[None])[0]])
 

@@ -15,9 +15,11 @@ may work on one CSV, each on its own draws or arms. All arms train on the same l
     no_PART    the recipe's first student without a part (D), held against first_round; without MC
                dropout it is longer by the passes that this saves. no_second_round has one student
                with the passes of both, and is held against the recipe
+    LEVER      the recipe's first student with another setting each, at the passes of first_round
     all        labels alone, all labels but those of the test cases, longer: the plateau (E)
 
-The first students of recipe and shadow are written down too, as first_round and shadow_first_round.
+The first students of recipe and shadow are written down too, as first_round and shadow_first_round;
+first_round is also an arm of its own, for studies of parts and levers alone.
 A pass is a patch that goes forward and backward; forward alone is a third. What is compared are
 final weights: the delivered model, or for round_0 that round's. The table has differences with the
 draw as the unit: two-way bootstrap over draws and patients, Student's t over draws, and p-values
@@ -75,12 +77,24 @@ PARTS = {
 }
 """The recipe without one part each (D), after one student."""
 
+LEVERS = {
+    "two_unlabeled": ["train.unlabeled_ratio=2"],
+    "bidirectional": ["noise.mixing=copy_paste"],
+    "weight_2": [
+        *("losses.pseudo_label.weight=2", "losses.pseudo_label.ramp.name=constant"),
+        *("losses.consistency.weight=2", "losses.consistency.ramp.name=constant"),
+    ],
+    "slow_average": ["teacher.ema_decay=0.998"],
+    "lower_lr": ["train.student_lr=1e-3"],
+}
+"""What the recipe might have in place of its settings, after one student."""
+
 MAIN_ARMS = ("round_0", "labels", "shadow", "recipe")
 FIRST_STUDENTS = {"recipe": "first_round", "shadow": "shadow_first_round"}
-ONE_STUDENT = {*PARTS} - {"no_second_round"}  # as long as the first student of the recipe
+ONE_STUDENT = {*PARTS, *LEVERS} - {"no_second_round"}  # as long as the recipe's first student
 ARMS = (
     *("round_0", "labels", "shadow_first_round", "shadow", "first_round", "recipe"),
-    *(*PARTS, "all"),
+    *(*PARTS, *LEVERS, "all"),
 )
 FORWARD = 1 / 3  # of a pass
 
@@ -157,8 +171,10 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         steps = count_labels_steps(study, settings)
         summary = finish_run(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
-        changes = OFF if arm == "shadow" else PARTS.get(arm, [])
-        if arm in PARTS:
+        changes = OFF if arm == "shadow" else {**PARTS, **LEVERS}.get(arm, [])
+        if arm == "first_round":
+            changes = ["rounds=1"]
+        elif arm in PARTS or arm in LEVERS:
             as_long_as = [*settings, "rounds=1"] if arm in ONE_STUDENT else settings
             changes = [*changes, "rounds=1"]
             changes += [stretch_steps(study, as_long_as, changes)]

@@ -106,6 +106,18 @@ def test_what_a_part_saves_of_passes_goes_into_longer_students(study, trained, t
         assert trained[-1][1][-1] == f"steps={longer}"  # 30 (2 + 2 * 5 / 3) / (2 + 2 * 4 / 3)
 
 
+def test_a_lever_has_the_passes_of_the_first_student(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "steps=[100,30]")
+    for arm in ("first_round", "two_unlabeled"):
+        study.run_arm(run, 0, arm)
+    settings = [command[1] for command in trained]
+    assert settings[1] == ["steps=[100,30]", "draw=0", "rounds=1"]
+    # by hand, of the tiny plan: 30 (2 + 2 * 5 / 3) / (2 + 4 * 5 / 3)
+    assert settings[-1][-3:] == ["train.unlabeled_ratio=2", "rounds=1", "steps=[100, 18]"]
+    rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
+    assert list(rows) == ["round_0", "first_round", "two_unlabeled"]
+
+
 def test_students_from_scratch_have_the_steps_of_the_recipe_s(study, trained, tmp_path):
     study.run_arm(make_study(study, tmp_path, "labeled=6"), 0, "no_warm_start")
     assert trained[-1][1][-1] == "steps=[8, 8]"  # of the plan, which gives them more by itself

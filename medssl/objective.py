@@ -21,7 +21,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
 from medssl.networks.build import SegmentationNetwork, arrange, read_heads
-from medssl.networks.noise import drop_features, freeze_encoder, sample_dropout
+from medssl.networks.noise import drop_features, freeze_encoder, sample_dropout, silence_noise
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
 from medssl.pseudo.uncertainty import combine, find_limit
@@ -121,6 +121,12 @@ class Objective(nn.Module):
         }
         self.monitors: dict[str, float] = {}
         self.tuning = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the student; the teacher has no noise but what is asked for."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     @property
     def predictor(self) -> SegmentationNetwork:
@@ -345,7 +351,7 @@ class Objective(nn.Module):
         """Return the pseudo-target q (B, num_classes, I, J, K) of assigned probs: hard, or soft."""
         section = self.config.target
         if section.kind == "hard":
-            return F.one_hot(probs.argmax(1), self.num_classes).movedim(-1, 1).float()
+            return F.one_hot(probs.max(1).indices, self.num_classes).movedim(-1, 1).float()
         is_plan = self.transport is not None
         temperature = section.transport.epsilon if is_plan else section.temperature
         return torch.softmax(probs.clamp(min=LEAST_PROB).log() / temperature, dim=1)
@@ -366,7 +372,7 @@ class Objective(nn.Module):
         if uncertainty is not None:  # what the uncertainty alone takes away
             refused = (confident & valid & ~sure).sum() / valid.sum().clamp(min=1)
             self.monitors["refused_by_uncertainty"] = float(refused)
-        classes = probs.argmax(1, keepdim=True)
+        classes = probs.max(1, keepdim=True).indices
         self.monitors |= measure_coverage(accepted, classes, valid, self.class_names)
         for name, threshold in zip(
             self.class_names, self.thresholds.thresholds.tolist(), strict=True
@@ -492,10 +498,8 @@ def average(student: nn.Module, decay: float) -> AveragedModel:
 @torch.no_grad()
 def predict_still(network: nn.Module, image: Tensor) -> Tensor:
     """Return the probs of a network without its noise; its mode stays as it is."""
-    was_training = network.training
-    network.eval()
-    logits = read_heads(network(arrange(image)), image)[0]
-    network.train(was_training)
+    with silence_noise(network):
+        logits = read_heads(network(arrange(image)), image)[0]
     return torch.softmax(logits.float(), dim=1)
 
 

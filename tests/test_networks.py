@@ -5,11 +5,13 @@ from torch import nn
 from medssl.config import InputError
 from medssl.networks.build import InstanceNorm, NetworkSpec, build_network
 from medssl.networks.noise import (
+    DROPOUTS,
     DropBranch,
     add_stochastic_depth,
     drop_features,
     freeze_encoder,
     sample_dropout,
+    silence_noise,
 )
 
 
@@ -159,6 +161,19 @@ def test_mc_dropout_leaves_stochastic_depth_off(tiny_spec):
         branches = [m for m in network.modules() if isinstance(m, DropBranch)]
         assert branches
         assert not any(branch.training for branch in branches)
+
+
+def test_a_network_that_is_evaluated_in_between_has_its_modes_again(tiny_spec, image):
+    network = build_network(tiny_spec.model_copy(update={"dropout": 0.5}))
+    frozen = next(module for module in network.modules() if isinstance(module, DROPOUTS))
+    frozen.eval()
+    modes = [module.training for module in network.modules()]
+    assert len({*modes}) == 2
+    with silence_noise(network):
+        assert torch.equal(network(image), network(image))
+    with sample_dropout(network):
+        assert frozen.training
+    assert [module.training for module in network.modules()] == modes
 
 
 def test_mc_dropout_on_a_network_without_dropout_is_an_error(tiny_spec):

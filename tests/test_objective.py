@@ -790,6 +790,13 @@ def dropout_spec(tiny_spec):
     return tiny_spec.model_copy(update={"dropout": 0.5})
 
 
+def test_the_teacher_has_no_noise_of_its_own_while_the_student_trains(dropout_spec):
+    objective, weak, *_ = sample_teacher(dropout_spec)
+    assert objective.student.training
+    assert not any(module.training for module in objective.teacher.modules())
+    assert torch.equal(objective.teacher(weak), objective.teacher(weak))
+
+
 def test_a_sampled_teacher_says_the_mean_of_its_passes(dropout_spec):
     objective, weak, probs, doubt = sample_teacher(
         dropout_spec, "filter.uncertainty.online_passes=3"

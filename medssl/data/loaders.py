@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from monai.data import get_track_meta, set_track_meta
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -126,8 +127,9 @@ class PatchDataset(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step."""
-        threads = torch.get_num_threads()
+        threads, tracks = torch.get_num_threads(), get_track_meta()
         torch.set_num_threads(1)  # as in a worker: a sum over two threads rounds differently
+        set_track_meta(False)  # of what was done to a patch, MONAI's record is not read
         try:
             tuning = is_fine_tune(self.sampling.fine_tune_from, step)
             alone = not self.unlabeled or tuning
@@ -137,6 +139,7 @@ class PatchDataset(Dataset[Batch]):
             unlabeled = [self._draw_unlabeled(step, index) for index in range(num_unlabeled)]
         finally:
             torch.set_num_threads(threads)
+            set_track_meta(tracks)
         return {"labeled": _stack(labeled), "unlabeled": _stack(unlabeled)}
 
     def _draw_labeled(self, step: int, index: int, plain: bool) -> dict[str, Tensor]:

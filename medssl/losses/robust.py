@@ -129,7 +129,7 @@ def bootstrapped_ce(
     if kind == "soft":
         student = log_probs.exp()
     else:
-        student = torch.zeros_like(y).scatter_(1, log_probs.argmax(dim=1, keepdim=True), 1.0)
+        student = torch.zeros_like(y).scatter_(1, log_probs.max(dim=1, keepdim=True).indices, 1.0)
     mixed = beta * y + (1 - beta) * student
     return mean_over_valid(-(mixed * log_probs).sum(dim=1, keepdim=True), weight, valid)
 

@@ -124,6 +124,27 @@ def _find_largest_round(plan: Plan, config: Config) -> int:
 
 def _try_steps(plan: Plan, config: Config, index: int, folder: Path) -> float:
     """Train a few steps in a folder; return the seconds that one takes after the first ones."""
+    objective, dataset = make_trial(plan, config, index, folder)
+    section = config.train.model_copy(update={"log_every": 1, "checkpoint_every": MOST_TRIED})
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        train_model(
+            objective,
+            dataset,
+            config.model_copy(update={"train": section}),
+            plan.model_copy(update={"steps": MOST_TRIED}),
+            folder,
+            index,
+            _TrialStop(folder),
+        )
+    lines = [entry["metrics"] for entry in Journal(folder / "metrics.jsonl").read()]
+    rates = [float(line["monitors/steps_per_second"]) for line in lines]
+    return 1.0 / float(np.median(rates[TRIED_STEPS - TIMED_STEPS :]))
+
+
+def make_trial(
+    plan: Plan, config: Config, index: int, folder: Path
+) -> tuple[Objective, PatchDataset]:
+    """Return objective and patches of a round on made-up scans, which are written to a folder."""
     spec = describe_student(plan, config, index) if index else plan.network
     labeled = [make_case(plan, folder / f"labeled_{number}", number) for number in range(2)]
     unlabeled: list[UnlabeledCase] = []
@@ -139,21 +160,8 @@ def _try_steps(plan: Plan, config: Config, index: int, folder: Path) -> float:
     loss = config.losses.pseudo_label
     if index and loss.transition == "held_out":  # measured after round 0
         objective.losses["pseudo_label"] = build_loss(loss, torch.eye(plan.num_classes))
-    section = config.train.model_copy(update={"log_every": 1, "checkpoint_every": MOST_TRIED})
     sampling = choose_sampling(config, plan, index, config.train.seed)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train_model(
-            objective,
-            PatchDataset(labeled, unlabeled, sampling),
-            config.model_copy(update={"train": section}),
-            plan.model_copy(update={"steps": MOST_TRIED}),
-            folder,
-            index,
-            _TrialStop(folder),
-        )
-    lines = [entry["metrics"] for entry in Journal(folder / "metrics.jsonl").read()]
-    rates = [float(line["monitors/steps_per_second"]) for line in lines]
-    return 1.0 / float(np.median(rates[TRIED_STEPS - TIMED_STEPS :]))
+    return objective, PatchDataset(labeled, unlabeled, sampling)
 
 
 def _build(spec: NetworkSpec) -> SegmentationNetwork:

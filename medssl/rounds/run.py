@@ -102,7 +102,7 @@ def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
         label = np.array(mapped)  # of a map that is cut while the scan is segmented we would die
         image = load_image(case, run.plan.device)
         probs = predict_probs(network, image, run.plan.window.plain)
-        classes = probs[0].argmax(0).cpu().numpy()
+        classes = probs[0].max(0).indices.cpu().numpy()
         classes[label == IGNORE] = IGNORE
         dice: dict[str, float | None] = {}
         for index, name in enumerate(run.class_names[1:], start=1):

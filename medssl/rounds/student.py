@@ -240,7 +240,7 @@ def _compare_with_average(
     for case in {case.case_id: case for case in chosen}.values():
         image = load_image(case, run.plan.device)
         maps = [
-            predict_probs(network, image, run.plan.window.plain)[0].argmax(0).cpu().numpy()
+            predict_probs(network, image, run.plan.window.plain)[0].max(0).indices.cpu().numpy()
             for network in (objective.student, objective.predictor)
         ]
         both = measure_agreement(maps[0], maps[1], range(1, run.plan.num_classes))
@@ -304,7 +304,7 @@ def _build_objective(
     if not folders or teacher is None:
         return kind(network, run.config, run.class_names, labeled, flips=flips)
     pool = draw_probs(folders)
-    counts = torch.bincount(pool.argmax(1), minlength=run.plan.num_classes)
+    counts = torch.bincount(pool.max(1).indices, minlength=run.plan.num_classes)
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)
     if section.prior == "calibrated":
         pool_shares = counts / len(pool)
@@ -335,7 +335,7 @@ def _measure_shares(run: Run, teacher: int) -> torch.Tensor:
     shares = []
     for case, probs in zip(run.labeled, _predict_cases(run, teacher, run.labeled), strict=True):
         annotated = torch.from_numpy(np.asarray(case.label()) != IGNORE)
-        classes = probs[0].argmax(0)[annotated]
+        classes = probs[0].max(0).indices[annotated]
         counts = torch.bincount(classes, minlength=run.plan.num_classes)
         if len(classes):
             shares.append(counts / counts.sum())

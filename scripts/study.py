@@ -84,6 +84,7 @@ LEVERS = {
         *("losses.pseudo_label.weight=2", "losses.pseudo_label.ramp.name=constant"),
         *("losses.consistency.weight=2", "losses.consistency.ramp.name=constant"),
     ],
+    "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
     "slow_average": ["teacher.ema_decay=0.998"],
     "lower_lr": ["train.student_lr=1e-3"],
 }

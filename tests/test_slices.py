@@ -493,7 +493,7 @@ TINY = (
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("has_colors", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_colors):
     data, folder, named = tmp_path / "data", tmp_path / "runs" / "a", "data.labels={255: organ}"
@@ -551,7 +551,7 @@ def test_two_micrographs_teach_a_student(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.usefixtures("brief")
 def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_count_or_stop", lambda stop: None)  # it shall come to its steps
     data = tmp_path / "data"
@@ -570,7 +570,7 @@ def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.usefixtures("brief")
 def test_a_thick_slice_volume_is_trained_by_slice(tmp_path):
     data = tmp_path / "data"
     for index in range(4):

@@ -387,14 +387,16 @@ def draw_difference(
     sums, counts = np.where(known, table, 0.0) @ member, known.astype(float) @ member
     per_draw = (sums.sum(1) / counts.sum(1)).tolist()
     rng = np.random.default_rng(seed)
-    means = np.empty(NUM_RESAMPLES)
+    shape = (NUM_RESAMPLES, len(table))
+    draws, totals, numbers = np.empty(shape, int), np.empty(shape), np.empty(shape)
     for index in range(NUM_RESAMPLES):
-        draws = rng.integers(len(table), size=len(table))
-        resampled = rng.integers(len(names), size=len(names))
-        count = counts[draws][:, resampled].sum(1)
-        total = sums[draws][:, resampled].sum(1)
-        has_some = count > 0  # not where only patients without a value were drawn
-        means[index] = (total[has_some] / count[has_some]).mean() if has_some.any() else np.nan
+        draws[index] = rng.integers(len(table), size=len(table))
+        times = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+        totals[index], numbers[index] = sums @ times, counts @ times
+    with np.errstate(invalid="ignore"):  # where only patients without a value were drawn
+        drawn = np.take_along_axis(totals / numbers, draws, axis=1)
+        has_some = np.isfinite(drawn)
+        means = np.where(has_some, drawn, 0.0).sum(1) / has_some.sum(1)
     low, high = np.nanpercentile(means, (2.5, 97.5))
     result: DrawDifference = {
         "mean": float(np.mean(per_draw)),

@@ -1,4 +1,5 @@
 import collections
+import io
 import os
 import subprocess
 import time
@@ -10,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the load of the machine wo
 import nibabel as nib  # after the number of threads
 import numpy as np
 import pytest
+from PIL import Image
 
 from medssl.config import Config
 
@@ -213,12 +215,22 @@ def make_dataset(cached_cases, pseudo_labeled):
 
 
 @pytest.fixture(scope="module")
-def few_tried_steps():
-    """Before a training four steps are timed, not as many as a small network takes in seconds."""
+def brief():
+    """Spare trainings what takes longer than their few steps; test_readme.py spares nothing.
+
+    Before one, four steps are timed, not as many as a small network takes in seconds. Pictures are
+    made, and not drawn.
+    """
+    from medssl import overlays
+    from medssl.report import figures
     from medssl.rounds import estimate
 
+    blank = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blank, format="PNG")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "TRIED_SECONDS", 0.0)
+        patch.setattr(overlays, "_save_png", lambda figure: blank.getvalue())
+        patch.setattr(figures, "_save", lambda figure: blank.getvalue())
         yield
 
 

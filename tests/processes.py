@@ -111,7 +111,7 @@ def serve(requests):
     """Fork at each request; return it, in the child."""
     for name in PRELOADED:
         importlib.import_module(name)
-    sys.modules["medssl.rounds.estimate"].TRIED_SECONDS = 0.0  # as the fixture few_tried_steps
+    sys.modules["medssl.rounds.estimate"].TRIED_SECONDS = 0.0  # as the fixture brief
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     threads = [name for name in threads if name != "jemalloc_bg_thd"]  # which sees to forks
     assert len(threads) == 1, f"a fork would lose all threads but one: {threads}"

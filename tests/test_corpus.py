@@ -23,7 +23,7 @@ import pytest
 from commands import run_command
 from PIL import Image
 
-pytestmark = pytest.mark.usefixtures("few_tried_steps")
+pytestmark = pytest.mark.usefixtures("brief")
 
 SHAPE = (12, 11, 10)
 AFFINE = np.diag([1.5, 1.5, 2.0, 1.0])

@@ -15,7 +15,7 @@ from medssl.data.phantoms import write_phantoms
 from medssl.report import write_report
 from medssl.runs import read_json
 
-pytestmark = pytest.mark.usefixtures("few_tried_steps")
+pytestmark = pytest.mark.usefixtures("brief")
 
 QUICK = [
     *("plan.patch_size=[16,16,16]", "network.depth=3", "network.width=0.5", "plan.flips=[]"),

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from medssl.data.phantoms import write_phantoms
 from medssl.runs import hash_file, hold_lock
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_tried_steps")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("brief")]
 
 SETTINGS = [
     "labeled=3",

@@ -18,7 +18,7 @@ from medssl.data.phantoms import make_phantom
 from medssl.formats import dicom_files, metaimage, nrrd
 from medssl.formats.readers import DICOM, KINDS, find_reader
 
-pytestmark = pytest.mark.usefixtures("few_tried_steps")
+pytestmark = pytest.mark.usefixtures("brief")
 
 AFFINE = np.array([[-1.0, 0, 0, 20], [0, -1.0, 0, 10], [0, 0, 2.0, -30], [0, 0, 0, 1]])
 NAMES = {1: "Left Lobe", 2: "right lobe", 3: "core"}

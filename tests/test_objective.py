@@ -1,3 +1,5 @@
+import copy
+import functools
 import itertools
 import math
 from pathlib import Path
@@ -30,19 +32,35 @@ SIDES = ("kernels", "strides")
 METHODS = sorted(list_methods())
 
 FEW = ("default", "bcp", "cross_pseudo", "unimatch")
-"""Presets that together use every part of the equation: tried in 2D and with an encoder too."""
+"""Presets that together use every part of the equation: tried in 2D too."""
+
+ENCODED = ("default", "unimatch")
+"""Those of them that are tried with an encoder too: samples of it, and noise on its features."""
+
+ALIKE = {
+    "curriculum", "cutmix", "ensemble", "entropy", "fixmatch", "labels_only", "mean_teacher",
+    "noisy_student", "pseudo_label", "st_plus_plus",
+}  # fmt: skip
+"""Presets that differ from the others by numbers, a threshold or terms left out."""
 
 
-def pair(names):
-    """Return the presets with the kinds of networks that they are tried with."""
-    pairs = [(method, "3D") for method in METHODS]
-    pairs += [(method, kind) for kind in names for method in FEW]
+def pair(in_3d, in_2d=(), encoded=()):
+    """Give a test presets with the kinds of networks that they are tried with."""
+    pairs = [pytest.param(*method.values, "3D", marks=method.marks) for method in in_3d]
+    pairs += [(method, "2D") for method in in_2d] + [(method, "2D encoder") for method in encoded]
     return pytest.mark.parametrize(("method", "spec"), pairs, indirect=["spec"])
 
 
-every_preset = pytest.mark.parametrize("method", METHODS)
-every_preset_in_2d_too = pair(["2D"])
-every_preset_on_all_networks = pair(["2D", "2D encoder"])
+DIFFERENT = [
+    pytest.param(method, marks=[pytest.mark.slow, pytest.mark.nightly] * (method in ALIKE))
+    for method in METHODS
+]
+"""Every preset, by day those that are not alike."""
+
+different_presets = pytest.mark.parametrize("method", DIFFERENT)
+different_presets_in_3d = pair(DIFFERENT)
+different_presets_in_2d_too = pair(DIFFERENT, FEW)
+every_preset_on_all_networks = pair(map(pytest.param, METHODS), FEW, ENCODED)
 
 
 @pytest.fixture
@@ -111,13 +129,21 @@ def find_last_layer(student):
     return student.dynunet.output_block.conv.conv
 
 
+@functools.cache
+def build_sure_network(spec, seed):
+    """Return a network of a seed; an encoder takes longer to be drawn than to learn a step."""
+    torch.manual_seed(seed)
+    network = build_network(spec)
+    with torch.no_grad():
+        find_last_layer(network).weight.mul_(20)
+    return network
+
+
 def make_objective(config, spec, seed=0, student=None):
     """Return an objective whose student, and so whose online teacher, is sure of itself."""
-    torch.manual_seed(seed)
     if student is None:
-        student = build_network(spec)
-        with torch.no_grad():
-            find_last_layer(student).weight.mul_(20)
+        student = copy.deepcopy(build_sure_network(spec, seed))
+    torch.manual_seed(seed + 1)  # a second student is another one
     prior = torch.tensor([0.6, 0.3, 0.1])
     return load_objective(config.objective)(student, config, NAMES, prior).train()
 
@@ -163,7 +189,7 @@ def test_every_term_is_finite_from_the_first_to_the_last_step(method, spec):
             assert term >= 0
 
 
-@every_preset_in_2d_too
+@different_presets_in_2d_too
 def test_labeled_patches_alone_give_the_supervised_term_alone(method, spec):
     config = configure(method)
     terms = compute(make_objective(config, spec), make_batch(config, spec=spec)[0], None)
@@ -180,7 +206,7 @@ def test_every_unlabeled_term_moves_the_student(method, spec):
         assert find_gradient(objective, term).abs().max() > 1e-8, name
 
 
-@every_preset_in_2d_too
+@different_presets_in_2d_too
 def test_unlabeled_images_move_the_student_also_without_mixing(method, spec):
     config = configure(method, "noise.mixing=none")
     labeled, unlabeled = make_batch(config, spec=spec)
@@ -208,7 +234,7 @@ def test_no_gradient_flows_into_the_teacher_nor_into_its_targets(method, spec):
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
 
 
-@every_preset_in_2d_too
+@different_presets_in_2d_too
 def test_the_teacher_follows_the_student_after_a_step_and_not_before(method, spec):
     config = configure(method)
     objective = make_objective(config, spec)
@@ -335,7 +361,7 @@ def learn_elsewhere(method, give=lambda logits: logits, cast=lambda batch: batch
     return terms, find_gradient(objective, torch.stack(list(terms.values())).sum())
 
 
-@every_preset
+@different_presets
 def test_any_module_is_a_student_with_batches_of_monai_too(method):
     terms, gradient = learn_elsewhere(method)
     assert all(term.isfinite() for term in terms.values())
@@ -375,7 +401,7 @@ def test_feature_noise_wants_an_encoder_that_is_known():
         compute(objective, *make_batch(objective.config))
 
 
-@every_preset
+@different_presets
 def test_ignored_voxels_give_no_gradient(method):
     config = configure_voxelwise(method)
     objective = make_objective(config, None, student=VoxelNetwork())
@@ -393,7 +419,7 @@ def test_ignored_voxels_give_no_gradient(method):
     assert unlabeled["strong"].grad[unlabeled["weight"] > 0].any()
 
 
-@every_preset
+@different_presets
 @pytest.mark.parametrize("num_heads", [1, 3])
 def test_what_stands_in_ignored_voxels_changes_no_loss(method, num_heads):
     config = configure_voxelwise(method)
@@ -443,7 +469,7 @@ def test_label_255_and_weight_zero_mean_the_same(tiny_spec):
     assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
 
 
-@every_preset_in_2d_too
+@different_presets_in_2d_too
 def test_a_batch_without_a_single_valid_voxel_has_a_loss_of_zero(method, spec):
     config = configure(method)
     labeled, unlabeled = make_batch(config, spec=spec)
@@ -456,30 +482,30 @@ def test_a_batch_without_a_single_valid_voxel_has_a_loss_of_zero(method, spec):
     assert not any(p.grad.any() for p in objective.student.parameters() if p.grad is not None)
 
 
-@every_preset_in_2d_too
+@different_presets_in_3d
 def test_all_state_is_in_the_state_dict(method, spec):
     config = configure(method)
     batch = make_batch(config, spec=spec)
     first = make_objective(config, spec)
-    take_steps(first, batch, 3)
+    take_steps(first, batch, 1)
     second = make_objective(config, spec, seed=99)
     second.load_state_dict(first.state_dict())
-    assert take_steps(first, batch, 3, seed=5) == take_steps(second, batch, 3, seed=5)
+    assert take_steps(first, batch, 2, seed=5) == take_steps(second, batch, 2, seed=5)
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
     assert first.monitors == second.monitors
 
 
-@every_preset_in_2d_too
+@different_presets_in_3d
 def test_the_same_seed_gives_the_same_losses_and_another_one_does_not(method, spec):
     config = configure(method)
     batch = make_batch(config, spec=spec)
-    runs = [take_steps(make_objective(config, spec), batch, 3, seed=seed) for seed in (1, 1, 2)]
+    runs = [take_steps(make_objective(config, spec), batch, 2, seed=seed) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
 
-@every_preset_in_2d_too
+@different_presets_in_2d_too
 def test_monitors_are_plain_finite_floats(method, spec):
     config = configure(method)
     objective = make_objective(config, spec)
@@ -492,7 +518,7 @@ def test_monitors_are_plain_finite_floats(method, spec):
     assert objective.monitors == {}
 
 
-@every_preset_in_2d_too
+@pair(map(pytest.param, FEW), FEW)  # without unlabeled patches all presets are alike
 def test_a_step_lowers_the_loss_on_its_own_batch(method, spec):
     config = configure(method, "network.dropout=0.1")
     still = spec.model_copy(update={"dropout": 0.0})

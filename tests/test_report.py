@@ -311,10 +311,10 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw coarsely: for tests that read the page and do not look at it."""
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make figures and draw none of them: for tests that read the page and do not look at it."""
     monkeypatch.setattr(scans, "render_overlay", lambda *args, **kwargs: b"picture")
-    monkeypatch.setattr(figures, "_DPI", 30)
+    monkeypatch.setattr(figures, "_save", lambda figure: b"figure")
 
 
 def report(run_dir: Path, share: bool = False) -> Page:
@@ -334,7 +334,7 @@ def test_the_page_is_self_contained_and_small(run: Path) -> None:
     assert page.num_images == 11  # dots, curves, 2 x coverage, best/median/worst, 4 to annotate
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_without_a_filter_no_flat_coverage_is_drawn(run: Path) -> None:
     assert "every voxel enters the loss" not in report(run).text
     lines = Journal(run / "metrics.jsonl").read()
@@ -347,7 +347,7 @@ def test_without_a_filter_no_flat_coverage_is_drawn(run: Path) -> None:
     assert page.num_images == 10
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     ("student", "said"), [("ce", True), ("dice_ce", False), ("auto", False), (None, False)]
 )
@@ -361,7 +361,7 @@ def test_losses_of_different_kinds_are_not_left_to_be_compared(
     assert ("among students only" in report(run).text) == said
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_a_record_that_cannot_be_read_does_not_stop_the_page(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,7 +372,7 @@ def test_a_record_that_cannot_be_read_does_not_stop_the_page(
     assert "Not what this run was begun with" not in report(run).text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_splits_and_plan_that_were_changed_are_named(run: Path) -> None:
     words = "Not what this run was begun with"
     dump(run / "run.json", {"hash": "", **hash_record(run)})
@@ -384,7 +384,7 @@ def test_splits_and_plan_that_were_changed_are_named(run: Path) -> None:
     assert re.search(rf"{words}[^<]*: plan\.json, splits\.json\.", report(run).text)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_directions_of_the_body_are_named_for_scans_and_not_for_pictures(run: Path) -> None:
     assert "the patient's right" in report(run).text
     plan = json.loads((run / "plan.json").read_text())
@@ -392,7 +392,7 @@ def test_directions_of_the_body_are_named_for_scans_and_not_for_pictures(run: Pa
     assert "the patient's right" not in report(run).text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     text = report(run).text
     assert "trained on 4 labeled and 6 unlabeled scans of phantoms" in text
@@ -432,7 +432,7 @@ def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
     assert "needs such cases of 8 patients" in verdict.sentence
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_a_run_without_evaluation_is_not_measured_and_opens_no_label(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,7 +445,7 @@ def test_a_run_without_evaluation_is_not_measured_and_opens_no_label(
     assert not any("labels" in path.parts for path in opened)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_only_labels_of_test_cases_are_opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = record_labels(monkeypatch)
     report(run)
@@ -485,7 +485,7 @@ def damage(name: str, content: str) -> Callable[[Path], None]:
     return change
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -526,7 +526,7 @@ def test_whatever_is_missing_is_said(
     assert expected in report(run).text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
     for name in ("round_1", "round_2", "evaluation"):
         shutil.rmtree(run / name)
@@ -547,8 +547,7 @@ def test_a_run_interrupted_in_round_0_has_a_report(run: Path) -> None:
     assert page.num_images == 1  # the losses so far
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_the_reasons_of_the_plan_stand_on_the_page(run: Path) -> None:
     reasons = json.loads((run / "plan.json").read_text())["reasons"]
     text = report(run).text
@@ -556,6 +555,7 @@ def test_the_reasons_of_the_plan_stand_on_the_page(run: Path) -> None:
     assert all(reason in text for reason in reasons)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
     done = json.loads((run / "round_2" / "done.json").read_text())
     done["gate"] = {"passed": False, "reasons": ["lesion covers <0.01 % & less"]}
@@ -568,7 +568,7 @@ def test_a_rejected_round_gives_its_reasons(run: Path) -> None:
     assert "From the review of round 1" in page.text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_a_round_0_that_failed_its_gate_is_not_called_good(tmp_path: Path) -> None:
     run = write_run(tmp_path, num_rounds=1, shape=(8, 8, 8))
     done = json.loads((run / "round_0" / "done.json").read_text())
@@ -584,7 +584,7 @@ def test_a_round_0_that_failed_its_gate_is_not_called_good(tmp_path: Path) -> No
     assert "so far" not in text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_scans_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
     run = write_run(tmp_path, shape=(8, 8, 8))
     shutil.rmtree(tmp_path / "data")
@@ -594,7 +594,7 @@ def test_scans_that_are_gone_are_said_to_be_gone(tmp_path: Path) -> None:
     assert "cannot be checked any more" in page.text
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_case_ids_are_escaped_in_the_plain_report(run: Path) -> None:
     page = report(run)
     assert ODD_ID in page.text
@@ -602,6 +602,7 @@ def test_case_ids_are_escaped_in_the_plain_report(run: Path) -> None:
     assert "&lt;b&gt;&amp;" in page.html
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_shared_report_holds_no_name_and_no_path(run: Path, finished: Path) -> None:
     plan = json.loads((run / "plan.json").read_text())
     plan["reasons"] = [
@@ -638,7 +639,7 @@ def test_a_case_without_a_pseudonym_gets_a_number(run: Path) -> None:
     assert names.name_case("never heard of") == "case ?"
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_the_most_uncertain_scan_comes_first(run: Path) -> None:
     rows = read_folder_with_tables(run).rounds[-1].review
     worst = max(rows, key=lambda row: float(row["uncertainty"]))["case_id"]
@@ -680,7 +681,7 @@ def test_a_step_that_stands_twice_counts_once(run: Path) -> None:
     assert points[0] == (50, 7.0)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("options", [[], ["--share"]])
 def test_the_command_renews_the_page_that_mlflow_gets_with_the_other(
     run: Path, options: list[str]
@@ -693,7 +694,7 @@ def test_the_command_renews_the_page_that_mlflow_gets_with_the_other(
     assert all("<html" in path.read_text() for path in pages)
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_a_report_on_scans_without_a_layout_writes_no_list_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -769,7 +770,7 @@ def test_labels_never_touch(wanted: list[float], gap: float) -> None:
     assert not places or places[-1] <= 1 + 1e-9
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("unseen")
 def test_a_reason_that_all_scans_have_is_said_once(run: Path) -> None:
     path = run / "round_2" / "review.csv"
     with path.open(newline="", encoding="utf-8") as file:

@@ -127,7 +127,13 @@ def test_flips_are_of_the_axes_of_the_volume_in_the_plane():
 # networks
 
 
-@pytest.mark.parametrize("name", PLANE_NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("unet", "deeplabv3plus")))
+        for name in PLANE_NETWORKS
+    ],
+)
 def test_every_architecture_gives_one_head_of_any_size_and_has_dropout(name):
     torch.manual_seed(0)
     network = build_network(ENCODER.model_copy(update={"name": name})).train()
@@ -142,7 +148,10 @@ def test_every_architecture_gives_one_head_of_any_size_and_has_dropout(name):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
-@pytest.mark.parametrize("encoder", ["resnet50", "efficientnet-b0", "tu-resnet18"])
+@pytest.mark.parametrize(
+    "encoder",
+    [pytest.param("resnet50", marks=pytest.mark.slow), "efficientnet-b0", "tu-resnet18"],
+)
 def test_any_encoder_works_without_batch_norm_and_a_download(encoder):
     network = build_network(ENCODER.model_copy(update={"encoder": encoder, "in_channels": 3}))
     assert network.train()(torch.randn(1, 3, 64, 64)).shape == (1, 3, 64, 64)
@@ -199,9 +208,9 @@ def make_batch():
     return labeled, {**unlabeled, "uncertainty": torch.zeros(3, 1, 64, 64)}
 
 
-@pytest.mark.parametrize("spec", [FLAT, ENCODER, ENCODER.model_copy(update={"pretrained": True})])
-def test_every_term_moves_the_student_in_2d_and_the_teacher_follows(spec):
+def test_with_a_pretrained_encoder_every_term_moves_the_student_and_the_teacher_follows():
     torch.manual_seed(0)
+    spec = ENCODER.model_copy(update={"pretrained": True})  # others: tests of the objective
     config = load_config(overrides=[f"method={FULL}", "noise.mixing_probability=1"]).config
     objective = Objective(build_network(spec), config, ("background", "organ", "lesion")).train()
     terms = objective(*make_batch(), 0.5, torch.Generator().manual_seed(1))
@@ -493,7 +502,7 @@ TINY = (
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("has_colors", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_two_rounds_on_pictures_from_the_check_to_the_report(tmp_path, has_colors):
     data, folder, named = tmp_path / "data", tmp_path / "runs" / "a", "data.labels={255: organ}"
@@ -551,7 +560,7 @@ def test_two_micrographs_teach_a_student(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.usefixtures("brief")
 def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_count_or_stop", lambda stop: None)  # it shall come to its steps
     data = tmp_path / "data"
@@ -570,7 +579,7 @@ def test_a_run_on_pictures_that_was_stopped_resumes_to_the_same_bits(tmp_path, m
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_tried_steps")
+@pytest.mark.usefixtures("brief")
 def test_a_thick_slice_volume_is_trained_by_slice(tmp_path):
     data = tmp_path / "data"
     for index in range(4):

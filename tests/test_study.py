@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from medssl import metrics
 from medssl.report.sentences import EVIDENCE
 from medssl.runs import write_json
 
@@ -37,6 +38,7 @@ def trained(study, monkeypatch, tiny_plan):
         return {"total_steps": 10, "seconds": 90.0}
 
     monkeypatch.setattr(study, "finish_run", finish)
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)  # all cases of a draw differ alike
     return commands
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from medssl.metrics import mean_known
@@ -81,15 +82,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 def _write_page(run: RunFolder, cache: FigureCache, share: bool) -> Path:
     """Write one of the two pages."""
     names = choose_names(run) if share else Names(shared=False)
-    environment = Environment(
-        loader=PackageLoader("medssl.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["code"] = _mark_code
-    page = environment.get_template("template.html").render(
+    page = _load_template().render(
         title="medssl report" if share else f"{run.path.resolve().name}: medssl report",
         name="" if share else run.path.resolve().name,
         shared=share,
@@ -117,6 +110,20 @@ def _write_page(run: RunFolder, cache: FigureCache, share: bool) -> Path:
     path = run.path / ("report_share.html" if share else "report.html")
     write_text(path, page)
     return path
+
+
+@functools.cache
+def _load_template() -> Template:
+    """Return the template of the page; it is compiled once."""
+    environment = Environment(
+        loader=PackageLoader("medssl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = _mark_code
+    return environment.get_template("template.html")
 
 
 def _capitalize(text: str) -> str:

@@ -39,26 +39,34 @@ _SIDE = re.compile(
         r"l|r|lt|rt|lh|rh|lft|rgt|lhs|rhs|left(?!over)\w*|right(?!eous|ful)\w*"
         r"|(?!(?:over|hyper|eye)bright|(?:out|down|forth|copy|birth)right|\w*cleft)"
         r"\w{3,}(?:left|right)|\w*(?:links|rechts)\w*|linke(?!d)\w*|rechte(?!ck)\w*|recht"
-        r"|gauches?|droite?s?|izquierd[oa]s?|izq(?:d[oa])?|izd[oa]|derech[oa]s?|dch[oa]|drch[oa]?"
+        r"|gauches?|droite?s?|izquierd[oa]s?|izq(?:d[oa])?|izd[oa]|derech[oa]s?|dch[oa]?|drch[oa]?"
         r"|sinistr\w*|sinister|destr[oaie]|dex|dext|dexter|dextr(?:a|ae|am|um|i|o|us)?"
         r"|esquerd[oa]s?|esq|direit[oa]s?|vänster\w*|höger\w*|venstre\w*|højre\w*|høyre\w*"
         r"|vasen|vasem\w*|oikea\w*|lew(?:y|a|e|ego|ej)|praw(?:y|a|e|ego|ej)|l[ií]?j?ev(?:ý|á|é|i|o)"
         r"|prav(?:ý|á|é|eho|ej)|desn[aiou]|stâng(?:a|ul)?|drept(?:ul)?|dreapta|kiri|kanan"
         r"|trái|phải|лев(?:ый|ая|ое|ые|ого|ой|ую|ым|ом|ых)?|лево\w*|право\w*"
         r"|прав(?:ый|ая|ое|ые|ого|ой|ую|ым|ом|ых|ий|а|е|ої)?|лів(?:ий|а|е|ої)|ляв\w*|десен|десн\w*"
+        r"|vasak\w*|parem(?:al|a|pool\w*)?|kair(?:ė|ysis|ioji|\w*inis)|dešin(?:ė|ysis|ioji|inis)"
+        r"|esquerr[ae]s?|dret[as]?|چپ|راست|.*(?:ซ้าย|ขวา).*"
+        r"|(?:좌|우)(?:신|폐|뇌|심|측|상|하|중|완|슬|대퇴).*"
         r"|αριστερ\w*|δεξι\w*|(?:ال)?(?:يسار|أيسر|يسرى|يمين|أيمن|يمنى)|שמאל\w*|ימין|ימני\w*"
         r"|.*[左右].*|.*(?:ひだり|みぎ|ヒダリ|ミギ|왼|오른|좌측|우측).*"
     )
 )
 _SHORT = re.compile("sin|der|dir|dx|sx|sn|li|re|gche|dte")  # as a last word; der Kopf, sin tumor
-_INSIDE = (("l", "r"), ("left", "right"), ("links", "rechts"), ("izq", "der"), ("esq", "dir"))
+_INSIDE = (
+    *(("l", "r"), ("left", "right"), ("links", "rechts"), ("izq", "der"), ("esq", "dir")),
+    (fold_text("좌"), fold_text("우")),
+)
 """What may stand anywhere in a name for the one side and the other: lkid, rkid."""
 _ALONE = (
     *_INSIDE, ("g", "d"), ("e", "d"), ("i", "d"), ("s", "d"), ("sin", "dx"), ("sin", "dex"),
     ("sin", "dext"), ("sx", "dx"), ("sn", "dx"), ("v", "h"), ("li", "re"), ("l", "p"), ("л", "п"),
-    ("л", "пр"), ("sol", fold_text("sağ")), ("bal", "jobb"), ("va", "ho"), ("gche", "dte"),
+    ("v", "o"), ("л", "пр"), ("sol", fold_text("sağ")), ("bal", "jobb"), ("va", "ho"),
+    ("gche", "dte"),
 )  # fmt: skip
 """Words, or letters, that mean sides in one language or another where two names differ in them."""
+_LONGEST_INITIALS = 3  # letters of a word that stands for several, one of which may be the side
 _VERTEBRA = re.compile("(vert|lumb|wirb|spin|dis[ck]|lend|colon)\\w*")  # before L 3
 
 
@@ -119,7 +127,10 @@ def _find_pairs(split: Mapping[str, Sequence[str]]) -> set[str]:
     families: dict[tuple[object, ...], list[tuple[str, str]]] = defaultdict(list)
     for name, words in split.items():
         for place, word in enumerate(words):
-            families[place, *words[:place], None, *words[place + 1 :]].append((name, word))
+            others = (place, *words[:place], None, *words[place + 1 :])
+            families[others].append((name, word))
+            for index, letter in enumerate(word if len(word) <= _LONGEST_INITIALS else ""):
+                families[others, word[:index], word[index + 1 :]].append((name, letter))
     for members in families.values():
         if len(members) == 2 and any(  # a, b, c, d and e are no sides
             {members[0][1], members[1][1]} == set(pair) for pair in _ALONE

@@ -755,6 +755,19 @@ def test_a_table_of_metadata_beside_the_scans_is_no_list(tmp_path):
     assert "'imgae'; did you mean 'image'?" in refuse(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", ['{"a": {"alter": 61}}', '{"patients": [{"id": "a", "sexe": "F"}]}', '{"a": 61}']
+)
+def test_an_object_of_metadata_beside_the_scans_is_no_list(tmp_path, content):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz")
+    (tmp_path / "cases.json").write_text(content)
+    dataset = read_dataset(tmp_path)
+    assert (dataset.format, ids(dataset, labeled=True)) == ("folders", ["a"])
+    assert "cases.json has no column of images" in dataset.notes[0]
+    (tmp_path / "cases.json").write_text('{"scans": [{"case_id": "a", "image": "a.nii.gz"}]}')
+    assert "expected [{" in refuse(tmp_path)
+
+
 def test_columns_of_metadata_are_noted_and_not_read(tmp_path):
     text = "case_id,image,label,age,site,volume,id,fold,labels,subject,patient_id,set\n"
     path = write_list(tmp_path, f"{text}x,a.nii.gz,m.nii.gz,4,Lab,3.5,7,2,3,s,p,A\n")

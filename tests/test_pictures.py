@@ -385,6 +385,25 @@ def test_a_label_of_few_bits_that_programs_stretch_is_refused(tmp_path):
         read_label(path, (0, 85, 170, 255), None)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_the_last_bytes_of_a_compressed_picture_are_compared_too(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_mask(path, (draw((64, 60, 1)) % 2).astype(np.uint8), np.eye(4), (0, 1))
+    whole = path.read_bytes()
+    if suffix == ".png":
+        end = whole.index(b"IEND") - 4
+    else:
+        with Image.open(path) as image:
+            end = image.tag_v2[273][0] + image.tag_v2[279][0]
+    for place in range(end - 8, end):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        for read in (lambda: read_label(path, (0, 1), None), lambda: read_image([path], 1)):
+            with pytest.raises(InputError, match=path.name):
+                read()
+
+
 # Palettes
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from series import make_slices, save
 
 from medssl.config import InputError
 from medssl.data import predictions
@@ -170,6 +171,23 @@ def test_what_is_wrong_with_one_input_does_not_stop_the_others(scans, tmp_path):
     named = "\n".join(plan.problems)
     assert all(name in named for name in ("gone.nii.gz", "old.gipl", "absent.nii", "notes.txt"))
     assert "more" in "\n".join(plan.notes)
+
+
+def test_dicom_among_other_scans_hides_none_of_them(scans, tmp_path):
+    folder = tmp_path / "images"
+    os.mkfifo(folder / "pipe")
+    touch(folder / "other.dcm")
+    plan = plan_predictions([folder], tmp_path / "out", 1)
+    assert list(plan.scans) == [*(f"case{i}" for i in range(7)), "other"]
+    (folder / "other.dcm").unlink()
+    save(folder, make_slices(np.zeros((4, 4, 3), np.int16), np.diag([1.0, 1, 2, 1])))
+    touch(folder / "preview.png")
+    plan = plan_predictions([folder], tmp_path / "out", 1)
+    assert list(plan.scans) == [f"case{i}" for i in range(7)]
+    assert "put the slices of each scan into a folder of its own" in plan.problems[0]
+    for path in folder.glob("*.nii*"):
+        path.unlink()
+    assert list(plan_predictions([folder], tmp_path / "out", 1).scans) == ["images"]
 
 
 def test_a_case_without_one_of_its_channels_does_not_stop_the_others(tmp_path):

@@ -17,7 +17,8 @@ SIDED = (
     "rene destro", "rene sx", "rim_direito", "rim esquerdo", "linkernier", "rechter nier",
     "vänster njure", "höger", "venstre nyre", "højre", "høyre nyre", "левая почка", "ПРАВАЯ",
     "почка прав.", "左肾", "右腎", "左", "ひだり", "왼쪽 신장", "lewa nerka", "levá ledvina",
-    "vasen munuainen", "αριστερός νεφρός", "ｋｉｄｎｅｙ＿Ｌ",
+    "vasen munuainen", "αριστερός νεφρός", "ｋｉｄｎｅｙ＿Ｌ", "좌신장", "우폐", "vasak neer",
+    "kairysis inkstas", "ronyó esquerre", "کلیه چپ", "ไตซ้าย", "ojo dch",
 )  # fmt: skip
 NOT_SIDED = (
     "bright", "hyperbright", "alright", "upright", "cleft", "midcleft", "leftover tumor", "L3",
@@ -30,7 +31,8 @@ PAIRS = (
     ("LK", "RK"), ("rkid", "lkid"), ("LV", "RV"), ("LUL", "RUL"), ("kidl", "kidr"), ("L3", "R3"),
     ("limbleft", "limbright"), ("rein_g", "rein_d"), ("rim_e", "rim_d"), ("riñón_i", "riñón_d"),
     ("rene s", "rene d"), ("njure_v", "njure_h"), ("почка_л", "почка_п"),
-    ("sol böbrek", "sağ böbrek"), ("kidney_l_1", "kidney_r_2"),
+    ("sol böbrek", "sağ böbrek"), ("kidney_l_1", "kidney_r_2"), ("RG", "RD"), ("G", "D"),
+    ("PE", "PD"), ("NL", "NP"), ("ЛЛ", "ЛП"), ("munuainen_v", "munuainen_o"), ("좌 엽", "우 엽"),
 )  # fmt: skip
 
 
@@ -55,7 +57,8 @@ def test_two_names_that_differ_in_a_side_alone_are_a_pair(one, other):
 @pytest.mark.parametrize(
     "names",
     [("lesion_a", "lesion_b", "lesion_d", "lesion_e"), ("L1", "L2", "S1"), ("T1", "T2"), ("a", "b"),
-     ("anterior", "posterior"), ("liver", "spleen"), ("lung", "rib"), ("LV", "MYO", "LA")],
+     ("anterior", "posterior"), ("liver", "spleen"), ("lung", "rib"), ("LV", "MYO", "LA"),
+     ("GTV", "CTV", "DTV"), ("ED", "ET", "NCR"), ("우울", "표")],
 )  # fmt: skip
 def test_names_that_differ_in_something_else_are_no_pair(names):
     assert find_sided(names) == []

@@ -45,7 +45,7 @@ PERCENTILES = (0.5, 50.0, 99.5)
 
 _MAX_SAMPLES = 500_000  # voxels of a channel that its percentiles are taken from
 _MAX_CLASSES = 100  # more label values than this are an image, not a label
-_FEWEST_VOLUMES = 5  # of a class, from which on one of them can be unusual
+_FEWEST_VOLUMES = 4  # of a class, from which on one of them can be unusual
 _UNUSUAL_SPREADS, _UNUSUAL_FACTOR = 5.0, 8.0  # both are passed by the volume that is named
 _PLAUSIBLE_MM = (0.02, 20.0)  # spacing outside of this is a header without units or a mistake
 _MOST_OFF = 10.0  # times the usual spacing: another patient, or another unit

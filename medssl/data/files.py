@@ -93,7 +93,7 @@ def list_scans(folder: Path) -> dict[str, Path]:
     """
     scans: dict[str, Path] = {}
     visible = [path for path in sorted(folder.iterdir()) if path.name[0] != "."]
-    _refuse_loose_slices(folder, visible)
+    refuse_loose_slices(folder, visible)
     names = {path: find_scan(path) for path in visible}
     halves = {path for path, scan in names.items() if scan != path and scan in names}
     for path in keep_scans(path for path, scan in names.items() if is_scan(scan)):
@@ -106,8 +106,16 @@ def list_scans(folder: Path) -> dict[str, Path]:
     return scans
 
 
-def _refuse_loose_slices(folder: Path, paths: Sequence[Path]) -> None:
-    """Refuse the slices of a series that lie among scans: each would be taken for a scan."""
+def refuse_loose_slices(folder: Path, paths: Sequence[Path]) -> None:
+    """Refuse the slices of a series that lie among scans: each would be taken for a scan.
+
+    Args:
+        folder: Where they lie.
+        paths: What lies there.
+
+    Raises:
+        InputError: Two are of one series, or one is damaged.
+    """
     files = [path for path in paths if os.path.isfile(path) and is_dicom(path)]
     if len(files) < 2:
         return

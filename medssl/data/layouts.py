@@ -258,12 +258,21 @@ def _is_list(path: Path) -> bool:
     try:
         rows = _read_rows(path, [])[1]
     except InputError:
-        return True
+        return path.suffix.lower() == ".csv" or _may_list(path)
     columns = {column for _, row in rows for column in row}
     return not rows or any(
         _is_channel(column) or _are_scans(_list_values(column, rows), path.parent)
         for column in columns
     )
+
+
+def _may_list(path: Path) -> bool:
+    """Tell whether a JSON file cannot be read or is empty, or names a scan anywhere."""
+    try:
+        content = _read_json(path)
+    except InputError:
+        return True
+    return not content or _count_scans(content) > 0
 
 
 def _is_folders(root: Path) -> bool:

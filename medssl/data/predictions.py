@@ -19,7 +19,14 @@ from typing import Any
 
 from medssl import __version__
 from medssl.config import InputError
-from medssl.data.files import find_scan, find_unread, is_scan, keep_scans, walk_scans
+from medssl.data.files import (
+    find_scan,
+    find_unread,
+    is_scan,
+    keep_scans,
+    refuse_loose_slices,
+    walk_scans,
+)
 from medssl.data.layouts import read_dataset
 from medssl.formats.readers import (
     DICOM,
@@ -422,11 +429,18 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
         if find_reader(path) is None:
             raise InputError(f"{path}: no scan that is read, {KINDS}")
         return [path]
-    if any(is_dicom(entry) for entry in sorted(path.iterdir()) if entry.is_file()):
+    inside = [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+    slices = [file for file in inside if is_dicom(file)]
+    if slices and not any(is_scan(file) and has_spacing(file) for file in set(inside) - {*slices}):
         return [path]
+    try:
+        refuse_loose_slices(path, slices)
+        slices = []
+    except InputError as error:
+        problems.append(str(error))
     problems += [f"{path.parent / problem}" for problem in find_unread(path)]
     entries = [find_scan(p) for p in sorted(path.iterdir()) if not p.name.startswith(".")]
-    visible = [entry for entry in dict.fromkeys(entries) if is_scan(entry)]
+    visible = [e for e in dict.fromkeys(entries) if is_scan(e) and e not in slices]
     files = keep_scans(visible)
     below = [
         scan for scan in walk_scans(path, with_dicom=False) if not _lies_in(scan, [path, *files])

@@ -274,7 +274,7 @@ def _open(path: Path) -> _Opened:
     affine, unit = _find_place(path, header)
     i, j, k = (*in_space, 1)[:3]
     shape: Shape = (i, j, k)
-    check_place(path, shape, affine, unit)
+    check_place(path, shape, affine, unit or "mm")
     header["contradictions"] = _find_contradictions(header)
     num_channels = sizes[others[0]] if others else 1
     data = _find_data(path, head, math.prod(sizes))

@@ -10,6 +10,7 @@ import math
 import re
 import struct
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,12 +37,14 @@ _NEW_SUBFILE, _BITS, _PHOTOMETRIC, _DESCRIPTION, _SAMPLES, _PLANAR, _SAMPLE_FORM
 )  # tags of a TIFF
 _NOTE, _SOFTWARE = "Software", 305  # the chunk of a PNG and the tag of a TIFF
 _PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
+_DEFLATED, _PLACES = ("tiff_adobe_deflate", "tiff_deflate"), ((273, 279), (324, 325))
+"""Compressions of a TIFF that have a checksum; tags of the offsets and sizes of strips or tiles."""
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
 
 _UNREADABLE = (  # all that Pillow says of damaged files
     *(OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError),
-    *(TypeError, LookupError, AttributeError, RuntimeError, struct.error),
+    *(TypeError, LookupError, AttributeError, RuntimeError, struct.error, zlib.error),
 )
 
 
@@ -283,6 +286,7 @@ def _count_pages(image: Image.Image) -> int:
 def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
     """Yield the pages of a picture; refuse a page that Pillow would change or cut."""
     with _open(path) as image:
+        _check_sums(path, image)
         for index in range(_count_pages(image)):
             if index:
                 image.seek(index)
@@ -294,6 +298,33 @@ def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
                 _refuse_turned(path, image)
             image.load()  # here, where a damaged file is caught
             yield image
+
+
+def _check_sums(path: Path, image: Image.Image) -> None:
+    """Compare all checksums of a PNG or deflated TIFF: what decodes stops before the last ones."""
+    if image.format == "PNG":
+        with Image.open(path, formats=("PNG",)) as again:
+            again.verify()
+    for index in range(_count_pages(image)):
+        image.seek(index)
+        if image.info.get("compression") in _DEFLATED:
+            _check_strips(path, _get_tags(image))
+    image.seek(0)
+
+
+def _check_strips(path: Path, tags: Mapping[int, Any]) -> None:
+    """Decompress the strips or tiles of a deflated page to their ends."""
+    with path.open("rb") as file:
+        for offsets, sizes in _PLACES:
+            for offset, size in zip(tags.get(offsets, ()), tags.get(sizes, ()), strict=True):
+                file.seek(offset)
+                unpacker = zlib.decompressobj()
+                rest = file.read(size)
+                while rest and not unpacker.eof:
+                    unpacker.decompress(rest, PIECE)
+                    rest = unpacker.unconsumed_tail
+                if not unpacker.eof:
+                    raise EOFError("the compressed data end early")
 
 
 def _refuse_turned(path: Path, image: Image.Image) -> None:

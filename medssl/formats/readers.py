@@ -194,6 +194,8 @@ def is_dicom(path: Path) -> bool:
     """Tell whether a file is DICOM, by `.dcm` or by its first bytes."""
     if path.suffix.lower() in DICOM.suffixes:
         return True
+    if not os.path.isfile(path):
+        return False  # a pipe has no end
     try:
         with path.open("rb") as file:
             return starts_dicom(file.read(START))

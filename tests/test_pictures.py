@@ -142,8 +142,20 @@ def test_a_map_of_classes_is_a_tiff_of_a_page_for_each_class_and_slice(tmp_path)
 def test_what_a_format_cannot_hold_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="cannot hold"):
         write_mask(tmp_path / "a.png", np.zeros((3, 3, 2), np.uint8), np.eye(4), (0, 1))
-    with pytest.raises(ValueError, match="cannot hold"):
+    with pytest.raises(InputError, match=r"no mask in PNG holds the label values .*65535"):
         write_mask(tmp_path / "a.png", np.ones((3, 3, 1), np.uint8), np.eye(4), (0, 70_000))
+
+
+def test_label_values_that_no_mask_can_hold_are_refused_before_a_training(tmp_path):
+    for suffix, is_refused in (("png", True), ("jpg", True), ("tif", False)):
+        root = tmp_path / suffix
+        for index in range(3):
+            save(root / "images" / f"a{index}.{suffix}", draw((8, 8)) + index)
+            label = (draw((8, 8)) % 2).astype(np.int32) * 70_000
+            save(root / "labels" / f"a{index}.tif", label)
+        dataset = read_dataset(root)
+        problems = check_dataset(dataset, split_cases(dataset, DataSection(), "auto")).problems
+        assert [("70000" in text and "65535" in text) for text in problems] == [True] * is_refused
 
 
 def test_a_folder_of_pictures_is_read_with_its_colors_and_nifti_wins_over_previews(tmp_path):

@@ -23,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medssl.config import InputError
-from medssl.formats.scan import PIECE, Color, Scan
+from medssl.formats.scan import PIECE, START_BYTES, Color, Scan, explain_start, guard
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -39,6 +39,7 @@ _PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
 
+_PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _UNREADABLE = (  # all that Pillow says of damaged files
     *(OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError),
     *(TypeError, LookupError, AttributeError, RuntimeError, struct.error),
@@ -269,10 +270,19 @@ def _open(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}; cut it into tiles") from error
     except _UNREADABLE as error:
+        guard(path, lambda: _explain(path))
         raise InputError(
             f"{path}: cannot be read as PNG, JPEG or TIFF ({error}): the file is damaged or of a "
             "kind that Pillow does not read, save it again"
         ) from error
+
+
+def _explain(path: Path) -> None:
+    """Refuse by name a file that is no picture."""
+    with path.open("rb") as file:
+        start = file.read(START_BYTES)
+    if not start.startswith(_PICTURE_STARTS):
+        explain_start(path, start)
 
 
 def _count_pages(image: Image.Image) -> int:

@@ -328,6 +328,14 @@ def test_a_cut_file_is_refused_by_its_name(tmp_path, syntax):
     refuse(tmp_path, "3.dcm", "damaged or incomplete")
 
 
+def test_a_transfer_syntax_of_several_values_is_refused(tmp_path):
+    path = save(tmp_path, make_slices(ARRAY, AXIAL)) / "2.dcm"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"1.2.840.10008.1.2.1", b"1.2.840\\10008.1.2.1"))
+    assert path.read_bytes() != content
+    refuse(tmp_path, "2.dcm", "cannot be decoded")
+
+
 def test_a_damaged_archive_and_one_with_a_password_are_refused(tmp_path):
     folder = save(tmp_path / "a", make_slices(ARRAY, AXIAL))
     archive = tmp_path / "a.zip"

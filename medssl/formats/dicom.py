@@ -672,7 +672,7 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
         except MemoryError:
             raise
         except Exception as error:  # decoders raise all kinds of them
-            syntax = dataset.file_meta.TransferSyntaxUID.name
+            syntax = getattr(dataset.file_meta.TransferSyntaxUID, "name", "of no known kind")
             raise InputError(
                 f"{place}: its pixels ({syntax}) cannot be decoded ({error}): the file is damaged "
                 f"or incomplete, or a decoder is missing ({_EXTRA})"

@@ -98,6 +98,31 @@ def test_what_is_no_picture_is_named(tmp_path):
         read_image([tmp_path / "none.png"], 1)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "raw.tif", "deflate.tif", "lzw.tif"])
+def test_more_pixels_than_a_file_can_hold_are_refused_before_it_is_decoded(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    options = {"raw.tif": {}, "deflate.tif": {"compression": "tiff_adobe_deflate"}}
+    options |= {"lzw.tif": {"compression": "tiff_lzw"}}
+    Image.fromarray(draw((16, 16))).save(path, **options.get(suffix, {}))
+    content = bytearray(path.read_bytes())
+    size = 12_000
+    if suffix == "jpg":
+        place = content.index(b"\xff\xc0") + 5
+        content[place : place + 4] = struct.pack(">HH", size, size)
+    elif suffix == "png":
+        content[16:24] = struct.pack(">II", size, size)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    else:
+        (start,) = struct.unpack("<I", content[4:8])
+        for place in range(start + 2, start + 2 + 12 * content[start], 12):
+            if content[place : place + 2] in (b"\x00\x01", b"\x01\x01", b"\x16\x01"):
+                content[place + 8 : place + 10] = struct.pack("<H", size)
+    path.write_bytes(content)
+    for read in (lambda: read_image([path], 1), lambda: read_geometry(path)):
+        with pytest.raises(InputError, match=r"12000 x 12000 pixels, .* bytes can hold"):
+            read()
+
+
 def test_label_values_are_gray_values_or_indices_of_a_palette(tmp_path):
     array = np.array([[0, 255, 7]], np.uint8)
     for path in (save(tmp_path / "a.png", array), save(tmp_path / "a.tif", array)):

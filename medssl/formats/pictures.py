@@ -39,6 +39,14 @@ _PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
 
+_MOST_PIXELS = {  # that a byte of a file can stand for, of one bit each; of JPEG, blocks of one bit
+    "raw": 8,
+    "packbits": 8 * 64,
+    "deflate": 8 * 1032,
+    "tiff_adobe_deflate": 8 * 1032,
+    "tiff_lzw": 8 * 2731,
+    "jpeg": 512,
+}
 _PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _UNREADABLE = (  # all that Pillow says of damaged files
     *(OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError),
@@ -99,6 +107,7 @@ def open_label(path: Path) -> Scan:
 def _read_shape(path: Path) -> Shape:
     """Return (I, J, K) of a picture by its header: rows, columns, pages."""
     with _open(path) as image:
+        _refuse_more(path, image)
         _refuse_other_axes(path, image)
         columns, rows = image.size
         return rows, columns, _count_pages(image)
@@ -299,11 +308,27 @@ def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
             lost = _find_loss(image, is_label) or (index and _find_extra_page(image))
             if lost:
                 raise InputError(f"{path}: {lost}")
+            _refuse_more(path, image)
             if index == 0:
                 _refuse_other_axes(path, image)
                 _refuse_turned(path, image)
             image.load()  # here, where a damaged file is caught
             yield image
+
+
+def _refuse_more(path: Path, image: Image.Image) -> None:
+    """Refuse a page of more pixels than its file can hold, before it is decoded.
+
+    Where a JPEG ends early, its decoder makes the rest gray without a word.
+    """
+    packed = {"PNG": "deflate", "JPEG": "jpeg"}.get(str(image.format))
+    most = _MOST_PIXELS.get(packed or str(image.info.get("compression")))
+    width, height = image.size
+    if most is not None and width * height > most * path.stat().st_size:
+        raise EOFError(
+            f"it declares {width} x {height} pixels, and its {path.stat().st_size} bytes can hold "
+            f"{most * path.stat().st_size} at most"
+        )
 
 
 def _refuse_turned(path: Path, image: Image.Image) -> None:

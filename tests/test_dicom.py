@@ -328,6 +328,18 @@ def test_a_cut_file_is_refused_by_its_name(tmp_path, syntax):
     refuse(tmp_path, "3.dcm", "damaged or incomplete")
 
 
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90"])
+def test_more_pixels_than_compressed_bytes_can_hold_are_refused_before_they_are_decoded(
+    tmp_path, syntax
+):
+    slices = make_slices(LARGE, AXIAL)
+    for image in slices:
+        image.compress(syntax, generate_instance_uid=False)
+        image.Rows = image.Columns = 60_000
+        image.PixelData = image.PixelData[:8000] if syntax.endswith(".5") else image.PixelData
+    refuse(save(tmp_path, slices), "declares 3600000000 pixels", "can hold")
+
+
 def test_a_transfer_syntax_of_several_values_is_refused(tmp_path):
     path = save(tmp_path, make_slices(ARRAY, AXIAL)) / "2.dcm"
     content = path.read_bytes()

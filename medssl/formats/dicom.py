@@ -66,6 +66,13 @@ _FIELDS = (
     *("SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("GantryDetectorTilt", *_DIFFERING),
 )
+_MOST_PIXELS = {  # by the beginning of a transfer syntax: pixels that a byte can stand for
+    "1.2.840.10008.1.2.5": 64,  # RLE
+    "1.2.840.10008.1.2.4.8": 2**18,  # JPEG-LS
+    "1.2.840.10008.1.2.4.9": 2**18,  # JPEG 2000
+    "1.2.840.10008.1.2.4.20": 2**18,  # JPEG 2000, high throughput
+    "1.2.840.10008.1.2.4": 512,  # JPEG: blocks of 64 pixels of at least one bit
+}
 _TAGS = (
     *("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "PatientName"),
     *("SeriesDescription", "PatientID", "ImageType", "Rows", "Columns", "NumberOfFrames"),
@@ -658,6 +665,19 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
                 yield (stored * slope + intercept).ravel()
 
 
+def _refuse_more(place: Place, dataset: Any) -> None:
+    """Refuse compressed pixels of fewer bytes than their number needs, before they are decoded."""
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    most = next((most for begin, most in _MOST_PIXELS.items() if syntax.startswith(begin)), None)
+    declared = int(dataset.get("NumberOfFrames") or 1) * int(dataset.Rows) * int(dataset.Columns)
+    held = len(dataset.get("PixelData") or b"")
+    if most is not None and declared > most * held:
+        raise InputError(
+            f"{place}: its header declares {declared} pixels, and its {held} bytes of pixels can "
+            f"hold {most * held} at most: the file is damaged or incomplete, copy it again"
+        )
+
+
 def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
     """Yield the stored values (J, I) of some frames of a file.
 
@@ -665,6 +685,7 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
         InputError: The file is damaged, or its compression is not known.
     """
     pixels = load_package("pydicom.pixels")
+    guard_dicom(place, partial(_refuse_more, place, dataset))
     frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
     for plane in planes:
         try:

@@ -32,13 +32,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import psutil
-import pydicom
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pydicom.data import get_testdata_file
 
 from medssl.compare import compare
 from medssl.config import Config, InputError
@@ -54,6 +52,7 @@ from medssl.data.io import (
 from medssl.data.phantoms import write_phantoms
 from medssl.evaluate import evaluate_run
 from medssl.formats import dicom
+from medssl.formats.dicom import load_package
 from medssl.formats.readers import get_reader
 from medssl.names import choose_names
 from medssl.predict import load_model
@@ -64,6 +63,8 @@ from medssl.run_folder import read_folder, read_points
 from medssl.runs import StopFlag
 from medssl.settings import dump, load_config
 from medssl.tracking.note import describe_training, write_note
+
+pydicom = load_package("pydicom")
 
 MOST_BYTES = 2 * 2**30  # more than there are before the first input
 ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
@@ -284,7 +285,7 @@ def fuzz_formats(data: st.DataObject, folder: Path) -> None:
 def make_series() -> dict[str, dict[str, bytes]]:
     """Return three slices, alone and as the frames of one file, and masks of them by their form."""
     slices = {}
-    image = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    image = pydicom.dcmread(load_package("pydicom.data").get_testdata_file("CT_small.dcm"))
     image.Rows, image.Columns, image.PixelData = 4, 5, bytes(range(40))
     for k in range(3):
         image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"

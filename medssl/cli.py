@@ -102,9 +102,14 @@ def main() -> None:
 
 
 def _expand_home(text: str) -> str:
-    """Return an argument in which `~` is the home folder also where no shell sees to it."""
+    """Return an argument in which `~` is the home folder also where no shell sees to it.
+
+    Of a setting, `~` alone is nothing (null), as in YAML.
+    """
     return re.sub(
-        r"(^|[=,]|sqlite:///)(~[\w.-]*)(?=/)", lambda m: m[1] + os.path.expanduser(m[2]), text
+        r"(^|[=,]|sqlite:///)(~[\w.-]*)(?=/)|(^|^--[\w-]+=)(~[\w.-]*)$",
+        lambda m: (m[1] or m[3] or "") + os.path.expanduser(m[2] or m[4]),
+        text,
     )
 
 

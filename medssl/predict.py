@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medssl import __version__
-from medssl.config import InputError
+from medssl.config import LARGEST_LABEL, InputError
 from medssl.data.files import hash_source
 from medssl.data.io import (
     CONTRADICTIONS,
@@ -73,6 +73,7 @@ from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide_w
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
 Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
+Value = Annotated[int, Field(ge=0, le=LARGEST_LABEL)]
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
 SLAB_BYTES = 3 * 2**30  # of the slabs that are held at once; a scan with larger ones is cut
@@ -98,7 +99,7 @@ class ModelInfo(BaseModel):
     format: Literal[1] = 1
     network: NetworkSpec
     labels: dict[int, str]
-    label_values: tuple[int, ...]
+    label_values: tuple[Value, ...]
     channels: tuple[str, ...]
     palette: dict[int, tuple[int, int, int]] = {}
     preprocessing: Preprocessing

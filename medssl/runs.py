@@ -266,8 +266,9 @@ def _is_running(number: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a text file atomically; names of files that are not UTF-8 stand in it as codes."""
+    content = text.encode(errors="backslashreplace")
+    write_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_json(path: Path, content: object, mode: int | None = None) -> None:

@@ -284,7 +284,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _read_method(name: str, problems: list[str]) -> tuple[dict[str, Any], str]:
     """Read the preset of a method, given by name or by file."""
     if name.endswith((".yaml", ".yml")):
-        values = _spell_out(_read_yaml(Path(name)), problems)
+        values = _spell_out(_read_yaml(Path(name).expanduser()), problems)
         if "method" in values:
             problems.append(
                 f"{name}: method={values['method']}: a preset builds on no other one; write out "

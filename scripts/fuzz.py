@@ -12,15 +12,19 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import bz2
 import functools
 import gzip
 import io
 import logging
+import re
 import resource
 import shutil
 import struct
 import tempfile
 import warnings
+import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -36,9 +40,20 @@ from PIL import Image
 
 from medssl.compare import compare
 from medssl.config import Config, InputError
-from medssl.data.io import read_geometry, read_image, read_label, read_label_values
+from medssl.data.cases import Case
+from medssl.data.io import (
+    read_geometry,
+    read_image,
+    read_label,
+    read_label_values,
+    read_origin,
+    write_mask,
+)
 from medssl.data.phantoms import write_phantoms
 from medssl.evaluate import evaluate_run
+from medssl.formats import dicom
+from medssl.formats.dicom import load_package
+from medssl.formats.readers import get_reader
 from medssl.names import choose_names
 from medssl.predict import load_model
 from medssl.pseudo.gates import Gate
@@ -49,9 +64,15 @@ from medssl.runs import StopFlag
 from medssl.settings import dump, load_config
 from medssl.tracking.note import describe_training, write_note
 
+pydicom = load_package("pydicom")
+
 MOST_BYTES = 2 * 2**30  # more than there are before the first input
 ODD_NUMBERS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("nan"), float("inf"), 7.0, 32767.0, 1e9)
 ODD_JSON = ("[]", "5", "null", "{}", '""', "[[]]", '{"a": {}}', "true", "1e999", "-1", "nul", "")
+ODD_WORDS = (
+    *(b"", b"0", b"-1", b"1e999", b"nan", b"inf", b"99999999999", b"0.5", b"1\\2", b"none", b"("),
+    *(b"x", b"\xff", b"1e30", b"2000 2000 2000", b"2", b"(1,0)", b"LOCAL", b"raw", b"gzip"),
+)
 ODD_YAML = (
     *ODD_JSON, "yes", "~", "2026-02-30", "!!int x", "!!python/object:os.system x", "&a [*a]",
     "9" * 30,
@@ -142,16 +163,221 @@ def fuzz_nifti(data: st.DataObject, folder: Path) -> None:
     read_all(path, data.draw(st.integers(1, 2), "channels"))
 
 
-def read_all(path: Path, num_channels: int) -> None:
-    """Read a scan as image, as label, and its header; only refusals may come out."""
+def read_all(path: Path, num_channels: int, label: Path | None = None) -> None:
+    """Read a scan as image, as label, and its header; only refusals may come out.
+
+    Args:
+        path: The scan.
+        num_channels: Declared of it.
+        label: Of the scan, where it is another file.
+    """
+    case = Case("scan", (path,), label, "") if label else None
+    label = label or path
     for read in (
         lambda: read_geometry(path),
         lambda: read_image([path], num_channels),
-        lambda: read_label(path, (0, 1, 2), 255),
-        lambda: read_label_values(path),
+        lambda: read_label(label, (0, 1, 2), 255, case),
+        lambda: read_label_values(label, case),
+        lambda: read_origin(label, case),
+        lambda: get_reader(label).format.read_names(label) if get_reader(label).has_names else {},
     ):
         with suppress(InputError):
             read()
+
+
+def save_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write files by their names."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def collect_formats() -> dict[str, dict[str, bytes]]:
+    """Return the files of a small scan of each kind, by the kind; the first one is opened."""
+    count = bytes(range(24))
+    text = b" ".join(b"%d" % number for number in count)
+    nrrd = (
+        "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 3 4\nspace: RAS\nencoding: {}\n"
+        "space directions: (0,2,0) (1,0,0) (0,0,3)\nspace origin: (5,6,7)\n{}\n"
+    )
+    packed = {
+        "raw": count,
+        "gzip": gzip.compress(count, mtime=0),
+        "bzip2": bz2.compress(count),
+        "text": text,
+        "hex": count.hex().encode(),
+    }
+    scans = {
+        f"nrrd {name}": {"scan.nrrd": nrrd.format(name, "").encode() + content}
+        for name, content in packed.items()
+    }
+    detached = nrrd.format("gzip", "data file: scan.raw.gz\n").encode()
+    scans["nrrd beside"] = {"scan.nhdr": detached, "scan.raw.gz": packed["gzip"]}
+    layers = (
+        nrrd.replace("dimension: 3", "dimension: 4")
+        .replace("2 3 4", "2 1 3 4")
+        .replace("directions: ", "directions: none ")
+    )
+    named = "kinds: list domain domain domain\n" + "".join(
+        f"Segment{n}_Name:=part {n}\nSegment{n}_Layer:={n}\nSegment{n}_LabelValue:=1\n"
+        for n in (0, 1)
+    )
+    scans["nrrd segments"] = {
+        "scan.seg.nrrd": layers.format("raw", named).encode() + bytes([1, 0, 0, 1] * 6)
+    }
+    mha = (
+        "ObjectType = Image\nNDims = 3\nDimSize = 2 3 4\nElementType = MET_UCHAR\n"
+        "ElementSpacing = 1 2 3\nTransformMatrix = 0 1 0 1 0 0 0 0 1\nOffset = 5 6 7\n{}"
+        "ElementDataFile = {}\n"
+    )
+    for name, more, content in (
+        ("raw", "", count),
+        ("zlib", "CompressedData = True\n", zlib.compress(count)),
+        ("text", "BinaryData = False\n", text),
+        ("channels", "ElementNumberOfChannels = 2\n", count * 2),
+    ):
+        scans[f"mha {name}"] = {"scan.mha": mha.format(more, "LOCAL").encode() + content}
+    scans["mha beside"] = {
+        "scan.mhd": mha.format("HeaderSize = 2\n", "scan.raw").encode(),
+        "scan.raw": b"ab" + count,
+    }
+    array = (np.arange(24).reshape(2, 3, 4) % 3).astype(np.int16)
+    mgh = nib.MGHImage(array, np.diag([2.0, 1.5, 3.0, 1.0])).to_bytes()
+    scans["mgh"] = {"scan.mgh": mgh}
+    scans["mgz"] = {"scan.mgz": gzip.compress(mgh, mtime=0)}
+    for kind in (nib.Nifti1Pair, nib.Nifti2Pair, nib.Spm99AnalyzeImage, nib.Spm2AnalyzeImage):
+        image = kind(array, np.diag([2.0, 1.5, 3.0, 1.0]))
+        files = image.make_file_map({key: io.BytesIO() for key, _ in image.files_types})
+        image.to_file_map(files)
+        suffixes = {key: suffix for key, suffix in image.files_types}
+        scans[kind.__name__] = {
+            f"scan{suffixes[key]}": files[key].fileobj.getvalue() for key in sorted(files)
+        }
+    return scans
+
+
+def change_word(draw: Draw, content: bytes) -> bytes:
+    """Put an odd word in the place of one of a header in text."""
+    words = list(re.finditer(rb"[^\s:=(),]+", content[:600]))
+    if not words:
+        return content
+    word = words[draw(st.integers(0, len(words) - 1))]
+    return content[: word.start()] + draw(st.sampled_from(ODD_WORDS)) + content[word.end() :]
+
+
+FORMATS = collect_formats()
+
+
+def fuzz_formats(data: st.DataObject, folder: Path) -> None:
+    """Read damaged NRRD, MetaImage and MGH files and pairs in all ways."""
+    files = dict(FORMATS[data.draw(st.sampled_from(sorted(FORMATS)), "kind")])
+    first = next(iter(files))
+    for _ in range(data.draw(st.integers(1, 2), "changes")):
+        name = data.draw(st.sampled_from([first, *files]), "file")
+        changes = [damage_bytes, change_word]
+        changes += [change_header] if name.endswith(".hdr") and len(files[name]) >= 540 else []
+        files[name] = data.draw(st.sampled_from(changes), "how")(data.draw, files[name])
+    save_files(folder, files)
+    read_all(folder / first, data.draw(st.integers(1, 2), "channels"))
+
+
+@functools.cache
+def make_series() -> dict[str, dict[str, bytes]]:
+    """Return three slices, alone and as the frames of one file, and masks of them by their form."""
+    slices = {}
+    image = pydicom.dcmread(load_package("pydicom.data").get_testdata_file("CT_small.dcm"))
+    image.Rows, image.Columns, image.PixelData = 4, 5, bytes(range(40))
+    for k in range(3):
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
+        image.ImagePositionPatient = [0, 0, 5 * k]
+        slices[f"series/{k + 1}.dcm"] = save_dicom(image)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_files(folder, slices)
+        scan = read_image([folder / "series"], 1)
+        masks = {}
+        for suffix in (".dcm", ".labelmap.dcm", ".rtstruct.dcm"):
+            path = folder / f"mask{suffix}"
+            classes = np.zeros(scan.array.shape[1:], np.uint8)
+            classes[1:4, 1:3, :2] = 1
+            write_mask(
+                path,
+                classes,
+                scan.affine,
+                (0, 1),
+                header=scan.header,
+                names=("background", "organ"),
+            )
+            masks[path.name] = path.read_bytes()
+    image.NumberOfFrames, image.PixelData = 3, bytes(120)
+    shared, frames = pydicom.Dataset(), [pydicom.Dataset() for _ in range(3)]
+    move_fields(image, shared, "PlaneOrientationSequence", "ImageOrientationPatient")
+    move_fields(image, shared, "PixelMeasuresSequence", "PixelSpacing", "SliceThickness")
+    for k, frame in enumerate(frames):
+        image.ImagePositionPatient = [0, 0, 5 * k]
+        move_fields(image, frame, "PlanePositionSequence", "ImagePositionPatient")
+    image.SharedFunctionalGroupsSequence = [shared]
+    image.PerFrameFunctionalGroupsSequence = frames
+    return {"slices": slices, "frames": {"series/1.dcm": save_dicom(image)}, "masks": masks}
+
+
+def save_dicom(image: pydicom.Dataset) -> bytes:
+    """Return the bytes of a DICOM file."""
+    file = io.BytesIO()
+    image.save_as(file)
+    return file.getvalue()
+
+
+def move_fields(image: pydicom.Dataset, group: pydicom.Dataset, sequence: str, *names: str) -> None:
+    """Move fields of an image to a functional group."""
+    item = pydicom.Dataset()
+    for name in names:
+        setattr(item, name, image[name].value)
+        delattr(image, name)
+    setattr(group, sequence, [item])
+
+
+def change_field(draw: Draw, content: bytes) -> bytes:
+    """Set a field of a DICOM header, or of an item in it, to an odd value of the same length."""
+    fields = [
+        (field.end(), struct.unpack("<H", field[2])[0], field[1])
+        for field in re.finditer(rb"(?s)(DS|IS|US|UI|CS|LO|FD)(..)", content)
+    ]
+    fields = [field for field in fields if 0 < field[1] <= 64]
+    if not fields:
+        return content
+    place, size, kind = fields[draw(st.integers(0, len(fields) - 1))]
+    is_number = kind in (b"US", b"FD")
+    odd = st.binary(min_size=size, max_size=size) if is_number else st.sampled_from(ODD_WORDS)
+    value = (draw(odd) + b" " * size)[:size]
+    return content[:place] + value + content[place + size :]
+
+
+def fuzz_dicom(data: st.DataObject, folder: Path) -> None:
+    """Read a damaged series in all ways, in a folder or an archive, and damaged masks of it."""
+    parts = make_series()
+    files = dict(parts[data.draw(st.sampled_from(("slices", "slices", "frames")), "series")])
+    mask = data.draw(st.sampled_from(sorted(parts["masks"])), "mask")
+    files[mask] = parts["masks"][mask]
+    for _ in range(data.draw(st.integers(1, 2), "changes")):
+        name = data.draw(st.sampled_from(sorted(files)), "file")
+        how = data.draw(st.sampled_from((damage_bytes, change_field, change_field)), "how")
+        files[name] = how(data.draw, files[name])
+    save_files(folder, files)
+    scan = folder / "series"
+    if data.draw(st.integers(0, 3), "archive") == 0:
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as archive:
+            for path in sorted(scan.iterdir()):
+                archive.writestr(zipfile.ZipInfo(path.name), path.read_bytes())
+        scan = folder / "series.zip"
+        content = file.getvalue()
+        is_whole = data.draw(st.booleans(), "whole")
+        scan.write_bytes(content if is_whole else damage_bytes(data.draw, content))
+    for read in (dicom.list_series, dicom.read_modality):
+        with suppress(InputError):
+            read(scan)
+    read_all(scan, 1, folder / mask)
 
 
 def save_picture(mode: str, suffix: str, pages: int = 1) -> bytes:
@@ -314,10 +540,15 @@ def fuzz_run(data: st.DataObject, folder: Path) -> None:
 TARGETS: dict[str, Callable[[st.DataObject, Path], None]] = {
     "nifti": fuzz_nifti,
     "pictures": fuzz_pictures,
+    "formats": fuzz_formats,
+    "dicom": fuzz_dicom,
     "settings": fuzz_settings,
     "run": fuzz_run,
 }
-SHARES = {"nifti": 0.45, "pictures": 0.35, "settings": 0.15, "run": 0.05}
+SHARES = {
+    **{"nifti": 0.25, "pictures": 0.2, "formats": 0.25, "dicom": 0.1},
+    **{"settings": 0.15, "run": 0.05},
+}
 """Of all inputs; those of a run folder take a second each."""
 
 

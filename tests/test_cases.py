@@ -223,6 +223,13 @@ def write_list(root: Path, text: str, name: str = "cases.csv") -> Path:
     return root / name
 
 
+def test_files_of_a_list_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write_list(tmp_path, "case_id,image,label\nx,~/a.nii.gz,~/m.nii.gz\n")
+    (case,) = read_dataset(path).cases
+    assert (case.images, case.label) == ((tmp_path / "a.nii.gz",), tmp_path / "m.nii.gz")
+
+
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_list_is_read_with_any_delimiter_and_a_byte_order_mark(tmp_path, delimiter):
     text = (

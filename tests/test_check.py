@@ -411,6 +411,14 @@ def test_more_classes_than_a_byte_tells_apart_are_refused_and_the_most_are_kept_
     np.testing.assert_array_equal(nib.load(path).get_fdata(), one)
 
 
+def test_a_label_value_that_no_mask_can_hold_is_refused_before_a_training(scans):
+    for value in (2**31 - 1, 2**31):
+        scans.add("labeled", label=make_label(value, np.float64))
+    problem = only(scans.check(labels=None).problems)
+    assert f"label value {2**31} (class_{2**31}) is larger than a mask of NIfTI" in problem
+    assert f"can hold ({2**31 - 1})" in problem
+
+
 def test_blank_scans_are_no_copies_of_each_other_and_are_named(scans):
     flat = np.full(SHAPE, 7, np.float32)
     names = [scans.add(part, flat) for part in ("labeled", "unlabeled", "test")]

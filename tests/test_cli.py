@@ -19,6 +19,8 @@ from medssl.settings import load_config
         ("data.root=~/scans", "data.root=HOME/scans"),
         ("tracking.uri=sqlite:///~/mlflow.db", "tracking.uri=sqlite:///HOME/mlflow.db"),
         ("arm=~/a,~/b", "arm=HOME/a,HOME/b"),
+        ("~", "HOME"),
+        ("--out=~", "--out=HOME"),
         ("data.root=~", "data.root=~"),
         ("a~/b", "a~/b"),
         ("train.lr=1e-3", "train.lr=1e-3"),

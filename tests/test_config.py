@@ -416,6 +416,13 @@ def test_a_value_beyond_bounds_is_refused_by_a_short_sentence(override, words):
     assert len(message) < 1000
 
 
+def test_a_preset_of_your_own_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "rounds: 1", "mine.yaml")
+    config = write(tmp_path, "method: ~/mine.yaml", "config.yaml")
+    assert load_config(config).config.train.rounds == 1
+
+
 def test_a_preset_of_your_own_may_use_shortcuts_and_builds_on_no_other(tmp_path):
     preset = write(tmp_path, "rounds: 1\nsteps: [7, 5]", "mine.yaml")
     resolved = load_config(overrides=[f"method={preset}"])

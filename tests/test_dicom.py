@@ -1,3 +1,4 @@
+import contextlib
 import os
 import shutil
 import zipfile
@@ -12,7 +13,7 @@ from series import LPS, NAME, join_frames, make_slices, save
 
 from medssl.config import InputError
 from medssl.formats import dicom
-from medssl.formats.dicom import list_series, open_scan
+from medssl.formats.dicom import list_series, open_scan, read_modality
 
 ARRAY = np.random.default_rng(0).integers(-100, 2000, (7, 5, 4)).astype(np.int16)
 LARGE = np.tile(ARRAY, (10, 10, 1))  # JPEG 2000 takes none of a few pixels
@@ -326,6 +327,37 @@ def test_a_cut_file_is_refused_by_its_name(tmp_path, syntax):
     path = save(tmp_path, slices) / "3.dcm"
     os.truncate(path, path.stat().st_size - 2000)
     refuse(tmp_path, "3.dcm", "damaged or incomplete")
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90"])
+def test_more_pixels_than_compressed_bytes_can_hold_are_refused_before_they_are_decoded(
+    tmp_path, syntax
+):
+    slices = make_slices(LARGE, AXIAL)
+    for image in slices:
+        image.compress(syntax, generate_instance_uid=False)
+        image.Rows = image.Columns = 60_000
+        image.PixelData = image.PixelData[:8000] if syntax.endswith(".5") else image.PixelData
+    refuse(save(tmp_path, slices), "declares 3600000000 pixels", "can hold")
+
+
+@pytest.mark.parametrize("read", [list_series, read_modality, open_scan])
+def test_a_damaged_field_is_refused_wherever_it_is_asked_for(tmp_path, read):
+    path = save(tmp_path, make_slices(ARRAY[..., :1], AXIAL, NumberOfFrames="1")) / "1.dcm"
+    content = path.read_bytes()
+    for old, new in ((b"IS\2\x001 ", b"IS\2\0x "), (b"CS\x16\0ORIGINAL", b"US\x16\0ORIGINAL")):
+        path.write_bytes(content.replace(old, new))
+        assert path.read_bytes() != content
+        with contextlib.suppress(InputError):
+            read(path)
+
+
+def test_a_transfer_syntax_of_several_values_is_refused(tmp_path):
+    path = save(tmp_path, make_slices(ARRAY, AXIAL)) / "2.dcm"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"1.2.840.10008.1.2.1", b"1.2.840\\10008.1.2.1"))
+    assert path.read_bytes() != content
+    refuse(tmp_path, "2.dcm", "cannot be decoded")
 
 
 def test_a_damaged_archive_and_one_with_a_password_are_refused(tmp_path):

@@ -1,4 +1,5 @@
 # One scan in every kind of file: the same voxels, the same way from check to the mask.
+import gzip
 import shutil
 import zipfile
 
@@ -131,6 +132,40 @@ def test_masks_are_of_the_kind_of_their_scans_and_of_the_same_voxels(mixed, trai
     assert dicom_files.read_names(out / "g.dcm") == NAMES
     code, said = run_command("predict", trained, root / "images", "--out", out)
     assert code == 0, said  # what predictions wrote is replaced
+
+
+STARTS = {
+    ".nii": bytes(nib.Nifti1Image(np.ones((2, 3, 4), np.uint8), AFFINE).to_bytes()),
+    ".nii (2)": bytes(nib.Nifti2Image(np.ones((2, 3, 4), np.uint8), AFFINE).to_bytes()),
+    ".mgh": bytes(nib.MGHImage(np.ones((2, 3, 4), np.uint8), AFFINE).to_bytes()),
+    ".nrrd": b"NRRD0004\ntype: uchar\n",
+    ".mha": b"ObjectType = Image\nNDims = 3\n",
+    ".png": b"\x89PNG\r\n\x1a\n" + bytes(400),
+    ".jpg": b"\xff\xd8\xff\xe0" + bytes(400),
+    ".tif": b"II*\0" + bytes(400),
+    ".dcm": bytes(128) + b"DICM" + bytes(400),
+    "unpack": b"BZh9" + bytes(400),
+}
+SAME = {".nii.gz": ".nii", ".mgz": ".mgh", ".hdr": ".nii"}
+OTHERS = [
+    (suffix, start)
+    for suffix in (".nii", ".nii.gz", ".nrrd", ".mha", ".mgh", ".mgz", ".hdr", ".png")
+    for start in STARTS
+    if SAME.get(suffix, suffix) != start.split()[0] and (suffix, start) != (".png", ".jpg")
+    if (suffix, start) != (".png", ".tif")  # a picture is read whatever its suffix
+]
+
+
+@pytest.mark.parametrize(("suffix", "start"), OTHERS)
+def test_a_file_under_the_name_of_another_kind_is_called_what_it_is(tmp_path, suffix, start):
+    path, content = tmp_path / f"a{suffix}", STARTS[start]
+    path.write_bytes(gzip.compress(content) if suffix in (".nii.gz", ".mgz") else content)
+    (tmp_path / "a.img").write_bytes(bytes(24))
+    word = start.split()[0]
+    word = word if word == "unpack" else rf"rename it to \{word}"
+    with pytest.raises(InputError, match=word) as raised:
+        read_label_values(path)
+    assert str(raised.value).startswith(str(path))
 
 
 def test_a_mask_in_dicom_is_asked_for_of_dicom_alone(mixed, trained, tmp_path):

@@ -10,9 +10,11 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 @pytest.mark.parametrize(
     ("target", "count"),
     [
-        ("nifti", 220),
-        ("pictures", 160),
-        ("settings", 90),
+        ("nifti", 130),
+        ("pictures", 100),
+        ("formats", 150),
+        ("dicom", 50),
+        ("settings", 60),
         pytest.param("run", 10, marks=pytest.mark.slow),
         pytest.param("run", 60, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],

@@ -98,6 +98,31 @@ def test_what_is_no_picture_is_named(tmp_path):
         read_image([tmp_path / "none.png"], 1)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "raw.tif", "deflate.tif", "lzw.tif"])
+def test_more_pixels_than_a_file_can_hold_are_refused_before_it_is_decoded(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    options = {"raw.tif": {}, "deflate.tif": {"compression": "tiff_adobe_deflate"}}
+    options |= {"lzw.tif": {"compression": "tiff_lzw"}}
+    Image.fromarray(draw((16, 16))).save(path, **options.get(suffix, {}))
+    content = bytearray(path.read_bytes())
+    size = 12_000
+    if suffix == "jpg":
+        place = content.index(b"\xff\xc0") + 5
+        content[place : place + 4] = struct.pack(">HH", size, size)
+    elif suffix == "png":
+        content[16:24] = struct.pack(">II", size, size)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    else:
+        (start,) = struct.unpack("<I", content[4:8])
+        for place in range(start + 2, start + 2 + 12 * content[start], 12):
+            if content[place : place + 2] in (b"\x00\x01", b"\x01\x01", b"\x16\x01"):
+                content[place + 8 : place + 10] = struct.pack("<H", size)
+    path.write_bytes(content)
+    for read in (lambda: read_image([path], 1), lambda: read_geometry(path)):
+        with pytest.raises(InputError, match=r"12000 x 12000 pixels, .* bytes can hold"):
+            read()
+
+
 def test_label_values_are_gray_values_or_indices_of_a_palette(tmp_path):
     array = np.array([[0, 255, 7]], np.uint8)
     for path in (save(tmp_path / "a.png", array), save(tmp_path / "a.tif", array)):
@@ -142,8 +167,20 @@ def test_a_map_of_classes_is_a_tiff_of_a_page_for_each_class_and_slice(tmp_path)
 def test_what_a_format_cannot_hold_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="cannot hold"):
         write_mask(tmp_path / "a.png", np.zeros((3, 3, 2), np.uint8), np.eye(4), (0, 1))
-    with pytest.raises(ValueError, match="cannot hold"):
+    with pytest.raises(InputError, match=r"no mask in PNG holds the label values .*65535"):
         write_mask(tmp_path / "a.png", np.ones((3, 3, 1), np.uint8), np.eye(4), (0, 70_000))
+
+
+def test_label_values_that_no_mask_can_hold_are_refused_before_a_training(tmp_path):
+    for suffix, is_refused in (("png", True), ("jpg", True), ("tif", False)):
+        root = tmp_path / suffix
+        for index in range(3):
+            save(root / "images" / f"a{index}.{suffix}", draw((8, 8)) + index)
+            label = (draw((8, 8)) % 2).astype(np.int32) * 70_000
+            save(root / "labels" / f"a{index}.tif", label)
+        dataset = read_dataset(root)
+        problems = check_dataset(dataset, split_cases(dataset, DataSection(), "auto")).problems
+        assert [("70000" in text and "65535" in text) for text in problems] == [True] * is_refused
 
 
 def test_a_folder_of_pictures_is_read_with_its_colors_and_nifti_wins_over_previews(tmp_path):

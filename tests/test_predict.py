@@ -220,6 +220,13 @@ def test_cut_off_weights_are_refused(saved):
         {"patch_size": [15, 16, 16]},
         {"patch_size": [1000000, 16, 16]},
         {"label_values": [0, 1, 1]},
+        {"label_values": [0, 1, 2**31]},
+        {"network": {"strides": [[1, 1, 1], [0, 2, 2], [2, 2, 2]]}},
+        {"network": {"strides": [[-1, 1, 1], [2, 2, 2], [2, 2, 2]]}},
+        {"network": {"kernels": [[3, 3, 3], [3, 3, 3], [3, 3, 0]]}},
+        {"network": {"dropout": "nan"}},
+        {"network": {"stochastic_depth": 1e9}},
+        {"preprocessing": {"spacing": [1e9, 1, 1]}},
         {"labels": {"0": "a", "1": "b", "7": "c"}},
         {"intensity_range": [[5.0, 1.0]]},
     ],
@@ -228,7 +235,8 @@ def test_cut_off_weights_are_refused(saved):
 def test_a_description_of_another_kind_is_refused(saved, change):
     path = saved / "model" / "model.json"
     content = read_json(path)
-    content["network"] |= change.pop("network", {})
+    for section in ("network", "preprocessing"):
+        content[section] |= change.pop(section, {})
     write_json(path, content | change)
     with pytest.raises(InputError, match=r"model\.json: not as this version"):
         load_model(saved)

@@ -74,6 +74,11 @@ def test_a_kill_while_writing_a_new_file_leaves_none(tmp_path):
     assert not (tmp_path / "some.txt").exists()
 
 
+def test_a_name_of_a_file_that_is_not_utf_8_stands_in_a_text_as_a_code(tmp_path):
+    write_text(tmp_path / "some.txt", "r\udce4n, räum")
+    assert (tmp_path / "some.txt").read_text(encoding="utf-8") == "r\\udce4n, räum"
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "some.txt"
     write_text(path, "old")

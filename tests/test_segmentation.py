@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import os
 import re
@@ -17,7 +18,13 @@ from medssl.config import InputError
 from medssl.formats.dicom import open_scan
 from medssl.formats.dicom_files import open_segments
 from medssl.formats.scan import Scan
-from medssl.formats.segmentation import fill_polygons, read_note, read_segments
+from medssl.formats.segmentation import (
+    fill_polygons,
+    list_references,
+    list_segments,
+    read_note,
+    read_segments,
+)
 from medssl.formats.segmentation_out import MAX_NOTE, find_code, write_rtstruct, write_seg
 
 OBLIQUE = np.array(
@@ -515,6 +522,17 @@ def test_a_cut_file_is_refused_by_its_name(tmp_path, written, scan):
         path = tmp_path / f"{kind}.dcm"
         path.write_bytes((written / path.name).read_bytes()[:-300])
         refuse(path, scan, f"{kind}.dcm")
+
+
+@pytest.mark.parametrize("read", [list_segments, list_references, read_note])
+def test_names_and_references_of_a_cut_file_end_in_nothing_but_a_refusal(tmp_path, written, read):
+    for kind in WRITERS:
+        content = (written / f"{kind}.dcm").read_bytes()
+        for length in range(200, len(content), 97):
+            path = tmp_path / f"{kind}.dcm"
+            path.write_bytes(content[:length])
+            with contextlib.suppress(InputError):
+                read(path)
 
 
 # ---------------------------------------------------------------- real files

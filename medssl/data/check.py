@@ -25,12 +25,13 @@ from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
+    find_largest_value,
     read_image,
     read_label_values,
 )
 from medssl.data.trained import hash_voxels
 from medssl.formats.pictures import compare_colors
-from medssl.formats.readers import has_spacing
+from medssl.formats.readers import get_reader, has_spacing
 from medssl.formats.scan import Color
 from medssl.transforms.geometry import (
     MAX_DISPLACEMENT,
@@ -176,6 +177,7 @@ def check_dataset(
     problems = [problem for entry in facts for problem in entry.problems]
     problems += _check_classes(facts, labels, ignore, dataset.labels is not None)
     problems += _check_values(dataset, facts, labels, ignore)
+    problems += _check_masks(dataset, labels)
     problems += _check_palettes(dataset, facts)
     shared, repeated = _find_duplicates(facts)
     problems += shared + _find_split_patients(dataset, splits) + _find_huge(facts)
@@ -377,6 +379,19 @@ def _check_values(
         f"{_offer(value, set(where), known - {None})}"
         for value, cases in sorted(where.items())
         if value not in known
+    ]
+
+
+def _check_masks(dataset: Dataset, labels: Mapping[int, str]) -> list[str]:
+    """Refuse label values that no mask of the scans can hold."""
+    readers = {get_reader(case.images[0]) for case in dataset.cases}
+    reader = min(readers, key=lambda reader: (find_largest_value(reader), reader.name))
+    most = find_largest_value(reader)
+    return [
+        f"label value {value} ({name}) is larger than a mask of {reader.name} can hold ({most}): "
+        "give the class a smaller value in the label files"
+        for value, name in labels.items()
+        if value > most
     ]
 
 

@@ -306,8 +306,9 @@ def write_mask(
         names: Of the classes, for kinds of files that keep names.
 
     Raises:
+        InputError: The format cannot hold a value.
         ValueError: There is a class without a value, or `ignore` is the value of a class, or the
-            format cannot hold a value, or the header is that of another grid.
+            header is that of another grid.
     """
     planes = np.moveaxis(classes, -1, 0)  # one at a time: an index takes 8 bytes a voxel
     present = np.flatnonzero(sum((np.bincount(p.ravel(), minlength=256) for p in planes), 0))
@@ -322,11 +323,17 @@ def write_mask(
         values[IGNORE] = ignore
     used = values[present] if present.size else values[:1]
     reader = _get_writer(path)
-    dtype = next(
+    dtypes = [
         dtype
         for dtype in map(np.dtype, reader.label_types)
         if np.iinfo(dtype).min <= used.min() and used.max() <= np.iinfo(dtype).max
-    )
+    ]
+    if not dtypes:
+        raise InputError(
+            f"{path}: no mask in {reader.name} holds the label values {used.tolist()}, only up to "
+            f"{find_largest_value(reader)}: give another --format, or train on smaller values"
+        )
+    dtype = dtypes[0]
     array, crc = np.empty(classes.shape, dtype, order="F"), 0
     for plane, target in zip(planes, np.moveaxis(array, -1, 0), strict=True):
         target[:] = values[plane]
@@ -347,6 +354,11 @@ def _get_writer(path: Path) -> Reader:
 def _add_crc(values: NDArray[Any], crc: int) -> int:
     """Return the checksum of label values so far, whatever their type."""
     return zlib.crc32(values.astype("<i4").tobytes(), crc)
+
+
+def find_largest_value(reader: Reader) -> int:
+    """Return the largest label value that a mask of an image of this kind can hold."""
+    return int(np.iinfo(reader.label_types[-1]).max)
 
 
 def find_untrusted_value(label_values: tuple[int, ...]) -> int:

@@ -857,10 +857,10 @@ def _read_row(
         near = _SPLIT_WORDS.get(split)
         hint = f"; did you mean {near!r}?" if near else _suggest(split, PARTS)
         problems.append(f"{place}: unknown split {split!r}{hint}")
-    label = find_scan(root / row["label"]) if row.get("label") else None
+    label = find_scan(root / os.path.expanduser(row["label"])) if row.get("label") else None
     if label is None and split in ("labeled", "val", "test"):
         problems.append(f"{place}: split is {split}, but there is no label")
-    images = tuple(find_scan(root / row.get(column, "")) for column in columns)
+    images = tuple(find_scan(root / os.path.expanduser(row.get(column, ""))) for column in columns)
     return Case(case_id, images, label, row.get("patient_id") or guess_patient(case_id), split)
 
 

@@ -15,6 +15,7 @@ No name, date or number of a patient leaves this module, in messages and records
 Source: DICOM PS3.3, C.7.6.2 (image plane), C.7.6.16 (functional groups), C.11.1 (modality LUT).
 """
 
+import functools
 import importlib
 import re
 import warnings
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,10 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Place = Path | zipfile.Path
 """A file, or a member of an archive."""
+
+Source = TypeVar("Source", Path, Place)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _EXTRA = "pip install 'medssl[dicom]'"
 _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may differ
@@ -66,6 +71,13 @@ _FIELDS = (
     *("SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
     *("GantryDetectorTilt", *_DIFFERING),
 )
+_MOST_PIXELS = {  # by the beginning of a transfer syntax: pixels that a byte can stand for
+    "1.2.840.10008.1.2.5": 64,  # RLE
+    "1.2.840.10008.1.2.4.8": 2**18,  # JPEG-LS
+    "1.2.840.10008.1.2.4.9": 2**18,  # JPEG 2000
+    "1.2.840.10008.1.2.4.20": 2**18,  # JPEG 2000, high throughput
+    "1.2.840.10008.1.2.4": 512,  # JPEG: blocks of 64 pixels of at least one bit
+}
 _TAGS = (
     *("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "PatientName"),
     *("SeriesDescription", "PatientID", "ImageType", "Rows", "Columns", "NumberOfFrames"),
@@ -184,7 +196,24 @@ def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:
     return guard(Path(str(place)), attempt)
 
 
-@keep_quiet()
+def refuse_damaged(
+    read: Callable[Concatenate[Source, Arguments], Result],
+) -> Callable[Concatenate[Source, Arguments], Result]:
+    """Make a function of a path quiet, and whatever pydicom raises in it an InputError.
+
+    pydicom converts a field when it is asked for, so a damaged one is found anywhere.
+    """
+
+    @functools.wraps(read)
+    def attempt(source: Source, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with keep_quiet():
+            result: Result = guard_dicom(source, lambda: read(source, *args, **kwargs))
+        return result
+
+    return attempt
+
+
+@refuse_damaged
 def list_series(path: Path) -> list[Series]:
     """Return the series of a folder and all below it, of an archive, or of a file.
 
@@ -196,7 +225,7 @@ def list_series(path: Path) -> list[Series]:
     return [_describe(group) for group in _read_headers(path).values()]
 
 
-@keep_quiet()
+@refuse_damaged
 def read_modality(path: Path) -> str:
     """Return the modality of the first image of a series, such as CT; empty if there is none.
 
@@ -235,7 +264,7 @@ def open_scan(path: Path) -> Scan:
     return Scan(shape, affine, 1, partial(_iterate_values, planes), header)
 
 
-@keep_quiet()
+@refuse_damaged
 def read_planes(path: Path) -> tuple[list[Plane], Affine]:
     """Return the slices of a series in the order of K, and their affine (4, 4) to RAS+ mm.
 
@@ -252,7 +281,7 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
     return _stack(path, planes)
 
 
-@keep_quiet()
+@refuse_damaged
 def read_fields(place: Place, *names: str) -> Any:
     """Read some fields of a DICOM file, and pass over all others.
 
@@ -262,7 +291,7 @@ def read_fields(place: Place, *names: str) -> Any:
     return _read(place, stop_before_pixels=True, specific_tags=list(names))
 
 
-@keep_quiet()
+@refuse_damaged
 def read_dataset(place: Place, *, with_pixels: bool) -> Any:
     """Read a DICOM file whole, or without its pixels.
 
@@ -658,6 +687,19 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
                 yield (stored * slope + intercept).ravel()
 
 
+def _refuse_more(place: Place, dataset: Any) -> None:
+    """Refuse compressed pixels of fewer bytes than their number needs, before they are decoded."""
+    syntax = str(dataset.file_meta.TransferSyntaxUID)
+    most = next((most for begin, most in _MOST_PIXELS.items() if syntax.startswith(begin)), None)
+    declared = int(dataset.get("NumberOfFrames") or 1) * int(dataset.Rows) * int(dataset.Columns)
+    held = len(dataset.get("PixelData") or b"")
+    if most is not None and declared > most * held:
+        raise InputError(
+            f"{place}: its header declares {declared} pixels, and its {held} bytes of pixels can "
+            f"hold {most * held} at most: the file is damaged or incomplete, copy it again"
+        )
+
+
 def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
     """Yield the stored values (J, I) of some frames of a file.
 
@@ -665,6 +707,7 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
         InputError: The file is damaged, or its compression is not known.
     """
     pixels = load_package("pydicom.pixels")
+    guard_dicom(place, partial(_refuse_more, place, dataset))
     frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
     for plane in planes:
         try:
@@ -672,7 +715,7 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
         except MemoryError:
             raise
         except Exception as error:  # decoders raise all kinds of them
-            syntax = dataset.file_meta.TransferSyntaxUID.name
+            syntax = getattr(dataset.file_meta.TransferSyntaxUID, "name", "of no known kind")
             raise InputError(
                 f"{place}: its pixels ({syntax}) cannot be decoded ({error}): the file is damaged "
                 f"or incomplete, or a decoder is missing ({_EXTRA})"

@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.scan import (
+    START_BYTES,
     Scan,
     check_channels,
     check_label,
     check_own_grid,
     check_place,
+    explain_start,
     guard,
 )
 from medssl.formats.streams import (
@@ -213,6 +215,9 @@ def _read_header(path: Path) -> tuple[dict[str, str], int]:
             line = file.readline(_LONGEST_LINE)
             match = re.fullmatch(rb"\s*(\w+)\s*=(.*)", line.rstrip(b"\r\n"))
             if not match and (line.strip() or not line):
+                if number == 1:
+                    file.seek(0)
+                    explain_start(path, file.read(START_BYTES))
                 what = f"line {number} is no field ({line[:40]!r})" if line else "it ends early"
                 raise ValueError(f"the header of a MetaImage has no ElementDataFile: {what}")
             if match:

@@ -19,7 +19,15 @@ from nibabel.freesurfer.mghformat import MGHHeader
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.scan import Scan, check_channels, check_label, check_place, guard
+from medssl.formats.scan import (
+    START_BYTES,
+    Scan,
+    check_channels,
+    check_label,
+    check_place,
+    explain_start,
+    guard,
+)
 from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers
 from medssl.transforms.geometry import Shape
 
@@ -60,10 +68,11 @@ def _open(path: Path) -> Scan:
                 f"{path}: is {'' if has_gzip else 'not '}compressed: rename it to {other}, or "
                 "copy it again"
             )
-        start = (gzip.GzipFile(fileobj=file) if has_gzip else file).read(_START)
+        start = (gzip.GzipFile(fileobj=file) if has_gzip else file).read(START_BYTES)
     if len(start) < _START or start[:4] != b"\0\0\0\1":
+        explain_start(path, start)
         raise ImageFileError(f"it is no MGH file, it starts with {start[:8]!r}")
-    header = MGHHeader(start, check=False)
+    header = MGHHeader(start[:_START], check=False)
     sizes = [int(size) for size in header["dims"]]
     code = int(header["type"])
     if min(sizes) < 1 or code not in _TYPES:

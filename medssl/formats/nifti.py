@@ -32,6 +32,7 @@ from medssl.formats.scan import (
     check_label,
     check_own_grid,
     check_place,
+    explain_start,
     guard,
 )
 from medssl.runs import write_file
@@ -52,15 +53,6 @@ _PLACING = (
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z"),
 )
-_OTHER_STARTS = {  # first bytes of what is often found under the name of a scan
-    b"PK\x03\x04": "a ZIP archive: unpack it",
-    b"BZh": "compressed by bzip2: unpack it",
-    b"\xfd7zXZ": "compressed by xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
-    b"version https://git-lfs": "a pointer of Git LFS, not the scan: run git lfs pull",
-    b"<": "a web page or XML, not the scan: download it again",
-    b"NRRD": "an NRRD file: rename it to .nrrd",
-}
 
 
 def open_image(path: Path, num_channels: int | None) -> Scan:
@@ -238,13 +230,7 @@ def _find_format(start: bytes) -> Any:
 
 def _explain_start(path: Path, start: bytes) -> None:
     """Refuse by name what is no NIfTI file."""
-    if not start:
-        raise ImageFileError("it is empty")
-    if start[128:132] == b"DICM":
-        raise InputError(f"{path}: is a DICOM file: convert its series to NIfTI (dcm2niix)")
-    for begin, text in _OTHER_STARTS.items():
-        if start.startswith(begin):
-            raise InputError(f"{path}: is {text}")
+    explain_start(path, start)
     if nib.AnalyzeHeader.may_contain_header(start):
         raise InputError(
             f"{path}: is an Analyze file, which does not say where left is: convert it to NIfTI "

@@ -27,11 +27,13 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.scan import (
+    START_BYTES,
     Scan,
     check_channels,
     check_label,
     check_own_grid,
     check_place,
+    explain_start,
     guard,
 )
 from medssl.formats.streams import (
@@ -294,6 +296,8 @@ def _read_header(path: Path) -> _Header:
     with path.open("rb") as file:
         magic = file.readline(64).strip()
         if not re.fullmatch(rb"NRRD000[1-5]", magic):
+            file.seek(0)
+            explain_start(path, file.read(START_BYTES))
             raise ValueError(f"it is no NRRD file, it starts with {magic[:16]!r}")
         for number in range(2, _MOST_LINES):
             line = file.readline(_LONGEST_LINE).decode("utf-8", "replace").rstrip("\r\n")

@@ -28,6 +28,7 @@ from medssl.formats.scan import (
     check_channels,
     check_label,
     check_place,
+    explain_start,
     guard,
     read_nothing,
 )
@@ -118,6 +119,7 @@ def _read_header(path: Path) -> Any:
                 raise InputError(f"{path}: is a whole NIfTI file: rename it to .nii")
             return header
     if not Spm99AnalyzeHeader.may_contain_header(start):
+        explain_start(path, start)
         raise ImageFileError(f"it is no header of Analyze or NIfTI, it starts with {start[:8]!r}")
     return Spm99AnalyzeHeader(start[: Spm99AnalyzeHeader.sizeof_hdr], check=False)
 

@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medssl.config import InputError
-from medssl.formats.scan import PIECE, Color, Scan
+from medssl.formats.scan import PIECE, START_BYTES, Color, Scan, explain_start, guard
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -42,6 +42,15 @@ _DEFLATED, _PLACES = ("tiff_adobe_deflate", "tiff_deflate"), ((273, 279), (324, 
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
 
+_MOST_PIXELS = {  # that a byte of a file can stand for, of one bit each; of JPEG, blocks of one bit
+    "raw": 8,
+    "packbits": 8 * 64,
+    "deflate": 8 * 1032,
+    "tiff_adobe_deflate": 8 * 1032,
+    "tiff_lzw": 8 * 2731,
+    "jpeg": 512,
+}
+_PICTURE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _UNREADABLE = (  # all that Pillow says of damaged files
     *(OSError, EOFError, ValueError, SyntaxError, ArithmeticError, MemoryError),
     *(TypeError, LookupError, AttributeError, RuntimeError, struct.error, zlib.error),
@@ -101,6 +110,7 @@ def open_label(path: Path) -> Scan:
 def _read_shape(path: Path) -> Shape:
     """Return (I, J, K) of a picture by its header: rows, columns, pages."""
     with _open(path) as image:
+        _refuse_more(path, image)
         _refuse_other_axes(path, image)
         columns, rows = image.size
         return rows, columns, _count_pages(image)
@@ -272,10 +282,19 @@ def _open(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}; cut it into tiles") from error
     except _UNREADABLE as error:
+        guard(path, lambda: _explain(path))
         raise InputError(
             f"{path}: cannot be read as PNG, JPEG or TIFF ({error}): the file is damaged or of a "
             "kind that Pillow does not read, save it again"
         ) from error
+
+
+def _explain(path: Path) -> None:
+    """Refuse by name a file that is no picture."""
+    with path.open("rb") as file:
+        start = file.read(START_BYTES)
+    if not start.startswith(_PICTURE_STARTS):
+        explain_start(path, start)
 
 
 def _count_pages(image: Image.Image) -> int:
@@ -293,6 +312,7 @@ def _iterate_pages(path: Path, is_label: bool = False) -> Iterator[Image.Image]:
             lost = _find_loss(image, is_label) or (index and _find_extra_page(image))
             if lost:
                 raise InputError(f"{path}: {lost}")
+            _refuse_more(path, image)
             if index == 0:
                 _refuse_other_axes(path, image)
                 _refuse_turned(path, image)
@@ -325,6 +345,21 @@ def _check_strips(path: Path, tags: Mapping[int, Any]) -> None:
                     rest = unpacker.unconsumed_tail
                 if not unpacker.eof:
                     raise EOFError("the compressed data end early")
+
+
+def _refuse_more(path: Path, image: Image.Image) -> None:
+    """Refuse a page of more pixels than its file can hold, before it is decoded.
+
+    Where a JPEG ends early, its decoder makes the rest gray without a word.
+    """
+    packed = {"PNG": "deflate", "JPEG": "jpeg"}.get(str(image.format))
+    most = _MOST_PIXELS.get(packed or str(image.info.get("compression")))
+    width, height = image.size
+    if most is not None and width * height > most * path.stat().st_size:
+        raise EOFError(
+            f"it declares {width} x {height} pixels, and its {path.stat().st_size} bytes can hold "
+            f"{most * path.stat().st_size} at most"
+        )
 
 
 def _refuse_turned(path: Path, image: Image.Image) -> None:

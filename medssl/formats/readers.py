@@ -48,7 +48,7 @@ class Format(Protocol):
 
 START = 132  # bytes that tell whether a file is DICOM
 _MOST_OPENED = 20  # files that tell whether a folder holds DICOM
-_PICTURE_TYPES = ("uint8", "uint16", "int32")
+_PICTURE_TYPES = ("uint8", "uint16")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ READERS = (
     Reader("Analyze (.hdr with .img)", (".hdr", ".img"), "pairs"),
     Reader("PNG", (".png",), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
     Reader("JPEG", (".jpg", ".jpeg"), "pictures", False, ".png", ".tiff", _PICTURE_TYPES),
-    Reader("TIFF", (".tif", ".tiff"), "pictures", False, "", ".tiff", _PICTURE_TYPES),
+    Reader("TIFF", (".tif", ".tiff"), "pictures", False, "", ".tiff", (*_PICTURE_TYPES, "int32")),
 )
 FORMATS = {
     "nifti": ".nii.gz",

@@ -19,9 +19,28 @@ from medssl.transforms.geometry import Affine, Header, Shape, check_grid
 PIECE = 2**16
 """Voxels, or bytes, that are read at once."""
 
+START_BYTES = 540
+"""Of a file, that tell what it is: as many as a header of NIfTI has."""
+
 Color = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
 
+_STARTS = {  # first bytes of what is often found under the name of a scan of another kind
+    b"\x1f\x8b": "compressed by gzip: unpack it, or rename it to .nii.gz if it is a NIfTI file",
+    b"PK\x03\x04": "a ZIP archive: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS, not the scan: run git lfs pull",
+    b"<": "a web page or XML, not the scan: download it again",
+    b"NRRD": "an NRRD file: rename it to .nrrd",
+    b"ObjectType": "a MetaImage file: rename it to .mha",
+    b"\0\0\0\1\0": "an MGH file: rename it to .mgh, or .mgz if it is compressed",
+    b"\x89PNG": "a PNG: rename it to .png",
+    b"\xff\xd8\xff": "a JPEG: rename it to .jpg",
+    b"II*\0": "a TIFF: rename it to .tif",
+    b"MM\0*": "a TIFF: rename it to .tif",
+}
 _UNREADABLE = (
     *(OSError, EOFError, ValueError, ArithmeticError, zlib.error),
     *(ImageFileError, HeaderDataError),
@@ -60,6 +79,28 @@ class Scan(NamedTuple):
     header: Header | None = None
     read_note: Callable[[], str] = read_nothing
     read_colors: Callable[[], dict[int, Color]] = name_no_color
+
+
+def explain_start(path: Path, start: bytes) -> None:
+    """Refuse by name a file that is of another kind than its name says, if the kind is known.
+
+    Args:
+        path: The file.
+        start: Its first 348 bytes or more, unpacked where it is known to be compressed.
+
+    Raises:
+        ImageFileError: It is empty.
+        InputError: Saying what it is.
+    """
+    if not start:
+        raise ImageFileError("it is empty")
+    what = next((text for begin, text in _STARTS.items() if start.startswith(begin)), "")
+    if start[128:132] == b"DICM":
+        what = "a DICOM file: rename it to .dcm, or convert its series to NIfTI (dcm2niix)"
+    if start[344:347] == b"n+1" or start[4:7] == b"n+2":
+        what = "a NIfTI file: rename it to .nii, or .nii.gz if it is compressed"
+    if what:
+        raise InputError(f"{path}: is {what}")
 
 
 def check_place(path: Path, shape: Shape, affine: Affine, unit: str) -> None:

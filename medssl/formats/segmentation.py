@@ -9,7 +9,6 @@ Source: DICOM PS3.3, C.8.20 (segmentation), C.8.8.6 (ROI contour).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,10 @@ from medssl.formats.dicom import (
     Plane,
     decode_frames,
     find_planes,
-    guard_dicom,
-    keep_quiet,
     open_scan,
     read_dataset,
     read_fields,
+    refuse_damaged,
 )
 from medssl.formats.scan import Scan
 
@@ -37,7 +35,7 @@ Region = tuple[int, str, Iterator[NDArray[np.intp]]]
 """Number and name of a segment, and the indices (3, n) of its voxels, piece by piece."""
 
 
-@keep_quiet()
+@refuse_damaged
 def read_segments(
     path: Path, source: Scan, values: Mapping[str, int] | None = None
 ) -> tuple[NDArray[Any], dict[int, str]]:
@@ -59,14 +57,12 @@ def read_segments(
     """
     dataset = read_dataset(path, with_pixels=True)
     modality = _check_modality(path, dataset)
-    guard_dicom(path, partial(_refuse_strangers, path, dataset, source))
+    _refuse_strangers(path, dataset, source)
     find = _find_segments if modality == "SEG" else _find_regions
-    regions = guard_dicom(path, partial(find, path, dataset, source))
-    label, names = guard_dicom(path, partial(_fill, path, source, regions, values))
-    return label, names
+    return _fill(path, source, find(path, dataset, source), values)
 
 
-@keep_quiet()
+@refuse_damaged
 def list_segments(path: Path) -> dict[int, str]:
     """Return the names of the segments of a SEG, or of the regions of an RTSTRUCT, by number.
 
@@ -107,7 +103,7 @@ def _check_modality(path: Path, dataset: Any) -> str:
     return modality
 
 
-@keep_quiet()
+@refuse_damaged
 def read_note(path: Path) -> str:
     """Return the note that `medssl.formats.segmentation_out` left in a file; empty if none."""
     dataset = read_dataset(path, with_pixels=False)
@@ -146,7 +142,7 @@ def _fill(
     return label, {value: name for value, (name, _) in taken.items()}
 
 
-@keep_quiet()
+@refuse_damaged
 def list_references(path: Path) -> set[str]:
     """Return the UIDs of the images and the frame of reference of a series, or of a mask's scan.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import DynUNet
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from medssl.config import InputError, PlaneNetwork
@@ -23,6 +23,7 @@ ENCODER_FACTOR = 32  # pixels to which an image is padded: five halvings
 LEAST_SIDE = 64  # pixels: below, one pixel is left, of which an instance has no deviation
 FIRST_DROPPED = 2  # halvings from which on features are dropped
 PLANE_NETWORKS: tuple[str, ...] = get_args(PlaneNetwork)
+Count = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class NetworkSpec(BaseModel):
@@ -37,14 +38,14 @@ class NetworkSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["dynunet"] | PlaneNetwork = "dynunet"
-    in_channels: int
-    num_classes: int
-    filters: tuple[int, ...] = ()
-    kernels: tuple[tuple[int, ...], ...] = ()
-    strides: tuple[tuple[int, ...], ...] = ()
-    dropout: float = 0.0
+    in_channels: Count
+    num_classes: Count
+    filters: tuple[Count, ...] = ()
+    kernels: tuple[tuple[Count, ...], ...] = ()
+    strides: tuple[tuple[Count, ...], ...] = ()
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     deep_supervision: bool = False
-    stochastic_depth: float = 1.0
+    stochastic_depth: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     encoder: str = ""
     pretrained: bool = False
 

@@ -12,10 +12,9 @@ import psutil
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from medssl.config import IGNORE, InputError
+from medssl.config import IGNORE, InputError, Millimeters
 from medssl.transforms.geometry import (
     Affine,
-    GridSpacing,
     Shape,
     Volume,
     cache_grid,
@@ -66,7 +65,7 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    spacing: GridSpacing
+    spacing: tuple[Millimeters | None, Millimeters | None, Millimeters | None]
     normalization: tuple[Normalization, ...]
 
     @model_validator(mode="after")

@@ -61,7 +61,9 @@ from medssl.runs import (
     hash_json,
     read_record,
     remove_leftovers,
+    reserve_space,
     seed_from,
+    tell_full_disk,
     write_file,
     write_json,
 )
@@ -409,7 +411,7 @@ def predict_case(
 
     Raises:
         InputError: A file cannot be read, has other channels than the model, or needs more memory
-            than there is.
+            than there is; or there is no room for the probs on the disk.
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
     info = model.info
@@ -446,8 +448,9 @@ def predict_case(
 def _map_probs(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return an array on the disk, which is gone with the last that holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
+    with tell_full_disk(folder / "probs"), tempfile.TemporaryFile(dir=folder) as file:
+        reserve_space(file, 4 * math.prod(shape))
+        return np.memmap(file, np.float32, "r+", shape=shape)
 
 
 def predict_native(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from medssl import costs, predict, windows
+from medssl import costs, predict, runs, windows
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
 from medssl.data import predictions
@@ -789,6 +789,21 @@ def test_a_mask_that_cannot_be_written_stops_no_other_and_a_full_disk_is_not_tri
     with pytest.raises(SomeFailedError, match=r"2 of 3 .*\n.*disk is full\n.*c\.nii: not tried"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "new", report=lambda text: None)
     assert tried == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_probs_that_find_no_room_on_the_disk_are_an_error_of_the_scan(
+    oracle, tmp_path, monkeypatch
+):
+    def fail(file, start, size):
+        assert size == 4 * 2 * 12**3
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_scan(tmp_path / "a.nii", shape=(12, 12, 12))
+    write_scan(tmp_path / "b.nii", shape=(12, 12, 12))
+    monkeypatch.setattr(runs.os, "posix_fallocate", fail)
+    with pytest.raises(InputError, match=r"a\.nii: .*the disk is full.*\n.*b\.nii: not tried"):
+        predict_files(oracle, [tmp_path], tmp_path / "out", probs=True, report=lambda text: None)
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
 def test_a_scan_in_parts_gets_the_mask_of_the_scan_as_a_whole(saved, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.predictions import (
+    AUDIT,
     PlannedPredictions,
     Record,
     SomeFailedError,
@@ -625,7 +626,8 @@ def predict_files(
                 written = _write_prediction(
                     model.info, plan.masks[name], name, prediction, probs, record
                 )
-                append_audit(out, scan=name, **_audit(model, images, uncertainty), output=written)
+                about = identify_prediction(model, images, uncertainty)
+                append_audit(out / AUDIT, scan=name, **about, output=written)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
                 with bar.external_write_mode():
@@ -698,7 +700,7 @@ def find_finished(
         out: Folder of the masks.
         uncertainty: Whether the uncertainty of MC dropout is written.
     """
-    entries = {entry.get("scan"): entry for entry in read_audit(out)}
+    entries = {entry.get("scan"): entry for entry in read_audit(out / AUDIT)}
     finished = []
     for name, images in plan.scans.items():
         entry = entries.get(name, {})
@@ -707,13 +709,19 @@ def find_finished(
             continue
         with contextlib.suppress(InputError, OSError):
             if all(output.get(f.name) == hash_file(f) for f in plan.files[name]):
-                same = _audit(model, images, uncertainty)
+                same = identify_prediction(model, images, uncertainty)
                 finished += [name] * all(entry.get(key) == value for key, value in same.items())
     return finished
 
 
-def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:
-    """Return the hashes of the model, settings and files of a prediction, and on what it ran."""
+def identify_prediction(
+    model: Model, images: Sequence[Path], uncertainty: bool = False
+) -> dict[str, Any]:
+    """Return the hashes of the model, settings and files of a prediction, and on what it ran.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     settings = model.info.model_dump(mode="json", exclude={"provenance"})
     settings |= {"uncertainty": uncertainty, "device": str(model.device)}
     about = {"device": str(model.device), "precision": model.info.precision}

@@ -194,12 +194,16 @@ def slide_turned(
     shape = image.shape[2:]
     back = np.linalg.inv(matrix).astype(np.float64)
 
+    share: Tensor | None = None
+
     def see(places: Sequence[Sequence[int]]) -> Tensor:
+        nonlocal share
         probs = torch.softmax(_run(network, image, window, places, matrix=matrix), 1)
         part = _find_inside(places[0], window.extent, shape)  # all have the same margins
         inner = probs[(slice(None), slice(None), *part)]
-        whole = inner.new_ones((1, 1, *inner.shape[2:]))
-        share = turn_volume(turn_volume(whole, matrix, "zeros"), back, "zeros").clamp(max=1.0)
+        if share is None:
+            whole = turn_volume(inner.new_ones((1, 1, *inner.shape[2:])), matrix, "zeros")
+            share = turn_volume(whole, back, "zeros").clamp(max=1.0)
         inner.copy_(share * turn_volume(inner, back, "border"))
         return probs
 

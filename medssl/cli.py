@@ -474,7 +474,8 @@ def evaluate(
     except KeyboardInterrupt:
         masks = (out or model / "evaluation") / "predictions"
         kept = f"; masks of finished cases stand in {masks}" if round_number is None else ""
-        print(f"stopped: no table was written{kept}", file=sys.stderr)
+        goes_on = "the same command passes over finished cases"
+        print(f"stopped: no table was written{kept}; {goes_on}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     if data is not None:
         _finish_evaluation(render_summary(summary), summary)

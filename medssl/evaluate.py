@@ -2,7 +2,8 @@
 
 Everything is measured on full volumes in the native grid of the scan, under the policy that
 stands in `medssl.metrics`. Tables are written once the last case is done: a table that exists
-is complete. Here, and nowhere else, labels of test cases are opened.
+is complete. Until then `measured.jsonl` has the rows, so that a call after an interruption goes on.
+Here, and nowhere else, labels of test cases are opened.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from medssl import __version__
 from medssl.config import DataSection, InputError
 from medssl.costs import forecast_costs
 from medssl.data.cases import Case, Dataset
+from medssl.data.files import hash_source
 from medssl.data.io import (
     read_geometry,
     read_image,
@@ -31,7 +34,14 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.layouts import read_dataset
-from medssl.data.predictions import Record, protect_files, read_files, record_predictions
+from medssl.data.predictions import (
+    Record,
+    append_audit,
+    protect_files,
+    read_audit,
+    read_files,
+    record_predictions,
+)
 from medssl.data.trained import (
     find_rounds,
     find_trained_on,
@@ -59,9 +69,12 @@ from medssl.metrics import (
     surface_tolerance,
 )
 from medssl.predict import (
+    WEIGHTS,
     Model,
     ModelInfo,
+    Prediction,
     explain_failure,
+    identify_prediction,
     load_model,
     predict_case,
     show_bar,
@@ -77,6 +90,8 @@ from medssl.runs import (
     write_text,
 )
 from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
+
+MEASURED = "measured.jsonl"
 
 Report = Callable[[str], object]
 
@@ -127,10 +142,11 @@ def evaluate_model(
     scans = [image for case in labeled for image in case.images]
     protect_files(out, [*tables, *masks], overwrite, scans)
     _check_labels(labeled, model.info, ignore)
-    num_windows = _forecast(model, labeled, out, report) if forecast else 0
+    measuring = _Measuring(model, labeled, ignore, tolerance, out, masks_in=out)
+    num_windows = _forecast([measuring], out, report) if forecast else 0
     _remove_tables(out)
     with show_bar(num_windows) as bar:
-        rows, summary = _measure(model, labeled, ignore, tolerance, out, bar, report)
+        rows, summary = _measure(measuring, bar, report)
     summary = {**(about or {}), **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
     record_predictions(out, [out / name for name in tables])
@@ -245,10 +261,11 @@ def evaluate_round(
     model = load_model(run_dir / name, device)
     _check_labels(labeled, model.info, ignore)
     out = run_dir / "evaluation" / name
-    num_windows = _forecast(model, labeled, out, report) if forecast else 0
+    measuring = _Measuring(model, labeled, ignore, tolerance, run_dir / "evaluation")
+    num_windows = _forecast([measuring], out, report) if forecast else 0
     _remove_tables(out)
     with show_bar(num_windows) as bar:
-        rows, summary = _measure(model, labeled, ignore, tolerance, None, bar, report)
+        rows, summary = _measure(measuring, bar, report)
     about = {"model": str(run_dir / name), "dataset": dataset.name}
     summary = {**about, **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
@@ -296,19 +313,27 @@ def evaluate_run(
     folders = {name: out if name == "model" else out / name for name in paths}
     delivered = load_model(run_dir, device)
     _check_labels(labeled, delivered.info, ignore)
-    num_models = len(set(hashes.values()))  # the delivered model is mostly one of the rounds
-    num_windows = _forecast(delivered, labeled, out, report, num_models) if forecast else 0
+    firsts = {hashes[name]: name for name in reversed(paths)}  # the delivered one is mostly a round
+    measurings = {
+        name: _Measuring(
+            delivered if name == "model" else load_model(path, device),
+            labeled,
+            ignore,
+            tolerance,
+            out,
+            masks_in=out if name == "model" else None,
+        )
+        for name, path in paths.items()
+        if firsts[hashes[name]] == name
+    }
+    num_windows = _forecast(list(measurings.values()), out, report) if forecast else 0
     for folder in folders.values():
         _remove_tables(folder)
     measured: dict[str, tuple[list[Row], dict[str, Any]]] = {}
     with show_bar(num_windows) as bar:
-        for name, path in paths.items():
-            if hashes[name] not in measured:
-                report(f"{path}: {len(labeled)} test cases")
-                place = out if name == "model" else None
-                model = load_model(path, device)
-                pair = _measure(model, labeled, ignore, tolerance, place, bar, report)
-                measured[hashes[name]] = pair
+        for name, measuring in measurings.items():
+            report(f"{paths[name]}: {len(labeled)} test cases")
+            measured[hashes[name]] = _measure(measuring, bar, report)
     tables = {name: measured[value][0] for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],
@@ -330,36 +355,83 @@ def _remove_tables(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _forecast(
-    model: Model, cases: Sequence[Case], out: Path, report: Report, num_models: int = 1
-) -> int:
-    """Say what it takes to measure models that are like this one; return their windows."""
-    costs = forecast_costs(model, {case.case_id: case.images for case in cases}, measured=True)
-    num_windows = num_models * costs.num_windows
-    costs = replace(costs, seconds=num_models * costs.seconds, num_windows=num_windows)
-    report(costs.describe(len(cases), out))
+class _Measuring:
+    """The measuring of cases by a model: what a call before this one has done, and what is left.
+
+    The log has the row of each finished case, with a hash of all that it depends on; masks are
+    written into predictions/ of a folder where one is given.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cases: Sequence[Case],
+        ignore: int | None,
+        tolerance: float | None,
+        log_in: Path,
+        masks_in: Path | None = None,
+    ) -> None:
+        self.model, self.cases, self.ignore, self.tolerance = model, cases, ignore, tolerance
+        self.log, self.masks_in = log_in / MEASURED, masks_in
+        entries = {entry.get("of"): entry for entry in read_audit(self.log)}
+        self.finished: dict[str, dict[str, Any]] = {}
+        for case in cases if entries else ():
+            entry = entries.get(self.identify(case) or "")
+            if entry is not None and self._has_mask(case, entry):
+                self.finished[case.case_id] = entry
+
+    @property
+    def left(self) -> list[Case]:
+        """The cases that are still to be measured."""
+        return [case for case in self.cases if case.case_id not in self.finished]
+
+    def identify(self, case: Case) -> str | None:
+        """Return a hash of what the figures of a case depend on; None if that cannot be said."""
+        if self.model.info.provenance.get(WEIGHTS) is None or case.label is None:
+            return None
+        with contextlib.suppress(InputError):
+            about = identify_prediction(self.model, case.images)
+            label = [hash_source(case.label), case.segments, self.ignore, self.tolerance]
+            return hash_json([__version__, about, label])
+        return None
+
+    def _has_mask(self, case: Case, entry: Mapping[str, Any]) -> bool:
+        """Return whether the mask of a finished case stands as it was written, if one is to."""
+        if self.masks_in is None:
+            return True
+        path = self.masks_in / _name_mask(case)
+        return path.is_file() and entry.get("mask") == hash_file(path)
+
+
+def _forecast(measurings: Sequence[_Measuring], out: Path, report: Report) -> int:
+    """Say what it takes to measure models that are like the first; return their windows."""
+    left = {case.case_id: case.images for each in measurings for case in each.left}
+    if not left:
+        return 0
+    costs = forecast_costs(measurings[0].model, left, measured=True)
+    times = sum(len(each.left) for each in measurings) / len(left)
+    num_windows = round(times * costs.num_windows)
+    costs = replace(costs, seconds=times * costs.seconds, num_windows=num_windows)
+    report(costs.describe(len(left), out))
     return num_windows
 
 
 def _measure(
-    model: Model,
-    cases: Sequence[Case],
-    ignore: int | None,
-    tolerance: float | None,
-    out: Path | None,
-    bar: tqdm[Any],
-    report: Report,
+    measuring: _Measuring, bar: tqdm[Any], report: Report
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Predict and measure cases; write masks into predictions/ of a folder where one is given."""
-    info = model.info
-    names = {index: name for index, name in info.labels.items() if index > 0}
-    rows: list[Row] = []
-    flags: dict[str, list[str]] = {}
+    """Predict and measure the cases that are left; return the rows of all, and what they say."""
+    model, cases, out = measuring.model, measuring.cases, measuring.masks_in
+    names = {index: name for index, name in model.info.labels.items() if index > 0}
+    entries: dict[str, dict[str, Any]] = {}
     for folder in () if out is None else (out, out / "predictions"):
         remove_leftovers(folder, is_shared=True, below=False)
     failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
-    tolerances: list[float] = []
     record = Record(out) if out is not None else None
+    if measuring.finished:
+        report(
+            f"passed over: {len(measuring.finished)} of {len(cases)} cases that were measured "
+            "before, with the same model, settings, scan and label"
+        )
 
     def tell(number: int, case: Case, text: str) -> None:
         with bar.external_write_mode():
@@ -369,34 +441,62 @@ def _measure(
         if record is not None:
             stack.callback(record.write)  # of what was done before an interruption too
         for number, case in enumerate(cases, 1):
-            try:
-                prediction = predict_case(model, case.images, advance=bar.update)
-            except Exception as error:  # whatever it is, it is this case's: the others are measured
-                failed[case.case_id] = explain_failure(error)
-                tell(number, case, f"not measured: {failed[case.case_id]}")
-                continue
-            label, affine = _read_label(case, info.label_values, ignore)
-            spacing = grid_spacing(affine) if has_spacing(case.images[0]) else None
-            tolerances.append(surface_tolerance(spacing) if tolerance is None else tolerance)
-            num_classes = len(info.label_values)
-            metrics = case_metrics(prediction.mask, label, spacing, num_classes, tolerances[-1])
-            rows.append(tabulate_case(case, metrics, names, in_mm=spacing is not None))
-            if prediction.flags:
-                flags[case.case_id] = list(prediction.flags)
+            entry = measuring.finished.get(case.case_id)
+            if entry is None:
+                try:
+                    prediction = predict_case(model, case.images, advance=bar.update)
+                except Exception as error:  # whatever it is, it is this case's
+                    failed[case.case_id] = explain_failure(error)
+                    tell(number, case, f"not measured: {failed[case.case_id]}")
+                    continue
+                metrics, entry = _measure_case(measuring, case, prediction, names)
+                tell(number, case, _describe(metrics, names))
+            entries[case.case_id] = entry
             if record is not None:
-                path = record.out / _name_mask(case)
-                place = (prediction.mask, prediction.affine, info.label_values)
-                write_mask(path, *place, header=prediction.header, origin="prediction")
-                record.add_files([path])
-            tell(number, case, _describe(metrics, names))
-    if not rows:
+                record.add_files([record.out / _name_mask(case)])
+    if not entries:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")
+    patients = {case.case_id: case.patient_id for case in cases}
+    rows = [{**entry["row"], "patient_id": patients[key]} for key, entry in entries.items()]
     summary = summarize_rows(rows)
+    tolerances = [entry["tolerance"] for entry in entries.values()]
     extent = {"low": min(tolerances), "high": max(tolerances)}
     unit = "mm" if "hd95_mm" in next(iter(summary["classes"].values())) else "px"
+    flags = {case_id: entry["flags"] for case_id, entry in entries.items() if entry["flags"]}
     about = {f"surface_tolerance_{unit}": extent, "flags": flags, "failed": list(failed)}
     return rows, {**summary, **about}
+
+
+def _measure_case(
+    measuring: _Measuring, case: Case, prediction: Prediction, names: Mapping[int, str]
+) -> tuple[dict[int, ClassMetrics], dict[str, Any]]:
+    """Compare a prediction with the label; write the mask, if it is to be, and a line of the log.
+
+    Returns the metrics of each class, and that line.
+    """
+    values = measuring.model.info.label_values
+    label, affine = _read_label(case, values, measuring.ignore)
+    spacing = grid_spacing(affine) if has_spacing(case.images[0]) else None
+    tolerance = measuring.tolerance
+    tolerance = surface_tolerance(spacing) if tolerance is None else tolerance
+    metrics = case_metrics(prediction.mask, label, spacing, len(values), tolerance)
+    entry = {
+        "of": measuring.identify(case),
+        "row": tabulate_case(case, metrics, names, in_mm=spacing is not None),
+        "tolerance": tolerance,
+        "flags": list(prediction.flags),
+        "mask": None,
+    }
+    if measuring.masks_in is not None:
+        path = measuring.masks_in / _name_mask(case)
+        place = (prediction.mask, prediction.affine, values)
+        write_mask(path, *place, header=prediction.header, origin="prediction")
+        entry["mask"] = hash_file(path)
+    if entry["of"] is not None:
+        measuring.log.parent.mkdir(parents=True, exist_ok=True)
+        append_audit(measuring.log, **entry)
+    return metrics, entry
 
 
 def _name_mask(case: Case) -> str:

@@ -35,6 +35,7 @@ from medssl.data.io import (
     write_mask,
 )
 from medssl.data.predictions import (
+    AUDIT,
     PlannedPredictions,
     Record,
     SomeFailedError,
@@ -61,14 +62,22 @@ from medssl.runs import (
     hash_json,
     read_record,
     remove_leftovers,
+    reserve_space,
     seed_from,
+    tell_full_disk,
     write_file,
     write_json,
 )
 from medssl.transforms.geometry import Box, Header, Volume, WayBack
 from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
-from medssl.transforms.spatial import draw_turn, turn_volume
-from medssl.windows import MOST_PARTS, Window, align_slabs, find_device, slide_window
+from medssl.windows import (
+    MOST_PARTS,
+    Window,
+    align_slabs,
+    find_device,
+    slide_turned,
+    slide_window,
+)
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
@@ -347,45 +356,39 @@ def sample_probs(
     networks: Sequence[SegmentationNetwork],
     image: Tensor,
     window: Window,
-    passes: int,
-    rng: np.random.Generator,
-    spacing: Sequence[float],
-) -> Iterator[Tensor]:
-    """Yield the probs (1, num_classes, I, J, K) of passes with dropout, each seen from elsewhere.
+    turns: Sequence[NDArray[np.float64]],
+    box: Box | None = None,
+) -> Iterator[list[Tensor]]:
+    """Yield slabs of the probs (num_classes, I, J, K) of passes with dropout, seen from elsewhere.
 
-    The first pass sees the image as it is, each other one under a mirroring, rotation and scale of
-    its own, which are taken back; what they turned out of the image is as in the first pass.
-    Several networks take turns.
+    The first pass sees the image as it is, each other one under a turn of its own, which is taken
+    back; what it turned out of the image is as in the first pass. Several networks take turns.
 
     Args:
         networks: Of an ensemble, or one.
         image: (1, C, I, J, K).
-        window: Its flips are those that may be drawn.
-        passes: How many.
-        rng: Source of the turns; dropout draws from torch's global state.
-        spacing: Voxel size in mm of the three axes.
+        window: How they are moved over the image; its flips do not count.
+        turns: A matrix of ``draw_turn`` for each pass after the first.
+        box: The part of the image that is wanted; None for all of it.
+
+    Raises:
+        InputError: A network has no active dropout.
 
     Source: Wang et al. 2019, Aleatoric uncertainty estimation with test-time augmentation; Gal and
-        Ghahramani 2016 (dropout).
+        Ghahramani 2016 (dropout). Departure: each window is turned about its own center.
     """
-    first: Tensor | None = None
-    for number in range(passes):
-        network = networks[number % len(networks)]
-        matrix = draw_turn(rng, window.flips, window.slice_axis, spacing) if number else np.eye(3)
-        view = turn_volume(image, matrix, "border") if number else image
-        with sample_dropout(network):
-            slabs = (torch.softmax(slab, 0) for slab in slide_window(network, view, window))
-            probs = _gather(slabs, view, window)
-        if first is None:
-            first = probs
-        else:
-            back = np.linalg.inv(matrix).astype(np.float64)
-            inside = turn_volume(torch.ones_like(image[:, :1]), matrix, "zeros")
-            inside = turn_volume(inside, back, "zeros").clamp(max=1.0)
-            for now, before in zip(torch.split(probs, 1, 1), torch.split(first, 1, 1), strict=True):
-                turned = inside * turn_volume(now, back, "border")
-                now.copy_(turned + (1 - inside) * before)
-        yield probs
+    with contextlib.ExitStack() as dropouts:
+        for network in networks:
+            dropouts.enter_context(sample_dropout(network))
+        still = slide_window(networks[0], image, window, (), box)
+        views = [
+            slide_turned(networks[number % len(networks)], image, window, turn, box)
+            for number, turn in enumerate(turns, start=1)
+        ]
+        for first, *others in align_slabs([still, *views], window.find_axis(image.shape[2:])):
+            probs = torch.softmax(first, 0)
+            rest = ((slab, (1 - slab.sum(0)).clamp(min=0.0)) for slab in others)
+            yield [probs, *(slab + share * probs for slab, share in rest)]
 
 
 @explain_out_of_memory("the scan does not fit the memory; cut it, or use a machine with more")
@@ -410,7 +413,7 @@ def predict_case(
 
     Raises:
         InputError: A file cannot be read, has other channels than the model, or needs more memory
-            than there is.
+            than there is; or there is no room for the probs on the disk.
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
     info = model.info
@@ -447,8 +450,9 @@ def predict_case(
 def _map_probs(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return an array on the disk, which is gone with the last that holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        return np.memmap(file, np.float32, "w+", shape=shape)
+    with tell_full_disk(folder / "probs"), tempfile.TemporaryFile(dir=folder) as file:
+        reserve_space(file, 4 * math.prod(shape))
+        return np.memmap(file, np.float32, "r+", shape=shape)
 
 
 def predict_native(
@@ -623,7 +627,8 @@ def predict_files(
                 written = _write_prediction(
                     model.info, plan.masks[name], name, prediction, probs, record
                 )
-                append_audit(out, scan=name, **_audit(model, images, uncertainty), output=written)
+                about = identify_prediction(model, images, uncertainty)
+                append_audit(out / AUDIT, scan=name, **about, output=written)
             except Exception as error:  # whatever it is, it is this scan's: the others go on
                 problems.append(f"{images[0]}: {explain_failure(error)}")
                 with bar.external_write_mode():
@@ -696,7 +701,7 @@ def find_finished(
         out: Folder of the masks.
         uncertainty: Whether the uncertainty of MC dropout is written.
     """
-    entries = {entry.get("scan"): entry for entry in read_audit(out)}
+    entries = {entry.get("scan"): entry for entry in read_audit(out / AUDIT)}
     finished = []
     for name, images in plan.scans.items():
         entry = entries.get(name, {})
@@ -705,13 +710,19 @@ def find_finished(
             continue
         with contextlib.suppress(InputError, OSError):
             if all(output.get(f.name) == hash_file(f) for f in plan.files[name]):
-                same = _audit(model, images, uncertainty)
+                same = identify_prediction(model, images, uncertainty)
                 finished += [name] * all(entry.get(key) == value for key, value in same.items())
     return finished
 
 
-def _audit(model: Model, images: Sequence[Path], uncertainty: bool) -> dict[str, Any]:
-    """Return the hashes of the model, settings and files of a prediction, and on what it ran."""
+def identify_prediction(
+    model: Model, images: Sequence[Path], uncertainty: bool = False
+) -> dict[str, Any]:
+    """Return the hashes of the model, settings and files of a prediction, and on what it ran.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     settings = model.info.model_dump(mode="json", exclude={"provenance"})
     settings |= {"uncertainty": uncertainty, "device": str(model.device)}
     about = {"device": str(model.device), "precision": model.info.precision}

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
@@ -207,6 +207,21 @@ def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if reason not in FULL_DISK_ERRORS:
             raise
         raise InputError(describe_full_disk(reason, path, temporary)) from error
+
+
+def reserve_space(file: IO[bytes], size: int) -> None:
+    """Give a file its size, with room on the disk: in a map, a full disk would end the process.
+
+    Args:
+        file: Open for writing.
+        size: In bytes.
+
+    Raises:
+        OSError: There is no room.
+    """
+    file.truncate(size)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _ask_disk(temporary: Path) -> int | None:

@@ -12,13 +12,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.networks.build import SegmentationNetwork, arrange
 from medssl.transforms.geometry import Box
+from medssl.transforms.spatial import turn_volume
 
 OVERLAP = 0.5  # of neighboring windows at prediction, fraction
 SLICES = 8  # windows of slices that go through a network in 2D at once
@@ -153,7 +156,70 @@ def slide_window(
     Raises:
         FloatingPointError: The logits are not finite.
     """
-    shape, extent = image.shape[2:], window.extent
+
+    def see(places: Sequence[Sequence[int]]) -> Tensor:
+        return _run(network, image, window, places, mirrored)
+
+    yield from _slide(see, image.shape[2:], window, mirrored, box, advance)
+
+
+def slide_turned(
+    network: SegmentationNetwork,
+    image: Tensor,
+    window: Window,
+    matrix: NDArray[np.float64],
+    box: Box | None = None,
+    advance: Callable[[int], object] = int,
+) -> Iterator[Tensor]:
+    """Yield probs of an image in slabs, of which each window sees its part turned.
+
+    A window is turned about its own center, so that its probs, which are turned back, lie where
+    those of `slide_window` do, and no more than a slab has to be held.
+
+    Args:
+        network: The network; patches are brought to its device.
+        image: (1, C, I, J, K).
+        window: Its flips do not count.
+        matrix: Of ``medssl.transforms.spatial.draw_turn``.
+        box: The part of the image that is wanted; None for all of it.
+        advance: Is told how many windows have gone through the network.
+
+    Yields:
+        Probs (num_classes, I, J, K) float32 as `slide_window` does. Their sum is the share of a
+        voxel that was not turned out of its windows, as some is at the faces of the image.
+
+    Raises:
+        FloatingPointError: The probs are not finite.
+    """
+    shape = image.shape[2:]
+    back = np.linalg.inv(matrix).astype(np.float64)
+
+    share: Tensor | None = None
+
+    def see(places: Sequence[Sequence[int]]) -> Tensor:
+        nonlocal share
+        probs = torch.softmax(_run(network, image, window, places, matrix=matrix), 1)
+        part = _find_inside(places[0], window.extent, shape)  # all have the same margins
+        inner = probs[(slice(None), slice(None), *part)]
+        if share is None:
+            whole = turn_volume(inner.new_ones((1, 1, *inner.shape[2:])), matrix, "zeros")
+            share = turn_volume(whole, back, "zeros").clamp(max=1.0)
+        inner.copy_(share * turn_volume(inner, back, "border"))
+        return probs
+
+    yield from _slide(see, shape, window, (), box, advance)
+
+
+def _slide(
+    see: Callable[[Sequence[Sequence[int]]], Tensor],
+    shape: Sequence[int],
+    window: Window,
+    mirrored: Sequence[int],
+    box: Box | None,
+    advance: Callable[[int], object],
+) -> Iterator[Tensor]:
+    """Yield slabs of the weighted mean of what is seen (B, C, I, J, K) in windows at places."""
+    extent = window.extent
     box = box or (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
     axis = window.find_axis(shape)
     starts = [_find_starts(shape[a], extent[a], a in mirrored, part) for a, part in enumerate(box)]
@@ -169,8 +235,7 @@ def slide_window(
 
     def flush() -> None:
         if waiting:
-            logits = _run(network, image, window, mirrored, waiting)
-            for place, patch in zip(waiting, logits, strict=True):
+            for place, patch in zip(waiting, see(waiting), strict=True):
                 slab.add_window(patch, place)
             advance(len(waiting))
             waiting.clear()
@@ -241,14 +306,18 @@ def _run(
     network: SegmentationNetwork,
     image: Tensor,
     window: Window,
-    mirrored: Sequence[int],
     places: Sequence[Sequence[int]],
+    mirrored: Sequence[int] = (),
+    matrix: NDArray[np.float64] | None = None,
 ) -> Tensor:
-    """Return the logits (B, num_classes, I, J, K) float32 of windows that begin at these places."""
+    """Return the logits (B, num_classes, I, J, K) float32 of windows that begin at these places.
+
+    Mirrorings of what the network sees are taken back, a turn by a matrix is not.
+    """
     device = find_device(network, image)
     dtype = torch.bfloat16 if window.precision == "bfloat16" else torch.float32
     axes = [2 + axis for axis in mirrored]
-    patches = torch.cat([_cut(image, place, window.extent) for place in places]).to(device)
+    patches = torch.cat([_cut(image, place, window.extent, matrix) for place in places]).to(device)
     patches = patches.flip(axes) if axes else patches
     if window.slice_axis is not None:
         patches = patches.squeeze(2 + window.slice_axis)
@@ -264,15 +333,33 @@ def find_device(network: SegmentationNetwork, image: Tensor) -> torch.device:
     return next((weight.device for weight in network.parameters()), image.device)
 
 
-def _cut(image: Tensor, place: Sequence[int], extent: Sequence[int]) -> Tensor:
-    """Return the patch (1, C, I, J, K) of an image (1, C, I, J, K) that begins here."""
-    padding: list[int] = []
-    for axis, (start, size) in enumerate(zip(place, extent, strict=True)):
-        whole = image.shape[2 + axis]
-        first, last = max(start, 0), min(start + size, whole)
-        image = image.narrow(2 + axis, first, last - first)
-        padding = [first - start, start + size - last, *padding]
-    return F.pad(image, padding) if any(padding) else image
+def _cut(
+    image: Tensor,
+    place: Sequence[int],
+    extent: Sequence[int],
+    matrix: NDArray[np.float64] | None,
+) -> Tensor:
+    """Return the patch (1, C, I, J, K) of an image (1, C, I, J, K) that begins here, or turned."""
+    inside = _find_inside(place, extent, image.shape[2:])
+    box = [
+        slice(start + part.start, start + part.stop)
+        for start, part in zip(place, inside, strict=True)
+    ]
+    margins = [(part.start, size - part.stop) for part, size in zip(inside, extent, strict=True)]
+    padding = [count for margin in reversed(margins) for count in margin]
+    if matrix is None:
+        patch = image[(slice(None), slice(None), *box)]
+    else:
+        patch = turn_volume(image, matrix, "border", box)
+    return F.pad(patch, padding) if any(padding) else patch
+
+
+def _find_inside(place: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> list[slice]:
+    """Return the part of a window that lies in an image, in voxels of the window."""
+    return [
+        slice(max(-start, 0), min(whole - start, size))
+        for start, size, whole in zip(place, extent, shape, strict=True)
+    ]
 
 
 def align_slabs(views: Sequence[Iterator[Tensor]], axis: int) -> Iterator[list[Tensor]]:

@@ -22,6 +22,7 @@ ROWS = [  # what is done, shape, classes, mirrored axes
     ("evaluate", (256, 256, 256), 3, 0),
     ("cache", (256, 256, 256), 3, 0),
     ("pseudo-label", (256, 256, 256), 3, 0),
+    ("sampled pseudo-label", (256, 256, 256), 3, 0),
     ("predict", (512, 512, 300), 3, 0),
     ("predict", (512, 512, 600), 5, 0),
     ("predict", (512, 512, 600), 5, 3),
@@ -130,8 +131,8 @@ def measure_row(
         if what in ("predict", "evaluate"):
             costs = forecast_costs(model, {"scan": (scan,)}, measured=what == "evaluate")
         act: Callable[[], object]
-        if what == "pseudo-label":
-            act = prepare_labeling(model, case, Path(folder))
+        if what.endswith("pseudo-label"):
+            act = prepare_labeling(model, case, Path(folder), what.startswith("sampled"))
         else:
             act = {
                 "predict": lambda: predict_files(model, [scan], out, report=lambda text: None),
@@ -166,16 +167,20 @@ def cache_case(model: "Model", case: "Case", folder: Path) -> "CachedCase":
     return build_cache([case], recipe, folder / "cache", values, None, 1)["scan"]
 
 
-def prepare_labeling(model: "Model", case: "Case", folder: Path) -> Callable[[], object]:
-    """Cache a scan; return what pseudo-labels it as a teacher of one model does."""
+def prepare_labeling(
+    model: "Model", case: "Case", folder: Path, is_sampled: bool
+) -> Callable[[], object]:
+    """Cache a scan; return what pseudo-labels it as a clean or a sampled teacher does."""
+    import numpy as np
     import torch
 
     from medssl.config import FilterSection
-    from medssl.predict import bring_boxes
+    from medssl.predict import MC_PASSES, bring_boxes
     from medssl.pseudo.gates import Expectation
     from medssl.pseudo.label import RawPseudoLabel, label_cases
-    from medssl.rounds.teacher import average_with_entropy
+    from medssl.rounds.teacher import average_passes, average_with_entropy
     from medssl.transforms.geometry import WayBack
+    from medssl.transforms.spatial import draw_turn
 
     info, cached = model.info, cache_case(model, case, folder)
     way = WayBack(cached.shape, cached.affine, cached.shape, cached.affine)
@@ -184,7 +189,13 @@ def prepare_labeling(model: "Model", case: "Case", folder: Path) -> Callable[[],
     def say(case: "CachedCase") -> RawPseudoLabel:
         image = torch.from_numpy(case.image().astype("float32"))[None]
         walk = partial(average_with_entropy, model, image, info.window)
-        boxes = bring_boxes(walk, info.window, way, size, 1, model.device)
+        if is_sampled:
+            network = torch.nn.Sequential(torch.nn.Dropout3d(0.1), model.network).eval()
+            rng = np.random.default_rng(0)
+            turns = [draw_turn(rng, (0,), None, case.spacing) for _ in range(MC_PASSES - 1)]
+            walk = partial(average_passes, [network], image, info.window, turns, True)
+        num_views = MC_PASSES if is_sampled else 1
+        boxes = bring_boxes(walk, info.window, way, size, num_views, model.device)
         parts = ((box, values[:-1], values[-1]) for box, values in boxes)
         return RawPseudoLabel(parts, lambda _: None)
 

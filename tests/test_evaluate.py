@@ -32,7 +32,7 @@ from medssl.data import predictions
 from medssl.data.cases import Case
 from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
-from medssl.data.predictions import read_files
+from medssl.data.predictions import Record, read_files
 from medssl.evaluate import (
     evaluate_data,
     evaluate_model,
@@ -45,7 +45,7 @@ from medssl.evaluate import (
 )
 from medssl.metrics import Row, case_metrics, read_table
 from medssl.networks.build import NetworkSpec, build_network
-from medssl.predict import ModelInfo, Prediction, load_model, save_model
+from medssl.predict import WEIGHTS, ModelInfo, Prediction, load_model, save_model
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
 AFFINE = np.diag([-1.0, 2.0, 0.5, 1.0])
@@ -68,6 +68,10 @@ COLUMNS = [
     ),
     "dice",
 ]
+
+
+COSTS = Costs(1e9, 60, 0, 7)
+RunMaker = Callable[..., Path]
 
 
 def quiet(line: str) -> None:
@@ -102,7 +106,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A model that reads the mask off the image; `shift` moves what it says along I."""
-    info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={})
+    info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={}, provenance={})
     model = SimpleNamespace(info=info, shift=0, predicted=[])
 
     def predict(model: Any, images: tuple[Path, ...], advance: Any = int) -> Prediction:
@@ -334,7 +338,7 @@ def test_ctrl_c_is_exit_code_130_and_keeps_the_masks_of_finished_cases(
     run, out = make_run([0]), tmp_path / "out"
     (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
     fail_at(monkeypatch, "case06", KeyboardInterrupt())
-    monkeypatch.setattr(evaluate, "forecast_costs", lambda *_, **__: Costs(1e9, 60, 0, 7))
+    monkeypatch.setattr(evaluate, "forecast_costs", lambda *_, **__: COSTS)
     monkeypatch.setattr(predictions, "_FEWER", 1e9)  # the record is not written on the way
     done = CliRunner().invoke(app, ["evaluate", str(run), str(data), "--out", str(out)])
     assert done.exit_code == 130, done.output
@@ -344,6 +348,102 @@ def test_ctrl_c_is_exit_code_130_and_keeps_the_masks_of_finished_cases(
     masks = [f"predictions/case{index:02d}.nii.gz" for index in (3, 4, 5)]
     assert sorted(p.relative_to(out).as_posix() for p in out.glob("predictions/*")) == masks
     assert sorted(read_files(out)) == masks, "all of them are on the record"
+
+
+def name_model(model: Any, weights: str = "a") -> None:
+    """Give a model the hashes by which its predictions are known again."""
+    model.device, model.info.precision = "cpu", "float32"
+    model.info.provenance = {WEIGHTS: weights}
+    model.info.model_dump = lambda **_: {"labels": list(NAMES.values())}
+
+
+def test_an_evaluation_goes_on_where_it_was_interrupted(
+    data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, out = read_dataset(data).cases, tmp_path / "out"
+    name_model(model)
+    model.shift = 1
+    whole = evaluate_model(model, cases, tmp_path / "whole", report=quiet)
+    with monkeypatch.context() as patch:
+        fail_at(patch, "case05", KeyboardInterrupt())
+        patch.setattr(Record, "write", lambda _: None)  # as after a kill
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_model(model, cases, out, report=quiet)
+    with (out / "measured.jsonl").open("a") as file:
+        file.write('{"of": "cut')
+    model.predicted.clear()
+    lines: list[str] = []
+    told: list[int] = []
+    monkeypatch.setattr(
+        evaluate, "forecast_costs", lambda _, scans, **__: told.append(len(scans)) or COSTS
+    )
+    assert evaluate_model(model, cases, out, forecast=True, report=lines.append) == whole
+    assert model.predicted == [f"case{index:02d}.nii.gz" for index in range(5, 12)]
+    assert told == [7]
+    assert any(line.startswith("passed over: 5 of 12 cases") for line in lines)
+    for name in ("per_case.csv", "summary.json", "predictions/case03.nii.gz"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len([name for name in read_files(out) if name.startswith("predictions/")]) == 12
+
+
+@pytest.mark.parametrize("changed", ["weights", "scan", "label", "mask", "tolerance", "ignore"])
+def test_a_case_of_which_anything_changed_is_measured_anew(
+    data: Path, model: Any, tmp_path: Path, changed: str
+) -> None:
+    cases, out = read_dataset(data).cases[:2], tmp_path / "out"
+    name_model(model)
+    evaluate_model(model, cases, out, report=quiet)
+    options: dict[str, Any] = {}
+    if changed == "weights":
+        name_model(model, "b")
+    elif changed in ("tolerance", "ignore"):
+        options = {"tolerance": 2.5} if changed == "tolerance" else {"ignore": 9}
+    else:
+        files = {"scan": data / "images", "label": data / "labels", "mask": out / "predictions"}
+        path = files[changed] / "case01.nii.gz"
+        shifted = draw_label(5).astype(np.float32)
+        if changed == "scan":
+            nib.save(nib.Nifti1Image(shifted, AFFINE), path)
+        else:
+            write_mask(path, draw_label(5), AFFINE, VALUES)
+    model.predicted.clear()
+    summary = evaluate_model(model, cases, out, overwrite=True, report=quiet, **options)
+    again = ["case00.nii.gz", "case01.nii.gz"]
+    assert model.predicted == (again if changed in ("weights", *options) else again[1:])
+    assert (summary["dice"]["mean"] == 1.0) == (changed not in ("scan", "label"))
+    model.predicted.clear()
+    assert evaluate_model(model, cases, out, overwrite=True, report=quiet, **options) == summary
+    assert model.predicted == []
+
+
+def test_rounds_of_a_run_that_were_measured_are_passed_over(
+    model: Any, make_run: RunMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([2, 1, 0])
+    load = evaluate.load_model
+
+    def load_named(path: Path, device: str) -> Any:
+        model = load(path, device)
+        name_model(model, str(model.shift))
+        return model
+
+    calls: list[int] = []
+    predict = evaluate.predict_case
+
+    def count(model: Any, images: tuple[Path, ...], **options: Any) -> Prediction:
+        calls.append(model.shift)
+        return predict(model, images, **options)
+
+    monkeypatch.setattr(evaluate, "load_model", load_named)
+    monkeypatch.setattr(evaluate, "predict_case", count)
+    evaluate_round(run, 1, report=quiet)
+    evaluate_round(run, 2, report=quiet)
+    assert calls == [1] * 9 + [0] * 9
+    calls.clear()
+    summary = evaluate_run(run, report=quiet)
+    assert calls == [0] * 9 + [2] * 9, "the delivered model, whose masks were to be written"
+    assert evaluate_run(run, report=quiet) == summary
+    assert len(calls) == 18
 
 
 def test_what_all_models_of_a_run_take_is_said_once(
@@ -407,9 +507,6 @@ def test_data_with_the_model_s_label_map_is_evaluated(
     assert summary["trained_on"] == []
 
 
-RunMaker = Callable[..., Path]
-
-
 @pytest.fixture
 def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunMaker:
     """Make a run folder whose rounds shift their masks by `shifts`, the last one delivered."""
@@ -439,7 +536,7 @@ def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     def load(path: Path, device: str) -> SimpleNamespace:
         shift = int((path / "model" / "weights.safetensors").read_text().split()[1])
         loaded.append(path)
-        info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={})
+        info = SimpleNamespace(label_values=VALUES, labels=NAMES, palette={}, provenance={})
         return SimpleNamespace(info=info, shift=shift, predicted=[])
 
     loaded: list[Path] = []

@@ -23,14 +23,14 @@ def test_every_example_is_short_and_stands_on_the_page():
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     files = sorted(FOLDER.glob("*.py"))
     assert {path.stem for path in files} == {
-        "losses", "thresholds", "transforms", "filters", "objective"
+        "losses", "thresholds", "transforms", "filters", "objective", "ignite_loop"
     }  # fmt: skip
     for path in files:
         assert f"{{literalinclude}} examples/{path.name}" in page
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 40, path.name
 
 
-@pytest.mark.parametrize("name", ["losses", "thresholds", "objective"])
+@pytest.mark.parametrize("name", ["losses", "thresholds", "objective", "ignite_loop"])
 def test_an_example_learns(name, run):
     first, *_, last = run(name)["history"]
     key = "loss" if name == "thresholds" else "supervised"
@@ -43,6 +43,15 @@ def test_the_terms_of_the_objective_all_count_in_the_end(run):
     assert min(found["history"][-1].values()) > 0
     pairs = zip(found["network"].parameters(), found["teacher"].parameters(), strict=True)
     assert any(not torch.equal(own, mean) for own, mean in pairs)
+
+
+def test_the_teacher_follows_and_is_measured_in_the_loop_of_ignite(run):
+    found = run("ignite_loop")
+    assert len(found["history"]) == 20
+    pairs = zip(found["network"].parameters(), found["teacher"].parameters(), strict=True)
+    assert all(0 < (own - mean).abs().max() < 0.5 for own, mean in pairs)
+    assert found["dice"].shape == (4,)
+    assert found["dice"][0] > 0.8, "the background"
 
 
 def test_the_views_of_the_transforms_differ_and_their_voxels_correspond(run):

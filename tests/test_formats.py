@@ -177,7 +177,7 @@ def test_a_mask_in_dicom_is_asked_for_of_dicom_alone(mixed, trained, tmp_path):
     assert (tmp_path / "a.rtstruct.dcm").is_file()
     code, said = run_command("predict", trained, *inputs, "--out", tmp_path, "--format", "dicom")
     assert code == 2
-    assert "--format dicom: is none of nifti, nrrd, mha, dicom-seg" in said
+    assert "--format dicom: is none of nifti, nrrd, seg-nrrd, mha, dicom-seg" in said
 
 
 def test_segments_are_matched_by_name_whatever_their_numbers(tmp_path):

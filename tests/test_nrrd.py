@@ -8,6 +8,7 @@ from itertools import chain
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from itk_scans import (
@@ -293,6 +294,27 @@ def save_segments(path, layers, segments):
         for key, value in zip(("Layer", "LabelValue"), others, strict=False):
             fields += f"Segment{index}_{key}:={value}\n"
     return save(path, fields + "\n", layers.astype("u1").tobytes(order="F"), sizes, end="")
+
+
+def test_a_segmentation_names_its_segments_and_any_other_file_does_not(tmp_path):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4) % 3 * 2
+    names = {0: "background", 2: "liver", 4: "a\\b tumor"}
+    for name in ("a.seg.nrrd", "b.nrrd"):
+        nrrd.write(tmp_path / name, array, np.diag([2.0, 1.5, 3, 1]), None, "made", names)
+    path = tmp_path / "a.seg.nrrd"
+    assert nrrd.read_names(path) == {2: "liver", 4: "a\\b tumor"}
+    assert nrrd.read_names(tmp_path / "b.nrrd") == {}
+    label = nrrd.open_label(path)
+    assert label.read_note() == "made"
+    assert np.array_equal(read(label)[..., 0], array)
+    image = SimpleITK.ReadImage(str(path))
+    said = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
+    assert (said["Segment0_Name"], said["Segment0_LabelValue"]) == ("liver", "2")
+    assert (said["Segment1_LabelValue"], said["Segment1_Layer"]) == ("4", "0")
+    assert said["Segment1_Extent"] == "0 1 0 2 0 3"
+    assert said["Segmentation_MasterRepresentation"] == "Binary labelmap"
+    assert "Segment2_Name" not in said, "the background is no segment"
+    assert np.array_equal(SimpleITK.GetArrayFromImage(image).T, array)
 
 
 def make_layers(*boxes):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from medssl import costs, predict, windows
+from medssl import costs, predict, runs, windows
 from medssl.cli import app
 from medssl.config import InputError, UncertaintySection
 from medssl.data import predictions
@@ -20,6 +20,7 @@ from medssl.data.io import read_image
 from medssl.data.predictions import SomeFailedError, find_scans, plan_predictions
 from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
+from medssl.networks.noise import sample_dropout
 from medssl.predict import (
     Model,
     describe_model,
@@ -36,6 +37,7 @@ from medssl.predict import (
 from medssl.pseudo import uncertainty
 from medssl.pseudo.uncertainty import combine, find_limit
 from medssl.runs import read_json, write_json
+from medssl.transforms.spatial import draw_turn, turn_volume
 from medssl.windows import Window, slide_window
 
 ISOTROPIC = np.diag([1.0, 1, 1, 1])
@@ -700,19 +702,45 @@ class DroppingOracle(Oracle):
         return 8 * super().forward(self.dropout(image))
 
 
-def take_samples(network, image, passes=6, slice_axis=None, seed=0):
-    patch = image.shape[2:] if slice_axis is None else image.shape[2:4]
-    window = Window(tuple(patch), flips=(0,), slice_axis=slice_axis)
+def draw_turns(passes, slice_axis=None, seed=0):
     rng = np.random.default_rng(seed)
-    spacing = (1.0, 1.0, 4.0)
-    return list(sample_probs([network], image, window, passes, rng, spacing))
+    return [draw_turn(rng, (0,), slice_axis, (1.0, 1.0, 4.0)) for _ in range(passes - 1)]
 
 
-@pytest.mark.parametrize("slice_axis", [None, 2])
-def test_passes_from_elsewhere_say_the_same_of_each_voxel(slice_axis):
+def take_samples(network, image, passes=6, slice_axis=None, patch=None):
+    patch = patch or (image.shape[2:] if slice_axis is None else image.shape[2:4])
+    window = Window(tuple(patch), slice_axis=slice_axis)
+    turns = draw_turns(passes, slice_axis)
+    slabs = list(sample_probs([network], image, window, turns))
+    axis = 1 + window.find_axis(image.shape[2:])
+    return [torch.cat(views, axis)[None] for views in zip(*slabs, strict=True)]
+
+
+def test_passes_in_one_window_are_those_of_the_whole_scan_turned(network):
+    image = torch.rand(1, 1, 13, 16, 16)
+    torch.manual_seed(3)
+    probs = take_samples(network, image, passes=4, patch=(16, 16, 16))
+    torch.manual_seed(3)
+    first = None
+    for number, turn in enumerate([np.eye(3), *draw_turns(4)]):
+        with sample_dropout(network):
+            view = torch.nn.functional.pad(turn_volume(image, turn, "border"), (0, 0, 0, 0, 1, 2))
+            seen = torch.softmax(network(view), 1).detach()[:, :, 1:14]
+        back = np.linalg.inv(turn)
+        inside = turn_volume(torch.ones_like(image), turn, "zeros")
+        inside = turn_volume(inside, back, "zeros").clamp(max=1)
+        first = seen if first is None else first
+        whole = inside * turn_volume(seen, back, "border") + (1 - inside) * first
+        assert torch.allclose(probs[number], whole, atol=1e-5), number
+
+
+@pytest.mark.parametrize(
+    ("slice_axis", "patch"), [(None, None), (2, None), (None, (16, 16, 8)), (2, (16, 16))]
+)
+def test_passes_from_elsewhere_say_the_same_of_each_voxel(slice_axis, patch):
     axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in (24, 24, 12)), indexing="ij")
     image = torch.stack([(0.6 - sum(axis**2 for axis in axes).sqrt())])[None]
-    probs = take_samples(DroppingOracle(), image, slice_axis=slice_axis)
+    probs = take_samples(DroppingOracle(), image, slice_axis=slice_axis, patch=patch)
     expected = torch.softmax(8 * torch.cat([-image, image], dim=1), dim=1)
     assert torch.allclose(probs[0], expected, atol=1e-4)
     for other in probs[1:]:
@@ -769,6 +797,21 @@ def test_a_mask_that_cannot_be_written_stops_no_other_and_a_full_disk_is_not_tri
     with pytest.raises(SomeFailedError, match=r"2 of 3 .*\n.*disk is full\n.*c\.nii: not tried"):
         predict_files(oracle, [tmp_path / "scans"], tmp_path / "new", report=lambda text: None)
     assert tried == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_probs_that_find_no_room_on_the_disk_are_an_error_of_the_scan(
+    oracle, tmp_path, monkeypatch
+):
+    def fail(file, start, size):
+        assert size == 4 * 2 * 12**3
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_scan(tmp_path / "a.nii", shape=(12, 12, 12))
+    write_scan(tmp_path / "b.nii", shape=(12, 12, 12))
+    monkeypatch.setattr(runs.os, "posix_fallocate", fail)
+    with pytest.raises(InputError, match=r"a\.nii: .*the disk is full.*\n.*b\.nii: not tried"):
+        predict_files(oracle, [tmp_path], tmp_path / "out", probs=True, report=lambda text: None)
+    assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
 def test_a_scan_in_parts_gets_the_mask_of_the_scan_as_a_whole(saved, tmp_path, monkeypatch):

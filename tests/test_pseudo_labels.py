@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from medssl import runs
 from medssl.config import FilterSection, InputError
 from medssl.data import pseudo_labels
 from medssl.data.pseudo_labels import (
@@ -167,7 +168,7 @@ def test_a_full_disk_is_said_before_anything_is_mapped(tmp_path, monkeypatch):
     def fail(file, start, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pseudo_labels.os, "posix_fallocate", fail)
+    monkeypatch.setattr(runs.os, "posix_fallocate", fail)
     with pytest.raises(InputError, match="full"):
         write(tmp_path / "a", *draw(), "t")
     assert not list((tmp_path / "a").iterdir())

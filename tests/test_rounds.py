@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medssl import cli, runs
+from medssl import cli, predict, runs, windows
 from medssl.config import InputError
 from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
@@ -31,6 +32,7 @@ from medssl.rounds.run import measure_validation
 from medssl.run_folder import read_folder
 from medssl.runs import Journal, hash_file, is_half_deleted, read_json, write_json
 from medssl.settings import list_methods, load_config
+from medssl.transforms.spatial import draw_turn
 from medssl.windows import Window
 
 SMALL = [
@@ -172,9 +174,9 @@ def test_an_online_teacher_labels_all_scans_in_full_at_the_end_only(start, monke
     passes = []
     real = teachers.sample_probs
 
-    def count(networks, image, window, number, *others):
-        passes.append(number)
-        return real(networks, image, window, number, *others)
+    def count(networks, image, window, turns, *others):
+        passes.append(1 + len(turns))
+        return real(networks, image, window, turns, *others)
 
     monkeypatch.setattr(teachers, "sample_probs", count)
     folder = start("method=default", "rounds=2", "network.width=0.5", settings=SMALL)
@@ -575,9 +577,9 @@ def test_a_label_that_is_cut_while_its_scan_is_segmented_was_read_before(
 
     def segment(*args, **options):
         os.truncate(tmp_path / "label" / "label.npy", 0)
-        return torch.nn.functional.one_hot(truth, 3).movedim(-1, 0)[None].float()
+        yield torch.nn.functional.one_hot(truth, 3).movedim(-1, 0).float()
 
-    monkeypatch.setattr(run_of_rounds, "predict_probs", segment)
+    monkeypatch.setattr(run_of_rounds, "average_views", segment)
     names = ("background", "organ", "lesion")
     run = SimpleNamespace(val=(case,), plan=tiny_plan, class_names=names)
     (row,) = measure_validation(run, torch.nn.Identity())
@@ -807,3 +809,42 @@ def test_a_full_disk_at_the_end_does_not_hide_what_came_first(start, monkeypatch
     monkeypatch.setattr(loop, "set_status", lambda home, s: s == "running" or full())
     with pytest.raises(FloatingPointError, match="the first error"):
         start("rounds=0")
+
+
+class Fickle(torch.nn.Module):
+    """Sees three classes voxel by voxel; its dropout is active, and hardly ever drops."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = torch.nn.Dropout3d(1e-6)
+
+    def forward(self, image):
+        return torch.cat([-image, 2 * image, image**2], dim=1) + 0 * self.dropout(image)
+
+
+def test_what_a_teacher_and_validation_see_is_the_same_in_parts(
+    cached_cases, tiny_plan, monkeypatch
+):
+    case, window = cached_cases["l0"], Window((8, 8, 8), flips=(0, 1))
+    run = SimpleNamespace(plan=tiny_plan)
+    image = run_of_rounds.load_image(case, "cpu")
+    turns = [draw_turn(np.random.default_rng(7), (0,), None, case.spacing) for _ in range(2)]
+    walk = partial(teachers.average_passes, [Fickle()], image, window, turns, True)
+
+    def gather():
+        whole = np.full((4, *case.shape), np.nan, np.float32)
+        boxes = list(run_of_rounds.bring_slabs(run, case, walk, window, 3))
+        for box, slab in boxes:
+            whole[(slice(None), *box)] = slab
+        return len(boxes), whole, run_of_rounds.find_classes(run, case, Fickle(), image)
+
+    num_boxes, whole, classes = gather()
+    expected = predict_probs(Fickle(), image, tiny_plan.window.plain)[0].argmax(0)
+    assert np.array_equal(classes, expected.numpy())
+    assert len(np.unique(classes)) > 1
+    monkeypatch.setattr(predict, "SLAB_BYTES", 1)
+    monkeypatch.setattr(windows, "MOST_PARTS", 3)
+    more_boxes, in_parts, same = gather()
+    assert more_boxes > num_boxes
+    np.testing.assert_allclose(in_parts, whole, atol=1e-5)
+    assert np.array_equal(same, classes)

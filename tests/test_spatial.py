@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from medssl.transforms.spatial import SpatialDraw, draw_spatial, draw_turn, turn_volume
 
@@ -214,3 +215,22 @@ def test_a_mirroring_is_the_flip_of_the_volume():
     volume = torch.rand(1, 2, 5, 6, 7)
     matrix = np.diag([-1.0, 1.0, -1.0])
     assert torch.allclose(turn_volume(volume, matrix, "zeros"), volume.flip(2, 4), atol=1e-5)
+
+
+@pytest.mark.parametrize("outside", ["border", "zeros"])
+def test_a_box_is_turned_about_its_own_center(outside):
+    volume = torch.rand(2, 3, 17, 16, 14)
+    box = (slice(6, 15), slice(0, 7), slice(3, 4))  # its center is that of no other box below
+    matrix = draw_turn(np.random.default_rng(1), (0, 2), None, (1.0, 1.0, 2.0))
+    center = np.array([10.0, 3.0, 3.0])
+    offsets = np.stack(np.meshgrid(np.arange(-4, 5), np.arange(-3, 4), [0], indexing="ij"))
+    places = np.einsum("ab,bijk->aijk", matrix, offsets) + center[:, None, None, None]
+    mode = "nearest" if outside == "border" else "constant"
+    turned = turn_volume(volume, matrix, outside, box)
+    for expected, found in zip(volume.flatten(0, 1), turned.flatten(0, 1), strict=True):
+        sampled = ndimage.map_coordinates(expected.numpy(), places, order=1, mode=mode)
+        inside = (
+            (places >= 0) & (places <= np.array(expected.shape)[:, None, None, None] - 1)
+        ).all(0)
+        where = slice(None) if outside == "border" else inside
+        assert np.allclose(sampled[where], found.numpy()[where], atol=1e-4)

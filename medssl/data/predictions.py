@@ -319,11 +319,11 @@ class Record:
         self._next = time.monotonic() + _FEWER * (time.monotonic() - started)
 
 
-def append_audit(out: Path, **entry: Any) -> None:
-    """Append a line of JSON to the audit log of a folder.
+def append_audit(path: Path, **entry: Any) -> None:
+    """Append a line of JSON to a log.
 
     Args:
-        out: The folder.
+        path: The log; that of predictions is `AUDIT` in their folder.
         entry: What to say beside the time and the version of medssl.
 
     Raises:
@@ -331,15 +331,15 @@ def append_audit(out: Path, **entry: Any) -> None:
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     line = json.dumps({"time": now, "medssl": __version__, **entry}) + "\n"
-    with tell_full_disk(out / AUDIT), (out / AUDIT).open("ab") as file:
+    with tell_full_disk(path), path.open("ab") as file:
         file.write(line.encode())
 
 
-def read_audit(out: Path) -> list[dict[str, Any]]:
-    """Return the lines of the audit log of a folder; one that is damaged or cut is left out."""
+def read_audit(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log; one that is damaged or cut is left out."""
     entries = []
     with contextlib.suppress(OSError):
-        for line in (out / AUDIT).read_text("utf-8", "replace").splitlines():
+        for line in path.read_text("utf-8", "replace").splitlines():
             with contextlib.suppress(ValueError):
                 entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict)]

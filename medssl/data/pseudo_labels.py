@@ -5,7 +5,6 @@ Axes: I J K voxel axes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from medssl.runs import (
     find_changed,
     hash_files,
     read_json,
+    reserve_space,
     seed_from,
     write_file,
     write_json,
@@ -114,11 +114,10 @@ def write_pseudo_label(
 
 
 def _reserve(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
-    """Make an array file, with room on the disk: in a map, a full disk would end the process."""
+    """Make an array file that can be mapped."""
     np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    with path.open("rb+") as file:
+        reserve_space(file, path.stat().st_size)
 
 
 def _open(path: Path) -> NDArray[Any]:

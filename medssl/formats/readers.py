@@ -104,6 +104,7 @@ READERS = (
 FORMATS = {
     "nifti": ".nii.gz",
     "nrrd": ".nrrd",
+    "seg-nrrd": ".seg.nrrd",
     "mha": ".mha",
     "dicom-seg": ".dcm",
     "dicom-labelmap": ".labelmap.dcm",

@@ -5,24 +5,36 @@ Axes: C channels, I J K voxel axes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from medssl.config import IGNORE, Config, at_round
 from medssl.data.cache import CachedCase
-from medssl.data.pseudo_labels import measure_agreement
+from medssl.data.pseudo_labels import Classes, measure_agreement
 from medssl.metrics import Row, mean_known
 from medssl.networks.build import SegmentationNetwork
 from medssl.plan import Plan
-from medssl.predict import Model, ModelInfo, load_model, predict_probs
+from medssl.predict import (
+    Model,
+    ModelInfo,
+    Walk,
+    average_views,
+    bring_boxes,
+    load_model,
+    predict_probs,
+)
 from medssl.pseudo.gates import Expectation, expect_from
 from medssl.runs import StopFlag
 from medssl.train import find_model_folder
+from medssl.transforms.geometry import Box, WayBack
+from medssl.windows import Window
 
 
 class StopRequested(Exception):  # noqa: N818  # it is no error
@@ -85,6 +97,32 @@ def load_members(run: Run, index: int) -> list[Model]:
     return [load_model(folder, run.plan.device) for folder in folders]
 
 
+def bring_slabs(
+    run: Run, case: CachedCase, walk: Walk, window: Window, num_views: int = 0
+) -> Iterator[tuple[Box, NDArray[np.float32]]]:
+    """Yield what a walk says of a case, box by box of the cache grid.
+
+    ``num_views`` are the slabs that the walk holds beside each other; 0 for the mirrorings of its
+    window.
+    """
+    same = WayBack(case.shape, case.affine, case.shape, case.affine)
+    num_views = num_views or len(window.mirrorings)
+    device = torch.device(run.plan.device)
+    return bring_boxes(walk, window, same, run.plan.num_classes, num_views, device)
+
+
+def find_classes(
+    run: Run, case: CachedCase, network: SegmentationNetwork, image: torch.Tensor
+) -> Classes:
+    """Return the classes (I, J, K) that a network sees in a case, unmirrored."""
+    window = run.plan.window.plain
+    classes = np.empty(case.shape, np.uint8)
+    walk = partial(average_views, network, image, window)
+    for box, probs in bring_slabs(run, case, walk, window):
+        classes[box] = probs.argmax(0)
+    return classes
+
+
 def predict_members(run: Run, members: Sequence[Model], image: torch.Tensor) -> list[torch.Tensor]:
     """Return the probs (1, num_classes, I, J, K) of each model, averaged over mirrorings."""
     return [predict_probs(model.network, image, run.plan.window) for model in members]
@@ -101,8 +139,7 @@ def measure_validation(run: Run, network: SegmentationNetwork) -> list[Row]:
             continue
         label = np.array(mapped)  # of a map that is cut while the scan is segmented we would die
         image = load_image(case, run.plan.device)
-        probs = predict_probs(network, image, run.plan.window.plain)
-        classes = probs[0].max(0).indices.cpu().numpy()
+        classes = find_classes(run, case, network, image)
         classes[label == IGNORE] = IGNORE
         dice: dict[str, float | None] = {}
         for index, name in enumerate(run.class_names[1:], start=1):

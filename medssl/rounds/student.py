@@ -29,7 +29,6 @@ from medssl.predict import (
     ModelInfo,
     check_weights,
     load_model,
-    predict_probs,
     save_model,
 )
 from medssl.pseudo.label import weigh_cases
@@ -40,6 +39,7 @@ from medssl.rounds.run import (
     average_validation,
     count_members,
     derive_expectation,
+    find_classes,
     load_image,
     load_members,
     measure_validation,
@@ -240,7 +240,7 @@ def _compare_with_average(
     for case in {case.case_id: case for case in chosen}.values():
         image = load_image(case, run.plan.device)
         maps = [
-            predict_probs(network, image, run.plan.window.plain)[0].max(0).indices.cpu().numpy()
+            find_classes(run, case, network, image)
             for network in (objective.student, objective.predictor)
         ]
         both = measure_agreement(maps[0], maps[1], range(1, run.plan.num_classes))

@@ -17,11 +17,11 @@ from torch import Tensor
 from medssl.data.cache import CachedCase
 from medssl.data.pseudo_labels import Classes, Part, measure_agreement
 from medssl.metrics import mean_known
+from medssl.networks.build import SegmentationNetwork
 from medssl.predict import (
     Model,
     Walk,
     average_views,
-    bring_boxes,
     load_model,
     mirror_views,
     sample_probs,
@@ -29,13 +29,15 @@ from medssl.predict import (
 )
 from medssl.pseudo.gates import CaseReview, Gate, judge_model
 from medssl.pseudo.label import RawPseudoLabel, label_cases
-from medssl.pseudo.uncertainty import combine, combine_slab, entropy_of, refuse_equal
+from medssl.pseudo.uncertainty import combine_slab, entropy_of, refuse_equal
 from medssl.rounds.run import (
     Run,
     StopRequested,
     average_validation,
+    bring_slabs,
     count_members,
     derive_expectation,
+    find_classes,
     load_image,
     load_members,
     measure_validation,
@@ -55,7 +57,8 @@ from medssl.runs import (
     write_state,
 )
 from medssl.train import find_model_folder
-from medssl.transforms.geometry import Box, WayBack
+from medssl.transforms.geometry import Box
+from medssl.transforms.spatial import draw_turn
 from medssl.windows import Window, align_slabs
 
 
@@ -105,7 +108,7 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
 def _name_way(run: Run, index: int) -> list[str]:
     """Return what tells apart pseudo-labels that are made in other ways than in 0.1.0."""
     ways = ["one pass"] if needs_one_pass(run.config, index, run.num_rounds) else []
-    return ways if run.config.teacher.probs == "clean" else [*ways, run.config.teacher.probs]
+    return ways if run.config.teacher.probs == "clean" else [*ways, "sampled by windows"]
 
 
 def _label_case(
@@ -129,34 +132,18 @@ def _label_case(
 
     def measure_stability(classes: Classes) -> float | None:
         named = range(1, run.plan.num_classes)
-        window = run.plan.window.plain
-        agreements = []
-        for model in earlier:
-            then = np.empty_like(classes)
-            walk = partial(average_views, model.network, image, window)
-            for box, probs in _bring(run, case, walk, window):
-                then[box] = probs.argmax(0)
-            agreements.append(measure_agreement(then, classes, named))
+        maps = (find_classes(run, case, model.network, image) for model in earlier)
+        agreements = [measure_agreement(then, classes, named) for then in maps]
         return float(np.mean(agreements)) if agreements else None
 
     return RawPseudoLabel(parts, measure_stability)
-
-
-def _bring(
-    run: Run, case: CachedCase, walk: Walk, window: Window, num_views: int = 0
-) -> Iterator[tuple[Box, NDArray[np.float32]]]:
-    """Yield what a walk says of a case, box by box of the cache grid."""
-    same = WayBack(case.shape, case.affine, case.shape, case.affine)
-    num_views = num_views or len(window.mirrorings)
-    device = torch.device(run.plan.device)
-    return bring_boxes(walk, window, same, run.plan.num_classes, num_views, device)
 
 
 def _walk_scan(
     run: Run, case: CachedCase, walk: Walk, window: Window, num_views: int = 0
 ) -> Iterator[Part]:
     """Yield the parts of a pseudo-label of a walk over its probs and, last, its uncertainty."""
-    for box, values in _bring(run, case, walk, window, num_views):
+    for box, values in bring_slabs(run, case, walk, window, num_views):
         yield box, values[:-1], values[-1]
 
 
@@ -169,29 +156,44 @@ def average_with_entropy(model: Model, image: Tensor, window: Window, box: Box) 
         yield torch.cat([probs, entropy_of(probs[None])[0]])
 
 
+def average_passes(
+    networks: Sequence[SegmentationNetwork],
+    image: Tensor,
+    window: Window,
+    turns: Sequence[NDArray[np.float64]],
+    is_mutual: bool,
+    box: Box,
+) -> Iterator[Tensor]:
+    """Yield slabs (num_classes + 1, I, J, K): the mean of passes, and their uncertainty in nats.
+
+    The arguments are those of `medssl.predict.sample_probs`; ``is_mutual`` takes the mutual
+    information, else the predictive entropy.
+
+    Raises:
+        InputError: The passes do not differ.
+    """
+    spread = 0.0
+    for slabs in sample_probs(networks, image, window, turns, box):
+        mean, entropy, information, differ = combine_slab(slab[None] for slab in slabs)
+        spread = max(spread, differ)
+        yield torch.cat([mean[0], (information if is_mutual else entropy)[0]])
+    refuse_equal(spread, f"MC dropout ({1 + len(turns)} passes)")
+
+
 def _sample_label(
     run: Run, members: Sequence[Model], case: CachedCase, image: torch.Tensor
 ) -> Iterator[Part]:
-    """Yield the mean of MC-dropout passes, each seen from elsewhere, and its uncertainty.
-
-    A pass that is turned needs what was said of the whole scan, so all of it comes at once.
-    """
-    section = run.config.filter.uncertainty
+    """Yield the mean of MC-dropout passes, each seen from elsewhere, and its uncertainty."""
+    window, section = run.plan.window, run.config.filter.uncertainty
     seed = seed_from(run.config.train.seed, case.case_id, "mc_dropout")
     torch.manual_seed(seed)
-    draws = sample_probs(
-        [model.network for model in members],
-        image,
-        run.plan.window,
-        section.passes,
-        np.random.default_rng(seed),
-        case.spacing,
-    )
-    probs, entropy, information = combine(draws, f"MC dropout ({section.passes} passes)")
-    uncertainty = information if section.measure == "mutual_information" else entropy
-    i, j, k = case.shape
-    box = slice(0, i), slice(0, j), slice(0, k)
-    yield box, probs[0].cpu().numpy(), uncertainty[0, 0].cpu().numpy()
+    rng = np.random.default_rng(seed)
+    view = (window.flips, window.slice_axis, case.spacing)
+    turns = [draw_turn(rng, *view) for _ in range(section.passes - 1)]
+    networks = [model.network for model in members]
+    is_mutual = section.measure == "mutual_information"
+    walk = partial(average_passes, networks, image, window, turns, is_mutual)
+    return _walk_scan(run, case, walk, window, section.passes)
 
 
 def _predict_label(
@@ -229,7 +231,7 @@ def _predict_label(
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
         network, passes = members[0].network, section.passes
         sample = partial(sample_uncertainty, network, image, window, passes)
-        for box, maps in _bring(run, case, sample, window, passes):
+        for box, maps in bring_slabs(run, case, sample, window, passes):
             yield box, None, maps[int(is_mutual)]
 
 

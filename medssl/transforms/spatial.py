@@ -152,20 +152,36 @@ def draw_turn(
     return matrix
 
 
-def turn_volume(volume: Tensor, matrix: NDArray[np.float64], outside: str) -> Tensor:
-    """Return a volume (1, C, I, J, K) turned about its center, on the same grid, linearly.
+def turn_volume(
+    volume: Tensor,
+    matrix: NDArray[np.float64],
+    outside: str,
+    box: Sequence[slice] | None = None,
+) -> Tensor:
+    """Return a box of volumes (B, C, I, J, K) turned about its center, on the same grid, linearly.
 
     Args:
-        volume: The volume.
+        volume: The volumes.
         matrix: (3, 3) from offsets of the result to those of the volume, in voxels.
         outside: ``border`` goes on with the voxels of the border, ``zeros`` with 0.
+        box: From which voxel to before which one, along I, J, K; None for all of the volume.
     """
-    size = np.array(volume.shape[2:], dtype=float)
-    relative = (matrix * size[None, :] / size[:, None])[::-1, ::-1]  # grid_sample wants K, J, I
-    theta = torch.zeros(1, 3, 4, device=volume.device)
-    theta[0, :, :3] = torch.as_tensor(relative.copy(), dtype=torch.float32)
-    grid = F.affine_grid(theta, list(volume.shape), align_corners=False)
-    return F.grid_sample(volume, grid, padding_mode=outside, align_corners=False)
+    shape = np.array(volume.shape[2:])
+    first, stop = np.array([(p.start, p.stop) for p in box]).T if box else (0 * shape, shape)
+    size, center = stop - first, (first + stop - 1) / 2
+    reach = np.abs(matrix) @ ((size - 1) / 2) + 1  # a voxel more, for the rounding
+    low = np.clip(np.floor(center - reach).astype(int), 0, shape - 1)
+    high = np.clip(np.ceil(center + reach).astype(int) + 1, low + 1, shape)
+    parts = (slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+    source = volume[(slice(None), slice(None), *parts)]
+    relative = matrix * size[None, :] / (high - low)[:, None]
+    shift = (2 * (center - low) + 1) / (high - low) - 1
+    theta = np.column_stack([relative[::-1, ::-1], shift[::-1]])  # grid_sample wants K, J, I
+    rows = torch.as_tensor(theta, dtype=torch.float32, device=volume.device)
+    grid = F.affine_grid(
+        rows.expand(len(volume), 3, 4), [*volume.shape[:2], *size.tolist()], align_corners=False
+    )
+    return F.grid_sample(source, grid, padding_mode=outside, align_corners=False)
 
 
 def _draw_start(

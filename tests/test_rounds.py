@@ -256,7 +256,9 @@ def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeyp
         return torch.eye(3)[list(classes)].T.reshape(3, 5, 1, 1)
 
     said = {"last": say(1, 1, 2, 2, 0), "first": say(0, 0, 0, 2, 2), "second": say(1, 1, 0, 0, 2)}
-    monkeypatch.setattr(teachers, "average_views", lambda network, *_: iter([said[network]]))
+    for name in ("teacher", "run"):  # who labels, and who looks at the checkpoints
+        path = f"medssl.rounds.{name}.average_views"
+        monkeypatch.setattr(path, lambda network, *_: iter([said[network]]))
     plan = SimpleNamespace(window=Window((5, 1, 1)), num_classes=3, device="cpu")
     settings = ["method=classic", "filter.uncertainty.source=none"]
     config = load_config(overrides=settings).config

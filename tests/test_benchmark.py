@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py memory`, on a scan of seconds."""
+"""`scripts/benchmark.py memory` on a scan of seconds, and what `scripts/bench_step.py` repeats."""
 
 import json
 import os
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from medssl.networks.build import build_network
+from medssl.objective import Objective
+from medssl.settings import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,3 +71,32 @@ def test_the_table_has_a_line_for_each_row_and_each_row_is_kept(benchmark, tmp_p
     assert last.startswith("| predict | 512 x 512 x 300 | 3 | 0 | 2.83 GB |")
     rows = json.loads((tmp_path / "new" / "memory.json").read_text())
     assert [row["voxels"] for row in rows] == [*[256**3] * 5, 512 * 512 * 300]
+
+
+def test_the_bare_passes_of_a_step_are_those_that_it_asked_of_its_networks(monkeypatch, tiny_spec):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import bench_step
+
+    config = load_config(None, ["method=default"]).config
+    objective = Objective(build_network(tiny_spec), config, ("background", "a", "b")).train()
+    label = torch.zeros(2, 1, 8, 8, 8, dtype=torch.uint8)
+    labeled = {
+        "image": torch.randn(2, 1, 8, 8, 8),
+        "label": label,
+        "weight": torch.ones(label.shape),
+    }
+    weak = torch.randn(3, 1, 8, 8, 8)
+    unlabeled = {"weak": weak, "strong": weak + 1, "weight": torch.ones(weak.shape)}
+    modes = [module.training for module in objective.modules()]
+    with bench_step.record_calls(objective) as calls:
+        objective(labeled, unlabeled, 0.5, torch.Generator())
+    teacher, student = calls
+    assert (teacher.network, teacher.has_gradient) == (objective.teacher.module, False)
+    assert len(teacher.image) == 2 * 3  # two passes with dropout
+    assert (student.network, student.has_gradient) == (objective.student, True)
+    assert len(student.image) == 2 + 3
+    assert bench_step.repeat_calls(calls, torch.bfloat16) > 0
+    objective.student(weak)
+    assert len(calls) == 2
+    assert all(weight.grad is None for weight in objective.parameters())
+    assert modes == [module.training for module in objective.modules()]

@@ -85,6 +85,7 @@ LEVERS = {
         *("losses.consistency.weight=2", "losses.consistency.ramp.name=constant"),
     ],
     "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
+    "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
     "slow_average": ["teacher.ema_decay=0.998"],
     "lower_lr": ["train.student_lr=1e-3"],
 }

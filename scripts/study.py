@@ -86,6 +86,7 @@ LEVERS = {
     ],
     "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
     "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
+    "transport": ["target.assignment=transport", "target.transport.prior=labeled"],
     "slow_average": ["teacher.ema_decay=0.998"],
     "lower_lr": ["train.student_lr=1e-3"],
 }

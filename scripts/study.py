@@ -174,10 +174,8 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         steps = count_labels_steps(study, settings)
         summary = finish_run(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
     else:
-        changes = OFF if arm == "shadow" else {**PARTS, **LEVERS}.get(arm, [])
-        if arm == "first_round":
-            changes = ["rounds=1"]
-        elif arm in PARTS or arm in LEVERS:
+        changes = {"shadow": OFF, "first_round": ["rounds=1"], **PARTS, **LEVERS}.get(arm, [])
+        if arm in PARTS or arm in LEVERS:
             as_long_as = [*settings, "rounds=1"] if arm in ONE_STUDENT else settings
             changes = [*changes, "rounds=1"]
             changes += [stretch_steps(study, as_long_as, changes)]

@@ -97,14 +97,14 @@ def sample_dropout(network: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silence_noise(network: nn.Module, but: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Evaluate: no module has its noise but some; afterwards each has the mode that it had.
+def silence_noise(network: nn.Module, noisy: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """Evaluate: only ``noisy`` modules have their noise; afterwards each has the mode it had.
 
     Modes are set one by one, and only where they differ: `nn.Module.train` walks over the whole
     network, which would cost a twentieth of a step.
     """
-    noisy = set(but)
-    others = [module for module in network.modules() if module.training != (module in noisy)]
+    active = set(noisy)
+    others = [module for module in network.modules() if module.training != (module in active)]
     for module in others:
         module.training = not module.training
     try:

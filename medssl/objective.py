@@ -84,7 +84,8 @@ class Objective(nn.Module):
             them from full resolution downwards; ``forward_heads``, where it has one, goes first.
         config: The resolved configuration.
         class_names: Names of the classes, background first; monitors are named by them.
-        prior: Share of each class in whole volumes, for ``target.assignment: transport``.
+        prior: Share of each class for ``target.assignment: transport``, in whole volumes with
+            ``log_potentials``, else in patches cut as the unlabeled ones are.
         log_potentials: Transport potentials (num_classes,) fitted on a pool of offline
             pseudo-labels; None where they are fitted online.
         flips: Axes of a patch, 0 for I, along which a sampled teacher may see it mirrored.

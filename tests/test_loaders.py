@@ -218,6 +218,39 @@ def test_ignored_voxels_and_padding_have_no_weight():
     assert 0 < part["weight"].sum() < 12**3 / 2
 
 
+class Middle(Labeled):
+    """A case with an organ in its middle, whose image is 1 there."""
+
+    shape = (20, 20, 20)
+
+    def image(self):
+        return self.label()[None].astype(np.float16)
+
+    def label(self):
+        label = np.zeros(self.shape, np.uint8)
+        label[8:12, 8:12, 8:12] = 1
+        return label
+
+
+def test_shares_of_classes_are_those_of_unlabeled_patches(monkeypatch):
+    monkeypatch.setattr(loaders, "SHARE_VOXELS", 100 * 8**3)
+    monkeypatch.setattr(PatchDataset, "_seed", lambda _, step, index, __: step + index)
+    sampling = Sampling(0, 1, (8, 8, 8), 1, 100, 1.0, 1.0, (0, 1, 2))
+    dataset = PatchDataset([Middle()], [UnlabeledCase(Middle(), None)], sampling)
+    part = dataset[0]["unlabeled"]
+    share = (part["weak"] * part["weight"]).sum() / part["weight"].sum()
+    shares = dataset.measure_shares(2)
+    assert shares.sum() == pytest.approx(1)
+    assert shares[1] == pytest.approx(share.item(), rel=0.05)
+    assert shares[1] > 2 * Middle().label().mean()  # of the scan
+
+
+def test_ignored_voxels_have_no_share():
+    sampling = Sampling(0, 1, (12, 12, 12), 1, 0, 1.0, 1.0, ())
+    shares = PatchDataset([Labeled()], (), sampling).measure_shares(2)
+    assert shares.tolist() == [1, 0]
+
+
 def test_a_labeled_case_without_a_label_is_an_error(cached_cases):
     unlabeled = [case for case in cached_cases.values() if case.label_folder is None]
     sampling = Sampling(0, 0, (8, 8, 8), 1, 0, 0.5, 1.0, ())

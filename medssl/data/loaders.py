@@ -8,6 +8,7 @@ batch then has the two axes of the plane, (B, C, I, J) where the slices lie alon
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import sys
@@ -39,6 +40,8 @@ Batch = dict[str, dict[str, Tensor] | None]
 
 _SHARED = Path("/dev/shm")  # loader processes hand their batches over there
 _PREFETCH = 4  # batches that wait for each of them
+SHARE_VOXELS = 2e7  # in which the shares of classes are counted
+LEAST_SHARE_PATCHES = 4  # of each labeled case, however large patches are
 
 
 @dataclass(frozen=True)
@@ -127,27 +130,38 @@ class PatchDataset(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step."""
-        threads, tracks = torch.get_num_threads(), get_track_meta()
-        torch.set_num_threads(1)  # as in a worker: a sum over two threads rounds differently
-        set_track_meta(False)  # of what was done to a patch, MONAI's record is not read
-        try:
-            tuning = is_fine_tune(self.sampling.fine_tune_from, step)
-            alone = not self.unlabeled or tuning
-            num_labeled = 0 if self.sampling.pretrain and not alone else self.sampling.batch
-            num_unlabeled = 0 if alone else self.sampling.num_unlabeled
+        tuning = is_fine_tune(self.sampling.fine_tune_from, step)
+        alone = not self.unlabeled or tuning
+        num_labeled = 0 if self.sampling.pretrain and not alone else self.sampling.batch
+        num_unlabeled = 0 if alone else self.sampling.num_unlabeled
+        with _draw_alike():
             labeled = [self._draw_labeled(step, index, tuning) for index in range(num_labeled)]
             unlabeled = [self._draw_unlabeled(step, index) for index in range(num_unlabeled)]
-        finally:
-            torch.set_num_threads(threads)
-            set_track_meta(tracks)
         return {"labeled": _stack(labeled), "unlabeled": _stack(unlabeled)}
+
+    def measure_shares(self, num_classes: int) -> Tensor:
+        """Return the share of each class (num_classes,) in labeled cases cut as unlabeled ones are.
+
+        Patches hold the middle of a scan more often than its edge, so an organ has a larger share
+        of them than of the scan: three times as large where they are small.
+        """
+        count = round(SHARE_VOXELS / math.prod(self.sampling.patch_size) / len(self.labeled))
+        counts = torch.zeros(num_classes, dtype=torch.float64)
+        with _draw_alike():
+            for index in range(max(LEAST_SHARE_PATCHES, count) * len(self.labeled)):
+                case = self.labeled[index % len(self.labeled)]
+                seed = self._seed(index, 0, "share")
+                operations = self._draw_operations(np.random.default_rng(seed + 1))
+                draw = self._draw(seed, case, {}, operations)
+                classes = draw.sample(_open_label(case)[None], nearest=True)
+                counted = (draw.find_inside(case.shape) > 0) & (classes != IGNORE)
+                counts += torch.bincount(classes[counted].long(), minlength=num_classes)
+        return counts / counts.sum().clamp(min=1)
 
     def _draw_labeled(self, step: int, index: int, plain: bool) -> dict[str, Tensor]:
         """Cut one labeled patch, augmented or plain."""
         case = self.labeled[self._choose(len(self.labeled), "labeled", step, index)]
-        label = case.label()
-        if label is None:
-            raise ValueError(f"{case.case_id}: a labeled case without a label in the cache")
+        label = _open_label(case)
         seed = self._seed(step, index, "labeled")
         draw = self._draw(seed, case, case.class_voxels(), plain=plain)
         image = draw.sample(case.image(), nearest=False)
@@ -163,9 +177,8 @@ class PatchDataset(Dataset[Batch]):
         case = self.unlabeled[self._choose(len(self.unlabeled), "unlabeled", step, index)]
         seed = self._seed(step, index, "unlabeled")
         voxels = read_class_voxels(case.folder) if case.folder else {}
-        section = self.sampling.randaugment
         rng = np.random.default_rng(seed + 1)
-        operations = draw_operations(rng, section.num_operations, section.magnitude)
+        operations = self._draw_operations(rng)
         draw = self._draw(seed, case.cached, voxels, operations)
         weak = draw.sample(case.cached.image(), nearest=False)
         inside = draw.find_inside(case.cached.shape)
@@ -173,7 +186,7 @@ class PatchDataset(Dataset[Batch]):
         if "strong" in self.sampling.views:
             patch["strong"] = self._disturb(weak, operations, seed) * inside
         if "strong_2" in self.sampling.views:
-            others = draw_operations(rng, section.num_operations, section.magnitude)
+            others = self._draw_operations(rng)
             patch["strong_2"] = self._disturb(weak, others, seed + 2) * inside
         if case.folder is None:
             return patch
@@ -184,6 +197,11 @@ class PatchDataset(Dataset[Batch]):
         patch["uncertainty"] = draw.sample(uncertainty[None], nearest=False)
         patch["weight"] = inside * (total > 0)
         return patch
+
+    def _draw_operations(self, rng: np.random.Generator) -> tuple[Operation, ...]:
+        """Draw the operations of RandAugment on an unlabeled patch."""
+        section = self.sampling.randaugment
+        return draw_operations(rng, section.num_operations, section.magnitude)
 
     def _disturb(self, weak: Tensor, operations: Sequence[Operation], seed: int) -> Tensor:
         """Return a strong view: the weak one under intensity noise, RandAugment and occlusion."""
@@ -245,6 +263,27 @@ class PatchDataset(Dataset[Batch]):
         """Return the seed of one patch."""
         sampling = self.sampling
         return seed_from(sampling.seed, sampling.round_index, step, index, purpose)
+
+
+@contextlib.contextmanager
+def _draw_alike() -> Iterator[None]:
+    """Draw patches as a loader process does, whatever is set in this one."""
+    threads, tracks = torch.get_num_threads(), get_track_meta()
+    torch.set_num_threads(1)  # a sum over two threads rounds differently
+    set_track_meta(False)  # of what was done to a patch, MONAI's record is not read
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        set_track_meta(tracks)
+
+
+def _open_label(case: CachedCase) -> NDArray[np.uint8]:
+    """Map the classes (I, J, K) of a labeled case."""
+    label = case.label()
+    if label is None:
+        raise ValueError(f"{case.case_id}: a labeled case without a label in the cache")
+    return label
 
 
 def is_fine_tune(first_step: int | None, step: int) -> bool:

@@ -179,7 +179,8 @@ def _train_model(
     network = build_network(spec, download=True)
     if cases and config.train.start == "warm" and teacher is not None:
         _start_warm(network, load_model(run.find_round_folder(teacher)))
-    objective = _build_objective(run, network, cases, teacher)
+    patches = PatchDataset(run.labeled, cases, choose_sampling(config, run.plan, index, seed))
+    objective = _build_objective(run, network, patches, teacher)
     if cases and config.train.start == "warm" and config.teacher.source != ("previous_round",):
         objective.keep_average()
     if teacher is not None and cases and section.transition == "held_out":
@@ -196,7 +197,7 @@ def _train_model(
     }
     steps = train_model(
         objective,
-        PatchDataset(run.labeled, cases, choose_sampling(config, run.plan, index, seed)),
+        patches,
         config,
         run.plan,
         run.folder,
@@ -290,19 +291,21 @@ def needs_stability(run: Run, index: int) -> bool:
 
 
 def _build_objective(
-    run: Run, network: SegmentationNetwork, cases: Sequence[UnlabeledCase], teacher: int | None
+    run: Run, network: SegmentationNetwork, patches: PatchDataset, teacher: int | None
 ) -> Objective:
     """Return the objective of a round: round 0 has the built-in one, whatever is named."""
+    cases = patches.unlabeled
     kind = load_objective(run.config.objective) if cases else Objective
     flips = find_patch_flips(run.plan)
     if run.config.target.assignment != "transport" or not cases:
         return kind(network, run.config, run.class_names, flips=flips)
     section = run.config.target.transport
-    shares = derive_expectation(run).share
-    labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
     folders = [case.folder for case in cases if case.folder is not None]
     if not folders or teacher is None:
-        return kind(network, run.config, run.class_names, labeled, flips=flips)
+        prior = complete_shares(patches.measure_shares(run.plan.num_classes)[1:])
+        return kind(network, run.config, run.class_names, prior, flips=flips)
+    shares = derive_expectation(run).share
+    labeled = complete_shares([shares[i] for i in range(1, run.plan.num_classes)])
     pool = draw_probs(folders)
     counts = torch.bincount(pool.max(1).indices, minlength=run.plan.num_classes)
     prior = shrink_prior(labeled, pool.mean(0), section.shrink)

@@ -14,11 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+from scipy import ndimage
 
 from medssl import machine
-from medssl.config import Config, InputError, at_round
+from medssl.config import IGNORE, Config, InputError, at_round
 from medssl.data.cases import Case, Dataset
 from medssl.data.io import read_geometry, read_image, read_label
+from medssl.data.pseudo_labels import measure_agreement
 from medssl.formats.readers import get_reader
 from medssl.networks.build import (
     ENCODER_FACTOR,
@@ -27,8 +29,8 @@ from medssl.networks.build import (
     build_network,
 )
 from medssl.sides import find_mirrored, find_sided
-from medssl.transforms.geometry import GridSpacing, cache_grid, grid_spacing
-from medssl.transforms.preprocess import Normalization, Preprocessing
+from medssl.transforms.geometry import Affine, GridSpacing, cache_grid, grid_spacing
+from medssl.transforms.preprocess import Normalization, Preprocessing, preprocess_label
 from medssl.windows import OVERLAP, Window
 
 CPU_PATCH_VOXELS = 110_000
@@ -39,6 +41,10 @@ CPU_BATCH_PIXELS = 2 * 160**2  # half a second of an encoder network's step on o
 GPU_BATCH_PIXELS = 12 * 512**2
 MOST_PATCHES = {"cpu": 8, "gpu": 32}  # of a batch in 2D
 THICK = 3.0  # times the spacing in plane from which on slices are thick
+WHOLE = 0.5  # share of a scan's voxels in a patch, from which on it shows where in the body it is
+COARSENINGS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)  # times the finest spacing
+LEAST_AGREEMENT = 0.93  # Dice of labels and themselves after a coarser grid: few labels lose more
+MOST_LABELS = 4  # of which that is measured
 FEW_SLICES = 16  # under which a 3D network cannot halve their axis twice
 _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
     (False, False): 4,
@@ -132,6 +138,12 @@ def make_plan(
     )
     axes = [axis for axis in range(3) if axis != slice_axis]
     spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
+    ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
+    auto = config.plan.spacing == config.plan.patch_size == "auto"
+    if auto and has_spacing and slice_axis is None:
+        budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
+        values = tuple(sorted(labels))
+        spacing = _coarsen_spacing(spacing, grids, budget, labeled, values, ignore, reasons)
     num_channels = max(1, len(dataset.channels))
     _refuse_fine_spacing(config, ras_grids, spacing, num_channels)
     shapes = np.array([cache_grid(shape, affine, spacing)[0] for shape, affine in grids])
@@ -155,7 +167,6 @@ def make_plan(
         )
     workers = _choose_workers(config, on_gpu)
     num_unlabeled = count_unlabeled(config, batch, 1)
-    ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     flips = _choose_flips(config, labels, labeled, ignore, slice_axis, has_spacing, reasons)
     return Plan(
         labels={index: labels[value] for index, value in enumerate(sorted(labels))},
@@ -289,6 +300,74 @@ def _choose_spacing(
     elif setting == "auto":
         reasons.append("no spacing: pictures keep their pixels, which are the unit of length")
     return chosen[0], chosen[1], chosen[2]
+
+
+def _coarsen_spacing(
+    spacing: GridSpacing,
+    grids: Sequence[tuple[tuple[int, int, int], Affine]],
+    budget: int,
+    labeled: Sequence[Case],
+    label_values: tuple[int, ...],
+    ignore: int | None,
+    reasons: list[str],
+) -> GridSpacing:
+    """Return a spacing at which a patch holds much of a scan, no coarser than the labels allow.
+
+    A patch that holds little of a scan does not show where in the body it lies, and a few labels
+    do not teach to tell alike organs, or levels of the spine, from the last millimeter.
+
+    Source: the second configuration, at low resolution, of nnU-Net (Isensee et al. 2021).
+    """
+
+    def count(spacing: GridSpacing) -> float:
+        shapes = [cache_grid(shape, affine, spacing)[0] for shape, affine in grids]
+        return float(np.median(shapes, axis=0).prod())
+
+    finest = min(step for step in spacing if step is not None)
+    fine = spacing
+    for factor in COARSENINGS:
+        if budget >= WHOLE * count(spacing):
+            break
+        i, j, k = (max(step or 0.0, round(factor * finest, 4)) for step in fine)
+        if not _keep_labels(labeled, label_values, ignore, (i, j, k)):
+            break
+        spacing = i, j, k
+    if spacing != fine:
+        reasons.append(
+            f"made coarser, {' x '.join(f'{step:g}' for step in spacing)} mm: a patch holds "
+            f"{min(1, budget / count(spacing)):.0%} of a scan then, else "
+            f"{budget / count(fine):.0%}, and labels keep {LEAST_AGREEMENT:.0%} of their Dice; for "
+            f"the scans' own: plan.spacing={list(fine)}"
+        )
+    return spacing
+
+
+def _keep_labels(
+    labeled: Sequence[Case], label_values: tuple[int, ...], ignore: int | None, spacing: GridSpacing
+) -> bool:
+    """Return whether each class is nearly the same after it was brought to a grid and back."""
+    agreements: dict[int, list[float]] = {}
+    for case in labeled[:: -(-len(labeled) // MOST_LABELS) or 1]:
+        if case.label is None:
+            continue
+        label, affine = read_label(case.label, label_values, ignore, case)
+        boxes = ndimage.find_objects(((label > 0) & (label != IGNORE)).astype(np.uint8))
+        if not boxes:
+            continue
+        start = np.array([max(part.start - 2, 0) for part in boxes[0]])
+        label = label[
+            tuple(slice(a, part.stop + 2) for a, part in zip(start, boxes[0], strict=True))
+        ]
+        affine = affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+        shape, grid = cache_grid(label.shape, affine, spacing)
+        coarse = preprocess_label(label, affine, shape, grid)
+        back = preprocess_label(coarse, grid, label.shape, affine)
+        back[label == IGNORE] = IGNORE
+        for index in np.unique(label[label != IGNORE]):
+            agreements.setdefault(int(index), []).append(measure_agreement(label, back, [index]))
+    means = [float(np.mean(values)) for index, values in agreements.items() if index]
+    return bool(means) and min(means) >= LEAST_AGREEMENT
 
 
 def _refuse_fine_spacing(

@@ -97,6 +97,36 @@ def test_spacing_is_counted_along_right_anterior_superior_whatever_the_file_says
     assert scans.add(affine=affine).plan().preprocessing.spacing == (1.0, 2.0, 3.0)
 
 
+def add_large_scan(scans, spacing=(1, 1, 1), lesions=False):
+    """Add a scan that no patch of a processor holds half of."""
+    scans.add((96, 96, 64), spacing)
+    label = np.zeros((96, 96, 64), np.uint8)
+    label[8:88, 8:88, 8:56] = 3
+    if lesions:
+        label[::7, ::7, ::7] = 7
+    nib.save(nib.Nifti1Image(label, np.diag([*spacing, 1])), scans.labeled[-1].label)
+    return scans
+
+
+@pytest.mark.parametrize(
+    ("spacing", "coarser"), [((1, 1, 1), (1.5, 1.5, 1.5)), ((0.5, 0.5, 2), (0.875, 0.875, 2.0))]
+)
+def test_a_spacing_is_coarser_where_a_patch_would_hold_little_of_a_scan(scans, spacing, coarser):
+    plan = add_large_scan(scans, spacing).plan()
+    assert plan.preprocessing.spacing == coarser
+    (why,) = (reason for reason in plan.reasons if reason.startswith("made coarser"))
+    assert f"plan.spacing={[float(step) for step in spacing]}" in why
+
+
+@pytest.mark.parametrize("given", ["plan.spacing=[1,1,1]", "plan.patch_size=[16,16,16]"])
+def test_a_given_spacing_or_patch_makes_nothing_coarser(scans, given):
+    assert add_large_scan(scans).plan(given).preprocessing.spacing == (1, 1, 1)
+
+
+def test_a_spacing_is_no_coarser_than_the_smallest_class_allows(scans):
+    assert add_large_scan(scans, lesions=True).plan().preprocessing.spacing == (1, 1, 1)
+
+
 def test_given_values_are_taken_over(scans):
     plan = scans.add().plan(
         "plan.spacing=[2, 2, 2]", "plan.patch_size=[16, 16, 8]", "train.batch=3", "steps=11",
@@ -380,10 +410,15 @@ def test_bfloat16_is_chosen_where_the_processor_has_it(scans, monkeypatch):
 
 
 def test_the_estimate_of_the_disk_grows_with_unlabeled_scans(scans):
-    one = scans.add((100, 100, 100)).add((100, 100, 100), labeled=False).plan()
+    one = (
+        scans.add((100, 100, 100)).add((100, 100, 100), labeled=False).plan("plan.spacing=[1,1,1]")
+    )
     # by hand, in MB: two images float16 and labels uint8; twice 3 classes uint8, entropy float16
     assert one.estimate["disk_mb"] == pytest.approx(2 * 3 + 2 * 5 + 30, abs=0.1)
-    assert scans.add((100, 100, 100), labeled=False).plan().estimate["disk_mb"] > 40
+    assert (
+        scans.add((100, 100, 100), labeled=False).plan("plan.spacing=[1,1,1]").estimate["disk_mb"]
+        > 40
+    )
 
 
 def test_a_student_from_scratch_has_the_steps_of_round_0(scans):

@@ -140,8 +140,8 @@ def make_plan(
     spacing = _choose_spacing(config, spacings, axes, has_spacing, reasons)
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     auto = config.plan.spacing == config.plan.patch_size == "auto"
-    if auto and has_spacing and slice_axis is None:
-        budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
+    if auto and has_spacing:
+        budget = _find_budget(len(axes) == 2, on_gpu)
         values = tuple(sorted(labels))
         spacing = _coarsen_spacing(spacing, grids, budget, labeled, values, ignore, reasons)
     num_channels = max(1, len(dataset.channels))
@@ -318,26 +318,27 @@ def _coarsen_spacing(
 
     Source: the second configuration, at low resolution, of nnU-Net (Isensee et al. 2021).
     """
+    axes = [axis for axis, step in enumerate(spacing) if step is not None]
 
     def count(spacing: GridSpacing) -> float:
         shapes = [cache_grid(shape, affine, spacing)[0] for shape, affine in grids]
-        return float(np.median(shapes, axis=0).prod())
+        return float(np.median(shapes, axis=0)[axes].prod())
 
     finest = min(step for step in spacing if step is not None)
     fine = spacing
     for factor in COARSENINGS:
         if budget >= WHOLE * count(spacing):
             break
-        i, j, k = (max(step or 0.0, round(factor * finest, 4)) for step in fine)
+        i, j, k = (None if step is None else max(step, round(factor * finest, 4)) for step in fine)
         if not _keep_labels(labeled, label_values, ignore, (i, j, k)):
             break
         spacing = i, j, k
     if spacing != fine:
         reasons.append(
-            f"made coarser, {' x '.join(f'{step:g}' for step in spacing)} mm: a patch holds "
-            f"{min(1, budget / count(spacing)):.0%} of a scan then, else "
-            f"{budget / count(fine):.0%}, and labels keep {LEAST_AGREEMENT:.0%} of their Dice; for "
-            f"the scans' own: plan.spacing={list(fine)}"
+            f"made coarser, {' x '.join(f'{spacing[axis]:g}' for axis in axes)} mm: a patch holds "
+            f"{min(1, budget / count(spacing)):.0%} of a {'slice' if axes[2:] == [] else 'scan'} "
+            f"then, else {budget / count(fine):.0%}, and labels keep {LEAST_AGREEMENT:.0%} of "
+            f"their Dice; for the scans' own: plan.spacing={[fine[axis] for axis in axes]}"
         )
     return spacing
 
@@ -614,9 +615,7 @@ def _choose_patch(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
     """Return the patch size in voxels and the strides of the levels of a DynUNet."""
     is_flat = shapes.shape[1] == 2
-    budget = GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
-    if is_flat:
-        budget = GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
+    budget = _find_budget(is_flat, on_gpu)
     target = np.median(shapes, axis=0)
     setting = config.plan.patch_size
     if setting != "auto":
@@ -647,6 +646,13 @@ def _choose_patch(
     median = np.median(shapes, axis=0)
     _explain_patch(size, median, budget, "pixels" if is_flat else "voxels", reasons)
     return tuple(size.tolist()), strides
+
+
+def _find_budget(is_flat: bool, on_gpu: bool) -> int:
+    """Return how many voxels of a patch, or pixels in 2D, a device has time for."""
+    if is_flat:
+        return GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
+    return GPU_PATCH_VOXELS if on_gpu else CPU_PATCH_VOXELS
 
 
 def _choose_strides(

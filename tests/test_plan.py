@@ -118,6 +118,15 @@ def test_a_spacing_is_coarser_where_a_patch_would_hold_little_of_a_scan(scans, s
     assert f"plan.spacing={[float(step) for step in spacing]}" in why
 
 
+def test_slices_are_made_coarser_in_their_plane_alone(scans):
+    scans.add((320, 256, 8), (1, 1, 8))
+    label = np.zeros((320, 256, 8), np.uint8)
+    label[50:200, 50:200, 2:6] = 3
+    nib.save(nib.Nifti1Image(label, np.diag([1, 1, 8, 1])), scans.labeled[0].label)
+    assert scans.plan().preprocessing.spacing == (1.5, 1.5, None)
+    assert scans.plan("plan.dimension=2", "plan.spacing=[1,1]").preprocessing.spacing[:2] == (1, 1)
+
+
 @pytest.mark.parametrize("given", ["plan.spacing=[1,1,1]", "plan.patch_size=[16,16,16]"])
 def test_a_given_spacing_or_patch_makes_nothing_coarser(scans, given):
     assert add_large_scan(scans).plan(given).preprocessing.spacing == (1, 1, 1)

@@ -20,10 +20,10 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from medssl.config import InputError
+from medssl.config import Fidelity, InputError
 from medssl.data.io import read_geometry, read_image, write_map, write_mask
 from medssl.metrics import case_metrics
-from medssl.predict import MC_PASSES, Model, choose_parts, find_flags
+from medssl.predict import MC_PASSES, Model, choose_parts, count_views, find_flags
 from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid, grid_spacing
 from medssl.transforms.preprocess import preprocess_image
 from medssl.windows import SLICES, slide_window
@@ -75,6 +75,7 @@ def forecast_costs(
     *,
     probs: bool = False,
     uncertainty: bool = False,
+    fidelity: Fidelity = "full",
     measured: bool = False,
 ) -> Costs:
     """Return what the segmentation of scans will take; those that cannot be read take nothing.
@@ -84,6 +85,7 @@ def forecast_costs(
         scans: The image files of each scan, by its name.
         probs: Whether class probabilities are written.
         uncertainty: Whether the uncertainty of MC dropout is written.
+        fidelity: Of its passes.
         measured: Whether the masks are compared with labels, which takes less memory.
     """
     grids = []
@@ -94,7 +96,8 @@ def forecast_costs(
         return Costs(_read_status("VmRSS"), 0.0, 0.0, 0)
     rates = _probe(model, grids[0][1])
     base = _read_status("VmRSS")
-    each = [_count(model, rates, *grid, probs, uncertainty) for grid in grids]
+    passes = count_views(MC_PASSES, fidelity) if uncertainty else 0
+    each = [_count(model, rates, *grid, probs, passes) for grid in grids]
     compare = measured * sum(float(np.prod(shape)) for shape, _ in grids)
     return Costs(
         base + max(costs.peak for costs in each),
@@ -105,7 +108,7 @@ def forecast_costs(
 
 
 def _count(
-    model: Model, rates: _Rates, shape: Shape, affine: Affine, probs: bool, uncertainty: bool
+    model: Model, rates: _Rates, shape: Shape, affine: Affine, probs: bool, passes: int
 ) -> Costs:
     """Return what one scan takes beside the model."""
     info = model.info
@@ -113,9 +116,8 @@ def _count(
     grid_shape, grid = cache_grid(shape, affine, info.preprocessing.spacing)
     way = WayBack(grid_shape, grid, shape, affine)
     native, cached = float(np.prod(shape)), float(np.prod(grid_shape))
-    num_windows, slabs = 0, 0.0
-    for passes in [0, MC_PASSES] if uncertainty else [0]:
-        views = passes or len(window.mirrorings)
+    num_windows, slabs, uncertainty = 0, 0.0, passes > 0
+    for views in [len(window.mirrorings), *[passes] * uncertainty]:
         parts = choose_parts(window, way, classes, views, model.device)
         slabs = max(slabs, window.count_bytes(grid_shape, classes, views, parts))
         boxes = way.cut(window.find_cut(grid_shape), parts)

@@ -479,6 +479,7 @@ def list_changes(old: Config, new: Config) -> list[str]:
 _ADDED = {
     "teacher.probs": "clean",
     "filter.uncertainty.online_passes": "auto",
+    "filter.uncertainty.fidelity": "full",
     "train.student_lr": "auto",
 }
 """Settings that 0.1.0 did not have, with the values that mean what it did: its runs go on."""

@@ -1,4 +1,4 @@
-"""`scripts/benchmark.py memory` on a scan of seconds, and what `scripts/bench_step.py` repeats."""
+"""`scripts/benchmark.py` on scans of seconds, and what `scripts/bench_step.py` repeats."""
 
 import json
 import os
@@ -11,7 +11,9 @@ import torch
 
 from medssl.networks.build import build_network
 from medssl.objective import Objective
+from medssl.predict import predict_logits
 from medssl.settings import load_config
+from medssl.windows import Window
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +24,22 @@ def benchmark(monkeypatch):
     import benchmark
 
     return benchmark
+
+
+def test_rivals_at_inference_take_turns_and_say_the_same(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(benchmark, "SIZES", {True: (20, 16)})
+    command = ["benchmark.py", "inference", "--small", "--turns", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    rows = json.loads((tmp_path / "inference.json").read_text())
+    ours = [row for row in rows if row["of"] == "medssl"]
+    assert [(row["precision"], row["ratio"]) for row in ours] == [("float32", 1), ("bfloat16", 1)]
+    assert {"MONAI", "8 passes, full", "8 passes, fast"} < {row["of"] for row in rows}
+    network, image = torch.nn.Conv3d(1, 3, 3, padding=1), torch.randn(1, 1, 20, 20, 20)
+    window = Window((16, 16, 16))
+    theirs = benchmark.prepare_monai(network, image, window)()
+    assert torch.allclose(theirs, predict_logits(network, image, window), atol=1e-5)
 
 
 @pytest.mark.slow

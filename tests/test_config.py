@@ -529,6 +529,11 @@ def test_the_defaults_are_the_recipe_but_for_what_its_preset_says():
         (["filter.uncertainty.source=none"], "teacher.probs=clean"),
         (["teacher.probs=clean", "filter.threshold.name=none", "filter.uncertainty.start=null"],
          "no voxel is refused"),
+        (["filter.uncertainty.fidelity=fast"], "fidelity=fast shares the encoder among passes"),
+        (["teacher.probs=clean", "filter.uncertainty={source: none, fidelity: fast}"],
+         "fidelity=fast shares the encoder among passes"),
+        (["teacher.probs=clean", "filter.uncertainty={start: null, fidelity: fast}"],
+         "set filter.uncertainty.fidelity=full"),
     ],
 )  # fmt: skip
 def test_parts_of_the_recipe_that_need_each_other_are_named(settings, words):

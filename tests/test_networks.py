@@ -185,6 +185,27 @@ def test_mc_dropout_on_a_network_without_dropout_is_an_error(tiny_spec):
         pass
 
 
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_passes_behind_one_encoder_stop_at_the_lowest_head(tiny_spec, image, deep_supervision):
+    spec = tiny_spec.model_copy(update={"deep_supervision": deep_supervision, "dropout": 0.5})
+    network = build_network(spec).eval()
+    entered = []
+    network.dynunet.input_block.register_forward_hook(lambda *_: entered.append(1))
+    with torch.no_grad():
+        logits, draws = network.forward_passes(image, 5)
+        assert torch.equal(logits, network(image))
+        for module in (m for m in network.modules() if isinstance(m, DROPOUTS)):
+            module.p = 1e-9  # active, and drops nothing: such a pass is a clean one
+        heads = network.forward_heads(image)
+        (same,) = network.forward_passes(image, 1)[1]
+    assert len(entered) == 4, "once for five passes"
+    assert len(draws) == 5
+    assert not torch.equal(draws[0], draws[1])
+    assert torch.allclose(same, heads[-1], atol=1e-5)
+    assert {draw.shape for draw in draws} == {heads[-1].shape}
+    assert not any(module.training for module in network.modules())
+
+
 def watch_levels(network, image, *, depth=2):
     """Return what goes down to each level and what the decoder gets, from a forward pass."""
     seen = {}

@@ -22,8 +22,11 @@ from medssl.data.trained import count_model_channels
 from medssl.networks.build import build_network
 from medssl.networks.noise import sample_dropout
 from medssl.predict import (
+    FAST_VIEWS,
+    SAMPLERS,
     Model,
     describe_model,
+    estimate_uncertainty,
     find_finished,
     load_model,
     predict_case,
@@ -31,7 +34,6 @@ from medssl.predict import (
     predict_probs,
     resolve_model,
     sample_probs,
-    sample_uncertainty,
     save_model,
 )
 from medssl.pseudo import uncertainty
@@ -513,6 +515,19 @@ def test_what_a_stopped_call_has_finished_is_passed_over(saved, tmp_path, monkey
     assert before.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*.nii")}.items()
 
 
+def test_fast_uncertainty_is_another_map_that_is_not_passed_over_as_the_slow_one(saved, tmp_path):
+    write_scan(tmp_path / "in" / "a.nii")
+    out, maps = tmp_path / "out", []
+    command = ["predict", str(saved), str(tmp_path / "in"), "--out", str(out), "--device", "cpu"]
+    for option in ("--uncertainty", "--fast-uncertainty"):
+        result = CliRunner().invoke(app, [*command, option])
+        assert result.exit_code == 0, result.output
+        assert "passed over" not in result.output
+        maps.append(nib.load(out / "a_uncertainty.nii.gz").get_fdata())
+    assert 0 < abs(maps[0] - maps[1]).mean() < 0.1
+    assert "passed over: 1 of 1" in CliRunner().invoke(app, [*command, option]).output
+
+
 @pytest.mark.parametrize(
     "change", ["nothing", "mask", "scan", "model", "settings", "maps", "passes", "log", "version"]
 )
@@ -594,15 +609,47 @@ def test_a_volume_of_one_patch_is_predicted_as_by_the_network(network):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_mutual_information_is_between_zero_and_the_entropy(network):
+@pytest.mark.parametrize("fidelity", SAMPLERS)
+def test_mutual_information_is_between_zero_and_the_entropy(network, fidelity):
     image = torch.randn(1, 1, 8, 8, 8)
-    (maps,) = sample_uncertainty(network, image, Window((8, 8, 8)), 4)
+    (maps,) = SAMPLERS[fidelity](network, image, Window((8, 8, 8)), 4)
     entropy, information = maps
     assert entropy.shape == information.shape == (8, 8, 8)
     assert (entropy <= np.log(3) + 1e-5).all()
     assert (information >= 0).all()
     assert (information <= entropy + 1e-6).all()
     assert information.max() > 0
+
+
+class Jitter(nn.Module):
+    """Clean logits that differ from voxel to voxel, and passes that add small noise to them."""
+
+    def forward_passes(self, image, passes):
+        logits = image * torch.tensor([2.0, 0.0, -1.0]).reshape(1, 3, 1, 1, 1)
+        shift = 50 * torch.randn(passes, 1, 1, *image.shape[2:])  # of all classes alike
+        noise = 0.2 * torch.randn(passes, *logits.shape) + shift
+        return logits, list(logits + noise)
+
+
+def test_fast_uncertainty_is_that_of_many_passes_whose_logits_differ_a_little():
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 6, 8, 8)
+    (fast,) = estimate_uncertainty(Jitter(), image, Window((6, 8, 8)), 4000)
+    draws = [torch.softmax(draw, 1) for draw in Jitter().forward_passes(image, 4000)[1]]
+    _, entropy, information = combine(draws, "noise")
+    assert information.max() > 0.01
+    assert torch.allclose(fast[1], information[0, 0], atol=0.0015)
+    assert torch.allclose(fast[0], entropy[0, 0], atol=0.02)
+
+
+def test_fast_passes_go_through_every_window_and_are_drawn_in_it(network):
+    image, told = torch.randn(1, 1, 20, 9, 8), []
+    window = Window((8, 8, 8), flips=(0,))
+    slabs = list(estimate_uncertainty(network, image, window, 3, None, told.append))
+    entropy, information = torch.cat(slabs, 1)
+    assert entropy.shape == image.shape[2:]
+    assert (information.amax((1, 2)) > 0).all()
+    assert sum(told) == FAST_VIEWS * window.count_windows(image.shape[2:])
 
 
 def test_entropy_and_mutual_information_worked_by_hand():
@@ -639,10 +686,12 @@ def test_the_limit_of_doubt_rises_from_a_part_of_ln_2_to_ln_c(num_classes, last)
     assert find_limit(UncertaintySection(start=None), num_classes, 0.0) == np.inf
 
 
-def test_uncertainty_without_active_dropout_is_an_error(tiny_spec):
-    network = build_network(tiny_spec.model_copy(update={"dropout": 0.0})).eval()
-    with pytest.raises(InputError, match="no active dropout"):
-        list(sample_uncertainty(network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2))
+@pytest.mark.parametrize("fidelity", SAMPLERS)
+@pytest.mark.parametrize(("dropout", "words"), [(0.0, "no active dropout"), (1e-9, "are the same")])
+def test_uncertainty_without_active_dropout_is_an_error(tiny_spec, fidelity, dropout, words):
+    network = build_network(tiny_spec.model_copy(update={"dropout": dropout})).eval()
+    with pytest.raises(InputError, match=words):
+        list(SAMPLERS[fidelity](network, torch.randn(1, 1, 8, 8, 8), Window((8, 8, 8)), 2))
 
 
 def touch(folder, *names):

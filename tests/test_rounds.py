@@ -189,6 +189,24 @@ def test_an_online_teacher_labels_all_scans_in_full_at_the_end_only(start, monke
     assert final["monitors/agreement_with_average"] == done["agreement_with_average"]
 
 
+@pytest.mark.parametrize("fidelity", teachers.SAMPLERS)
+def test_a_clean_teacher_measures_its_uncertainty_with_the_fidelity_asked_for(
+    start, monkeypatch, fidelity
+):
+    asked = []
+
+    def spy(name, network, image, window, passes, box):
+        asked.append((name, passes))
+        yield from real[name](network, image, window, passes, box)
+
+    real = dict(teachers.SAMPLERS)
+    for name in real:
+        monkeypatch.setitem(teachers.SAMPLERS, name, partial(spy, name))
+    uncertainty = f"{{source: mc_dropout, passes: 3, fidelity: {fidelity}}}"
+    start("rounds=1", f"filter.uncertainty={uncertainty}")
+    assert set(asked) == {(fidelity, 3)}
+
+
 def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     folder = start("teacher.ensemble=2", "filter.uncertainty={source: ensemble}")
     second = folder / "round_0" / "models" / "1"

@@ -148,6 +148,23 @@ def test_every_architecture_gives_one_head_of_any_size_and_has_dropout(name):
     assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
+def test_passes_share_the_encoder_of_an_architecture_in_2d():
+    network = build_network(ENCODER.model_copy(update={"dropout": 0.5})).eval()
+    image, entered = torch.randn(2, 1, 70, 64), []
+    network.smp.encoder.register_forward_hook(lambda *_: entered.append(1))
+    with torch.no_grad():
+        logits, draws = network.forward_passes(image, 3)
+        assert entered == [1]
+        assert torch.equal(logits, network(image))
+        torch.manual_seed(0)
+        drawn = network.forward_passes(image, 1)[1]
+        torch.manual_seed(0)
+        with sample_dropout(network):
+            assert torch.equal(drawn[0], network(image)), "its dropout lies behind the encoder"
+    assert len(draws) == 3
+    assert not torch.equal(draws[0], draws[1])
+
+
 @pytest.mark.parametrize(
     "encoder",
     [pytest.param("resnet50", marks=pytest.mark.slow), "efficientnet-b0", "tu-resnet18"],

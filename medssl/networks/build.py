@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from medssl.config import InputError, PlaneNetwork
-from medssl.networks.noise import DROPOUTS, add_stochastic_depth
+from medssl.networks.noise import DROPOUTS, add_stochastic_depth, sample_dropout
 
 ENCODER_FACTOR = 32  # pixels to which an image is padded: five halvings
 LEAST_SIDE = 64  # pixels: below, one pixel is left, of which an instance has no deviation
@@ -71,6 +71,16 @@ class SegmentationNetwork(nn.Module):
     def forward_heads(self, image: Tensor) -> list[Tensor]:
         """Return logits from full resolution downwards, each at its own resolution."""
         return [self(image)]
+
+    def forward_passes(self, image: Tensor, passes: int) -> tuple[Tensor, list[Tensor]]:
+        """Return clean logits, and those of passes of MC dropout behind one clean encoder.
+
+        The network is in evaluation mode. Passes may have a lower resolution than the image.
+
+        Raises:
+            InputError: The network has no active dropout.
+        """
+        raise NotImplementedError
 
 
 class InstanceNorm(nn.GroupNorm):
@@ -131,6 +141,30 @@ class DynamicUNet(SegmentationNetwork):
         logits = [self(image)]
         return logits + list(self.dynunet.heads[: self.num_heads])
 
+    def forward_passes(self, image: Tensor, passes: int) -> tuple[Tensor, list[Tensor]]:
+        """Return clean logits, and those of passes that drop in bottleneck and decoder alone.
+
+        Passes stop at the lowest head of the deep supervision, at half or a quarter of the
+        resolution; without one they go up to full resolution.
+        """
+        skips = [image]
+        for block in (self.dynunet.input_block, *self.dynunet.downsamples):
+            skips.append(block(skips[-1]))
+        logits = self.dynunet.output_block(self._decode(skips, 0))
+        heads = [self.dynunet.output_block]
+        if self.num_heads:
+            heads += self.dynunet.deep_supervision_heads
+        with sample_dropout(self):
+            return logits, [heads[-1](self._decode(skips, self.num_heads)) for _ in range(passes)]
+
+    def _decode(self, skips: list[Tensor], level: int) -> Tensor:
+        """Return the features of a level of the decoder; level 0 has full resolution."""
+        features: Tensor = self.dynunet.bottleneck(skips[-1])
+        blocks = list(self.dynunet.upsamples)[: len(self.dynunet.upsamples) - level]
+        for block, skip in zip(blocks, reversed(skips), strict=False):
+            features = block(features, skip)
+        return features
+
 
 def _place_dropout(dynunet: DynUNet, probability: float, dimension: int) -> None:
     """Set channel dropout after the second convolution of the blocks below full resolution."""
@@ -169,14 +203,30 @@ class EncoderNetwork(SegmentationNetwork):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return logits (B, num_classes, I, J) of an image (B, C, I, J) of any size."""
+        return self._decode(self._encode(image), image)
+
+    def forward_passes(self, image: Tensor, passes: int) -> tuple[Tensor, list[Tensor]]:
+        """Return clean logits, and those of passes that drop behind the encoder alone."""
+        features = self._encode(image)
+        logits = self._decode(features, image)
+        with sample_dropout(self):
+            return logits, [self._decode(features, image) for _ in range(passes)]
+
+    def _encode(self, image: Tensor) -> list[Tensor]:
+        """Return the features of all levels, of an image padded to a size that can be halved."""
         i, j = image.shape[2:]
         padded = F.pad(image, (0, -j % ENCODER_FACTOR, 0, -i % ENCODER_FACTOR))
-        features = [
+        features: list[Tensor] = self.smp.encoder(padded)
+        return features
+
+    def _decode(self, features: list[Tensor], image: Tensor) -> Tensor:
+        """Return logits of the size of the image, from features of which channels are dropped."""
+        dropped = [
             feature if level < FIRST_DROPPED else self.dropout(feature)
-            for level, feature in enumerate(self.smp.encoder(padded))
+            for level, feature in enumerate(features)
         ]
-        logits: Tensor = self.smp.segmentation_head(self.smp.decoder(features))
-        return logits[:, :, :i, :j]
+        logits: Tensor = self.smp.segmentation_head(self.smp.decoder(dropped))
+        return logits[:, :, : image.shape[2], : image.shape[3]]
 
 
 def _create_smp(spec: NetworkSpec, download: bool) -> Any:

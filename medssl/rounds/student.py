@@ -28,6 +28,7 @@ from medssl.predict import (
     Model,
     ModelInfo,
     check_weights,
+    count_views,
     load_model,
     save_model,
 )
@@ -277,7 +278,8 @@ def count_label_passes(config: Config, plan: Plan, index: int, rounds: int) -> i
     if config.teacher.probs == "sampled":
         return section.passes
     mirrored: int = 2 ** len(plan.flips)
-    extra = {"mc_dropout": section.passes, "flips": mirrored}.get(section.source, 0)
+    sampled = count_views(section.passes, section.fidelity)
+    extra = {"mc_dropout": sampled, "flips": mirrored}.get(section.source, 0)
     return config.teacher.ensemble * mirrored + extra
 
 

@@ -19,13 +19,14 @@ from medssl.data.pseudo_labels import Classes, Part, measure_agreement
 from medssl.metrics import mean_known
 from medssl.networks.build import SegmentationNetwork
 from medssl.predict import (
+    SAMPLERS,
     Model,
     Walk,
     average_views,
+    count_views,
     load_model,
     mirror_views,
     sample_probs,
-    sample_uncertainty,
 )
 from medssl.pseudo.gates import CaseReview, Gate, judge_model
 from medssl.pseudo.label import RawPseudoLabel, label_cases
@@ -230,8 +231,9 @@ def _predict_label(
     if is_later:
         torch.manual_seed(seed_from(run.config.train.seed, case.case_id, "mc_dropout"))
         network, passes = members[0].network, section.passes
-        sample = partial(sample_uncertainty, network, image, window, passes)
-        for box, maps in bring_slabs(run, case, sample, window, passes):
+        sample = partial(SAMPLERS[section.fidelity], network, image, window, passes)
+        num_views = count_views(passes, section.fidelity)
+        for box, maps in bring_slabs(run, case, sample, window, num_views):
             yield box, None, maps[int(is_mutual)]
 
 

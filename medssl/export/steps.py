@@ -217,8 +217,8 @@ class MirroredInferer:
 
 def _arrange(window: Tensor) -> Tensor:
     """Return windows in the memory layout that the model is used with."""
-    if window.ndim == 5:
-        return window.contiguous(memory_format=torch.channels_last_3d)
+    if window.ndim == 5:  # contiguous() would leave one channel as it is
+        return torch.empty_like(window, memory_format=torch.channels_last_3d).copy_(window)
     is_last = window.is_cuda
     return window.contiguous(
         memory_format=torch.channels_last if is_last else torch.contiguous_format

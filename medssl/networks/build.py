@@ -292,8 +292,8 @@ def arrange(image: Tensor) -> Tensor:
     Channels last, but not in 2D on a CPU: there the backward pass of a strided 1 x 1 convolution
     of less than 16 channels writes out of bounds in that layout (torch 2.15).
     """
-    if image.ndim == 5:
-        return image.contiguous(memory_format=torch.channels_last_3d)
+    if image.ndim == 5:  # contiguous() leaves one channel as it is, and with it the first block
+        return torch.empty_like(image, memory_format=torch.channels_last_3d).copy_(image)
     return image.contiguous(
         memory_format=torch.channels_last if image.is_cuda else torch.contiguous_format
     )

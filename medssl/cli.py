@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medssl import __version__
+from medssl import __version__, ranks
 from medssl.config import DataSection, InputError
 from medssl.formats.readers import FORMATS
 from medssl.runs import FULL_DISK_ERRORS, describe_full_disk, list_rounds
@@ -391,6 +391,21 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Segment scans; masks have the input's grid and the original label values."""
+    with ranks.join_others(whatever_comes=True):
+        _predict(model, inputs, out, probs, uncertainty, format, overwrite, device)
+
+
+def _predict(
+    model: Path,
+    inputs: list[Path],
+    out: Path,
+    probs: bool,
+    uncertainty: bool,
+    format: str | None,
+    overwrite: bool,
+    device: str,
+) -> None:
+    """Say what it takes, and segment the scans that are dealt to this process."""
     from medssl.data.predictions import SomeFailedError, plan_predictions
     from medssl.data.trained import count_model_channels
 
@@ -399,6 +414,9 @@ def predict(
     channels = count_model_channels(model)
     _check_format(format)
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
+    if not plan.scans:
+        print("no scan is left for process {} of {}".format(*ranks.find_rank()))
+        return
     from medssl.costs import forecast_costs  # slow to import: after the mistakes
     from medssl.predict import find_finished, load_model, predict_files
 
@@ -452,18 +470,45 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
+    with ranks.join_others(whatever_comes=True):
+        _evaluate(
+            model, data, list(overrides or ()), out, tolerance, round_index, overwrite, device
+        )
+
+
+def _evaluate(
+    model: Path,
+    data: Path | None,
+    overrides: list[str],
+    out: Path | None,
+    tolerance: float | None,
+    round_index: str | None,
+    overwrite: bool,
+    device: str,
+) -> None:
+    """Measure the cases that are dealt to this process, and write the tables if they are the last.
+
+    Tables, report and what is printed of them are made by one process.
+    """
     _check_device(device)
     model, round_number = _resolve_round(model, data, round_index)
-    settings = _check_evaluation(model, data, list(overrides or ()), out, round_number)
+    settings = _check_evaluation(model, data, overrides, out, round_number)
     # slow to import: after the quick mistakes
-    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run, render_summary
+    from medssl.evaluate import (
+        CasesLeft,
+        evaluate_data,
+        evaluate_round,
+        evaluate_run,
+        render_summary,
+    )
     from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
     options: dict[str, Any] = {"tolerance": tolerance, "device": chosen, "forecast": True}
     is_run = data is None and (model / "run.json").is_file()
+    is_shared = ranks.find_rank()[1] > 1
     try:
-        with lock_run(model) if is_run else contextlib.nullcontext():
+        with lock_run(model, is_shared) if is_run else contextlib.nullcontext():
             if data is not None and out is not None:
                 options["data"] = settings
                 summary = evaluate_data(model, data, out, overwrite=overwrite, **options)
@@ -477,6 +522,9 @@ def evaluate(
         goes_on = "the same command passes over finished cases"
         print(f"stopped: no table was written{kept}; {goes_on}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except CasesLeft as reason:
+        print(reason)
+        return
     if data is not None:
         _finish_evaluation(render_summary(summary), summary)
         return

@@ -724,7 +724,8 @@ def identify_prediction(
         InputError: A file cannot be read.
     """
     settings = model.info.model_dump(mode="json", exclude={"provenance"})
-    settings |= {"uncertainty": uncertainty, "device": str(model.device)}
+    device = model.device.type  # whichever of several alike
+    settings |= {"uncertainty": uncertainty, "device": device}
     about = {"device": str(model.device), "precision": model.info.precision}
     sources = [{"file": path.name, "sha256": hash_source(path)} for path in images]
     weights = model.info.provenance.get(WEIGHTS)

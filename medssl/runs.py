@@ -386,12 +386,13 @@ def list_rounds(run_dir: Path) -> dict[int, Path]:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
+def hold_lock(path: Path, busy: str | None = None, is_shared: bool = False) -> Iterator[None]:
     """Hold a lock that ends with the process, whatever ends it.
 
     Args:
         path: A file for it, made if there is none, or a folder.
         busy: What to say if another process holds it; None waits for that one.
+        is_shared: Whether others may hold it too, if they share it as well.
 
     Raises:
         InputError: ``busy``.
@@ -404,7 +405,8 @@ def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
         return
     file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind | (fcntl.LOCK_NB if busy else 0))
     except BlockingIOError as error:
         os.close(file)
         raise InputError(str(busy)) from error
@@ -416,14 +418,14 @@ def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
         os.close(file)
 
 
-def lock_run(run_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a run folder, which lies beside it, or refuse.
+def lock_run(run_dir: Path, is_shared: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a run folder, which lies beside it, or refuse; or share it with others.
 
     A loader process of a killed training may keep it for some seconds.
     """
     home = run_dir.resolve()
     busy = f"{run_dir}: another process works on this run; wait for it, or touch {run_dir}/STOP"
-    return hold_lock(home.parent / f".{home.name}.lock", busy)
+    return hold_lock(home.parent / f".{home.name}.lock", busy, is_shared)
 
 
 def hash_file(path: Path) -> str:

@@ -235,18 +235,19 @@ def train(
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
     settings = list(overrides or [])
-    outcome = _train(
-        load_config(first, settings),
-        lambda plan: load_config(first, settings, plan),
-        run,
-        dry_run=dry_run,
-        restart=restart,
-        max_hours=max_hours,
-        predict_unlabeled=predict_unlabeled,
-        round_0=round_0,
-        cross_check=cross_check,
-    )
-    if outcome is not None:
+    with ranks.join_others(), ranks.let_first_speak():
+        outcome = _train(
+            load_config(first, settings),
+            lambda plan: load_config(first, settings, plan),
+            run,
+            dry_run=dry_run,
+            restart=restart and not ranks.is_started_again(),
+            max_hours=max_hours,
+            predict_unlabeled=predict_unlabeled,
+            round_0=round_0,
+            cross_check=cross_check,
+        )
+    if outcome is not None and ranks.find_rank()[1] == 1:  # torchrun starts what failed again
         is_whole = outcome.status != "delivered" or not outcome.unsegmented
         raise SystemExit(EXIT_CODES[outcome.status] if is_whole else FAILED)
 
@@ -323,7 +324,14 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
     from medssl.data.cases import select_cases, split_cases
     from medssl.data.layouts import read_dataset
 
-    data = resolved.config.data
+    data, count = resolved.config.data, ranks.find_rank()[1]
+    if count > 1 and not ranks.can_meet():
+        raise InputError(
+            f"WORLD_SIZE={count} without MASTER_ADDR: several processes train together if torchrun "
+            f"starts them: torchrun --nproc-per-node {count} -m medssl train ..."
+        )
+    if count > 1 and cross_check:
+        raise InputError("--cross-check trains in one process: leave out torchrun, or the option")
     if data.root is None:
         raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
     dataset = read_dataset(data.root, data.format, data.labels)
@@ -361,8 +369,21 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
         f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
         f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
-        f"run folder: {folder}{warning}"
+        f"{_describe_sharing(plan)}run folder: {folder}{warning}"
     )
+
+
+def _describe_sharing(plan: Any) -> str:
+    """Return how several processes share the steps as a line of text; nothing for one."""
+    count = ranks.find_rank()[1]
+    if count == 1:
+        return ""
+    text = f"  - {count} processes share the patches of a step; the minutes are those of one alone"
+    if plan.batch % count:
+        even = -(-plan.batch // count) * count
+        text += f"; {plan.batch} labeled ones do not come out even, train.batch={even} would (and "
+        text += "gives another model)"
+    return f"{text}\n"
 
 
 def _write_report(folder: Path, share: bool = False) -> Path:

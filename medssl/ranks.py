@@ -57,6 +57,16 @@ def find_neighbor() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def is_started_again() -> bool:
+    """Return whether torchrun has started this process in place of one that was ended."""
+    return _count_starts() != "0"
+
+
+def _count_starts() -> str:
+    """Return how often torchrun has started processes in place of others."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def deal(items: Sequence[T]) -> list[T]:
     """Return the items that are this process's, every one of which is somebody's."""
     place, count = find_rank()
@@ -84,6 +94,15 @@ class _Crew:
                 self.store.set(name, text)
             self._wait(lambda: self.store.check([name]))
             return bytes(self.store.get(name)).decode()
+
+    def pool(self, text: str) -> list[str]:
+        """Return the texts of all processes, in the order of their places."""
+        self._number += 1
+        names = [f"medssl/{self._number}/{place}" for place in range(self.count)]
+        with explain_lost():
+            self.store.set(names[self.place], text)
+            self._wait(lambda: self.store.check(names))
+            return [bytes(self.store.get(name)).decode() for name in names]
 
     def leave(self) -> None:
         """Wait for all others; the first process, which may hold the store, goes last."""
@@ -119,7 +138,7 @@ def join_others(whatever_comes: bool = False) -> Iterator[None]:
 
     with explain_lost():
         store, _, _ = next(rendezvous("env://"))
-    _crew = _Crew(store)
+    _crew = _Crew(_open_anew(store))
     try:
         yield
     except BaseException:
@@ -130,6 +149,30 @@ def join_others(whatever_comes: bool = False) -> Iterator[None]:
         _crew.leave()
     finally:
         _crew = None
+
+
+def _open_anew(store: Store) -> Store:
+    """Return a part of a store that processes which were ended have left nothing in."""
+    from torch import distributed  # heavy
+
+    kind: Any = distributed.PrefixStore  # type: ignore[attr-defined]  # it is there
+    part: Store = kind(f"start {_count_starts()}", store)
+    return part
+
+
+@contextlib.contextmanager
+def let_first_speak() -> Iterator[None]:
+    """Keep what processes but the first print from the terminal; what goes to stderr is said."""
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+def can_meet() -> bool:
+    """Return whether this process meets others: those of an array never do."""
+    return _crew is not None
 
 
 def find_store() -> Store | None:
@@ -157,6 +200,26 @@ def share(make: Callable[[], T]) -> T:
         return make()
     made: Any = json.loads(_crew.meet(json.dumps(make()) if is_first() else ""))
     return made  # type: ignore[no-any-return]  # JSON gives back what was made
+
+
+def pool(items: list[T]) -> list[T]:
+    """Return the items of all processes, of JSON's types, in all of them."""
+    if _crew is None:
+        return items
+    return [item for text in _crew.pool(json.dumps(items)) for item in json.loads(text)]
+
+
+def call_off(reason: str) -> None:
+    """Tell the others to stop."""
+    if _crew is not None:
+        _crew.store.set("medssl/stop", reason)
+
+
+def hear_call() -> str | None:
+    """Return why another process says to stop; None if none does."""
+    if _crew is None or not _crew.store.check(["medssl/stop"]):
+        return None
+    return bytes(_crew.store.get("medssl/stop")).decode()
 
 
 @contextlib.contextmanager

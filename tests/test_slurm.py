@@ -43,6 +43,7 @@ def submit(tmp_path):
             env={
                 "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
                 "SLURM_JOB_ID": "7",
+                "PYTHON": str(tmp_path / "medssl"),
                 **environment,
             },
         )
@@ -81,6 +82,20 @@ def test_a_task_of_an_array_has_a_draw_and_a_run_of_its_own(submit, tmp_path):
     assert read(tmp_path, "requeued") == ["requeue 5_2"]
 
 
+@pytest.mark.parametrize("status", ["interrupted", "delivered"])
+def test_several_cards_train_by_torchrun_and_the_state_says_whether_to_go_on(
+    submit, tmp_path, status
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(f'{{\n "status": "{status}",\n "round": 0\n}}')
+    cards = {"SLURM_GPUS_ON_NODE": "4", "TORCHRUN": str(tmp_path / "medssl")}
+    job = submit("train.sbatch", "run", "scans", code=1, **cards)
+    assert stop(job, tmp_path, signal.SIGUSR1) == (130 if status == "interrupted" else 1)
+    command = "--nproc-per-node 4 --max-restarts 3 -m -- medssl train scans --run run"
+    assert read(tmp_path, "called") == [command]
+    assert read(tmp_path, "requeued") == (["requeue 7"] if status == "interrupted" else [])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGUSR1, 0)])
 def test_a_job_that_is_cancelled_or_that_delivered_meanwhile_does_not(
     submit, tmp_path, number, code
@@ -100,6 +115,7 @@ def test_a_training_that_ends_by_itself_ends_the_job(submit, tmp_path):
     [
         ("predict.sbatch", ("runs/a", "masks", "a b.nii"), "predict runs/a a b.nii --out masks"),
         ("evaluate.sbatch", ("runs/a", "--round", "0"), "evaluate runs/a --round 0"),
+        ("study.sbatch", ("scans", "--csv", "a.csv"), "scripts/study.py scans --csv a.csv"),
     ],
 )
 def test_each_task_of_an_array_says_which_of_them_it_is(
@@ -112,7 +128,9 @@ def test_each_task_of_an_array_says_which_of_them_it_is(
     assert read(tmp_path, "called") == [f"{place}/3 {command}" for place in range(3)]
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "predict.sbatch", "evaluate.sbatch"])
+@pytest.mark.parametrize(
+    "script", ["train.sbatch", "predict.sbatch", "evaluate.sbatch", "study.sbatch"]
+)
 def test_without_arguments_a_script_says_how_it_is_used(submit, script):
     assert submit(script).wait(timeout=20) == 2
 

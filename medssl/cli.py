@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medssl import __version__
+from medssl import __version__, ranks
 from medssl.config import DataSection, Fidelity, InputError
 from medssl.formats.readers import FORMATS
 from medssl.runs import FULL_DISK_ERRORS, describe_full_disk, list_rounds
@@ -235,18 +235,19 @@ def train(
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
     settings = list(overrides or [])
-    outcome = _train(
-        load_config(first, settings),
-        lambda plan: load_config(first, settings, plan),
-        run,
-        dry_run=dry_run,
-        restart=restart,
-        max_hours=max_hours,
-        predict_unlabeled=predict_unlabeled,
-        round_0=round_0,
-        cross_check=cross_check,
-    )
-    if outcome is not None:
+    with ranks.join_others(), ranks.let_first_speak():
+        outcome = _train(
+            load_config(first, settings),
+            lambda plan: load_config(first, settings, plan),
+            run,
+            dry_run=dry_run,
+            restart=restart and not ranks.is_started_again(),
+            max_hours=max_hours,
+            predict_unlabeled=predict_unlabeled,
+            round_0=round_0,
+            cross_check=cross_check,
+        )
+    if outcome is not None and ranks.find_rank()[1] == 1:  # torchrun starts what failed again
         is_whole = outcome.status != "delivered" or not outcome.unsegmented
         raise SystemExit(EXIT_CODES[outcome.status] if is_whole else FAILED)
 
@@ -323,7 +324,14 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
     from medssl.data.cases import select_cases, split_cases
     from medssl.data.layouts import read_dataset
 
-    data = resolved.config.data
+    data, count = resolved.config.data, ranks.find_rank()[1]
+    if count > 1 and not ranks.can_meet():
+        raise InputError(
+            f"WORLD_SIZE={count} without MASTER_ADDR: several processes train together if torchrun "
+            f"starts them: torchrun --nproc-per-node {count} -m medssl train ..."
+        )
+    if count > 1 and cross_check:
+        raise InputError("--cross-check trains in one process: leave out torchrun, or the option")
     if data.root is None:
         raise InputError("no data: give a folder or a list of scans, or data.root in the YAML")
     dataset = read_dataset(data.root, data.format, data.labels)
@@ -361,8 +369,21 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
         f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
         f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
-        f"run folder: {folder}{warning}"
+        f"{_describe_sharing(plan)}run folder: {folder}{warning}"
     )
+
+
+def _describe_sharing(plan: Any) -> str:
+    """Return how several processes share the steps as a line of text; nothing for one."""
+    count = ranks.find_rank()[1]
+    if count == 1:
+        return ""
+    text = f"  - {count} processes share the patches of a step; the minutes are those of one alone"
+    if plan.batch % count:
+        even = -(-plan.batch // count) * count
+        text += f"; {plan.batch} labeled ones do not come out even, train.batch={even} would (and "
+        text += "gives another model)"
+    return f"{text}\n"
 
 
 def _write_report(folder: Path, share: bool = False) -> Path:
@@ -394,6 +415,21 @@ def predict(
     device: Device = "auto",
 ) -> None:
     """Segment scans; masks have the input's grid and the original label values."""
+    with ranks.join_others(whatever_comes=True):
+        _predict(model, inputs, out, probs, uncertainty, format, overwrite, device)
+
+
+def _predict(
+    model: Path,
+    inputs: list[Path],
+    out: Path,
+    probs: bool,
+    uncertainty: bool,
+    format: str | None,
+    overwrite: bool,
+    device: str,
+) -> None:
+    """Say what it takes, and segment the scans that are dealt to this process."""
     from medssl.data.predictions import SomeFailedError, plan_predictions
     from medssl.data.trained import count_model_channels
 
@@ -404,6 +440,9 @@ def predict(
     channels = count_model_channels(model)
     _check_format(format)
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)
+    if not plan.scans:
+        print("no scan is left for process {} of {}".format(*ranks.find_rank()))
+        return
     from medssl.costs import forecast_costs  # slow to import: after the mistakes
     from medssl.predict import find_finished, load_model, predict_files
 
@@ -460,18 +499,45 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
+    with ranks.join_others(whatever_comes=True):
+        _evaluate(
+            model, data, list(overrides or ()), out, tolerance, round_index, overwrite, device
+        )
+
+
+def _evaluate(
+    model: Path,
+    data: Path | None,
+    overrides: list[str],
+    out: Path | None,
+    tolerance: float | None,
+    round_index: str | None,
+    overwrite: bool,
+    device: str,
+) -> None:
+    """Measure the cases that are dealt to this process, and write the tables if they are the last.
+
+    Tables, report and what is printed of them are made by one process.
+    """
     _check_device(device)
     model, round_number = _resolve_round(model, data, round_index)
-    settings = _check_evaluation(model, data, list(overrides or ()), out, round_number)
+    settings = _check_evaluation(model, data, overrides, out, round_number)
     # slow to import: after the quick mistakes
-    from medssl.evaluate import evaluate_data, evaluate_round, evaluate_run, render_summary
+    from medssl.evaluate import (
+        CasesLeft,
+        evaluate_data,
+        evaluate_round,
+        evaluate_run,
+        render_summary,
+    )
     from medssl.runs import lock_run, read_json
 
     chosen = _take_device(device)
     options: dict[str, Any] = {"tolerance": tolerance, "device": chosen, "forecast": True}
     is_run = data is None and (model / "run.json").is_file()
+    is_shared = ranks.find_rank()[1] > 1
     try:
-        with lock_run(model) if is_run else contextlib.nullcontext():
+        with lock_run(model, is_shared) if is_run else contextlib.nullcontext():
             if data is not None and out is not None:
                 options["data"] = settings
                 summary = evaluate_data(model, data, out, overwrite=overwrite, **options)
@@ -485,6 +551,9 @@ def evaluate(
         goes_on = "the same command passes over finished cases"
         print(f"stopped: no table was written{kept}; {goes_on}", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except CasesLeft as reason:
+        print(reason)
+        return
     if data is not None:
         _finish_evaluation(render_summary(summary), summary)
         return

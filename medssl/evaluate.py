@@ -3,6 +3,8 @@
 Everything is measured on full volumes in the native grid of the scan, under the policy that
 stands in `medssl.metrics`. Tables are written once the last case is done: a table that exists
 is complete. Until then `measured.jsonl` has the rows, so that a call after an interruption goes on.
+Several processes of one command (`medssl.ranks`) have a log each, and measure the cases dealt to
+them; the one that finds the rows of all cases there writes the tables.
 Here, and nowhere else, labels of test cases are opened.
 """
 
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from medssl import __version__
+from medssl import __version__, ranks
 from medssl.config import DataSection, InputError
 from medssl.costs import forecast_costs
 from medssl.data.cases import Case, Dataset
@@ -91,9 +93,13 @@ from medssl.runs import (
 )
 from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
 
-MEASURED = "measured.jsonl"
+MEASURED = "measured"  # .jsonl
 
 Report = Callable[[str], object]
+
+
+class CasesLeft(Exception):  # noqa: N818  # it is no error
+    """This process has measured its cases; another one writes the tables."""
 
 
 def evaluate_model(
@@ -146,7 +152,9 @@ def evaluate_model(
     num_windows = _forecast([measuring], out, report) if forecast else 0
     _remove_tables(out)
     with show_bar(num_windows) as bar:
-        rows, summary = _measure(measuring, bar, report)
+        _measure(measuring, bar, report)
+    _wait_for_others()
+    rows, summary = _merge(measuring)
     summary = {**(about or {}), **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
     record_predictions(out, [out / name for name in tables])
@@ -265,7 +273,9 @@ def evaluate_round(
     num_windows = _forecast([measuring], out, report) if forecast else 0
     _remove_tables(out)
     with show_bar(num_windows) as bar:
-        rows, summary = _measure(measuring, bar, report)
+        _measure(measuring, bar, report)
+    _wait_for_others()
+    rows, summary = _merge(measuring)
     about = {"model": str(run_dir / name), "dataset": dataset.name}
     summary = {**about, **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
@@ -329,11 +339,12 @@ def evaluate_run(
     num_windows = _forecast(list(measurings.values()), out, report) if forecast else 0
     for folder in folders.values():
         _remove_tables(folder)
-    measured: dict[str, tuple[list[Row], dict[str, Any]]] = {}
     with show_bar(num_windows) as bar:
         for name, measuring in measurings.items():
-            report(f"{paths[name]}: {len(labeled)} test cases")
-            measured[hashes[name]] = _measure(measuring, bar, report)
+            report(f"{paths[name]}: {len(measuring.dealt)} test cases")
+            _measure(measuring, bar, report)
+    _wait_for_others()
+    measured = {hashes[name]: _merge(measuring) for name, measuring in measurings.items()}
     tables = {name: measured[value][0] for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],
@@ -359,7 +370,7 @@ class _Measuring:
     """The measuring of cases by a model: what a call before this one has done, and what is left.
 
     The log has the row of each finished case, with a hash of all that it depends on; masks are
-    written into predictions/ of a folder where one is given.
+    written into predictions/ of a folder where one is given. ``failed`` says why a case has none.
     """
 
     def __init__(
@@ -372,18 +383,34 @@ class _Measuring:
         masks_in: Path | None = None,
     ) -> None:
         self.model, self.cases, self.ignore, self.tolerance = model, cases, ignore, tolerance
-        self.log, self.masks_in = log_in / MEASURED, masks_in
-        entries = {entry.get("of"): entry for entry in read_audit(self.log)}
+        rank, count = ranks.find_rank()
+        self.log = log_in / (f"{MEASURED}.{rank}.jsonl" if count > 1 else f"{MEASURED}.jsonl")
+        self.masks_in = masks_in
         self.finished: dict[str, dict[str, Any]] = {}
-        for case in cases if entries else ():
-            entry = entries.get(self.identify(case) or "")
-            if entry is not None and self._has_mask(case, entry):
-                self.finished[case.case_id] = entry
+        self.failed: dict[str, str] = {}  # not kept, since it may hold file names
+        self.look_up(self.dealt)
+
+    @property
+    def dealt(self) -> list[Case]:
+        """The cases that this process measures."""
+        return ranks.deal(self.cases)
 
     @property
     def left(self) -> list[Case]:
-        """The cases that are still to be measured."""
-        return [case for case in self.cases if case.case_id not in self.finished]
+        """Those of them that are still to be measured."""
+        return [case for case in self.dealt if case.case_id not in self.finished]
+
+    def look_up(self, cases: Sequence[Case]) -> list[str]:
+        """Find which of some cases are finished, by whatever process; return the others."""
+        logs = self.log.parent.glob(f"{MEASURED}*.jsonl")
+        entries = {entry.get("of"): entry for log in logs for entry in read_audit(log)}
+        logged = {entry["row"]["case_id"] for entry in entries.values() if "row" in entry}
+        for case in cases:
+            if case.case_id in logged and case.case_id not in self.finished:
+                entry = entries.get(self.identify(case) or "")
+                if entry is not None and self._has_mask(case, entry):
+                    self.finished[case.case_id] = entry
+        return [case.case_id for case in cases if case.case_id not in self.finished]
 
     def identify(self, case: Case) -> str | None:
         """Return a hash of what the figures of a case depend on; None if that cannot be said."""
@@ -416,20 +443,17 @@ def _forecast(measurings: Sequence[_Measuring], out: Path, report: Report) -> in
     return num_windows
 
 
-def _measure(
-    measuring: _Measuring, bar: tqdm[Any], report: Report
-) -> tuple[list[Row], dict[str, Any]]:
-    """Predict and measure the cases that are left; return the rows of all, and what they say."""
-    model, cases, out = measuring.model, measuring.cases, measuring.masks_in
+def _measure(measuring: _Measuring, bar: tqdm[Any], report: Report) -> None:
+    """Predict and measure the cases that are left to this process."""
+    model, cases, out = measuring.model, measuring.dealt, measuring.masks_in
     names = {index: name for index, name in model.info.labels.items() if index > 0}
-    entries: dict[str, dict[str, Any]] = {}
+    finished = {case.case_id for case in cases} & measuring.finished.keys()
     for folder in () if out is None else (out, out / "predictions"):
         remove_leftovers(folder, is_shared=True, below=False)
-    failed: dict[str, str] = {}  # why: said here, but not kept, since it may hold file names
     record = Record(out) if out is not None else None
-    if measuring.finished:
+    if finished:
         report(
-            f"passed over: {len(measuring.finished)} of {len(cases)} cases that were measured "
+            f"passed over: {len(finished)} of {len(cases)} cases that were measured "
             "before, with the same model, settings, scan and label"
         )
 
@@ -441,19 +465,44 @@ def _measure(
         if record is not None:
             stack.callback(record.write)  # of what was done before an interruption too
         for number, case in enumerate(cases, 1):
-            entry = measuring.finished.get(case.case_id)
-            if entry is None:
+            if case.case_id not in finished:
                 try:
                     prediction = predict_case(model, case.images, advance=bar.update)
                 except Exception as error:  # whatever it is, it is this case's
-                    failed[case.case_id] = explain_failure(error)
-                    tell(number, case, f"not measured: {failed[case.case_id]}")
+                    why = measuring.failed[case.case_id] = explain_failure(error)
+                    tell(number, case, f"not measured: {why}")
                     continue
                 metrics, entry = _measure_case(measuring, case, prediction, names)
                 tell(number, case, _describe(metrics, names))
-            entries[case.case_id] = entry
+                measuring.finished[case.case_id] = entry
             if record is not None:
                 record.add_files([record.out / _name_mask(case)])
+
+
+def _wait_for_others() -> None:
+    """Wait for the processes of this command that have met; the first of them goes on."""
+    ranks.meet()
+    if not ranks.may_merge():
+        raise CasesLeft("the first process writes the tables of all cases")
+
+
+def _merge(measuring: _Measuring) -> tuple[list[Row], dict[str, Any]]:
+    """Return the rows of all cases, and what they say.
+
+    Raises:
+        CasesLeft: Other processes have not measured all of theirs.
+        InputError: No case could be measured.
+    """
+    cases, failed = measuring.cases, measuring.failed
+    if ranks.find_rank()[1] > 1 and (missing := measuring.look_up(cases)):
+        raise CasesLeft(
+            f"{len(cases) - len(missing)} of {len(cases)} cases are measured; the process that "
+            f"measures the last one writes the tables. If none is at work, {shorten(missing)} "
+            "could not be measured, and the same command in one process writes the tables "
+            "without them"
+        )
+    done = measuring.finished
+    entries = {case.case_id: done[case.case_id] for case in cases if case.case_id in done}
     if not entries:
         listed = "\n".join(f"  {case_id}: {why}" for case_id, why in failed.items())
         raise InputError(f"none of {len(cases)} cases could be measured:\n{listed}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from medssl import ranks
 from medssl.config import InputError
 
 SAMPLE_SECONDS = 0.3
@@ -25,7 +26,11 @@ def choose_device(name: str) -> str:
         InputError: The device that was asked for is not there.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" or ranks.count_neighbors() == 1:
+            return name
+    if name == "cuda" and ranks.count_neighbors() > 1:  # a card for each process
+        name = f"cuda:{ranks.find_neighbor() % max(1, torch.cuda.device_count())}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
@@ -150,13 +155,16 @@ def choose_threads(recorded: int | None = None) -> int:
 def count_cores(root: Path = Path("/")) -> int:
     """Return the cores that this process may use: those of its affinity, within its cgroup's quota.
 
+    Processes of one command share those of a machine evenly.
+
     Args:
         root: Where /proc and /sys lie.
     """
     quotas = [
         quota for folder in _find_groups(root, "cpu") if (quota := _read_quota(folder)) is not None
     ]
-    return max(1, min([len(_list_cores()), *(round(quota) for quota in quotas)]))
+    cores = min([len(_list_cores()), *(round(quota) for quota in quotas)])
+    return max(1, cores // ranks.count_neighbors())
 
 
 def count_free_cores() -> float:

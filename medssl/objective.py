@@ -35,6 +35,7 @@ from medssl.losses.entropy import entropy_loss
 from medssl.losses.ramps import ramp_value
 from medssl.networks.build import SegmentationNetwork, arrange, read_heads
 from medssl.networks.noise import drop_features, freeze_encoder, sample_dropout, silence_noise
+from medssl.networks.sharing import share_batch
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
 from medssl.pseudo.uncertainty import combine, find_limit
@@ -242,7 +243,7 @@ class Objective(nn.Module):
     def _predict(self, image: Tensor) -> list[Tensor]:
         """Return the student's logits, full resolution first."""
         forward = getattr(self.student, "forward_heads", self.student)
-        return read_heads(forward(arrange(image)), image)
+        return share_batch(lambda x: read_heads(forward(arrange(x)), x), self.student, image)
 
     def _predict_views(
         self, x_l: Patches | None, x_v: Sequence[Patches]
@@ -302,8 +303,7 @@ class Objective(nn.Module):
         turns = draw_mirrorings(count, self.flips, generator)
         views = torch.cat([weak.flip(turn) for turn in turns])
         with sample_dropout(network):
-            logits = read_heads(network(arrange(views)), views)[0]
-            probs = torch.softmax(logits.float(), dim=1).chunk(count)
+            probs = predict_probs(network, views).chunk(count)
         passes = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
         mean, entropy, information = combine(passes, f"MC dropout ({count} passes)")
         return mean, information if section.measure == "mutual_information" else entropy
@@ -500,8 +500,17 @@ def average(student: nn.Module, decay: float) -> AveragedModel:
 def predict_still(network: nn.Module, image: Tensor) -> Tensor:
     """Return the probs of a network without its noise; its mode stays as it is."""
     with silence_noise(network):
-        logits = read_heads(network(arrange(image)), image)[0]
-    return torch.softmax(logits.float(), dim=1)
+        return predict_probs(network, image)
+
+
+def predict_probs(network: nn.Module, image: Tensor) -> Tensor:
+    """Return the probs (B, num_classes, I, J, K) of a network in its mode."""
+
+    def predict(x: Tensor) -> list[Tensor]:
+        logits = read_heads(network(arrange(x)), x)[0]
+        return [torch.softmax(logits.float(), dim=1)]
+
+    return share_batch(predict, network, image)[0]
 
 
 def add_term(terms: dict[str, Tensor], name: str, term: Tensor) -> None:

@@ -801,7 +801,8 @@ def identify_prediction(
         InputError: A file cannot be read.
     """
     settings = model.info.model_dump(mode="json", exclude={"provenance"})
-    settings |= {"uncertainty": uncertainty, "device": str(model.device)}
+    device = model.device.type  # whichever of several alike
+    settings |= {"uncertainty": uncertainty, "device": device}
     if uncertainty and fidelity != "full":  # masks of before there was a choice stay finished
         settings["fidelity"] = fidelity
     about = {"device": str(model.device), "precision": model.info.precision}

@@ -24,6 +24,7 @@ from typing import IO, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
+from medssl import ranks
 from medssl.config import InputError
 
 Record = TypeVar("Record", bound=BaseModel)
@@ -386,12 +387,13 @@ def list_rounds(run_dir: Path) -> dict[int, Path]:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
+def hold_lock(path: Path, busy: str | None = None, is_shared: bool = False) -> Iterator[None]:
     """Hold a lock that ends with the process, whatever ends it.
 
     Args:
         path: A file for it, made if there is none, or a folder.
         busy: What to say if another process holds it; None waits for that one.
+        is_shared: Whether others may hold it too, if they share it as well.
 
     Raises:
         InputError: ``busy``.
@@ -404,7 +406,8 @@ def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
         return
     file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind | (fcntl.LOCK_NB if busy else 0))
     except BlockingIOError as error:
         os.close(file)
         raise InputError(str(busy)) from error
@@ -416,14 +419,18 @@ def hold_lock(path: Path, busy: str | None = None) -> Iterator[None]:
         os.close(file)
 
 
-def lock_run(run_dir: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a run folder, which lies beside it, or refuse.
+def lock_run(run_dir: Path, is_shared: bool = False) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a run folder, which lies beside it, or refuse; or share it with others.
 
-    A loader process of a killed training may keep it for some seconds.
+    The first one holds it for the processes that write a run together. A loader process of a killed
+    training may keep it for some seconds, for which one that torchrun has started again waits.
     """
+    if not is_shared and not ranks.is_first():
+        return contextlib.nullcontext()
     home = run_dir.resolve()
     busy = f"{run_dir}: another process works on this run; wait for it, or touch {run_dir}/STOP"
-    return hold_lock(home.parent / f".{home.name}.lock", busy)
+    path = home.parent / f".{home.name}.lock"
+    return hold_lock(path, None if ranks.is_started_again() else busy, is_shared)
 
 
 def hash_file(path: Path) -> str:
@@ -517,13 +524,18 @@ def is_done(folder: Path, stage_hash: str) -> bool:
 
 
 class Journal:
-    """The metrics of a run, one JSON object a line: the truth that MLflow mirrors."""
+    """The metrics of a run, one JSON object a line: the truth that MLflow mirrors.
+
+    Of several processes the first one writes it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, round_index: int, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of a step."""
+        if not ranks.is_first():
+            return
         entry = {"round": round_index, "step": step, "time": time.time()}
         line = json.dumps({**entry, "metrics": _replace_nonfinite(dict(metrics))})
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -544,6 +556,8 @@ class Journal:
 
     def cut(self, round_index: int, step: int) -> None:
         """Drop what came after a checkpoint, so that a resumed run writes nothing twice."""
+        if not ranks.is_first():
+            return
         entries = self.read()
         earlier = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
         if len(earlier) < len(entries) or self.path.is_file():
@@ -580,6 +594,8 @@ class CaseCounter:
 class StopFlag:
     """One flag for Ctrl-C, SIGTERM, a file named STOP in the run folder, and a time limit.
 
+    Of several processes the first one looks at file and time; all hear of what one knows.
+
     Args:
         run_dir: The run folder, which is watched for a file named STOP.
         max_hours: Hours after which to stop; None is no limit.
@@ -592,13 +608,22 @@ class StopFlag:
 
     def is_set(self) -> bool:
         """Return whether to stop after the current step."""
-        if self.reason is None and self._file.exists():
-            self.reason = f"a file {self._file}"
+        if self.reason is None:
+            self.reason = ranks.hear_call() or self._find_reason()
+        if self.reason is not None:
+            ranks.call_off(self.reason)
+        return self.reason is not None
+
+    def _find_reason(self) -> str | None:
+        """Return why to stop, if it is not a signal."""
+        if not ranks.is_first():
+            return None
+        if self._file.exists():
             with contextlib.suppress(OSError):
                 self._file.unlink()
-        if self.reason is None and self._deadline is not None and time.monotonic() > self._deadline:
-            self.reason = "--max-hours"
-        return self.reason is not None
+            return f"a file {self._file}"
+        is_late = self._deadline is not None and time.monotonic() > self._deadline
+        return "--max-hours" if is_late else None
 
     @contextlib.contextmanager
     def catch_signals(self) -> Iterator[None]:
@@ -667,6 +692,8 @@ def is_half_deleted(run_dir: Path) -> bool:
 
 def write_state(run_dir: Path, status: str, round_index: int, step: int) -> None:
     """Record the last checkpoint; nothing beyond it is mirrored to MLflow."""
+    if not ranks.is_first():
+        return
     content = {"status": status, "round": round_index, "step": step}
     write_json(run_dir / "state.json", content)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from medssl import ranks
 from medssl.config import Config, InputError, at_round
 from medssl.data.loaders import (
     PatchDataset,
@@ -24,6 +25,7 @@ from medssl.data.loaders import (
     is_fine_tune,
     iterate_batches,
 )
+from medssl.networks.sharing import agree, meet_for_steps, start_alike, sum_gradients
 from medssl.objective import Objective
 from medssl.plan import Plan
 from medssl.runs import Journal, StopFlag, hash_json, seed_from, write_file, write_state
@@ -53,6 +55,9 @@ def train_model(
     snapshots: Mapping[int, Callable[[], None]] = {},
 ) -> int:
     """Train one model of a round, from its checkpoint if there is one.
+
+    Processes that share the steps (`medssl.networks.sharing`) all have the model and see the whole
+    batch of each step; the first one alone writes and tells.
 
     Args:
         objective: Has student, losses and teacher; the contract stands in objective.py.
@@ -86,7 +91,9 @@ def train_model(
     folder = find_model_folder(run_dir, round_index, member)
     path = folder / "checkpoint.pt"
     identity = _identify(config, plan, round_index, member)
+    meet_for_steps()  # whatever the first process did since the last ones
     step, pending = _load(path, identity, objective, optimizer, device)
+    start_alike(objective, step)
     journal = Journal((folder if member else run_dir) / "metrics.jsonl")
     journal.cut(round_index, step)
     progress = Progress(round_index, step, num_steps)
@@ -117,6 +124,7 @@ def train_model(
         loss = torch.stack(list(terms.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
         if bool(torch.isfinite(loss + norm)):
             optimizer.step()
@@ -141,7 +149,7 @@ def train_model(
             progress.report(step, metrics)
         progress.advance(step)
         snapshots.get(step, _do_nothing)()  # before a checkpoint, which would not come back here
-        stopping = stop.is_set()
+        stopping = agree(stop.is_set())
         if step % config.train.checkpoint_every == 0 or step == num_steps or stopping:
             if validate is not None:
                 journal.append(round_index, step, validate())
@@ -150,6 +158,7 @@ def train_model(
             if not member:
                 write_state(run_dir, "running", round_index, step)
             on_checkpoint()
+            meet_for_steps()  # the others do not validate
         if stopping:
             break
     progress.close()
@@ -250,6 +259,8 @@ def _save(
     pending: Sums,
 ) -> None:
     """Write the checkpoint atomically; the one before stands until the new one is whole."""
+    if not ranks.is_first():
+        return
     content = {
         "identity": identity,
         "step": step,
@@ -292,7 +303,10 @@ def _load(
 
 
 class Progress:
-    """A bar with rate and remaining time on a terminal, a line now and then in a log."""
+    """A bar with rate and remaining time on a terminal, a line now and then in a log.
+
+    Of several processes the first one shows it.
+    """
 
     def __init__(self, round_index: int, first_step: int, steps: int) -> None:
         self.name = f"round {round_index}"
@@ -300,7 +314,7 @@ class Progress:
         self.started = time.monotonic()
         self.bar: tqdm[Any] | None = None
         self.warned = False
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and ranks.is_first():
             self.bar = tqdm(
                 total=steps, initial=first_step, desc=self.name, unit="step", dynamic_ncols=True
             )
@@ -314,6 +328,8 @@ class Progress:
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the losses; in a log, print a line."""
+        if not ranks.is_first():
+            return
         losses = {k.removeprefix("losses/"): v for k, v in metrics.items() if "losses/" in k}
         text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
         if self.bar is not None:

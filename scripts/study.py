@@ -6,7 +6,8 @@
 For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
 that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
 of a draw share one round 0, which is trained anew where its run folder is gone. Several processes
-may work on one CSV, each on its own draws or arms. All arms train on the same labels:
+may work on one CSV, each on its own draws or arms; in an array of scripts/slurm/study.sbatch each
+has the draws dealt to it. All arms train on the same labels:
 
     round_0    labels alone, the steps of round 0
     labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
@@ -33,6 +34,7 @@ import csv
 import fcntl
 import io
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medssl import ranks
 from medssl.compare import compare
 from medssl.config import Config, at_round
 from medssl.metrics import (
@@ -118,10 +121,11 @@ class Study:
 
 
 def run_command(*arguments: str) -> None:
-    """Run a medssl command and stop if it fails."""
+    """Run a medssl command, in one process, and stop if it fails."""
     print("medssl", " ".join(arguments), flush=True)
     command = [sys.executable, "-m", "medssl", *arguments]
-    code = subprocess.run(command, check=False).returncode
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    code = subprocess.run(command, check=False, env=alone).returncode
     if code not in (0, 3):
         raise SystemExit(code)
 
@@ -444,7 +448,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a page whose table of the CSV is replaced")
     options = parser.parse_intermixed_args()
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
-    for draw in [] if options.table else options.draws:
+    for draw in [] if options.table else ranks.deal(options.draws):
         for arm in options.arms:
             run_arm(study, draw, arm)
     print(format_markdown(tabulate_arms(study.csv)))

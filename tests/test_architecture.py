@@ -19,6 +19,7 @@ LAYERS = (
     "__init__",
     "config",
     "settings",
+    "ranks",
     "machine",
     "runs",
     "metrics",

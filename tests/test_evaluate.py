@@ -34,6 +34,7 @@ from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.predictions import Record, read_files
 from medssl.evaluate import (
+    CasesLeft,
     evaluate_data,
     evaluate_model,
     evaluate_round,
@@ -352,7 +353,7 @@ def test_ctrl_c_is_exit_code_130_and_keeps_the_masks_of_finished_cases(
 
 def name_model(model: Any, weights: str = "a") -> None:
     """Give a model the hashes by which its predictions are known again."""
-    model.device, model.info.precision = "cpu", "float32"
+    model.device, model.info.precision = torch.device("cpu"), "float32"
     model.info.provenance = {WEIGHTS: weights}
     model.info.model_dump = lambda **_: {"labels": list(NAMES.values())}
 
@@ -384,6 +385,31 @@ def test_an_evaluation_goes_on_where_it_was_interrupted(
     for name in ("per_case.csv", "summary.json", "predictions/case03.nii.gz"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert len([name for name in read_files(out) if name.startswith("predictions/")]) == 12
+
+
+def test_processes_that_share_the_cases_write_the_tables_of_one(
+    data: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases, out = read_dataset(data).cases, tmp_path / "out"
+    name_model(model)
+    model.shift = 1
+    whole = evaluate_model(model, cases, tmp_path / "whole", report=quiet)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    dealt = []
+    for place, stays in (("2", "4 of 12 cases"), ("0", "8 of 12 cases"), ("1", None)):
+        monkeypatch.setenv("RANK", place)
+        model.predicted.clear()
+        if stays:
+            with pytest.raises(CasesLeft, match=stays):
+                evaluate_model(model, cases, out, report=quiet)
+            assert not (out / "summary.json").exists()
+        else:
+            assert evaluate_model(model, cases, out, report=quiet) == whole
+        dealt += model.predicted
+    assert sorted(dealt) == [f"case{index:02d}.nii.gz" for index in range(12)]
+    for name in ("per_case.csv", "summary.json", "predictions/case03.nii.gz"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert read_files(out).keys() == read_files(tmp_path / "whole").keys()
 
 
 @pytest.mark.parametrize("changed", ["weights", "scan", "label", "mask", "tolerance", "ignore"])

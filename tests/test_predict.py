@@ -528,6 +528,26 @@ def test_fast_uncertainty_is_another_map_that_is_not_passed_over_as_the_slow_one
     assert "passed over: 1 of 1" in CliRunner().invoke(app, [*command, option]).output
 
 
+def test_processes_that_share_the_scans_write_the_folder_of_one(saved, tmp_path, monkeypatch):
+    for index, name in enumerate("abc"):
+        write_scan(tmp_path / "in" / f"{name}.nii", bright=80.0 + index)
+    (tmp_path / "in" / "d.nii").write_bytes(b"damaged")
+    monkeypatch.setattr(costs, "forecast_costs", lambda *_, **__: costs.Costs(1e9, 1, 0, 0))
+    command = ["predict", str(saved), str(tmp_path / "in"), "--device", "cpu", "--out"]
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "whole")]).exit_code == 1
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    for place, expected in enumerate(("a.nii", "b.nii", "c.nii", "d.nii", "no scan is left")):
+        monkeypatch.setenv("RANK", str(place))
+        result = CliRunner().invoke(app, [*command, str(tmp_path / "out")])
+        assert result.exit_code == int(expected == "d.nii"), result.output
+        assert expected in result.output + str(result.exception)
+    folders = [tmp_path / name for name in ("whole", "out")]
+    assert read_json(folders[0] / "predictions.json") == read_json(folders[1] / "predictions.json")
+    for name in "abc":
+        first, second = ((folder / f"{name}.nii.gz").read_bytes() for folder in folders)
+        assert first == second
+
+
 @pytest.mark.parametrize(
     "change", ["nothing", "mask", "scan", "model", "settings", "maps", "passes", "log", "version"]
 )

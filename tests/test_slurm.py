@@ -18,7 +18,7 @@ SHELLCHECK = shutil.which("shellcheck", path=PLACES)
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 PROGRAM = """#!/usr/bin/env bash
-echo "$*" >> called
+echo "${{RANK:+$RANK/$WORLD_SIZE }}$*" >> called
 trap 'echo stopping; sleep 0.2; exit {code}' TERM
 touch started
 [ -n "${{QUICK:-}}" ] && exit 0
@@ -43,6 +43,7 @@ def submit(tmp_path):
             env={
                 "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
                 "SLURM_JOB_ID": "7",
+                "PYTHON": str(tmp_path / "medssl"),
                 **environment,
             },
         )
@@ -81,6 +82,20 @@ def test_a_task_of_an_array_has_a_draw_and_a_run_of_its_own(submit, tmp_path):
     assert read(tmp_path, "requeued") == ["requeue 5_2"]
 
 
+@pytest.mark.parametrize("status", ["interrupted", "delivered"])
+def test_several_cards_train_by_torchrun_and_the_state_says_whether_to_go_on(
+    submit, tmp_path, status
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(f'{{\n "status": "{status}",\n "round": 0\n}}')
+    cards = {"SLURM_GPUS_ON_NODE": "4", "TORCHRUN": str(tmp_path / "medssl")}
+    job = submit("train.sbatch", "run", "scans", code=1, **cards)
+    assert stop(job, tmp_path, signal.SIGUSR1) == (130 if status == "interrupted" else 1)
+    command = "--nproc-per-node 4 --max-restarts 3 -m -- medssl train scans --run run"
+    assert read(tmp_path, "called") == [command]
+    assert read(tmp_path, "requeued") == (["requeue 7"] if status == "interrupted" else [])
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGUSR1, 0)])
 def test_a_job_that_is_cancelled_or_that_delivered_meanwhile_does_not(
     submit, tmp_path, number, code
@@ -95,20 +110,27 @@ def test_a_training_that_ends_by_itself_ends_the_job(submit, tmp_path):
     assert read(tmp_path, "requeued") == []
 
 
-def test_the_tasks_of_an_array_share_the_scans_out(submit, tmp_path):
-    scans = [f"scan {index}.nii.gz" for index in range(5)]
-    for task in range(3, 6):
+@pytest.mark.parametrize(
+    ("script", "arguments", "command"),
+    [
+        ("predict.sbatch", ("runs/a", "masks", "a b.nii"), "predict runs/a a b.nii --out masks"),
+        ("evaluate.sbatch", ("runs/a", "--round", "0"), "evaluate runs/a --round 0"),
+        ("study.sbatch", ("scans", "--csv", "a.csv"), "scripts/study.py scans --csv a.csv"),
+    ],
+)
+def test_each_task_of_an_array_says_which_of_them_it_is(
+    submit, tmp_path, script, arguments, command
+):
+    for task in (3, 5, 7):
         array = {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": "3"}
-        array |= {"SLURM_ARRAY_TASK_COUNT": "3", "QUICK": "1"}
-        assert submit("predict.sbatch", "runs/a", "masks", *scans, **array).wait(timeout=20) == 0
-    assert read(tmp_path, "called") == [
-        "predict runs/a scan 0.nii.gz scan 3.nii.gz --out masks",
-        "predict runs/a scan 1.nii.gz scan 4.nii.gz --out masks",
-        "predict runs/a scan 2.nii.gz --out masks",
-    ]
+        array |= {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_STEP": "2", "QUICK": "1"}
+        assert submit(script, *arguments, **array).wait(timeout=20) == 0
+    assert read(tmp_path, "called") == [f"{place}/3 {command}" for place in range(3)]
 
 
-@pytest.mark.parametrize("script", ["train.sbatch", "predict.sbatch"])
+@pytest.mark.parametrize(
+    "script", ["train.sbatch", "predict.sbatch", "evaluate.sbatch", "study.sbatch"]
+)
 def test_without_arguments_a_script_says_how_it_is_used(submit, script):
     assert submit(script).wait(timeout=20) == 2
 

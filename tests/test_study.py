@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,28 @@ def make_study(study, tmp_path, *settings):
 def read(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_the_tasks_of_an_array_have_draws_of_their_own(study, trained, tmp_path, monkeypatch):
+    options = ["study.py", "DATA", "--csv", str(tmp_path / "s.csv"), "--draws", "0,1,2"]
+    monkeypatch.setattr(
+        "sys.argv", [*options, "--arms", "round_0", "--out", str(tmp_path / "runs")]
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for place, draws in (("1", {"1"}), ("0", {"0", "1", "2"})):
+        monkeypatch.setenv("RANK", place)
+        study.main()
+        assert {row["draw"] for row in read(tmp_path / "s.csv")} == draws
+
+
+def test_what_a_study_runs_is_not_dealt_again(study, monkeypatch):
+    calls = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(study.subprocess, "run", lambda *_, **how: calls.append(how) or done)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    study.run_command("evaluate", "runs/a")
+    assert not {"RANK", "WORLD_SIZE"} & calls[0]["env"].keys()
 
 
 def test_an_arm_of_the_csv_is_never_run_again_on_whatever_machine(study, trained, tmp_path):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from medssl import ranks
 from medssl.config import IGNORE, InputError, RandAugmentSection
 from medssl.data.cache import CachedCase, read_class_voxels
 from medssl.data.pseudo_labels import map_pseudo_label
@@ -367,7 +368,7 @@ def _limit_workers(dataset: PatchDataset, step: int, num_workers: int) -> int:
     parts = (part for part in dataset[step].values() if part is not None)
     size = sum(tensor.nbytes for part in parts for tensor in part.values())
     free = shutil.disk_usage(_SHARED).free
-    fitting = int(free / 2 / (_PREFETCH * size))
+    fitting = int(free / 2 / ranks.count_neighbors() / (_PREFETCH * size))
     if fitting < num_workers:
         print(
             f"note: {_SHARED} has {free / 1e6:.0f} MB free, and {_PREFETCH} batches of "

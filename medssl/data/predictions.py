@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medssl import __version__
+from medssl import __version__, ranks
 from medssl.config import InputError
 from medssl.data.files import (
     find_scan,
@@ -64,7 +64,8 @@ class PlannedPredictions:
     """What a call of `predict` reads and writes.
 
     `files` are the mask and the maps of each scan; `problems` name the scans that cannot be read as
-    asked for, `notes` what is left out.
+    asked for, `notes` what is left out. Of several processes of one command (`medssl.ranks`) each
+    has the scans dealt to it, and the first one the problems and notes.
     """
 
     scans: Scans
@@ -117,6 +118,10 @@ def plan_predictions(
         problems.append(f"{listed}: another scan of this call has its file {targets.pop(name)[0]}")
     if not scans:
         raise InputError("\n".join(problems))
+    scans = {name: scans[name] for name in ranks.deal(list(scans))}
+    targets = {name: targets[name] for name in scans}
+    if not ranks.is_first():
+        problems, notes = [], []
     written = [file for files in targets.values() for file in files]
     protect_files(out, written, overwrite, [p for paths in scans.values() for p in paths])
     paths = {name: [out / file for file in files] for name, files in targets.items()}

@@ -8,8 +8,9 @@ Axes: B batch, C channels, I J K voxel axes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from monai.networks.blocks.dynunet_block import UnetResBlock
@@ -22,6 +23,50 @@ from medssl.config import InputError
 
 ENCODER_LEVELS = 6  # resolutions of an encoder of segmentation-models-pytorch
 DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
+
+_part: tuple[Sequence[int], int] | None = None  # of a batch, and the patches of the whole one
+
+
+@contextlib.contextmanager
+def take_part(network: nn.Module, places: Sequence[int], count: int) -> Iterator[None]:
+    """Draw noise for all patches of a batch and use that of a part, which alone passes through.
+
+    Args:
+        network: Its dropout draws so, and all noise of this module.
+        places: Of the patches in the whole batch.
+        count: Patches of the whole batch.
+    """
+    global _part
+    layers = [module for module in network.modules() if isinstance(module, DROPOUTS)]
+    for layer in layers:
+        layer.forward = functools.partial(_drop_out, layer)  # type: ignore[method-assign]
+    _part = places, count
+    try:
+        yield
+    finally:
+        _part = None
+        for layer in layers:
+            del layer.forward
+
+
+def _draw(num_patches: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """Return noise (B, ...) of so many patches, drawn for the whole batch of which they are."""
+    if _part is None:
+        return draw(num_patches)
+    places, count = _part
+    return draw(count)[places]
+
+
+def _drop_out(layer: nn.Module, features: Tensor) -> Tensor:
+    """Return features (B, C, I, J, K) after a layer of dropout."""
+    is_by_voxel = isinstance(layer, nn.Dropout)  # else by channel
+    shape = features.shape[1:] if is_by_voxel else (features.shape[1], *[1] * (features.ndim - 2))
+
+    def draw(count: int) -> Tensor:
+        noise: Tensor = type(layer).forward(layer, features.new_ones((count, *shape)))
+        return noise
+
+    return features * _draw(len(features), draw) if layer.training else features
 
 
 class DropBranch(nn.Module):
@@ -42,8 +87,9 @@ class DropBranch(nn.Module):
         """Return the branch (B, C, I, J, K), zero for the samples that were dropped."""
         if not self.training or self.survival == 1.0:
             return branch
-        shape = (branch.shape[0], *[1] * (branch.ndim - 1))
-        alive = torch.rand(shape, device=branch.device) < self.survival
+        ones = [1] * (branch.ndim - 1)
+        drawn = _draw(len(branch), lambda count: torch.rand((count, *ones), device=branch.device))
+        alive = drawn < self.survival
         return branch * alive.to(branch.dtype) / self.survival
 
 
@@ -205,8 +251,11 @@ def _drop_channels(
     features: Tensor, probability: float, generator: torch.Generator | None
 ) -> Tensor:
     """Return the features (B, C, I, J, K), zero in the channels that were dropped."""
-    device = features.device if generator is None else generator.device
-    drawn = torch.rand(features.shape[:2], generator=generator, device=device)
+    device, channels = features.device if generator is None else generator.device, features.shape[1]
+    drawn = _draw(
+        len(features),
+        lambda count: torch.rand((count, channels), generator=generator, device=device),
+    )
     alive = (drawn >= probability).to(features).reshape(*drawn.shape, *[1] * (features.ndim - 2))
     return features * alive / (1.0 - probability)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from medssl import ranks
 from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
@@ -70,6 +71,8 @@ def label_cases(
 ) -> list[CaseReview] | None:
     """Pseudo-label unlabeled cases; goes on where it was stopped.
 
+    Of several processes each labels the cases dealt to it, and all have the reviews.
+
     Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz (of a picture, in its format) on
     the native grid, a few overlays and review.csv into the folder.
 
@@ -89,9 +92,10 @@ def label_cases(
         A review of each case, or None if it was told to stop.
     """
     reviews = []
-    for number, case in enumerate(cases, start=1):
-        if should_stop():
-            return None
+    is_stopped = False
+    for number, case in ranks.deal(list(enumerate(cases, start=1))):
+        if is_stopped := should_stop():
+            break
         target = folder / "pseudo_labels" / case.case_id
         if not has_pseudo_label(target, teacher_hash, (len(names), *case.shape)):
             raw = predict(case)
@@ -124,8 +128,21 @@ def label_cases(
         if number % 50 == 0 or number == len(cases):
             title = folder.name.replace("_", " ")
             print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
-    _write_review(folder, reviews)
+    if any(ranks.pool([is_stopped])):
+        return None
+    reviews = _bring_together(reviews, [case.case_id for case in cases])
+    if ranks.is_first():
+        _write_review(folder, reviews)
     return reviews
+
+
+def _bring_together(reviews: Sequence[CaseReview], order: Sequence[str]) -> list[CaseReview]:
+    """Return the reviews of all processes in an order of case_ids."""
+    entries = {entry["case_id"]: entry for entry in ranks.pool([asdict(each) for each in reviews])}
+    return [
+        CaseReview(**{**entry, "share": {int(key): v for key, v in entry["share"].items()}})
+        for entry in map(entries.__getitem__, order)
+    ]
 
 
 def _compare(classes: Classes, before: Path, names: Mapping[int, str]) -> dict[str, float | None]:

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 import yaml
 
-from medssl.config import InputError, at_round
+from medssl import ranks
+from medssl.config import Config, InputError, at_round
 from medssl.data.cache import CachedCase, build_cache, read_sources
-from medssl.data.cases import Dataset, Splits, select_cases, split_cases
+from medssl.data.cases import Case, Dataset, Splits, select_cases, split_cases
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.layouts import read_dataset
 from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
+from medssl.networks.sharing import share_steps
 from medssl.plan import Plan, list_decisions, make_plan
 from medssl.predict import ModelInfo, describe_model
 from medssl.rounds.deliver import (
@@ -89,6 +91,8 @@ def prepare_run(
 ) -> PreparedRun:
     """Read and check the data set, split it and make the plan; writes nothing.
 
+    Of several processes the first one checks and plans, for all.
+
     Args:
         resolved: The configuration, with ``auto`` values.
         reload: Resolves it again with what the plan decided.
@@ -103,34 +107,49 @@ def prepare_run(
     check_uri(config.tracking.uri)
     dataset = read_dataset(config.data.root, config.data.format, config.data.labels)
     splits = split_cases(dataset, config.data, config.validation)
-    if run_dir is not None and is_begun(run_dir) and (run_dir / "plan.json").is_file():
-        plan = _read_plan(run_dir)
-        device = choose_device(config.train.device)
-        now = {"device": device, "threads": choose_threads(plan.threads)}
-        if config.train.workers != "auto":
-            now["workers"] = config.train.workers
-        plan = plan.model_copy(update=now)
-        torch.set_num_threads(plan.threads)
+    is_old = run_dir is not None and is_begun(run_dir) and (run_dir / "plan.json").is_file()
+    if ranks.share(lambda: is_old):
+        assert run_dir is not None, "it holds a plan"
+        plan = _renew(_read_plan(run_dir), config)
+    elif ranks.find_rank()[1] == 1:
+        plan = _make_plan(config, dataset, splits)
     else:
-        checked = check_dataset(dataset, splits, config.data.ignore, CaseCounter("check"))
-        checked.raise_problems()
-        for warning in checked.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        labeled, unlabeled = (
-            select_cases(dataset, splits, "labeled"),
-            select_cases(dataset, splits, "unlabeled"),
-        )
-        plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
-        origins = describe_origins(checked.facts, with_names=False)
-        if origins:
-            plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})
-        torch.set_num_threads(plan.threads)
-        rounds = config.train.rounds if unlabeled else 0
-        check_settings(config, plan, len(splits.val))
-        plan = plan.model_copy(
-            update={"estimate": estimate_run(plan, config, rounds), "palette": checked.palette}
-        )
+        made = ranks.share(lambda: _make_plan(config, dataset, splits).model_dump(mode="json"))
+        plan = _renew(Plan.model_validate(made), config)
     return PreparedRun(dataset, splits, plan, reload(list_decisions(plan)))
+
+
+def _renew(plan: Plan, config: Config) -> Plan:
+    """Return a plan with what this process has of the machine."""
+    device = choose_device(config.train.device)
+    now = {"device": device, "threads": choose_threads(plan.threads)}
+    if config.train.workers != "auto":
+        now["workers"] = config.train.workers
+    plan = plan.model_copy(update=now)
+    torch.set_num_threads(plan.threads)
+    return plan
+
+
+def _make_plan(config: Config, dataset: Dataset, splits: Splits) -> Plan:
+    """Check the data and make the plan, with its costs."""
+    checked = check_dataset(dataset, splits, config.data.ignore, CaseCounter("check"))
+    checked.raise_problems()
+    for warning in checked.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    labeled, unlabeled = (
+        select_cases(dataset, splits, "labeled"),
+        select_cases(dataset, splits, "unlabeled"),
+    )
+    plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
+    origins = describe_origins(checked.facts, with_names=False)
+    if origins:
+        plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})
+    torch.set_num_threads(plan.threads)
+    rounds = config.train.rounds if unlabeled else 0
+    check_settings(config, plan, len(splits.val))
+    return plan.model_copy(
+        update={"estimate": estimate_run(plan, config, rounds), "palette": checked.palette}
+    )
 
 
 def _read_plan(run_dir: Path) -> Plan:
@@ -152,6 +171,9 @@ def run_training(
 ) -> Outcome:
     """Run all rounds and deliver a model, or go on where the same command was stopped.
 
+    Processes that torchrun started (`medssl.ranks`) share the scans that are cached and labeled,
+    and each step; the first one writes the run folder.
+
     Args:
         prepared: Data and plan.
         run_dir: The run folder.
@@ -166,25 +188,19 @@ def run_training(
         InputError: The folder holds another run, or a stage refused its input.
     """
     config, plan, splits = prepared.resolved.config, prepared.plan, prepared.splits
-    remove_leftovers(run_dir)
-    remove_leftovers(run_dir.parent, is_shared=True, below=False)
-    if restart:
-        _check_restart(run_dir, round_0)
-        (run_dir / "STOP").unlink(missing_ok=True)
+    if ranks.is_first():
+        remove_leftovers(run_dir)
+        remove_leftovers(run_dir.parent, is_shared=True, below=False)
+        if restart:
+            _check_restart(run_dir, round_0)
+            (run_dir / "STOP").unlink(missing_ok=True)
     cases = {
         part: select_cases(prepared.dataset, splits, part)
         for part in ("labeled", "unlabeled", "val")
     }
     try:
-        cached = build_cache(
-            [case for part in cases.values() for case in part],
-            plan.preprocessing,
-            cache or run_dir.parent / "cache",
-            plan.label_values,
-            plan.ignore,
-            len(plan.channels),
-            _count_or_stop(stop),
-        )
+        every = [case for part in cases.values() for case in part]
+        cached = _cache_cases(every, plan, cache or run_dir.parent / "cache", stop)
     except StopRequested:
         message = f"stopped by {stop.reason} while scans were cached; the same command goes on"
         return Outcome("interrupted", None, message)
@@ -193,18 +209,17 @@ def run_training(
     about = {"network", "patch_size", "flips", "batch", "slice_axis"}
     first = {**plan.model_dump(mode="json", include=about), "steps": at_round(plan.steps, 0)}
     first_hash = hash_json([hash_config(config, STUDENT_KEYS), first, splits.to_json(), sources])
-    has_round_0 = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
-    if round_0 is not None and not has_round_0:
-        _check_round_0(round_0, first_hash)
-    if restart or is_half_deleted(run_dir):
-        delete_run(run_dir)
-    _open_folder(prepared, run_dir, run_hash)
-    metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
-    write_trained_on(run_dir, metas)
-    if round_0 is not None and not has_round_0:
-        _take_over_round_0(round_0, run_dir)
+    if ranks.is_first():
+        has_round_0 = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
+        taken = None if has_round_0 else round_0
+        if taken is not None:
+            _check_round_0(taken, first_hash)
+        if restart or is_half_deleted(run_dir):
+            delete_run(run_dir)
+        _begin_run(prepared, run_dir, run_hash, cached, taken)
+    ranks.meet()
     mirror = None
-    if config.tracking.uri != "none":
+    if config.tracking.uri != "none" and ranks.is_first():
         uri = choose_store(run_dir.parent, config.tracking.uri)
         name = config.tracking.experiment
         mirror = Mirror(run_dir, uri, prepared.dataset.name if name == "auto" else name)
@@ -225,10 +240,50 @@ def run_training(
         notify=mirror.notify if mirror else lambda: None,
     )
     try:
-        return finish(_run_or_say_why(run, predict_unlabeled))
+        outcome = _run_or_say_why(run, predict_unlabeled)
+        return finish(outcome) if ranks.is_first() else outcome
     finally:
         if mirror:
             mirror.close()
+
+
+def _cache_cases(
+    cases: Sequence[Case], plan: Plan, folder: Path, stop: StopFlag
+) -> dict[str, CachedCase]:
+    """Cache all cases: of several processes each those dealt to it, before they look up all.
+
+    Raises:
+        InputError: Some cases cannot be used.
+        StopRequested: It was told to stop.
+    """
+    recipe = plan.preprocessing
+    about = (recipe, folder, plan.label_values, plan.ignore, len(plan.channels))
+    if ranks.find_rank()[1] == 1:
+        return build_cache(cases, *about, _count_or_stop(stop))
+    is_stopped = False
+    try:
+        with contextlib.suppress(InputError):  # the look-up names the bad cases of all
+            build_cache(ranks.deal(cases), *about, _count_or_stop(stop))
+    except StopRequested:
+        is_stopped = True
+    if any(ranks.pool([is_stopped])):
+        raise StopRequested
+    return build_cache(cases, *about)
+
+
+def _begin_run(
+    prepared: PreparedRun,
+    run_dir: Path,
+    run_hash: str,
+    cached: Mapping[str, CachedCase],
+    round_0: Path | None,
+) -> None:
+    """Write what a run begins with, the round 0 of another run too."""
+    _open_folder(prepared, run_dir, run_hash)
+    metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
+    write_trained_on(run_dir, metas)
+    if round_0 is not None:
+        _take_over_round_0(round_0, run_dir)
 
 
 def _run_or_say_why(run: Run, predict_unlabeled: bool) -> Outcome:
@@ -251,20 +306,27 @@ def _run_rounds(run: Run, predict_unlabeled: bool) -> Outcome:
     teacher: int | None = None
     passed: list[int] = []
     rejected = 0
+    is_stopped = False
     try:
-        for index in range(run.num_rounds + 1):
-            train_round(run, index, teacher)
-            gate = label_and_judge(run, index, teacher)
-            if gate.passed:
-                teacher = index
-                passed.append(index)
-                rejected = 0
-            else:
-                rejected += 1
-                print(f"round {index} did not pass its gate: {'; '.join(gate.reasons)}")
-            if rejected == MOST_REJECTED or teacher is None:
-                break
+        with share_steps(run.plan.device):
+            for index in range(run.num_rounds + 1):
+                train_round(run, index, teacher)
+                gate = label_and_judge(run, index, teacher)
+                if gate.passed:
+                    teacher = index
+                    passed.append(index)
+                    rejected = 0
+                else:
+                    rejected += 1
+                    print(f"round {index} did not pass its gate: {'; '.join(gate.reasons)}")
+                if rejected == MOST_REJECTED or teacher is None:
+                    break
     except StopRequested:
+        is_stopped = True
+        run.stop.is_set()  # hears of the reason, if that is another process's
+    if not ranks.is_first():
+        return Outcome("interrupted" if is_stopped else "delivered", None, "")
+    if is_stopped:
         return deliver_interrupted(run, passed)
     return deliver_model(run, passed, rejected, predict_unlabeled)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from medssl import ranks
 from medssl.config import IGNORE, Config, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
@@ -133,17 +134,18 @@ def _check_patches(config: Config, plan: Plan) -> None:
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:
     """Train the models of a round: one, or an ensemble if another round follows."""
-    members = [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
+    members = ranks.share(
+        lambda: [m for m in range(count_members(run, index)) if not _is_trained(run, index, m)]
+    )
     cases = [] if teacher is None or not members else _choose_cases(run, index, teacher)
     for member in members:
         name = f"round {index}" + (f", model {member + 1} of the ensemble" if member else "")
         if teacher is None:
-            print(f"{name}: {len(run.labeled)} labeled cases alone, the honest baseline")
+            text = f"{len(run.labeled)} labeled cases alone, the honest baseline"
         else:
-            print(
-                f"{name}: a student learns from {len(run.labeled)} labeled and {len(cases)} "
-                f"pseudo-labeled cases of round {teacher}"
-            )
+            text = f"a student learns from {len(run.labeled)} labeled and {len(cases)} "
+            text += f"pseudo-labeled cases of round {teacher}"
+        print(f"{name}: {text}")
         _train_model(run, index, member, teacher, cases)
 
 
@@ -194,7 +196,7 @@ def _train_model(
             _save_snapshot, folder / "snapshots" / str(part), objective, info
         )
         for part in (1, 2)
-        if not member
+        if not member and ranks.is_first()
     }
     steps = train_model(
         objective,
@@ -205,21 +207,31 @@ def _train_model(
         index,
         run.stop,
         validate=(lambda: measure_dice(run, objective.predictor))
-        if run.val and not member
+        if run.val and not member and ranks.is_first()
         else None,
         on_checkpoint=run.notify,
         member=member,
         snapshots=thirds,
     )
-    provenance = {**run.info.provenance, "round": index, "steps": steps}
-    info = info.model_copy(update={"provenance": provenance})
-    save_model(folder / "model", objective.predictor.eval(), info)
+    if ranks.is_first():
+        provenance = {**run.info.provenance, "round": index, "steps": steps}
+        info = info.model_copy(update={"provenance": provenance})
+        save_model(folder / "model", objective.predictor.eval(), info)
     if steps < planned:
         raise StopRequested
+    if ranks.is_first():
+        _mark_trained(run, index, member, objective, cases)
+
+
+def _mark_trained(
+    run: Run, index: int, member: int, objective: Objective, cases: Sequence[UnlabeledCase]
+) -> None:
+    """Write the done mark of a model."""
+    folder = find_model_folder(run.folder, index, member)
     done: dict[str, Any] = {
         "hash": run.find_round_hash(index),
         "round": index,
-        "steps": steps,
+        "steps": run.count_steps(index),
         "num_kept": len(cases),
         "files": hash_files(folder / "model", "model.json", WEIGHTS),
     }

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medssl import ranks
 from medssl.data.cache import CachedCase
 from medssl.data.pseudo_labels import Classes, Part, measure_agreement
 from medssl.metrics import mean_known
@@ -66,12 +67,13 @@ from medssl.windows import Window, align_slabs
 def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     """Pseudo-label the unlabeled cases with the model of a round, and judge it by them."""
     folder = run.find_round_folder(index)
-    if is_done(folder, run.hash):
+    if ranks.share(lambda: is_done(folder, run.hash)):
         gate = read_json(folder / "done.json", RoundMark)["gate"]
         return Gate(gate["passed"], tuple(gate["reasons"]))
     if not run.num_rounds:  # nobody reads what a model without students says of all scans
         gate = Gate(True, ("not judged: no student learns from it",))
-        _finish_round(run, index, teacher, [], gate)
+        if ranks.is_first():
+            _finish_round(run, index, teacher, [], gate)
         return gate
     expectation = derive_expectation(run)
     members = load_members(run, index)
@@ -102,7 +104,8 @@ def label_and_judge(run: Run, index: int, teacher: int | None) -> Gate:
     model_done = read_json(folder / "model" / "done.json", ModelMark)
     with_student = model_done.get("agreement_with_average")
     gate = judge_model(reviews, expectation, run.plan.labels, with_student)
-    _finish_round(run, index, teacher, reviews, gate)
+    if ranks.is_first():
+        _finish_round(run, index, teacher, reviews, gate)
     return gate
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -416,15 +416,17 @@ def predict(
 ) -> None:
     """Segment scans; masks have the input's grid and the original label values."""
     with ranks.join_others(whatever_comes=True):
-        _predict(model, inputs, out, probs, uncertainty, format, overwrite, device)
+        fidelity: Fidelity = "fast" if fast_uncertainty else "full"
+        maps = ["probs"] * probs + ["uncertainty"] * (uncertainty or fast_uncertainty)
+        _predict(model, inputs, out, maps, fidelity, format, overwrite, device)
 
 
 def _predict(
     model: Path,
     inputs: list[Path],
     out: Path,
-    probs: bool,
-    uncertainty: bool,
+    maps: Sequence[str],
+    fidelity: Fidelity,
     format: str | None,
     overwrite: bool,
     device: str,
@@ -434,9 +436,7 @@ def _predict(
     from medssl.data.trained import count_model_channels
 
     _check_device(device)
-    fidelity: Fidelity = "fast" if fast_uncertainty else "full"
-    uncertainty = uncertainty or fast_uncertainty
-    maps = ["probs"] * probs + ["uncertainty"] * uncertainty
+    probs, uncertainty = "probs" in maps, "uncertainty" in maps
     channels = count_model_channels(model)
     _check_format(format)
     plan = plan_predictions(inputs, out, channels, maps=maps, overwrite=overwrite, format=format)

@@ -209,9 +209,13 @@ class TransportSection(Section):
 
 
 class TargetSection(Section):
-    """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax."""
+    """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax.
 
-    kind: Literal["hard", "soft"] = "hard"
+    ``kind: filtered`` is hard where the filter accepts a voxel and soft elsewhere, in between where
+    it accepts a part; it goes with ``losses.pseudo_label.voxels: all``.
+    """
+
+    kind: Literal["hard", "soft", "filtered"] = "hard"
     temperature: Positive = 1.0
     student_temperature: Positive = 1.0
     assignment: Literal["argmax", "transport"] = "argmax"
@@ -603,7 +607,7 @@ def _check_idle(config: Config) -> Iterator[str]:
             f"filter.threshold.name={threshold.name} and no limit of uncertainty all cases have "
             "the same; set filter.threshold={name: fixed, start: 0.8}, or filter.case.draw=uniform"
         )
-    if target.assignment == "transport" and target.kind == "soft" and target.temperature != 1.0:
+    if target.assignment == "transport" and target.kind != "hard" and target.temperature != 1.0:
         yield (
             f"target.temperature={target.temperature:g} has no effect on soft targets of "
             "target.assignment=transport, which target.transport.epsilon sharpens; leave it at 1"

@@ -90,6 +90,8 @@ LEVERS = {
     "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
     "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],
+    "all_voxels": ["losses.pseudo_label.voxels=all"],
+    "filtered_target": ["losses.pseudo_label.voxels=all", "target.kind=filtered"],
     "slow_average": ["teacher.ema_decay=0.998"],
     "lower_lr": ["train.student_lr=1e-3"],
 }

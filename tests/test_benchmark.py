@@ -1,10 +1,13 @@
-"""`scripts/benchmark.py` on scans of seconds, and what `scripts/bench_step.py` repeats."""
+"""`scripts/benchmark` on scans of seconds, and what its bare steps repeat."""
 
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,29 +19,33 @@ from medssl.settings import load_config
 from medssl.windows import Window
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "scripts" / "benchmark"
 
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import benchmark
+    """Return what runs a measurement by its command line, and has its modules."""
+    monkeypatch.syspath_prepend(FOLDER)
+    modules = {name: importlib.import_module(name) for name in ("inference", "memory", "step")}
 
-    return benchmark
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+        runpy.run_path(str(FOLDER), run_name="__main__")
+
+    return SimpleNamespace(run=run, **modules)
 
 
 def test_rivals_at_inference_take_turns_and_say_the_same(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    monkeypatch.setattr(benchmark, "SIZES", {True: (20, 16)})
-    command = ["benchmark.py", "inference", "--small", "--turns", "1", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    benchmark.main()
+    monkeypatch.setattr(benchmark.inference, "SIZES", {True: (20, 16)})
+    benchmark.run("inference", "--small", "--turns", 1, "--out", tmp_path)
     rows = json.loads((tmp_path / "inference.json").read_text())
     ours = [row for row in rows if row["of"] == "medssl"]
     assert [(row["precision"], row["ratio"]) for row in ours] == [("float32", 1), ("bfloat16", 1)]
     assert {"MONAI", "8 passes, full", "8 passes, fast"} < {row["of"] for row in rows}
     network, image = torch.nn.Conv3d(1, 3, 3, padding=1), torch.randn(1, 1, 20, 20, 20)
     window = Window((16, 16, 16))
-    theirs = benchmark.prepare_monai(network, image, window)()
+    theirs = benchmark.inference.prepare_monai(network, image, window)()
     assert torch.allclose(theirs, predict_logits(network, image, window), atol=1e-5)
 
 
@@ -46,7 +53,7 @@ def test_rivals_at_inference_take_turns_and_say_the_same(benchmark, tmp_path, mo
 def test_a_row_is_measured_in_a_process_of_its_own_and_its_peak_is_as_forecast():
     command = [
         sys.executable,
-        ROOT / "scripts" / "benchmark.py",
+        FOLDER,
         "memory",
         "--row",
         "predict,128,128,96,3,1",
@@ -77,12 +84,9 @@ def test_the_table_has_a_line_for_each_row_and_each_row_is_kept(benchmark, tmp_p
         return subprocess.CompletedProcess(command, 0, stdout=f"noise\n{json.dumps(row)}\n")
 
     told = []
-    monkeypatch.setattr(benchmark.subprocess, "run", measure)
+    monkeypatch.setattr(benchmark.memory.subprocess, "run", measure)
     monkeypatch.setattr("builtins.print", lambda text, **options: told.append(text))
-    monkeypatch.setattr(
-        sys, "argv", ["benchmark.py", "memory", "--out", str(tmp_path / "new"), "--most", "80"]
-    )
-    benchmark.main()
+    benchmark.run("memory", "--out", tmp_path / "new", "--most", 80)
     first, _, cache, *_, last = "\n".join(told).splitlines()[2:]
     assert first == "| predict | 256 x 256 x 256 | 3 | 0 | 0.60 GB | 0.45 GB | 12.0 | 7 |"
     assert cache == "| cache | 256 x 256 x 256 | 3 | 0 | 0.60 GB |  | 12.0 | 7 |"
@@ -91,10 +95,7 @@ def test_the_table_has_a_line_for_each_row_and_each_row_is_kept(benchmark, tmp_p
     assert [row["voxels"] for row in rows] == [*[256**3] * 5, 512 * 512 * 300]
 
 
-def test_the_bare_passes_of_a_step_are_those_that_it_asked_of_its_networks(monkeypatch, tiny_spec):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import bench_step
-
+def test_the_bare_passes_of_a_step_are_those_that_it_asked_of_its_networks(benchmark, tiny_spec):
     config = load_config(None, ["method=default"]).config
     objective = Objective(build_network(tiny_spec), config, ("background", "a", "b")).train()
     label = torch.zeros(2, 1, 8, 8, 8, dtype=torch.uint8)
@@ -106,14 +107,14 @@ def test_the_bare_passes_of_a_step_are_those_that_it_asked_of_its_networks(monke
     weak = torch.randn(3, 1, 8, 8, 8)
     unlabeled = {"weak": weak, "strong": weak + 1, "weight": torch.ones(weak.shape)}
     modes = [module.training for module in objective.modules()]
-    with bench_step.record_calls(objective) as calls:
+    with benchmark.step.record_calls(objective) as calls:
         objective(labeled, unlabeled, 0.5, torch.Generator())
     teacher, student = calls
     assert (teacher.network, teacher.has_gradient) == (objective.teacher.module, False)
     assert len(teacher.image) == 2 * 3  # two passes with dropout
     assert (student.network, student.has_gradient) == (objective.student, True)
     assert len(student.image) == 2 + 3
-    assert bench_step.repeat_calls(calls, torch.bfloat16) > 0
+    assert benchmark.step.repeat_calls(calls, torch.bfloat16) > 0
     objective.student(weak)
     assert len(calls) == 2
     assert all(weight.grad is None for weight in objective.parameters())

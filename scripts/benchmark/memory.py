@@ -1,16 +1,8 @@
-"""Measures what medssl takes of a machine: `python scripts/benchmark.py WHAT --out DIR`.
-
-memory: the peak of what the commands do, each size in a process of its own. inference: a sliding
-window beside those of MONAI and, where it is installed, nnU-Net, with one network and one scan;
-and MC dropout beside one clean pass. All take turns in one process, on one thread, and are measured
-in seconds of the processor, so that other programs disturb little; what counts are the ratios.
-"""
+"""The peak of memory of what the commands do, each size in a process of its own."""
 
 import argparse
-import importlib.util
 import json
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,17 +10,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from medssl.data.cache import CachedCase
     from medssl.data.cases import Case
-    from medssl.networks.build import SegmentationNetwork
     from medssl.predict import Model
-    from medssl.windows import Window
 
 ROWS = [  # what is done, shape, classes, mirrored axes
     ("predict", (256, 256, 256), 3, 0),
@@ -44,42 +31,31 @@ ROWS = [  # what is done, shape, classes, mirrored axes
 ]
 PATCH = 64  # voxels of a side of a window
 SPACING = (0.8, 0.8, 1.0)  # mm, of the scan; the plan's is a little coarser
-SIZES = {False: (72, 48), True: (24, 16)}  # voxels of a side of scan and window, by --small
-PRECISIONS = ("float32", "bfloat16")
 
 
-def main() -> None:
-    """Measure, print a table and write WHAT.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["memory", "inference"])
-    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="Folder of the table.")
-    parser.add_argument("--most", type=float, default=400, help="Million voxels of a scan.")
-    parser.add_argument("--row", help="Measure one, WHAT,I,J,K,classes,flips, in this process.")
-    parser.add_argument("--turns", type=int, default=5, help="Of each rival of inference.")
-    parser.add_argument("--small", action="store_true", help="A small scan of inference.")
-    arguments = parser.parse_args()
-    if arguments.what == "inference":
-        rows = compare_inference(*SIZES[arguments.small], arguments.turns)
-        print(format_inference(rows))
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "inference.json").write_text(json.dumps(rows, indent=2) + "\n")
-        return
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be asked for."""
+    parser.add_argument("--most", type=float, default=400, help="million voxels of a scan")
+    parser.add_argument("--row", help="measure one, WHAT,I,J,K,classes,flips, in this process")
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Measure each size and print a table; of one --row, print it and return nothing."""
     if arguments.row:
         what, *words = arguments.row.split(",")
         *shape, classes, flips = map(int, words)
         print(json.dumps(measure_row(what, (shape[0], shape[1], shape[2]), classes, flips)))
-        return
+        return []
     rows = []
     for what, shape, classes, flips in ROWS:
         if shape[0] * shape[1] * shape[2] > arguments.most * 1e6:
             continue
         row = ",".join(map(str, (what, *shape, classes, flips)))
-        command = [sys.executable, __file__, "memory", "--row", row]
+        command = [sys.executable, str(Path(__file__).parent), "memory", "--row", row]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(format_rows(rows[-1:]) if len(rows) > 1 else HEAD + format_rows(rows), flush=True)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "memory.json").write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
 
 
 HEAD = (
@@ -181,106 +157,6 @@ def measure_row(
     }
 
 
-def compare_inference(size: int, patch: int, turns: int) -> list[dict[str, object]]:
-    """Return seconds of each rival and of ours in each number format, medians over all turns."""
-    import torch
-
-    from medssl.networks.build import NetworkSpec, build_network
-    from medssl.predict import MC_PASSES, SAMPLERS, predict_logits
-    from medssl.windows import Window
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    spec = NetworkSpec(
-        in_channels=1, num_classes=3, filters=(16, 32, 64, 128), kernels=((3, 3, 3),) * 4,
-        strides=((1, 1, 1), *((2, 2, 2),) * 3), dropout=0.1, deep_supervision=True,
-    )  # fmt: skip
-    network = build_network(spec).eval()
-    image = torch.randn(1, 1, size, size, size)
-    rows: list[dict[str, object]] = []
-    for precision in PRECISIONS:
-        window = Window((patch,) * 3, precision)
-        rivals: dict[str, Callable[[], object]] = {
-            "medssl": partial(predict_logits, network, image, window),
-            "MONAI": prepare_monai(network, image, window),
-        }
-        if importlib.util.find_spec("nnunetv2"):
-            rivals["nnU-Net"] = prepare_nnunet(network, image, window, spec.num_classes)
-        for fidelity, sample in SAMPLERS.items():
-            walk = partial(sample, network, image, window, MC_PASSES)
-            rivals[f"{MC_PASSES} passes, {fidelity}"] = lambda walk=walk: list(walk())
-        seconds: dict[str, list[float]] = {name: [] for name in rivals}
-        for turn in range(-1, turns):  # the first warms up
-            for name, act in rivals.items():
-                started = time.process_time()
-                act()
-                seconds[name] += [time.process_time() - started] * (turn >= 0)
-        ours = seconds["medssl"]
-        for name, times in seconds.items():
-            ratios = [a / b for a, b in zip(times, ours, strict=True)]
-            rows.append(
-                {
-                    "of": name,
-                    "precision": precision,
-                    "voxels": size**3,
-                    "seconds": round(statistics.median(times), 3),
-                    "ratio": round(statistics.median(ratios), 3),
-                }
-            )
-    return rows
-
-
-def prepare_monai(
-    network: "SegmentationNetwork", image: "Tensor", window: "Window"
-) -> Callable[[], "Tensor"]:
-    """Return what moves MONAI's window over an image, with the same overlap and weights."""
-    import torch
-    from monai.inferers import SlidingWindowInferer
-
-    from medssl.windows import OVERLAP
-
-    infer = SlidingWindowInferer(window.patch_size, overlap=OVERLAP, mode="gaussian")
-
-    def act() -> torch.Tensor:
-        enabled = window.precision == "bfloat16"
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            return infer(image, network)
-
-    return act
-
-
-def prepare_nnunet(
-    network: "SegmentationNetwork", image: "Tensor", window: "Window", num_classes: int
-) -> Callable[[], "Tensor"]:
-    """Return what moves nnU-Net's window over an image, which by itself is always in float32."""
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    from medssl.windows import OVERLAP
-
-    class Cast(torch.nn.Module):
-        def forward(self, image: torch.Tensor) -> torch.Tensor:
-            enabled = window.precision == "bfloat16"
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                return network(image).float()
-
-    device = torch.device("cpu")
-    predictor = nnUNetPredictor(OVERLAP, use_mirroring=False, device=device, allow_tqdm=False)
-    predictor.network = Cast()
-    predictor.configuration_manager = SimpleNamespace(patch_size=window.patch_size)
-    predictor.label_manager = SimpleNamespace(num_segmentation_heads=num_classes)
-    return lambda: predictor.predict_sliding_window_return_logits(image[0])
-
-
-def format_inference(rows: list[dict[str, object]]) -> str:
-    """Return a table in Markdown; the ratio is the time of each to that of one pass of medssl."""
-    lines = ["| of | format | voxels a second | time / medssl, one pass |", "|---|---|---|---|"]
-    for row in rows:
-        speed = row["voxels"] / row["seconds"]
-        lines.append(f"| {row['of']} | {row['precision']} | {speed:.0f} | {row['ratio']:.2f} |")
-    return "\n".join(lines)
-
-
 def cache_case(model: "Model", case: "Case", folder: Path) -> "CachedCase":
     """Preprocess a scan and its label into a cache."""
     from medssl.data.cache import build_cache
@@ -326,7 +202,3 @@ def prepare_labeling(
     names, values = info.labels, info.label_values
     options = (folder / "round_0", None, "", expected, names, values, FilterSection())
     return lambda: label_cases([cached], say, *options, lambda: False)
-
-
-if __name__ == "__main__":
-    main()

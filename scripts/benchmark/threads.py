@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 ARMS = {
     "one": {"OMP_NUM_THREADS": "1"},
@@ -54,33 +55,39 @@ def measure_speed(seconds: float) -> None:
     print(torch.get_num_threads(), len(times[2:]) / sum(times[2:]))
 
 
-def main() -> None:
-    """Run all arms beside a competitor, and without one."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be asked for."""
     parser.add_argument("--seconds", type=float, default=6.0, help="of each line")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--spin", type=float, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Run all arms beside a competitor, and without one."""
     if arguments.spin:
         occupy_core(arguments.spin)
-    elif arguments.inside:
+        return []
+    if arguments.inside:
         measure_speed(arguments.seconds)
-    else:
-        for is_busy in (True, False):
-            compare_arms(arguments.seconds, arguments.arms, is_busy)
+        return []
+    rows = []
+    for is_busy in (True, False):
+        rows += compare_arms(arguments.seconds, arguments.arms, is_busy)
+    return rows
 
 
-def compare_arms(seconds: float, arms: list[str], is_busy: bool) -> None:
-    """Print a line for each arm."""
+def compare_arms(seconds: float, arms: list[str], is_busy: bool) -> list[dict[str, object]]:
+    """Print a line for each arm, and return them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{cores} cores, {'one of them busy' if is_busy else 'no competitor'}")
+    rows: list[dict[str, object]] = []
     reference = None
     for name in arms:
         variables = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
         environment = {key: value for key, value in os.environ.items() if key not in variables}
         environment |= {key: value.format(cores=cores) for key, value in ARMS[name].items()}
-        this = [sys.executable, __file__]
+        this = [sys.executable, str(Path(__file__).parent), "threads"]
         rival = subprocess.Popen([*this, "--spin", "120"]) if is_busy else None
         try:
             command = [*this, "--inside", "--seconds", str(seconds)]
@@ -95,7 +102,5 @@ def compare_arms(seconds: float, arms: list[str], is_busy: bool) -> None:
         reference = reference or float(rate)
         ratio = float(rate) / reference
         print(f"  {name:<10} {threads} threads {float(rate):6.2f} steps/s {ratio:5.2f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        rows.append({"arm": name, "busy": is_busy, "threads": int(threads), "ratio": ratio})
+    return rows

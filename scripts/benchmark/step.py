@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -63,35 +62,33 @@ class _Clock(StopFlag):
         return len(self.times) >= self.steps
 
 
-def main() -> None:
-    """Measure each row, print a table and write step.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder of the table")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what can be asked for."""
     parser.add_argument("--methods", default=",".join(METHODS), help="labels, or presets")
     parser.add_argument("--dimensions", default="2,3")
     parser.add_argument("--precisions", default="float32,bfloat16")
     parser.add_argument("--steps", type=int, default=6, help="of each turn")
     parser.add_argument("--turns", type=int, default=4)
-    options = parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """Measure each row and print a table."""
     torch.set_num_threads(1)
-    rows: list[dict[str, str | float]] = []
+    rows: list[dict[str, object]] = []
     print(
         "| method | dimension | precision | step | bare | step / bare |\n|---|---|---|---|---|---|"
     )
-    for dimension in map(int, options.dimensions.split(",")):
-        for precision in options.precisions.split(","):
-            for method in options.methods.split(","):
-                measured = measure_step(method, dimension, precision, options.steps, options.turns)
-                step, bare = measured
-                row = {"method": method, "dimension": dimension, "precision": precision}
-                rows.append({**row, "step": step, "bare": bare, "ratio": step / bare})
-                print(
-                    f"| {method} | {dimension} | {precision} | {step:.3f} s | {bare:.3f} s "
-                    f"| {step / bare:.2f} |",
-                    flush=True,
-                )
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "step.json").write_text(json.dumps(rows, indent=2) + "\n")
+    choices = (arguments.dimensions, arguments.precisions, arguments.methods)
+    for dimension, precision, method in itertools.product(*(text.split(",") for text in choices)):
+        row = {"method": method, "dimension": int(dimension), "precision": precision}
+        step, bare = measure_step(**row, steps=arguments.steps, turns=arguments.turns)
+        rows.append({**row, "step": step, "bare": bare, "ratio": step / bare})
+        print(
+            f"| {method} | {dimension} | {precision} | {step:.3f} s | {bare:.3f} s "
+            f"| {step / bare:.2f} |",
+            flush=True,
+        )
+    return rows
 
 
 def measure_step(
@@ -189,7 +186,3 @@ def repeat_calls(calls: list[Call], dtype: torch.dtype) -> float:
     for call in calls:
         call.network.zero_grad(set_to_none=True)
     return time.process_time() - started
-
-
-if __name__ == "__main__":
-    main()

@@ -233,7 +233,7 @@ class Middle(Labeled):
 
 
 def test_shares_of_classes_are_those_of_unlabeled_patches(monkeypatch):
-    monkeypatch.setattr(loaders, "SHARE_VOXELS", 100 * 8**3)
+    monkeypatch.setattr(loaders, "SHARE_PATCHES", 100)
     monkeypatch.setattr(PatchDataset, "_seed", lambda _, step, index, __: step + index)
     sampling = Sampling(0, 1, (8, 8, 8), 1, 100, 1.0, 1.0, (0, 1, 2))
     dataset = PatchDataset([Middle()], [UnlabeledCase(Middle(), None)], sampling)

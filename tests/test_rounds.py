@@ -426,7 +426,7 @@ def test_the_teacher_is_the_last_model_that_passed(
     monkeypatch.setattr(loop, "label_and_judge", lambda *_: Gate(bool(next(left)), ("because",)))
     monkeypatch.setattr(loop, "deliver_model", lambda run, passed, rejected, _: (passed, rejected))
     num_rounds = 4 if verdicts[-2:] == [0, 0] or len(verdicts) == 1 else len(verdicts) - 1
-    run = SimpleNamespace(num_rounds=num_rounds)
+    run = SimpleNamespace(num_rounds=num_rounds, plan=SimpleNamespace(device="cpu"))
     assert loop._run_rounds(run, False) == (passed, rejected)
     assert teachers_seen == taught_by
 

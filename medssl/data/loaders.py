@@ -41,8 +41,9 @@ Batch = dict[str, dict[str, Tensor] | None]
 
 _SHARED = Path("/dev/shm")  # loader processes hand their batches over there
 _PREFETCH = 4  # batches that wait for each of them
-SHARE_VOXELS = 2e7  # in which the shares of classes are counted
-LEAST_SHARE_PATCHES = 4  # of each labeled case, however large patches are
+SHARE_PATCHES = 256  # in which the shares of classes are counted, fewer of large ones:
+SHARE_VOXELS = 2e7
+LEAST_SHARE_PATCHES = 4  # of each labeled case, however large they are
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,11 @@ class PatchDataset(Dataset[Batch]):
         Patches hold the middle of a scan more often than its edge, so an organ has a larger share
         of them than of the scan: three times as large where they are small.
         """
-        count = round(SHARE_VOXELS / math.prod(self.sampling.patch_size) / len(self.labeled))
+        most = min(SHARE_PATCHES, SHARE_VOXELS / math.prod(self.sampling.patch_size))
+        each = max(LEAST_SHARE_PATCHES, round(most / len(self.labeled)))
         counts = torch.zeros(num_classes, dtype=torch.float64)
         with _draw_alike():
-            for index in range(max(LEAST_SHARE_PATCHES, count) * len(self.labeled)):
+            for index in range(each * len(self.labeled)):
                 case = self.labeled[index % len(self.labeled)]
                 seed = self._seed(index, 0, "share")
                 operations = self._draw_operations(np.random.default_rng(seed + 1))

@@ -35,6 +35,7 @@ def benchmark(monkeypatch):
     return SimpleNamespace(run=run, **modules)
 
 
+@pytest.mark.slow
 def test_rivals_at_inference_take_turns_and_say_the_same(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr(benchmark.inference, "SIZES", {True: (20, 16)})

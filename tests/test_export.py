@@ -275,13 +275,17 @@ def load_logits(path):
     return torch.jit.load(path)
 
 
-SLOW = [("slices", "onnx"), ("slices", "torch-export"), *(("unet", form) for form in SUFFIXES)]
+SLOW = [
+    *(("3d", form) for form in SUFFIXES if form != "torchscript"),
+    *(("slices", form) for form in SUFFIXES if form != "torchscript"),
+    *(("unet", form) for form in SUFFIXES),
+]
 
 
 @pytest.mark.parametrize(
     ("kind", "form"),
     [
-        *(("3d", form) for form in SUFFIXES),
+        ("3d", "torchscript"),
         ("slices", "torchscript"),
         *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW),
     ],
@@ -451,6 +455,7 @@ def test_every_prediction_leaves_a_line(tmp_path, make_model):
     assert len(last["output"]) == 2
 
 
+@pytest.mark.slow
 def test_champion_and_teacher_are_served_by_mlflow(tmp_path, make_model, monkeypatch):
     import mlflow
     import pandas as pd

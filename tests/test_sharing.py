@@ -103,6 +103,7 @@ def read_weights(folder, rank=0):
     return torch.load(folder / f"weights_{rank}.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("round_index", "count", "settings"),
     [

@@ -569,6 +569,7 @@ def test_a_dead_server_costs_bounded_time_and_sync_makes_up_for_it(
     assert count_points(runs) == count_journal(run)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_started_again(runs: Path) -> None:
     run = write_run(runs / "mine")
     set_state(run, "running", 0, 300)

@@ -113,6 +113,7 @@ def read_itk(path):
     return SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0)
 
 
+@pytest.mark.slow
 def test_masks_are_of_the_kind_of_their_scans_and_of_the_same_voxels(mixed, trained, tmp_path):
     root, _ = mixed
     out = tmp_path / "masks"

@@ -606,6 +606,7 @@ def test_a_label_that_is_cut_while_its_scan_is_segmented_was_read_before(
     assert row["dice"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_transition_of_a_teacher_is_measured_on_the_validation_cases(start, monkeypatch):
     seen = []
     matrix = [[0.7 if i == j else 0.1 for j in range(4)] for i in range(4)]

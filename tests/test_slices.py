@@ -348,6 +348,7 @@ def test_a_dimension_that_is_given_is_taken(scans):
         scans.plan("network.name=fpn")
 
 
+@pytest.mark.slow
 def test_settings_that_do_not_fit_an_encoder_are_refused(scans):
     scans.add((100, 100, 1)).add((100, 100, 1), labeled=False)
     for setting, words in (

@@ -500,6 +500,7 @@ def test_a_large_model_stays_in_the_run_folder(runs: Path, monkeypatch: pytest.M
     assert "weights.safetensors" not in names
 
 
+@pytest.mark.slow
 def test_no_connection_is_attempted_with_the_folders_own_store(runs: Path) -> None:
     run = write_run(runs / "mine")
     code = (

@@ -41,6 +41,7 @@ def hash_scan(case):
     return hash_voxels(volume.array, volume.affine)
 
 
+@pytest.mark.slow
 def test_a_run_reads_its_own_list_again(run):
     _, data = read_splits(run)
     assert data.root.name == "my draft.csv"

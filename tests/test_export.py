@@ -182,6 +182,7 @@ def test_a_bundle_gives_the_masks_of_predict(tmp_path, make_model, kind):
         assert "from medssl" not in script.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["3d", "slices", "unet"])
 def test_a_bundle_answers_in_monai_label(tmp_path, make_model, kind):
     model, scans = make_model(tmp_path / "model", kind), write_scans(tmp_path / "scans", kind)

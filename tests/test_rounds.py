@@ -291,6 +291,7 @@ def test_stability_is_the_mean_dice_of_earlier_checkpoints_with_the_last(monkeyp
     assert stability == pytest.approx(((0 + 0.5) / 2 + (1 + 0) / 2) / 2)
 
 
+@pytest.mark.slow
 def test_a_fine_tune_sees_labels_only_and_leaves_the_first_levels_as_they_are(start):
     tuned = ["train.fine_tune={share: 0.5, lr: 0.01, frozen_levels: 1}", "steps=6"]
     folder = start(*tuned, "teacher.ema_decay=0.0", "train.checkpoint_every=3")

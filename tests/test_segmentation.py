@@ -552,6 +552,7 @@ def odd():
     return Path(os.environ["MEDSSL_DATA"]) / "oddities"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("kind", WRITERS)
 def test_the_liver_of_a_real_ct_goes_round(tmp_path, odd, kind):

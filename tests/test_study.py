@@ -177,6 +177,7 @@ def test_an_unknown_arm_is_named(study):
         study.split_arms("labels,recipes")
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_committed_study_found(study):
     path = ROOT / "docs" / "acdc_3.csv"
     arms, patients = study.read_arms(path)

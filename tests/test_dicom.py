@@ -53,7 +53,7 @@ def refuse(path, *words):
         list(open_scan(path).iterate_values())
     message = str(caught.value)
     assert all(word in message for word in words), message
-    for secret in ("Avasarala", "Chrisjen", "PGBM", "Holden", "1970"):
+    for secret in ("Avasarala", "Chrisjen", "PGBM", "Holden", "19700101"):
         assert secret.lower() not in message.lower()
     return message
 

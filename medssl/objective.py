@@ -355,15 +355,19 @@ class Objective(nn.Module):
         is everywhere.
         """
         section = self.config.target
+        if section.kind == "soft":
+            return self._soften(probs)
         hard = F.one_hot(probs.max(1).indices, self.num_classes).movedim(-1, 1).float()
-        if section.kind == "hard" or (section.kind == "filtered" and accepted is None):
+        if section.kind == "hard" or accepted is None:
             return hard
+        return accepted * hard + (1 - accepted) * self._soften(probs)
+
+    def _soften(self, probs: Tensor) -> Tensor:
+        """Return assigned probs under the temperature of the target, or of the transport plan."""
+        section = self.config.target
         is_plan = self.transport is not None
         temperature = section.transport.epsilon if is_plan else section.temperature
-        soft = torch.softmax(probs.clamp(min=LEAST_PROB).log() / temperature, dim=1)
-        if section.kind == "filtered" and accepted is not None:
-            return accepted * hard + (1 - accepted) * soft
-        return soft
+        return torch.softmax(probs.clamp(min=LEAST_PROB).log() / temperature, dim=1)
 
     @torch.no_grad()
     def _filter(

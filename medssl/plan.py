@@ -324,30 +324,33 @@ def _coarsen_spacing(
         shapes = [cache_grid(shape, affine, spacing)[0] for shape, affine in grids]
         return float(np.median(shapes, axis=0)[axes].prod())
 
+    if budget >= WHOLE * count(spacing):
+        return spacing
+    crops = _crop_labels(labeled, label_values, ignore)
     finest = min(step for step in spacing if step is not None)
     fine = spacing
     for factor in COARSENINGS:
-        if budget >= WHOLE * count(spacing):
-            break
         i, j, k = (None if step is None else max(step, round(factor * finest, 4)) for step in fine)
-        if not _keep_labels(labeled, label_values, ignore, (i, j, k)):
+        if not _keep_labels(crops, (i, j, k)):
             break
         spacing = i, j, k
+        if budget >= WHOLE * count(spacing):
+            break
     if spacing != fine:
         reasons.append(
             f"made coarser, {' x '.join(f'{spacing[axis]:g}' for axis in axes)} mm: a patch holds "
-            f"{min(1, budget / count(spacing)):.0%} of a {'slice' if axes[2:] == [] else 'scan'} "
+            f"{min(1, budget / count(spacing)):.0%} of a {'slice' if len(axes) == 2 else 'scan'} "
             f"then, else {budget / count(fine):.0%}, and labels keep {LEAST_AGREEMENT:.0%} of "
             f"their Dice; for the scans' own: plan.spacing={[fine[axis] for axis in axes]}"
         )
     return spacing
 
 
-def _keep_labels(
-    labeled: Sequence[Case], label_values: tuple[int, ...], ignore: int | None, spacing: GridSpacing
-) -> bool:
-    """Return whether each class is nearly the same after it was brought to a grid and back."""
-    agreements: dict[int, list[float]] = {}
+def _crop_labels(
+    labeled: Sequence[Case], label_values: tuple[int, ...], ignore: int | None
+) -> list[tuple[NDArray[np.uint8], Affine]]:
+    """Return the foreground of a few labels, with two voxels around it, and its affine."""
+    crops = []
     for case in labeled[:: -(-len(labeled) // MOST_LABELS) or 1]:
         if case.label is None:
             continue
@@ -356,11 +359,17 @@ def _keep_labels(
         if not boxes:
             continue
         start = np.array([max(part.start - 2, 0) for part in boxes[0]])
-        label = label[
-            tuple(slice(a, part.stop + 2) for a, part in zip(start, boxes[0], strict=True))
-        ]
+        inside = tuple(slice(a, part.stop + 2) for a, part in zip(start, boxes[0], strict=True))
         affine = affine.copy()
         affine[:3, 3] += affine[:3, :3] @ start
+        crops.append((label[inside].copy(), affine))  # not a view, which would hold the whole label
+    return crops
+
+
+def _keep_labels(crops: Sequence[tuple[NDArray[np.uint8], Affine]], spacing: GridSpacing) -> bool:
+    """Return whether each class is nearly the same after it was brought to a grid and back."""
+    agreements: dict[int, list[float]] = {}
+    for label, affine in crops:
         shape, grid = cache_grid(label.shape, affine, spacing)
         coarse = preprocess_label(label, affine, shape, grid)
         back = preprocess_label(coarse, grid, label.shape, affine)
@@ -555,7 +564,7 @@ def _choose_encoder_patch(
             f"network.name={config.network.name}: is for 2D, and these are volumes; leave it out, "
             "or set plan.dimension=2 to segment them slice by slice"
         )
-    budget = GPU_PATCH_PIXELS if on_gpu else CPU_PATCH_PIXELS
+    budget = _find_budget(True, on_gpu)
     setting = config.plan.patch_size
     median = np.median(shapes, axis=0)
     target = median.copy() if setting == "auto" else np.array(setting, dtype=float)

@@ -92,6 +92,7 @@ LEVERS = {
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],
     "all_voxels": ["losses.pseudo_label.voxels=all"],
     "filtered_target": ["losses.pseudo_label.voxels=all", "target.kind=filtered"],
+    "soft_target": ["losses.pseudo_label.voxels=all", "target.kind=soft"],
     "slow_average": ["teacher.ema_decay=0.998"],
     "lower_lr": ["train.student_lr=1e-3"],
 }

@@ -7,8 +7,9 @@ patch is cut from one slice and turned in its plane).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,6 +27,19 @@ ELASTIC_SHARE = 0.03  # standard deviation of a node's displacement, fraction of
 
 
 @dataclass(frozen=True)
+class _Place:
+    """The part of a volume that a patch is cut from.
+
+    ``box`` cuts the part; ``grid`` (1, I, J, K, 3) says in it where each voxel of the patch lies,
+    as grid_sample wants it; ``distance`` (I, J, K, n) how far along axes of a single voxel, if any.
+    """
+
+    box: tuple[slice, ...]
+    grid: Tensor
+    distance: Tensor | None
+
+
+@dataclass(frozen=True)
 class SpatialDraw:
     """Where each voxel of a patch lies in the volume that it is cut from.
 
@@ -33,28 +47,42 @@ class SpatialDraw:
     """
 
     coordinates: Tensor
+    _places: dict[tuple[int, ...], _Place] = field(default_factory=dict, repr=False, compare=False)
 
     def sample(self, volume: NDArray[np.generic], nearest: bool) -> Tensor:
         """Return the patch (C, I, J, K) float32 of a volume (C, I', J', K'); 0 outside of it."""
-        shape = np.array(volume.shape[1:])
-        flat = self.coordinates.reshape(-1, self.coordinates.shape[-1])
-        low = np.clip(np.floor(flat.amin(0).numpy()).astype(int), 0, shape - 1)
-        high = np.clip(np.ceil(flat.amax(0).numpy()).astype(int) + 1, low + 1, shape)
-        box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        crop = torch.from_numpy(np.ascontiguousarray(volume[(slice(None), *box)], dtype=np.float32))
-        local = self.coordinates - torch.as_tensor(low, dtype=torch.float32)
-        size = torch.as_tensor(high - low, dtype=torch.float32)
-        # grid_sample wants (x, y, z) = (K, J, I) in [-1, 1]
-        grid = 2 * local / (size - 1).clamp(min=1) - 1
-        mode = "nearest" if nearest else "bilinear"
+        place = self._find_place(volume.shape[1:])
+        crop = volume[(slice(None), *place.box)]
         patch = F.grid_sample(
-            crop[None], grid.flip(-1)[None], mode=mode, padding_mode="zeros", align_corners=True
+            torch.from_numpy(np.ascontiguousarray(crop, dtype=np.float32))[None],
+            place.grid,
+            mode="nearest" if nearest else "bilinear",
+            padding_mode="zeros",
+            align_corners=True,
         )
-        if bool((size == 1).any()):  # to grid_sample an axis of one voxel has no outside
-            distance = local[..., size == 1].abs()
-            share = (distance <= 0.5).float() if nearest else (1 - distance).clamp(min=0)
-            patch = patch * share.prod(-1)
+        if place.distance is not None:
+            near = (place.distance <= 0.5).float() if nearest else (1 - place.distance).clamp(min=0)
+            patch = patch * near.prod(-1)
         return patch[0]
+
+    def _find_place(self, shape: tuple[int, ...]) -> _Place:
+        """Return where the patch lies in a volume of a shape: image and label have the same."""
+        if shape not in self._places:
+            ends = np.array([axis.aminmax() for axis in self.coordinates.unbind(-1)])
+            limit = np.array(shape)
+            low = np.clip(np.floor(ends[:, 0]).astype(int), 0, limit - 1)
+            high = np.clip(np.ceil(ends[:, 1]).astype(int) + 1, low + 1, limit)
+            local = self.coordinates - torch.as_tensor(low, dtype=torch.float32)
+            size = torch.as_tensor(high - low, dtype=torch.float32)
+            # grid_sample wants (x, y, z) = (K, J, I) in [-1, 1]
+            grid = 2 * local / (size - 1).clamp(min=1) - 1
+            thin = size == 1  # to grid_sample an axis of one voxel has no outside
+            self._places[shape] = _Place(
+                box=tuple(slice(a, b) for a, b in zip(low, high, strict=True)),
+                grid=grid.flip(-1)[None],
+                distance=local[..., thin].abs() if bool(thin.any()) else None,
+            )
+        return self._places[shape]
 
     def find_inside(self, shape: Sequence[int]) -> Tensor:
         """Return (1, I, J, K) float32: 1 where the patch lies inside the volume, 0 in padding."""
@@ -94,10 +122,7 @@ def draw_spatial(
     """
     size = np.array(patch_size)
     start = _draw_start(rng, np.array(shape), size, target)
-    axes = [torch.arange(n, dtype=torch.float32) for n in patch_size]
-    offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     center = torch.as_tensor((size - 1) / 2, dtype=torch.float32)
-    offsets = offsets - center
     sides = np.ones(len(size)) if spacing is None else np.array(spacing, dtype=float)
     matrix = _draw_matrix(rng, strength, sides)
     for axis in range(len(size)):
@@ -107,7 +132,8 @@ def draw_spatial(
     place = start.astype(float)
     if extra is not None:
         matrix, place = extra[0] @ matrix, place + extra[1] * size
-    offsets = offsets @ torch.as_tensor(matrix.T, dtype=torch.float32)
+    turn = torch.as_tensor(matrix.T, dtype=torch.float32)
+    offsets = _measure_offsets(tuple(patch_size)) @ turn
     bent = rng.random() < 0.3 * min(strength, 1.0)
     dimension = len(size)
     nodes = rng.standard_normal((1, dimension, *[ELASTIC_NODES] * dimension))
@@ -118,6 +144,14 @@ def draw_spatial(
         field = F.interpolate(field, size=tuple(patch_size), mode=mode, align_corners=True)
         offsets = offsets + field[0].movedim(0, -1)
     return SpatialDraw(offsets + center + torch.as_tensor(place, dtype=torch.float32))
+
+
+@functools.lru_cache(maxsize=1)
+def _measure_offsets(patch_size: tuple[int, ...]) -> Tensor:
+    """Return how far each voxel of a patch lies from its center, (I, J, K, 3), in voxels."""
+    axes = [torch.arange(n, dtype=torch.float32) for n in patch_size]
+    center = torch.tensor([(n - 1) / 2 for n in patch_size], dtype=torch.float32)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) - center
 
 
 def draw_turn(

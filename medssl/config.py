@@ -209,13 +209,9 @@ class TransportSection(Section):
 
 
 class TargetSection(Section):
-    """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax.
+    """The pseudo-target: hard or soft; temperatures of the teacher's and student's softmax."""
 
-    ``kind: filtered`` is hard where the filter accepts a voxel and soft elsewhere, in between where
-    it accepts a part; it goes with ``losses.pseudo_label.voxels: all``.
-    """
-
-    kind: Literal["hard", "soft", "filtered"] = "hard"
+    kind: Literal["hard", "soft"] = "hard"
     temperature: Positive = 1.0
     student_temperature: Positive = 1.0
     assignment: Literal["argmax", "transport"] = "argmax"

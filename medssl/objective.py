@@ -192,7 +192,7 @@ class Objective(nn.Module):
         g_w, u_w = self._teach(unlabeled["weak"], generator) if wants_online else (None, None)
         probs = self._assign(unlabeled.get("probs", g_w), valid)
         accepted = self._filter(probs, self._measure_uncertainty(unlabeled, u_w), valid, t)
-        q = self.read_target(probs, accepted)
+        q = self.read_target(probs)
         views = [
             Patches(
                 image=unlabeled["weak" if view == "feature_noise" else view],
@@ -348,23 +348,14 @@ class Objective(nn.Module):
         none = torch.zeros_like(valid)
         return Patches(labeled["image"], target, valid, none, target, none.float())
 
-    def read_target(self, probs: Tensor, accepted: Tensor | None = None) -> Tensor:
-        """Return the pseudo-target q (B, num_classes, I, J, K) of assigned probs: hard, or soft.
+    def read_target(self, probs: Tensor) -> Tensor:
+        """Return the pseudo-target q (B, num_classes, I, J, K) of assigned probs.
 
-        Where the filter's word is asked for, ``accepted`` (B, 1, I, J, K) says how hard it is; None
-        is everywhere.
+        Hard, or soft under the temperature of the target, or of the transport plan.
         """
         section = self.config.target
-        if section.kind == "soft":
-            return self._soften(probs)
-        hard = F.one_hot(probs.max(1).indices, self.num_classes).movedim(-1, 1).float()
-        if section.kind == "hard" or accepted is None:
-            return hard
-        return accepted * hard + (1 - accepted) * self._soften(probs)
-
-    def _soften(self, probs: Tensor) -> Tensor:
-        """Return assigned probs under the temperature of the target, or of the transport plan."""
-        section = self.config.target
+        if section.kind == "hard":
+            return F.one_hot(probs.max(1).indices, self.num_classes).movedim(-1, 1).float()
         is_plan = self.transport is not None
         temperature = section.transport.epsilon if is_plan else section.temperature
         return torch.softmax(probs.clamp(min=LEAST_PROB).log() / temperature, dim=1)

@@ -91,12 +91,14 @@ LEVERS = {
     "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],
     "all_voxels": ["losses.pseudo_label.voxels=all"],
-    "filtered_target": ["losses.pseudo_label.voxels=all", "target.kind=filtered"],
     "soft_target": ["losses.pseudo_label.voxels=all", "target.kind=soft"],
     "slow_average": ["teacher.ema_decay=0.998"],
     "lower_lr": ["train.student_lr=1e-3"],
 }
 """What the recipe might have in place of its settings, after one student."""
+
+FORMER_LEVERS = ("filtered_target",)
+"""Levers whose setting is gone, since it cost more than it brought; their rows stand."""
 
 MAIN_ARMS = ("round_0", "labels", "shadow", "recipe")
 FIRST_STUDENTS = {"recipe": "first_round", "shadow": "shadow_first_round"}
@@ -370,7 +372,8 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
     arms, patients = read_arms(path)
     rows = []
     parts = []
-    for name in (arm for arm in ARMS if arm in arms):
+    like_first = {*ONE_STUDENT, *FORMER_LEVERS}
+    for name in (arm for arm in (*ARMS, *FORMER_LEVERS) if arm in arms):
         arm = arms[name]
         means = {draw: average_dice(cases) for draw, cases in sorted(arm.items())}
         row: dict[str, Any] = {
@@ -380,7 +383,7 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
             "per draw": ", ".join(f"{value:.3f}" for value in means.values()),
         }
         for other in MAIN_ARMS:
-            is_first = name in ONE_STUDENT or (name, other) == ("first_round", "shadow")
+            is_first = name in like_first or (name, other) == ("first_round", "shadow")
             like = FIRST_STUDENTS.get(other, other) if is_first else other
             difference = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
             row[f"minus {other}"] = "" if difference is None else format_difference(difference[0])

@@ -790,17 +790,6 @@ def test_potentials_of_a_pool_shift_the_classes_and_leave_the_teacher_unsharpene
     assert torch.allclose(objective.read_target(found).flatten(), plan, atol=1e-5)
 
 
-def test_a_filtered_target_is_hard_where_the_filter_accepts_and_soft_elsewhere():
-    config = configure("default", "target.kind=filtered", "losses.pseudo_label.voxels=all")
-    objective = make_objective(config, None, student=VoxelNetwork())
-    probs = torch.tensor([0.3, 0.5, 0.2]).reshape(1, 3, 1, 1, 1).repeat(1, 1, 3, 1, 1)
-    accepted = torch.tensor([1.0, 0.0, 0.5]).reshape(1, 1, 3, 1, 1)
-    target = objective.read_target(probs, accepted)[0, :, :, 0, 0].T
-    expected = torch.tensor([[0.0, 1.0, 0.0], [0.3, 0.5, 0.2], [0.15, 0.75, 0.1]])
-    assert torch.allclose(target, expected)
-    assert torch.equal(objective.read_target(probs), objective.read_target(probs, accepted * 0 + 1))
-
-
 def test_without_offline_labels_the_potentials_follow_the_batches():
     config = configure(FULL, "target.transport={prior: labeled}", "teacher.source=[ema]")
     objective = make_objective(config, None, student=VoxelNetwork())

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from medssl.config import Fidelity, InputError
 from medssl.data.io import read_geometry, read_image, write_map, write_mask
+from medssl.machine import count_free_memory
 from medssl.metrics import case_metrics
 from medssl.predict import MC_PASSES, Model, choose_parts, count_views, find_flags
 from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid, grid_spacing
@@ -47,7 +48,7 @@ class Costs:
     def describe(self, num_scans: int, out: Path) -> str:
         """Return the costs as a sentence, with what there is of memory and disk."""
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        free, disk = psutil.virtual_memory().available, shutil.disk_usage(place).free
+        free, disk = count_free_memory(), shutil.disk_usage(place).free
         minutes = self.seconds / 60
         duration = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
         scans = "1 scan" if num_scans == 1 else f"{num_scans} scans"

@@ -8,11 +8,11 @@ import math
 from typing import Literal, Self
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from medssl.config import IGNORE, InputError, Millimeters
+from medssl.machine import count_free_memory
 from medssl.transforms.geometry import (
     Affine,
     Shape,
@@ -125,7 +125,7 @@ def _refuse_huge(volume: Volume, shape: Shape, affine: Affine) -> None:
     num_voxels = math.prod(shape)
     needed = 4 * num_voxels * volume.array.shape[0]
     most = max(MOST_VOXELS, math.prod(volume.shape))
-    if num_voxels <= most and needed <= psutil.virtual_memory().available:
+    if num_voxels <= most and needed <= count_free_memory():
         return
     old, new = (
         " x ".join(f"{size:.4g}" for size in sizes)

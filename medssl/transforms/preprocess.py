@@ -120,6 +120,25 @@ def preprocess_image(volume: Volume, recipe: Preprocessing, overwrite: bool = Fa
     return Volume(resampled, affine, volume.has_spacing)
 
 
+def count_bytes(shape: Shape, affine: Affine, recipe: Preprocessing) -> int:
+    """Return the bytes that a scan takes at most while it is looked at and preprocessed.
+
+    They are those of the scan, and beside it either what the statistics of one channel copy, or
+    what the scan is resampled into.
+
+    Args:
+        shape: Shape (I, J, K) of the scan.
+        affine: Affine (4, 4) of the scan.
+        recipe: The stored recipe.
+    """
+    grid_shape, grid = cache_grid(shape, affine, recipe.spacing)
+    native, num_channels = math.prod(shape), len(recipe.normalization)
+    look = 9 if any(how.kind == "zscore" for how in recipe.normalization) else 4
+    is_same = np.allclose(grid, affine, atol=1e-6)  # then nothing is resampled or turned
+    resampled = 0 if is_same else 4 * num_channels * math.prod(grid_shape)
+    return 4 * num_channels * native + max(look * native, resampled)
+
+
 def _refuse_huge(volume: Volume, shape: Shape, affine: Affine) -> None:
     """Refuse a cache grid that the memory, or anyone's patience, is too small for."""
     num_voxels = math.prod(shape)

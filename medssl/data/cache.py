@@ -4,7 +4,9 @@ Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_
 scan's bytes>/`. In it each label has its own folder, by its bytes and its label map, so another
 scan of the same name, another label map or a corrected label never changes what a run is reading.
 `meta.json` describes the image, `label.json` the label; each is written last, with the hashes of
-its files. These are checked when a run starts, and what has changed is made anew.
+its files. These are checked when a run starts, and what has changed is made anew. Sizes, times and
+inodes would be read faster than bytes, and do not do: a program that maps a file changes it without
+another time until the page is written back, and its old times may be put back.
 Files are replaced, never overwritten: several processes may build one entry, and open maps stay
 valid.
 

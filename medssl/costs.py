@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from medssl.config import Fidelity, InputError
 from medssl.data.io import read_geometry, read_image, write_map, write_mask
+from medssl.machine import count_free_memory
 from medssl.metrics import case_metrics
 from medssl.predict import MC_PASSES, Model, choose_parts, count_views, find_flags
 from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid, grid_spacing
-from medssl.transforms.preprocess import preprocess_image
+from medssl.transforms.preprocess import count_bytes, preprocess_image
 from medssl.windows import SLICES, slide_window
 
 SIDE = 48  # voxels of the made-up scan of the probe
@@ -47,7 +48,7 @@ class Costs:
     def describe(self, num_scans: int, out: Path) -> str:
         """Return the costs as a sentence, with what there is of memory and disk."""
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        free, disk = psutil.virtual_memory().available, shutil.disk_usage(place).free
+        free, disk = count_free_memory(), shutil.disk_usage(place).free
         minutes = self.seconds / 60
         duration = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
         scans = "1 scan" if num_scans == 1 else f"{num_scans} scans"
@@ -124,11 +125,7 @@ def _count(
         num_windows += views * sum(
             window.count_windows(grid_shape, way.find_source(box)) for box in boxes
         )
-    is_same = np.allclose(grid, affine, atol=1e-6)  # then nothing is resampled or turned
-    look = 4 * native  # percentiles of a channel; of a z-score, of a copy of what is not 0
-    if any(how.kind == "zscore" for how in info.preprocessing.normalization):
-        look = 9 * native
-    prepare = 4 * channels * native + max(look, 0 if is_same else 4 * channels * cached)
+    prepare = count_bytes(shape, affine, info.preprocessing)
     sweep = 4 * channels * cached + (5 if uncertainty else 1) * native + slabs + rates.network
     values = classes + uncertainty * 2
     written = native * ((4 * classes) * probs + 4 * uncertainty)

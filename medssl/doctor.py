@@ -22,8 +22,8 @@ from medssl.machine import (
     choose_threads,
     count_cores,
     count_free_cores,
+    count_free_memory,
     has_bfloat16,
-    read_free_memory,
     read_memory_limit,
 )
 from medssl.names import hide_password
@@ -50,7 +50,7 @@ def examine_machine(uri: str) -> tuple[str, bool]:
     facts = describe_provenance("auto", torch.get_num_threads())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     cores = f"{count_cores()} cores, {count_free_cores():.1f} of them free"
-    memory = f"{read_free_memory() / 1e9:.1f} of {read_memory_limit() / 1e9:.1f} GB available"
+    memory = f"{count_free_memory() / 1e9:.1f} of {read_memory_limit() / 1e9:.1f} GB available"
     shm = f"{shutil.disk_usage(SHM).total / 1e9:.2f} GB" if SHM.is_dir() else "not there"
     lines = {
         "python": f"{facts['python']} ({sys.executable})",
@@ -178,9 +178,9 @@ def is_built_for(capability: Sequence[int], builds: Sequence[str]) -> bool:
 
 def _find_memory_problems() -> Iterator[str]:
     """Yield where memory, addresses or shared memory are short."""
-    if read_free_memory() < LOW_MEMORY_GB * 1e9:
+    if (free := count_free_memory()) < LOW_MEMORY_GB * 1e9:
         yield (
-            f"{read_free_memory() / 1e9:.1f} GB of memory are available; training wants 4 or more: "
+            f"{free / 1e9:.1f} GB of memory are available; training wants 4 or more: "
             "end other programs, or raise the limit of the job (--mem=16G) or container "
             "(--memory=16g)"
         )

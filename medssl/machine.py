@@ -68,16 +68,6 @@ def read_memory_limit(root: Path = Path("/")) -> float:
     return min(float(psutil.virtual_memory().total), *limits, math.inf)
 
 
-def read_free_memory(root: Path = Path("/")) -> float:
-    """Return the bytes that are available to this process, within the limits of its cgroups.
-
-    Args:
-        root: Where /proc and /sys lie.
-    """
-    free = (limit - used for limit, used in _read_memory_groups(root))
-    return max(0.0, min(float(psutil.virtual_memory().available), *free, math.inf))
-
-
 def _read_memory_groups(root: Path) -> Iterator[tuple[float, float]]:
     """Yield limit and use, in bytes, of each cgroup of this process that has a limit.
 
@@ -96,21 +86,17 @@ def _read_memory_groups(root: Path) -> Iterator[tuple[float, float]]:
             yield limit, used - cached
 
 
-def count_free_memory(device: str = "cpu", group: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the bytes that this process may still take: of the machine, its cgroup, its limit.
+def count_free_memory(device: str = "cpu", root: Path = Path("/")) -> float:
+    """Return the bytes that this process may still take: of the machine, its cgroups, its limit.
 
     Args:
         device: Of what is computed on a GPU, the memory of that counts too.
-        group: Where the limits of the cgroup lie.
+        root: Where /proc and /sys lie.
     """
-    free = float(psutil.virtual_memory().available)
+    groups = (limit - used for limit, used in _read_memory_groups(root))
+    free = min(float(psutil.virtual_memory().available), *groups, math.inf)
     if device.startswith("cuda"):
         free = min(free, float(torch.cuda.mem_get_info(device)[0]))
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        lines = (group / "memory.stat").read_text().splitlines()
-        held = dict(line.split() for line in lines).get("inactive_file", "0")  # given up if needed
-        free = min(free, float(text) - float(used.read_text()) + float(held))
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     if allowed != resource.RLIM_INFINITY:
         free = min(free, float(allowed - psutil.Process().memory_info().vms))

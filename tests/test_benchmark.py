@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from medssl.data import cache
+from medssl.data.cache import build_cache
 from medssl.networks.build import build_network
 from medssl.objective import Objective
 from medssl.predict import predict_logits
@@ -26,7 +28,9 @@ FOLDER = ROOT / "scripts" / "benchmark"
 def benchmark(monkeypatch):
     """Return what runs a measurement by its command line, and has its modules."""
     monkeypatch.syspath_prepend(FOLDER)
-    modules = {name: importlib.import_module(name) for name in ("inference", "memory", "step")}
+    modules = {
+        name: importlib.import_module(name) for name in ("cache", "inference", "memory", "step")
+    }
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
@@ -94,6 +98,23 @@ def test_the_table_has_a_line_for_each_row_and_each_row_is_kept(benchmark, tmp_p
     assert last.startswith("| predict | 512 x 512 x 300 | 3 | 0 | 2.83 GB |")
     rows = json.loads((tmp_path / "new" / "memory.json").read_text())
     assert [row["voxels"] for row in rows] == [*[256**3] * 5, 512 * 512 * 300]
+
+
+def test_starts_are_compared_on_one_core_and_on_all(benchmark, tmp_path, monkeypatch, capsys):
+    starts, real = [], build_cache
+
+    def build(cases, recipe, folder, *settings):
+        starts.append((cache.count_cores(), folder.exists()))
+        return real(cases, recipe, folder, *settings)
+
+    monkeypatch.setattr(cache, "build_cache", build)
+    monkeypatch.setattr(benchmark.cache, "count_cores", lambda: 3)
+    benchmark.run("cache", "--scans", 2, "--side", 16, "--turns", 2, "--out", tmp_path)
+    assert starts == [(1, False), (3, False), (3, True)] * 2
+    rows = json.loads((tmp_path / "cache.json").read_text())
+    assert [row["of"] for row in rows] == ["one core", "all cores", "second start"]
+    assert rows[0]["ratio"] == 1
+    assert len(capsys.readouterr().out.splitlines()) == 4 + 3
 
 
 def test_the_bare_passes_of_a_step_are_those_that_it_asked_of_its_networks(benchmark, tiny_spec):

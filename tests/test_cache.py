@@ -1,16 +1,21 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
+import time
 import tracemalloc
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import processes
 import pytest
 
+from medssl import runs
 from medssl.config import IGNORE, InputError
-from medssl.data import cache
+from medssl.data import cache, files
 from medssl.data.cache import CachedCase, build_cache
 from medssl.data.cases import Case
 from medssl.data.io import write_mask
@@ -125,7 +130,9 @@ def test_float16_keeps_the_image_to_a_thousandth(tmp_path):
 
 
 @pytest.mark.parametrize(("labeled", "most"), [(False, 10), (True, 11)])
-def test_the_memory_of_caching_is_that_of_two_copies_of_the_scan(tmp_path, labeled, most):
+def test_the_memory_of_caching_is_that_of_two_copies_of_the_scan(
+    tmp_path, monkeypatch, labeled, most
+):
     shape = (128, 120, 100)
     label = np.zeros(shape, np.uint8)
     for index in range(1, 6):
@@ -139,11 +146,20 @@ def test_the_memory_of_caching_is_that_of_two_copies_of_the_scan(tmp_path, label
     if labeled:
         build([scan], tmp_path, **settings)
         scan = Case("a", scan.images, tmp_path / "l.nii", "a")
+    taken, take = [], cache._Room.take
+
+    def watch_take(room, size, case_id):
+        taken.append(size)
+        return take(room, size, case_id)
+
+    monkeypatch.setattr(cache._Room, "take", watch_take)
     tracemalloc.start()
     build([scan], tmp_path, **settings)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak / label.size < most, "bytes a voxel"
+    assert 0.7 < peak / taken[0] < 1.05
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("most", [5, 10_000])
@@ -174,7 +190,7 @@ def test_the_second_time_nothing_is_preprocessed(tmp_path, watch):
     cases = [write_case(tmp_path / "data", name, seed) for seed, name in enumerate("ab")]
     first = build(cases, tmp_path)
     second = build(cases, tmp_path)
-    assert watch == {
+    assert {kind: sorted(names) for kind, names in watch.items()} == {
         "images": ["a_image.nii.gz", "b_image.nii.gz"],
         "labels": ["a_label.nii.gz", "b_label.nii.gz"],
     }
@@ -183,6 +199,28 @@ def test_the_second_time_nothing_is_preprocessed(tmp_path, watch):
         np.testing.assert_array_equal(second[name].affine, first[name].affine)
         assert second[name].percentiles == first[name].percentiles
         assert second[name].native_shape == first[name].native_shape
+
+
+def test_a_second_start_reads_each_file_once_and_writes_none(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path / "data", name, seed) for seed, name in enumerate("abc")]
+    build(cases, tmp_path)
+    sources = {path for case in cases for path in (*case.images, case.label)}
+    entries = {path for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in entries}
+    hashed, real = [], runs.hash_file
+
+    def hash_file(path):
+        hashed.append(path)
+        return real(path)
+
+    for module in (runs, files):
+        monkeypatch.setattr(module, "hash_file", hash_file)
+    for name in ("read_image", "read_label", "read_geometry", "write_file"):
+        monkeypatch.setattr(cache, name, None)
+    build(cases, tmp_path)
+    assert sorted(hashed) == sorted(sources | {path for path in entries if path.suffix != ".json"})
+    after = {path for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in after} == before
 
 
 def test_a_changed_scan_is_preprocessed_again(tmp_path, watch):
@@ -432,6 +470,157 @@ def test_scans_are_held_against_their_hashes_at_the_same_time(tmp_path, monkeypa
     again = build(cases, tmp_path)
     assert [entry.folder for entry in again.values()] == [e.folder for e in first.values()]
     assert list(again) == ["a", "b"]
+
+
+def test_cases_are_made_at_the_same_time(tmp_path, monkeypatch):
+    together, real = threading.Barrier(2, timeout=20), cache.preprocess_image
+
+    def preprocess(*arguments, **options):
+        together.wait()  # would break if one case waited for the other
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(cache, "preprocess_image", preprocess)
+    monkeypatch.setattr(cache, "count_cores", lambda: 2)
+    assert list(build([write_case(tmp_path / "data", name) for name in "ab"], tmp_path)) == [
+        "a",
+        "b",
+    ]
+
+
+def test_any_number_of_cores_makes_the_same_files(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path / "data", name, seed) for seed, name in enumerate("abcde")]
+    folders = [tmp_path / "one", tmp_path / "three"]
+    monkeypatch.setattr(cache, "MAX_CLASS_VOXELS", 50)  # so that they are drawn
+    for cores, folder in zip((1, 3), folders, strict=True):
+        monkeypatch.setattr(cache, "count_cores", lambda cores=cores: cores)
+        build(cases, folder)
+    one, three = (
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in folders
+    )
+    assert len(one) == 5 * 5
+    assert one == three
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "words"),
+    [
+        (0.5, 1, "a takes 0.0 GB while it is cached, and 0.0 GB may be taken: if the system kills"),
+        (1.5, 1, "note: memory bounds the scans at a time: "),
+        (2.5, 2, "note: memory bounds the scans at a time: "),
+        (9, 3, ""),
+    ],
+)
+def test_no_more_cases_are_made_at_a_time_than_memory_is_free_for(
+    tmp_path, monkeypatch, capsys, room, most, words
+):
+    cases = [write_case(tmp_path / "data", name, labeled=False) for name in "abcdef"]
+    size = cache._measure_image(cases[0], RECIPE)
+    monkeypatch.setattr(cache, "count_free_memory", lambda: room * size / cache.SHARE)
+    monkeypatch.setattr(cache, "count_cores", lambda: 3)
+    active, peak, real = set(), [], cache.preprocess_image
+    together = threading.Barrier(most, timeout=20)
+
+    def preprocess(*arguments, **options):
+        active.add(threading.get_ident())
+        peak.append(len(active))
+        together.wait()
+        time.sleep(0.05)
+        active.discard(threading.get_ident())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(cache, "preprocess_image", preprocess)
+    assert list(build(cases, tmp_path)) == list("abcdef")
+    assert max(peak) == most
+    said = capsys.readouterr().err
+    assert (words in said) if words else not said
+
+
+def test_who_stops_loses_no_case_that_was_begun_and_begins_no_other(tmp_path, monkeypatch, watch):
+    cases = [write_case(tmp_path / "data", name) for name in "abcdef"]
+    monkeypatch.setattr(cache, "count_cores", lambda: 2)
+
+    def stop(done, total):
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        build(cases, tmp_path, report=stop)
+    assert len(watch["images"]) <= 4
+    build(cases, tmp_path)
+    assert sorted(watch["images"]) == [f"{name}_image.nii.gz" for name in "abcdef"]
+
+
+def test_who_stops_does_not_wait_for_memory(tmp_path, monkeypatch, watch):
+    cases = [write_case(tmp_path / "data", name, labeled=False) for name in "abcdef"]
+    monkeypatch.setattr(cache, "count_cores", lambda: 3)
+    monkeypatch.setattr(cache, "count_free_memory", lambda: 1.0)
+    stopped, real = threading.Event(), cache.preprocess_image
+
+    def preprocess(*arguments, **options):
+        stopped.wait(0.2)  # the other two threads come to wait for this one
+        return real(*arguments, **options)
+
+    def stop(done, total):
+        raise ValueError("stop")
+
+    monkeypatch.setattr(cache, "preprocess_image", preprocess)
+    with pytest.raises(ValueError, match="stop"):
+        build(cases, tmp_path, report=stop)
+    assert len(watch["images"]) <= 2
+
+
+def test_a_case_that_memory_does_not_suffice_for_is_named(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path / "data", name) for name in "ab"]
+    real = cache.measure_percentiles
+    fails = iter([True, False])
+
+    def measure(volume):
+        if next(fails):
+            raise MemoryError("Unable to allocate 9 TiB")
+        return real(volume)
+
+    monkeypatch.setattr(cache, "measure_percentiles", measure)
+    monkeypatch.setattr(cache, "count_cores", lambda: 1)
+    with pytest.raises(InputError, match=r"1 of 2 cases.*\n  a: out of memory: end other.*9 TiB"):
+        build(cases, tmp_path)
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from medssl.data import cache
+from test_cache import build, write_case
+
+folder = Path(sys.argv[1])
+cases = [write_case(folder / "data", name) for name in "abc"]
+real = cache.preprocess_image
+
+def preprocess(*arguments, **options):
+    if (folder / "done").exists():
+        (folder / "asleep").touch()
+        time.sleep(60)
+    return real(*arguments, **options)
+
+def report(done, total):
+    (folder / "done").touch()
+
+cache.preprocess_image, cache.count_cores = preprocess, lambda: 2
+build(cases, folder, report=report)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_waits_for_no_case(tmp_path):
+    process = processes.Process("-c", INTERRUPTED, tmp_path, cwd=Path(__file__).parent)
+    try:
+        while not (tmp_path / "asleep").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert list(tmp_path.rglob("meta.json")), "what was finished stands"
 
 
 def test_a_map_that_is_open_survives_a_rebuild(tmp_path):

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from series import LPS, NAME, join_frames, make_slices, save
 from medssl.config import InputError
 from medssl.formats import dicom
 from medssl.formats.dicom import list_series, open_scan, read_modality
+from medssl.formats.scan import keep_quiet
 
 ARRAY = np.random.default_rng(0).integers(-100, 2000, (7, 5, 4)).astype(np.int16)
 LARGE = np.tile(ARRAY, (10, 10, 1))  # JPEG 2000 takes none of a few pixels
@@ -394,6 +396,18 @@ def test_pydicom_says_nothing_of_its_own(tmp_path, recwarn):
     open_scan(tmp_path)
     list_series(tmp_path)
     assert not list(recwarn)
+
+
+def test_the_first_of_two_threads_to_be_done_leaves_it_quiet(recwarn):
+    filters = list(warnings.filters)
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    first.enter_context(keep_quiet())
+    second.enter_context(keep_quiet())
+    first.close()
+    warnings.warn("a name", stacklevel=1)
+    second.close()
+    assert not list(recwarn)
+    assert warnings.filters == filters
 
 
 # ---------------------------------------------------------------- real files

@@ -31,7 +31,7 @@ def test_the_report_has_a_line_for_every_part_of_the_machine(tmp_path, monkeypat
 
 def test_a_problem_is_told_with_its_repair_and_an_exit_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(doctor, "read_free_memory", lambda: 2e9)
+    monkeypatch.setattr(doctor, "count_free_memory", lambda: 2e9)
     code, text = run_command("doctor")
     assert code == 1
     assert "PROBLEM: 2.0 GB of memory are available" in text
@@ -105,7 +105,7 @@ def test_code_for_a_card_is_of_its_major_or_compiled_on_the_way(card, builds, ru
 
 
 def test_addresses_shared_memory_and_disk_that_are_short_are_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "read_free_memory", lambda: 64e9)
+    monkeypatch.setattr(doctor, "count_free_memory", lambda: 64e9)
     monkeypatch.setattr(doctor, "SHM", tmp_path)
     monkeypatch.setattr(doctor, "_read_address_limit", lambda: 8e9)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Disk(64 << 20, 0, 1e9))

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK
 
 from medssl.config import IGNORE, InputError
+from medssl.data import io
 from medssl.data.io import (
     find_contradictions,
     read_geometry,
@@ -581,6 +582,15 @@ def test_reading_a_label_takes_little_more_than_its_classes(tmp_path, dtype, slo
     (counts, *_), peak = measure_peak(lambda: read_label_values(path))
     assert counts == {0: values.size - 90_000, class_value: 90_000}
     assert peak < 6 * values.size
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 33, 1000])
+def test_pieces_of_any_size_make_the_same_array(size):
+    array = np.random.default_rng(0).integers(0, 99, (2, 5, 4, 3))
+    values = np.moveaxis(array, 0, -1).ravel(order="F")
+    filled = np.zeros(array.shape, np.float32)
+    io._fill(filled, lambda: np.split(values, range(size, values.size, size)))
+    np.testing.assert_array_equal(filled, array)
 
 
 def test_reading_an_image_takes_little_more_than_its_voxels(tmp_path):

@@ -8,6 +8,7 @@ import torch
 
 from medssl.config import IGNORE, InputError, RandAugmentSection
 from medssl.data import loaders
+from medssl.data.cache import CachedCase
 from medssl.data.loaders import (
     PatchDataset,
     Sampling,
@@ -47,6 +48,37 @@ def test_a_batch_has_the_shapes_and_dtypes_of_the_contract(make_dataset):
         "probs": ((3, 3, 8, 8, 8), torch.float32),
         "uncertainty": ((3, *voxels), torch.float32),
     }
+
+
+def read_memory(field):
+    """Return VmRSS, or its peak VmHWM, of this process in bytes."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="nobody tells the peak here")
+def test_patches_are_cut_from_files_of_which_the_rest_is_not_read(tmp_path):
+    shape = (600, 500, 600)
+    arrays = {
+        "image": ((1, *shape), np.float16),
+        "label": (shape, np.uint8),
+        "probs": ((3, *shape), np.uint8),
+        "uncertainty": (shape, np.float16),
+    }
+    for name, (size, dtype) in arrays.items():  # files with holes: 2.2 GB that no disk holds
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", dtype, size)
+    voxels = np.random.default_rng(0).integers(0, 500, (100, 3), np.int32)
+    np.savez(tmp_path / "class_voxels.npz", **{"1": voxels})
+    place = (shape, np.eye(4))
+    case = CachedCase("a", tmp_path, *place, *place, ((0.0, 1.0, 2.0),), tmp_path)
+    sampling = Sampling(0, 1, (16, 16, 16), 2, 2, 0.5, 1.0, (0, 1, 2))
+    dataset = PatchDataset([case], [UnlabeledCase(case, tmp_path)], sampling)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = read_memory("VmRSS")
+    for step in range(4):
+        assert dataset[step]["unlabeled"]["probs"].shape == (2, 3, 16, 16, 16)
+    smallest = np.prod(shape)
+    assert read_memory("VmHWM") - before < smallest / 3
 
 
 def test_round_zero_has_no_unlabeled_part(make_dataset):

@@ -87,7 +87,7 @@ def test_memory_is_that_of_the_job_without_what_the_kernel_gives_back(
     for name, text in files.items():
         write(tmp_path, f"sys/fs/cgroup/{name}", text)
     assert machine.read_memory_limit(tmp_path) == limit
-    assert machine.read_free_memory(tmp_path) == free
+    assert machine.count_free_memory(root=tmp_path) == free
 
 
 def test_free_is_what_is_idle_or_gives_way_on_the_cores_of_this_process(monkeypatch, affinity):
@@ -119,15 +119,6 @@ def test_threads_wait_passively_unless_the_user_says_otherwise(given):
         env=environment | given, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == [given.get("OMP_WAIT_POLICY", "PASSIVE"), "0", "1"]
-
-
-def test_free_memory_is_what_the_cgroup_leaves_and_what_it_can_give_up(tmp_path):
-    write(tmp_path, "memory.max", "5000\n")
-    write(tmp_path, "memory.current", "4000\n")
-    write(tmp_path, "memory.stat", "anon 3200\ninactive_file 700\n")
-    assert machine.count_free_memory(group=tmp_path) == 1700
-    write(tmp_path, "memory.max", "max\n")
-    assert machine.count_free_memory(group=tmp_path) > 1e6
 
 
 def test_free_memory_is_within_the_limit_of_the_process():

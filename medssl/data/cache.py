@@ -4,7 +4,9 @@ Legend: C channels, I J K voxel axes. An entry is a folder `<recipe hash>/<case_
 scan's bytes>/`. In it each label has its own folder, by its bytes and its label map, so another
 scan of the same name, another label map or a corrected label never changes what a run is reading.
 `meta.json` describes the image, `label.json` the label; each is written last, with the hashes of
-its files. These are checked when a run starts, and what has changed is made anew.
+its files. These are checked when a run starts, and what has changed is made anew. Sizes, times and
+inodes would be read faster than bytes, and do not do: a program that maps a file changes it without
+another time until the page is written back, and its old times may be put back.
 Files are replaced, never overwritten: several processes may build one entry, and open maps stay
 valid.
 
@@ -14,23 +16,28 @@ mapping and copying, SIGBUS ends the process (a loader process: with a message);
 then makes the file anew and goes on from the last checkpoint.
 """
 
+import contextlib
+import math
+import sys
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl import ranks
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import Case
 from medssl.data.files import hash_source
-from medssl.data.io import read_image, read_label
+from medssl.data.io import read_geometry, read_image, read_label
 from medssl.data.trained import hash_voxels
 from medssl.formats.readers import has_spacing, name_mask_suffix
-from medssl.machine import count_cores
+from medssl.machine import count_cores, count_free_memory, explain_out_of_memory
 from medssl.runs import (
     find_changed,
     hash_files,
@@ -48,11 +55,13 @@ from medssl.transforms.geometry import (
     Shape,
     Spacing,
     Volume,
+    cache_grid,
     grid_spacing,
     measure_displacement,
 )
 from medssl.transforms.preprocess import (
     Preprocessing,
+    count_bytes,
     measure_percentiles,
     preprocess_image,
     preprocess_label,
@@ -60,7 +69,7 @@ from medssl.transforms.preprocess import (
 
 FORMAT = 2  # raised whenever the same recipe would give other voxels or an entry holds more
 MAX_CLASS_VOXELS = 10_000
-MOST_READERS = 8
+SHARE = 0.8  # of the free memory, for cases that are made at the same time
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +131,8 @@ def build_cache(
 ) -> dict[str, CachedCase]:
     """Preprocess what is not in the cache yet; a label is opened only where a case has one.
 
+    As many cases are made at the same time as there are cores, and free memory.
+
     Args:
         cases: The cases; their `label` is None where no label may be opened.
         recipe: The stored recipe.
@@ -139,32 +150,141 @@ def build_cache(
     """
     key = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "channels": num_channels}
     entries = folder / hash_json(key)[:16]
-    cached: dict[str, CachedCase] = {}
-    problems: list[str] = []
     remove_leftovers(entries, is_shared=True)
-    pool = ThreadPoolExecutor(min(count_cores(), MOST_READERS))  # hashes take 0.8 s per GB and core
-    lookups = [pool.submit(_look_up, entries, case) for case in cases]
-    try:
-        for index, (case, looked_up) in enumerate(zip(cases, lookups, strict=True)):
-            try:
-                entry, sources, meta = looked_up.result()
-                if meta is None:
-                    meta = _make_image(entry, case, sources, recipe, num_channels)
-                label_folder = None
-                if case.label is not None:
-                    label_folder = _open_label(entry, case, case.label, meta, label_values, ignore)
-                cached[case.case_id] = _describe(entry, label_folder, case, meta)
-            except InputError as error:
-                problems.append(f"  {case.case_id}: {error}")
-            if report is not None:
-                report(index + 1, len(cases))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    room = _Room(SHARE * count_free_memory() / ranks.count_neighbors())
+
+    def make(case: Case) -> CachedCase:
+        entry, sources, meta = _look_up(entries, case)
+        if meta is None:
+            with room.take(_measure_image(case, recipe), case.case_id):
+                meta = _make_image(entry, case, sources, recipe, num_channels)
+        label_folder = None
+        if case.label is not None:
+            how = (case.label, meta, label_values, ignore, room)
+            label_folder = _open_label(entry, case, *how)
+        return _describe(entry, label_folder, case, meta)
+
+    made = _make_all(cases, make, room, report)
+    problems = [
+        f"  {name}: {error}" for name, error in made.items() if isinstance(error, InputError)
+    ]
     if problems:
         raise InputError(
             "\n".join([f"{len(problems)} of {len(cases)} cases cannot be used:", *problems])
         )
-    return cached
+    return {name: case for name, case in made.items() if isinstance(case, CachedCase)}
+
+
+class _Room:
+    """The memory, in bytes, that cases share which are made at the same time."""
+
+    def __init__(self, free: float) -> None:
+        self.is_closed = False
+        self._free = free
+        self._taken = 0
+        self._is_told = False
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, size: int, case_id: str) -> Iterator[None]:
+        """Wait until a case has its memory; one that has all alone waits for no more than that."""
+        with self._changed:
+            self._tell(size, case_id)
+            self._changed.wait_for(lambda: self.is_closed or self._has(size))
+            if self.is_closed:
+                raise InterruptedError("nothing is begun any more")
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= size
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let no case begin any more."""
+        with self._changed:
+            self.is_closed = True
+            self._changed.notify_all()
+
+    def _has(self, size: int) -> bool:
+        """Return whether so much is left, or all of it."""
+        return not self._taken or self._taken + size <= self._free
+
+    def _tell(self, size: int, case_id: str) -> None:
+        """Say where memory does not suffice, for one case or for as many as there are cores."""
+        takes = f"{case_id} takes {size / 1e9:.1f} GB while it is cached"
+        there_is = f"{self._free / 1e9:.1f} GB may be taken"
+        if size > self._free:
+            print(
+                f"note: {takes}, and {there_is}: if the system kills this process, end other "
+                "programs, raise the limit of the job or container, or cut the scan; the same "
+                "command goes on",
+                file=sys.stderr,
+            )
+        elif not self._has(size) and not self._is_told:
+            self._is_told = True
+            print(f"note: memory bounds the scans at a time: {takes}, {there_is}", file=sys.stderr)
+
+
+_Made = SimpleQueue[tuple[str, CachedCase | Exception]]
+
+
+def _make_all(
+    cases: Sequence[Case],
+    make: Callable[[Case], CachedCase],
+    room: _Room,
+    report: Callable[[int, int], None] | None,
+) -> dict[str, CachedCase | InputError]:
+    """Return each case, or what is wrong with it, made in as many threads as there are cores.
+
+    Hashing, unpacking, statistics and resampling let other threads work. Where ``report`` raises,
+    cases that were begun are finished; Ctrl-C waits for nobody: the threads end with the process.
+    """
+    remaining, made = iter(cases), _Made()
+    number = min(count_cores(), len(cases))
+    work = (remaining, make, room, made)
+    threads = [threading.Thread(target=_work, args=work, daemon=True) for _ in range(number)]
+    results: dict[str, CachedCase | InputError] = {}
+    try:
+        for thread in threads:
+            thread.start()
+        for done in range(1, len(cases) + 1):
+            case_id, result = made.get()
+            if isinstance(result, Exception) and not isinstance(result, InputError):
+                raise result
+            results[case_id] = result
+            if report is not None:
+                report(done, len(cases))
+    except KeyboardInterrupt:
+        room.close()
+        raise
+    except Exception:
+        room.close()
+        _join(threads)
+        raise
+    _join(threads)
+    return {case.case_id: results[case.case_id] for case in cases}
+
+
+def _work(
+    remaining: Iterator[Case], make: Callable[[Case], CachedCase], room: _Room, made: _Made
+) -> None:
+    """Make one case after another of those that threads share."""
+    for case in remaining:
+        if room.is_closed:
+            return
+        try:
+            with explain_out_of_memory("out of memory: end other programs, or cut the scan"):
+                made.put((case.case_id, make(case)))
+        except Exception as error:
+            made.put((case.case_id, error))
+
+
+def _join(threads: Sequence[threading.Thread]) -> None:
+    """Wait until threads have ended."""
+    for thread in threads:
+        thread.join()
 
 
 def _look_up(entries: Path, case: Case) -> tuple[Path, list[str], dict[str, Any] | None]:
@@ -176,6 +296,17 @@ def _look_up(entries: Path, case: Case) -> tuple[Path, list[str], dict[str, Any]
     meta = _read_mark(entry / "meta.json")
     is_whole = meta is not None and meta["sources"] == sources and not find_changed(entry, meta)
     return entry, sources, meta if is_whole else None
+
+
+def _measure_image(case: Case, recipe: Preprocessing) -> int:
+    """Return the bytes that the image of a case takes at most while it is made."""
+    try:
+        shape, affine = read_geometry(case.images[0])
+    except InputError:  # reading it says so
+        return 0
+    grid_shape, _ = cache_grid(shape, affine, recipe.spacing)
+    num_channels = len(recipe.normalization)
+    return max(count_bytes(shape, affine, recipe), 6 * num_channels * math.prod(grid_shape))
 
 
 def _make_image(
@@ -208,6 +339,7 @@ def _open_label(
     meta: dict[str, Any],
     label_values: tuple[int, ...],
     ignore: int | None,
+    room: _Room,
 ) -> Path:
     """Return the folder of a label and its voxel lists, made anew if they are not whole."""
     made_from = {
@@ -222,11 +354,13 @@ def _open_label(
     mark = _read_mark(folder / "label.json")
     if mark is not None and made_from.items() <= mark.items() and not find_changed(folder, mark):
         return folder
-    classes, affine = read_label(path, label_values, ignore, case)
-    native = np.asarray(meta["native_affine"])
-    _compare(path, classes.shape, affine, tuple(meta["native_shape"]), native)
-    # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
-    label = preprocess_label(classes, native, tuple(meta["shape"]), np.asarray(meta["affine"]))
+    shape, grid_shape = tuple(meta["native_shape"]), tuple(meta["shape"])
+    with room.take(2 * math.prod(shape) + 11 * math.prod(grid_shape), case.case_id):
+        classes, affine = read_label(path, label_values, ignore, case)
+        native = np.asarray(meta["native_affine"])
+        _compare(path, classes.shape, affine, shape, native)
+        # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
+        label = preprocess_label(classes, native, grid_shape, np.asarray(meta["affine"]))
     (folder / "label.json").unlink(missing_ok=True)
     _save(folder / "label.npy", label)
     voxels: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))

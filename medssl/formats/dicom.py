@@ -18,11 +18,9 @@ Source: DICOM PS3.3, C.7.6.2 (image plane), C.7.6.16 (functional groups), C.11.1
 import functools
 import importlib
 import re
-import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +31,7 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.readers import START, split_series, starts_dicom
-from medssl.formats.scan import Scan, check_place, guard
+from medssl.formats.scan import Scan, check_place, guard, keep_quiet
 from medssl.transforms.geometry import Affine, Header, Shape
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -169,14 +167,6 @@ def load_package(name: str) -> Any:
         raise InputError(
             f"DICOM needs the package {name.split('.')[0]} ({error}): {_EXTRA}"
         ) from error
-
-
-@contextmanager
-def keep_quiet() -> Iterator[None]:
-    """Silence the warnings of pydicom and highdicom, which show the values they are about."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import struct
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from medssl.config import InputError
-from medssl.formats.scan import PIECE, START_BYTES, Color, Scan, explain_start, guard
+from medssl.formats.scan import PIECE, START_BYTES, Color, Scan, explain_start, guard, keep_quiet
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -271,10 +270,8 @@ def write(
 def _open(path: Path) -> Iterator[Image.Image]:
     """Open a picture; whatever is wrong with the file becomes an InputError that names it."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\..*")
-            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
-                yield image
+        with keep_quiet(), Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
+            yield image
     except InputError:
         raise
     except FileNotFoundError as error:

@@ -3,8 +3,11 @@
 Legend: C channels, I J K voxel axes.
 """
 
+import threading
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +167,31 @@ def check_label(path: Path, scan: Scan) -> Scan:
         shape = (*scan.shape, scan.num_channels)
         raise InputError(f"{path}: a label is (I, J, K), got shape {shape}")
     return scan
+
+
+_quiet_lock, _quiet_stack = threading.Lock(), ExitStack()
+_num_quiet = 0
+
+
+@contextmanager
+def keep_quiet() -> Iterator[None]:
+    """Silence the warnings of pydicom and others, which show the values they are about.
+
+    What is silenced is so in all threads: the first that asks for it begins, the last one ends it.
+    """
+    global _num_quiet
+    with _quiet_lock:
+        if _num_quiet == 0:
+            _quiet_stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        _num_quiet += 1
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _num_quiet -= 1
+            if _num_quiet == 0:
+                _quiet_stack.close()
 
 
 def guard(path: Path, read: Callable[[], Any]) -> Any:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from medssl import __version__
 from medssl.config import InputError
-from medssl.formats.dicom import Plane, keep_quiet, load_package, read_dataset, read_planes
+from medssl.formats.dicom import Plane, load_package, read_dataset, read_planes
+from medssl.formats.scan import keep_quiet
 from medssl.runs import write_file
 from medssl.transforms.geometry import Header
 

@@ -8,11 +8,11 @@ import math
 from typing import Literal, Self
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from medssl.config import IGNORE, InputError, Millimeters
+from medssl.machine import count_free_memory
 from medssl.transforms.geometry import (
     Affine,
     Shape,
@@ -120,12 +120,31 @@ def preprocess_image(volume: Volume, recipe: Preprocessing, overwrite: bool = Fa
     return Volume(resampled, affine, volume.has_spacing)
 
 
+def count_bytes(shape: Shape, affine: Affine, recipe: Preprocessing) -> int:
+    """Return the bytes that a scan takes at most while it is looked at and preprocessed.
+
+    They are those of the scan, and beside it either what the statistics of one channel copy, or
+    what the scan is resampled into.
+
+    Args:
+        shape: Shape (I, J, K) of the scan.
+        affine: Affine (4, 4) of the scan.
+        recipe: The stored recipe.
+    """
+    grid_shape, grid = cache_grid(shape, affine, recipe.spacing)
+    native, num_channels = math.prod(shape), len(recipe.normalization)
+    look = 9 if any(how.kind == "zscore" for how in recipe.normalization) else 4
+    is_same = np.allclose(grid, affine, atol=1e-6)  # then nothing is resampled or turned
+    resampled = 0 if is_same else 4 * num_channels * math.prod(grid_shape)
+    return 4 * num_channels * native + max(look * native, resampled)
+
+
 def _refuse_huge(volume: Volume, shape: Shape, affine: Affine) -> None:
     """Refuse a cache grid that the memory, or anyone's patience, is too small for."""
     num_voxels = math.prod(shape)
     needed = 4 * num_voxels * volume.array.shape[0]
     most = max(MOST_VOXELS, math.prod(volume.shape))
-    if num_voxels <= most and needed <= psutil.virtual_memory().available:
+    if num_voxels <= most and needed <= count_free_memory():
         return
     old, new = (
         " x ".join(f"{size:.4g}" for size in sizes)

@@ -1,8 +1,9 @@
 """Measures what medssl takes of a machine: `python scripts/benchmark WHAT --out DIR`.
 
 step: a training step beside the bare passes of its networks. inference: a sliding window beside
-those of MONAI and nnU-Net, and MC dropout. memory: the peak of what the commands do. threads: steps
-on a busy machine. Each prints a table and writes WHAT.json.
+those of MONAI and nnU-Net, and MC dropout. memory: the peak of what the commands do. cache: the
+first start on one core and on all, and the second. threads: steps on a busy machine. Each
+prints a table and writes WHAT.json.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-KINDS = ("step", "inference", "memory", "threads")
+KINDS = ("step", "inference", "memory", "cache", "threads")
 
 
 def main() -> None:

@@ -65,6 +65,17 @@ def show_value(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
+_USER = re.compile(r"://(?:[^/\s]+|[^/@\s]*:(?!\d*/)\S*)@")  # a password may hold a slash or an @
+_SIGNATURE = re.compile(
+    r"([?&][^=&\s]*(?:sig|credential|token|secret|password|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
+)
+
+
+def hide_password(text: str) -> str:
+    """Return a URL, or a text with URLs, without user names, passwords and signatures."""
+    return _SIGNATURE.sub(r"\1[hidden]", _USER.sub("://", text))
+
+
 class Section(BaseModel):
     """One section of the configuration: frozen, and unknown keys are errors."""
 

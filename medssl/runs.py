@@ -25,7 +25,7 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from medssl import ranks
-from medssl.config import InputError
+from medssl.config import InputError, hide_password
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -731,7 +731,7 @@ def describe_provenance(device: str, num_threads: int) -> dict[str, Any]:
     """Return what this run was made with: versions, machine, code revision, command."""
     packages = ("medssl", "torch", "monai", "numpy", "nibabel", "mlflow")
     return {
-        "command": " ".join(["medssl", *sys.argv[1:]]),
+        "command": hide_password(" ".join(["medssl", *sys.argv[1:]])),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _find_version(name) for name in packages},
         "python": platform.python_version(),

@@ -116,7 +116,7 @@ def choose_names(folder: RunFolder) -> Names:
     for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
         pseudonyms[case_id] = f"case_{index:03d}"
     about, data = folder.splits.get("dataset") or {}, folder.config.get("data") or {}
-    roots = (about.get("root"), about.get("source"), data.get("root"), folder.path)
+    roots = (*(about.get(key) for key in ("root", "source", "url")), data.get("root"), folder.path)
     return Names(pseudonyms, tuple(str(root) for root in roots if root))
 
 

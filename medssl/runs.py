@@ -578,17 +578,17 @@ REPORT_SECONDS = 10.0
 
 
 class CaseCounter:
-    """Says how far a long look at all cases is, every ten seconds; call it after each case."""
+    """Says how far a long look at all cases is, every ten seconds; call it after each one."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, unit: str = "cases") -> None:
+        self.what, self.unit = what, unit
         self._next = time.monotonic() + REPORT_SECONDS
 
     def __call__(self, done: int, total: int) -> None:
         """Print the number of cases done, and of all cases, if it is time to."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + REPORT_SECONDS
-            print(f"{self.what}: {done} of {total} cases", file=sys.stderr, flush=True)
+            print(f"{self.what}: {done} of {total} {self.unit}", file=sys.stderr, flush=True)
 
 
 class StopFlag:

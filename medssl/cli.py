@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medssl import __version__, ranks
-from medssl.config import DataSection, Fidelity, InputError
+from medssl.config import DataSection, Fidelity, InputError, is_url
 from medssl.formats.readers import FORMATS
 from medssl.runs import FULL_DISK_ERRORS, describe_full_disk, list_rounds
 from medssl.settings import (
@@ -51,7 +52,9 @@ EXIT_CODES = {
     "interrupted": INTERRUPTED,
 }
 
-First = Annotated[str, typer.Argument(metavar="DATA_OR_CONFIG", help="A folder, a list, a YAML.")]
+First = Annotated[
+    str, typer.Argument(metavar="DATA_OR_CONFIG", help="A folder, a list, a URL of them, a YAML.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Such as labeled=4 test=40 train.lr=1e-3"),
@@ -113,6 +116,46 @@ def _expand_home(text: str) -> str:
     )
 
 
+def _parse_output(text: str) -> Path:
+    """Return the path of what is written, which is never a URL."""
+    if is_url(text):
+        raise typer.BadParameter(f"{text!r} is a URL: only scans are read from one; name a folder")
+    return Path(text)
+
+
+def _fetch(place: str, cache: Path) -> Path:
+    """Return a path as it is, and of a URL its copy in the cache, which the first process makes."""
+    if not is_url(place):
+        return Path(place)
+    from medssl.data.store import mirror_store
+
+    def mirror() -> list[str]:
+        try:
+            return [str(mirror_store(place, cache)), ""]
+        except (InputError, OSError) as error:
+            return ["", str(error)]
+
+    path, problem = ranks.share(mirror)  # the problem too: all processes end by it
+    if problem:
+        raise InputError(problem)
+    return Path(path)
+
+
+def _fetch_data(first: str, overrides: Sequence[str], cache: Path) -> list[str]:
+    """Return overrides that name a copy of the data where it has a URL, in a YAML or beside it."""
+    root = load_config(first, overrides).config.data.root
+    if not is_url(root):
+        return list(overrides)
+    return [*overrides, f"data.root={json.dumps(str(_fetch(str(root), cache)))}"]
+
+
+def _find_cache(model: Path) -> Path:
+    """Return the folder of caches beside the run that a model is from, else that of runs/."""
+    home = model.resolve()
+    runs = [path for path in (home, *home.parents) if (path / "run.json").is_file()]
+    return (runs[0].parent if runs else Path("runs")) / "cache"
+
+
 def _parse_amount(text: str) -> float:
     """Return a number that is not negative; `nan` and `inf` are none."""
     try:
@@ -166,10 +209,11 @@ def check(
     from medssl.data.files import explain_files, write_draft
     from medssl.data.layouts import list_files, read_dataset
 
-    config = load_config(first, overrides or []).config
-    root = config.data.root
-    if root is None:
+    settings = _fetch_data(first, overrides or [], Path("runs", "cache"))
+    config = load_config(first, settings).config
+    if config.data.root is None:
         raise InputError(f"{first}: names no data; add data.root to it or give data.root=FOLDER")
+    root = Path(config.data.root)
     if draft is not None:
         print(write_draft(root, draft))
         return
@@ -196,7 +240,7 @@ def show_config(
     """Print the resolved configuration, and where each value came from."""
     arguments = [*([first] if first else []), *(overrides or [])]
     source = arguments.pop(0) if arguments and "=" not in arguments[0] else None
-    if source is not None and not Path(source).exists():
+    if source is not None and not is_url(source) and not Path(source).exists():
         raise InputError(f"{source}: no such file or folder; give DATA, CONFIG or key=value")
     print(render(load_config(source, arguments)))
 
@@ -217,7 +261,9 @@ def methods() -> None:
 def train(
     first: First,
     overrides: Overrides = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<data>.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(parser=_parse_output, help="Run folder; default runs/<data>.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete the run, start over.")] = False,
     max_hours: Annotated[
@@ -234,8 +280,9 @@ def train(
     ] = 0,
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
-    settings = list(overrides or [])
     with ranks.join_others(), ranks.let_first_speak():
+        home = run.parent if run else Path("runs")
+        settings = _fetch_data(first, overrides or [], home / "cache")
         outcome = _train(
             load_config(first, settings),
             lambda plan: load_config(first, settings, plan),
@@ -343,7 +390,7 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
         deal_folds(select_cases(dataset, splits, "labeled"), cross_check, data.split_seed)
     if round_0 is not None and not (round_0 / "round_0" / "model" / "done.json").is_file():
         raise InputError(f"--round-0 {round_0}: there is no finished round 0 in it")
-    return data.root
+    return Path(data.root)
 
 
 def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
@@ -397,9 +444,9 @@ def _write_report(folder: Path, share: bool = False) -> Path:
 def predict(
     model: RunOrModel,
     inputs: Annotated[
-        list[Path], typer.Argument(metavar="INPUT...", help="Scans, folders, lists.")
+        list[str], typer.Argument(metavar="INPUT...", help="Scans, folders, lists, URLs of them.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the masks.")],
+    out: Annotated[Path, typer.Option(parser=_parse_output, help="Folder of the masks.")],
     probs: Annotated[bool, typer.Option("--probs", help="Write class probabilities.")] = False,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Write a map of predictive entropy, in nats.")
@@ -418,7 +465,8 @@ def predict(
     with ranks.join_others(whatever_comes=True):
         fidelity: Fidelity = "fast" if fast_uncertainty else "full"
         maps = ["probs"] * probs + ["uncertainty"] * (uncertainty or fast_uncertainty)
-        _predict(model, inputs, out, maps, fidelity, format, overwrite, device)
+        paths = [_fetch(place, _find_cache(model)) for place in inputs]
+        _predict(model, paths, out, maps, fidelity, format, overwrite, device)
 
 
 def _predict(
@@ -481,12 +529,14 @@ def _predict(
 @app.command()
 def evaluate(
     model: RunOrModel,
-    data: Annotated[Path | None, typer.Argument(help="Labeled data; default: own test.")] = None,
+    data: Annotated[str | None, typer.Argument(help="Labeled data; default: own test.")] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[data.KEY=VALUE]...", help="How to read DATA: data.ignore=255"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the tables.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=_parse_output, help="Folder of the tables.")
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(parser=_parse_amount, help="Of surface Dice, in mm (pixels)."),
@@ -500,8 +550,9 @@ def evaluate(
 ) -> None:
     """Measure a model on labeled scans it was not trained on, on full volumes, in mm or pixels."""
     with ranks.join_others(whatever_comes=True):
+        path = _fetch(data, _find_cache(model)) if data else None
         _evaluate(
-            model, data, list(overrides or ()), out, tolerance, round_index, overwrite, device
+            model, path, list(overrides or ()), out, tolerance, round_index, overwrite, device
         )
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -65,6 +66,22 @@ def show_value(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
+def is_url(text: object) -> bool:
+    """Tell whether a text names something on a store (`s3://bucket/scans`), and no path."""
+    return re.match(r"[A-Za-z][\w+.:-]*://", str(text)) is not None
+
+
+_USER = re.compile(r"://(?:[^/\s]+|[^/@\s]*:(?!\d*/)\S*)@")  # a password may hold a slash or an @
+_SIGNATURE = re.compile(
+    r"([?&][^=&\s]*(?:sig|credential|token|secret|password|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
+)
+
+
+def hide_password(text: str) -> str:
+    """Return a URL, or a text with URLs, without user names, passwords and signatures."""
+    return _SIGNATURE.sub(r"\1[hidden]", _USER.sub("://", text))
+
+
 class Section(BaseModel):
     """One section of the configuration: frozen, and unknown keys are errors."""
 
@@ -89,15 +106,17 @@ def _holds_bool(value: object) -> bool:
     return any(_holds_bool(item) for item in inside)
 
 
-def _expand_home(path: Path) -> Path:
-    """Return a path in which `~` is the home folder."""
-    return Path(os.path.expanduser(path))
+def _read_root(root: object) -> object:
+    """Return a URL as it is, and of a path what it is where `~` is the home folder."""
+    if not isinstance(root, str | Path) or is_url(root):
+        return root
+    return Path(os.path.expanduser(root))
 
 
 class DataSection(Section):
     """Where the scans are and which of them are labeled, unlabeled and test cases."""
 
-    root: Annotated[Path, AfterValidator(_expand_home)] | None = None
+    root: Annotated[Path | str, BeforeValidator(_read_root)] | None = None
     format: Literal["auto", "decathlon", "nnunet", "folders", "list"] = "auto"
     labels: dict[int, str] | None = None
     ignore: Annotated[int, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)] | None = None
@@ -108,7 +127,7 @@ class DataSection(Section):
 
     @field_validator("root")
     @classmethod
-    def _check_root(cls, root: Path | None) -> Path | None:
+    def _check_root(cls, root: Path | str | None) -> Path | str | None:
         """Refuse a root that no system takes as a path."""
         if root is not None and ("\0" in str(root) or len(str(root)) > 4000):
             raise ValueError("no path: it has a null character, or more than 4000 letters")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from medssl.config import hide_password
 from medssl.machine import (
     choose_device,
     choose_threads,
@@ -26,7 +27,6 @@ from medssl.machine import (
     has_bfloat16,
     read_memory_limit,
 )
-from medssl.names import hide_password
 from medssl.runs import describe_provenance
 from medssl.tracking import find_store_problem
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medssl.config import InputError
+from medssl.config import InputError, hide_password
 from medssl.run_folder import RunFolder
 
 PATH = "[path]"
@@ -116,13 +116,8 @@ def choose_names(folder: RunFolder) -> Names:
     for index, case_id in enumerate(sorted(known - set(pseudonyms)), 1):
         pseudonyms[case_id] = f"case_{index:03d}"
     about, data = folder.splits.get("dataset") or {}, folder.config.get("data") or {}
-    roots = (about.get("root"), about.get("source"), data.get("root"), folder.path)
+    roots = (*(about.get(key) for key in ("root", "source", "url")), data.get("root"), folder.path)
     return Names(pseudonyms, tuple(str(root) for root in roots if root))
-
-
-def hide_password(uri: str) -> str:
-    """Return a URL without user name and password."""
-    return re.sub(r"://[^/@\s]+@", "://", uri)
 
 
 def refuse_names(path: Path, texts: Iterable[str]) -> None:

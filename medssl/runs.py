@@ -25,7 +25,7 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from medssl import ranks
-from medssl.config import InputError
+from medssl.config import InputError, hide_password
 
 Record = TypeVar("Record", bound=BaseModel)
 
@@ -578,17 +578,17 @@ REPORT_SECONDS = 10.0
 
 
 class CaseCounter:
-    """Says how far a long look at all cases is, every ten seconds; call it after each case."""
+    """Says how far a long look at all cases is, every ten seconds; call it after each one."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, unit: str = "cases") -> None:
+        self.what, self.unit = what, unit
         self._next = time.monotonic() + REPORT_SECONDS
 
     def __call__(self, done: int, total: int) -> None:
         """Print the number of cases done, and of all cases, if it is time to."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + REPORT_SECONDS
-            print(f"{self.what}: {done} of {total} cases", file=sys.stderr, flush=True)
+            print(f"{self.what}: {done} of {total} {self.unit}", file=sys.stderr, flush=True)
 
 
 class StopFlag:
@@ -731,7 +731,7 @@ def describe_provenance(device: str, num_threads: int) -> dict[str, Any]:
     """Return what this run was made with: versions, machine, code revision, command."""
     packages = ("medssl", "torch", "monai", "numpy", "nibabel", "mlflow")
     return {
-        "command": " ".join(["medssl", *sys.argv[1:]]),
+        "command": hide_password(" ".join(["medssl", *sys.argv[1:]])),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {name: _find_version(name) for name in packages},
         "python": platform.python_version(),

@@ -1,15 +1,17 @@
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from medssl.config import hide_password
 from medssl.names import PATH, Names, choose_names
 from medssl.report.page import _describe_origin
 from medssl.run_folder import RunFolder, read_folder, read_folder_with_tables
-from medssl.runs import write_json
+from medssl.runs import describe_provenance, write_json
 from medssl.tracking.note import write_note
 from medssl.tracking.send import _clean_config
 
@@ -96,3 +98,26 @@ def test_numbers_of_a_file_that_is_full_of_them_are_no_case_ids() -> None:
     names = Names(IDS, numbers=False)
     assert (names.clean_text("4"), names.clean_text("012 voxels")) == ("4", "012 voxels")
     assert names.find_names("012 and p07") == ["p07"]
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("s3://bucket/set", "s3://bucket/set"),
+        ("https://anna:secret@host:80/set", "https://host:80/set"),
+        ("s3://AKIA1:se/cr@et@bucket/set", "s3://bucket/set"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        (
+            "https://host/a?x=1&X-Amz-Signature=abc&y=2",
+            "https://host/a?x=1&X-Amz-Signature=[hidden]&y=2",
+        ),
+        ("train az://c/a?sv=1&sig=ab%2F rounds=2", "train az://c/a?sv=1&sig=[hidden] rounds=2"),
+    ],
+)
+def test_user_names_passwords_and_signatures_are_hidden(url, expected):
+    assert hide_password(url) == expected
+
+
+def test_the_command_that_a_run_keeps_has_no_password(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["medssl", "train", "https://anna:secret@host/set", "test=2"])
+    assert describe_provenance("cpu", 1)["command"] == "medssl train https://host/set test=2"

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from medssl.config import InputError
+from medssl.config import InputError, hide_password, is_url
 from medssl.data.cases import PARTS, Case, Dataset, raise_all
 from medssl.data.files import (
     describe_unknown,
@@ -51,7 +51,7 @@ _LISTS = ("cases.csv", "cases.json")
 
 
 def read_dataset(
-    root: Path, format: str = "auto", labels: Mapping[int, str] | None = None
+    root: Path | str, format: str = "auto", labels: Mapping[int, str] | None = None
 ) -> Dataset:
     """Read which cases a folder or list holds.
 
@@ -64,6 +64,11 @@ def read_dataset(
         InputError: Nothing is there, the layout is unknown (the message shows the tree as it
             was understood and names a draft list to edit), or cases are wrong: all of them.
     """
+    if is_url(root):
+        raise InputError(
+            f"{hide_password(str(root))}: a URL, which check, train, predict and evaluate copy "
+            "from: give the folder of such a copy"
+        )
     root = Path(root)
     if not os.path.exists(root):
         raise InputError(f"{root}: no such file or folder{_suggest_path(root)}")

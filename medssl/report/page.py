@@ -443,6 +443,7 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
         config.pop("tracking", None)
         config.get("data", {}).pop("root", None)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+    about = run.splits.get("dataset") or {}
     command = str(provenance.get("command") or "")
     folder = "RUN" if names.shared else shlex.quote(str(run.path))
     scan = "SCAN.nii.gz" if run.plan.get("has_spacing", True) else "PICTURE.png"
@@ -454,7 +455,7 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
         "has_model": (run.path / "model" / "model.json").is_file(),
         "predict": f"medssl predict {folder} {scan} --out OUT",
         "evaluate": f"medssl evaluate {folder}",
-        "dataset": "" if names.shared else str((run.splits.get("dataset") or {}).get("root") or ""),
+        "dataset": "" if names.shared else str(about.get("url") or about.get("root") or ""),
     }
 
 

@@ -23,6 +23,7 @@ from medssl.data.cache import CachedCase, build_cache, read_sources
 from medssl.data.cases import Case, Dataset, Splits, select_cases, split_cases
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.layouts import read_dataset
+from medssl.data.store import find_url
 from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
 from medssl.networks.sharing import share_steps
@@ -402,12 +403,15 @@ def _open_folder(prepared: PreparedRun, run_dir: Path, run_hash: str) -> None:
     about = {
         "name": dataset.name,
         "root": str(dataset.root.resolve()),
-        "source": str(source.resolve()),
+        "source": str(Path(source).resolve()),
         "num_cases": len(dataset.cases),
     }
+    if url := find_url(dataset.root):
+        about["url"] = url
     case_ids = [case.case_id for case in dataset.cases]
     config = yaml.safe_dump(dump(prepared.resolved.config), sort_keys=False)
     provenance = describe_provenance(plan.device, plan.threads)
+    provenance["data"] = about.get("url", about["source"])
     described: dict[str, Callable[[Path], object]] = {
         "config.yaml": lambda to: write_text(to, config),
         "splits.json": lambda to: write_json(to, {**splits.to_json(), "dataset": about}),

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from medssl.config import InputError
-from medssl.names import Names, choose_names, hide_password, refuse_names
+from medssl.config import InputError, hide_password
+from medssl.names import Names, choose_names, refuse_names
 from medssl.run_folder import RunFolder, is_finite, read_folder, read_points
 from medssl.runs import Shape, hash_file, hash_json, hold_lock, list_rounds, read_json, write_json
 from medssl.tracking.note import describe_training, write_note

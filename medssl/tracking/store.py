@@ -16,8 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from medssl.config import InputError
-from medssl.names import hide_password
+from medssl.config import InputError, hide_password
 from medssl.runs import hold_lock
 
 VIEW = "medssl"

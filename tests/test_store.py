@@ -401,7 +401,7 @@ def test_a_folder_on_the_web_is_read_and_its_password_told_to_nobody(tmp_path):
 @pytest.fixture(scope="module")
 def server():
     """The address of a server that speaks S3."""
-    reason = "needs the extra dev: s3fs and the server of moto"
+    reason = "needs the extra nightly: s3fs and the server of moto"
     pytest.importorskip("s3fs", reason=reason)
     server = pytest.importorskip("moto.server", reason=reason).ThreadedMotoServer("127.0.0.1", 0)
     server.start()
@@ -430,6 +430,7 @@ def s3(server, monkeypatch):
     system.clear_instance_cache()
 
 
+@pytest.mark.nightly
 def test_a_bucket_is_copied_once_and_then_what_has_changed(s3, tmp_path):
     s3.pipe({f"bucket/set/{name}": content for name, content in FILES.items()})
     s3.touch("bucket/set/empty/")  # as consoles make a folder
@@ -448,6 +449,7 @@ def test_a_bucket_is_copied_once_and_then_what_has_changed(s3, tmp_path):
     }
 
 
+@pytest.mark.nightly
 def test_a_bucket_that_does_not_answer_as_it_should_is_a_sentence(s3, tmp_path, monkeypatch):
     s3.pipe_file("bucket/set/a", b"1")
     for url in ("s3://bucket/sets", "s3://no-such-bucket/set"):
@@ -468,6 +470,7 @@ def test_a_bucket_that_does_not_answer_as_it_should_is_a_sentence(s3, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("brief")
 def test_a_run_on_a_bucket_trains_resumes_is_measured_and_predicts(s3, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,8 @@
 
 step: a training step beside the bare passes of its networks. inference: a sliding window beside
 those of MONAI and nnU-Net, and MC dropout. memory: the peak of what the commands do. threads: steps
-on a busy machine. Each prints a table and writes WHAT.json.
+on a busy machine. scale: what commands cost by the number of scans. Each prints a table and writes
+WHAT.json.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-KINDS = ("step", "inference", "memory", "threads")
+KINDS = ("step", "inference", "memory", "threads", "scale")
 
 
 def main() -> None:

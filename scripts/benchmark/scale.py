@@ -285,7 +285,8 @@ def format_scale(rows: list[dict[str, Any]]) -> str:
     costs: dict[str, dict[int, float]] = defaultdict(dict)
     peaks: dict[str, dict[int, float]] = defaultdict(dict)
     for row in rows:
-        if row["of"] != "disk":
+        is_partial = row["of"] == "train" and row["cases"] > MOST_TRAINED
+        if row["of"] != "disk" and not is_partial:
             costs[f"`{row['of']}`"][row["cases"]] = row["seconds"]
             peaks[f"`{row['of']}`"][row["cases"]] = row["peak"]
             for stage, seconds in row["stages"].items():
@@ -310,9 +311,10 @@ def format_scale(rows: list[dict[str, Any]]) -> str:
     lines += ["", f"| on disk, kB (files) | {' | '.join(f'{size:,} scans' for size in sizes)} |"]
     lines.append("|" + "---|" * (1 + len(sizes)))
     for name in PLACES:
+        of_some = name in ("cache", "pseudo-labels of a round", "masks of a round")
         cells = [
-            f"{bytes_ / 1e3:,.0f} ({files:,})"
-            for bytes_, files in (places[size][name] for size in sizes)
+            "" if of_some and size > MOST_TRAINED else f"{volume / 1e3:,.0f} ({files:,})"
+            for size, (volume, files) in ((size, places[size][name]) for size in sizes)
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -204,7 +204,8 @@ def evaluate_data(
     _check_label_map(model, dataset, ignore)
     channels = len(dataset.channels)
     trained_on, notes = find_trained_on(path, dataset, lambda case: _hash_scan(case, channels))
-    cases = [case for case in dataset.cases if case.case_id not in trained_on]
+    left_out = set(trained_on)
+    cases = [case for case in dataset.cases if case.case_id not in left_out]
     if trained_on:
         report(
             f"{len(trained_on)} cases are left out: the run was trained on them: "

@@ -383,8 +383,11 @@ def draw_difference(
         raise ValueError(f"differences of shape {table.shape} for {len(patients)} cases")
     names, place = np.unique(np.array(patients), return_inverse=True)
     known = np.isfinite(table)
-    member = np.eye(len(names))[place]  # (cases, patients)
-    sums, counts = np.where(known, table, 0.0) @ member, known.astype(float) @ member
+
+    def add(weights: NDArray[np.float64]) -> NDArray[np.float64]:  # (draws, cases) to patients
+        return np.array([np.bincount(place, row, len(names)) for row in weights])
+
+    sums, counts = add(np.where(known, table, 0.0)), add(known.astype(float))
     per_draw = (sums.sum(1) / counts.sum(1)).tolist()
     rng = np.random.default_rng(seed)
     shape = (NUM_RESAMPLES, len(table))

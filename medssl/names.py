@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ _PATHS = re.compile(
     rf"|[^\s,;:'\"()]*\.(?:{_ENDINGS})\b",
     re.IGNORECASE,
 )
+_STARTS = re.compile(r"(?<![A-Za-z0-9])(?<!\d\.)(?=.)", re.DOTALL)  # of words; not of decimals
+_GOES_ON = re.compile(r"[A-Za-z0-9]")
 _WHOLE = re.compile(r"(?:~?/|[A-Za-z]:[\\/]).*?(?=: |$)")
 
 
@@ -61,7 +63,11 @@ class Names:
             return self.pseudonyms[text]
         text = _WHOLE.sub(PATH, text, count=1) if _WHOLE.match(text) else text
         text = _PATHS.sub(PATH, self._roots.sub(PATH, hide_password(text)))
-        return self._ids.sub(lambda match: self.pseudonyms[match.group()], text)
+        parts, end = [], 0
+        for start, case_id in self._find_ids(text):
+            parts += [text[end:start], self.pseudonyms[case_id]]
+            end = start + len(case_id)
+        return "".join([*parts, text[end:]])
 
     def clean_tree(self, value: Any) -> Any:
         """Return plain data with every text, keys included, fit to be shown.
@@ -83,13 +89,33 @@ class Names:
 
     def find_names(self, text: str) -> list[str]:
         """Return the case ids and known folders that stand in a text that was made to be shown."""
-        return [*self._ids.findall(text), *self._roots.findall(text)]
+        return [*(case_id for _, case_id in self._find_ids(text)), *self._roots.findall(text)]
+
+    def _find_ids(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yield the case ids that stand alone, with their places; of several the longest.
+
+        They are looked up by their lengths: a pattern of a hundred thousand ids would be tried at
+        each letter.
+        """
+        end = 0
+        for start in (match.start() for match in _STARTS.finditer(text)):
+            for length in self._lengths if start >= end else ():
+                case_id = text[start : start + length]
+                if case_id in self._ids and not _GOES_ON.match(text, start + len(case_id)):
+                    yield start, case_id
+                    end = start + len(case_id)
+                    break
 
     @functools.cached_property
-    def _ids(self) -> re.Pattern[str]:
-        """Case ids that stand alone; digits behind a decimal point do not."""
-        ids = [i for i in self.pseudonyms if not i.isdigit() or (self.numbers and len(i) > 2)]
-        return re.compile(rf"(?<![A-Za-z0-9])(?<!\d\.)(?:{_either(ids)})(?![A-Za-z0-9])")
+    def _ids(self) -> frozenset[str]:
+        """The case ids that are looked for in running text."""
+        ids = (i for i in self.pseudonyms if not i.isdigit() or (self.numbers and len(i) > 2))
+        return frozenset(filter(None, ids))
+
+    @functools.cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        """Their lengths, the largest first."""
+        return tuple(sorted({len(case_id) for case_id in self._ids}, reverse=True))
 
     @functools.cached_property
     def _roots(self) -> re.Pattern[str]:

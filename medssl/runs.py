@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
@@ -702,7 +703,8 @@ def make_pseudonyms(run_dir: Path, data_root: Path, case_ids: Iterable[str]) -> 
     """Return, and keep in the run folder with mode 600, a pseudonym for each case.
 
     The salt is drawn once per data set and kept beside the runs, so that two runs on the same
-    data agree. Where it is another user's, and so not to be read, one's own is kept.
+    data agree. Where it is another user's, and so not to be read, one's own is kept. Among a
+    hundred thousand cases two share eight digits: these have sixteen.
     """
     salts_path = run_dir.parent / ".pseudonym_salts.json"
     if salts_path.is_file() and not os.access(salts_path, os.R_OK):
@@ -718,10 +720,14 @@ def make_pseudonyms(run_dir: Path, data_root: Path, case_ids: Iterable[str]) -> 
     if key not in salts:
         salts[key] = secrets.token_hex(16)
         write_json(salts_path, salts, mode=0o600)
-    salted = {case_id: f"{salts[key]}/{case_id}" for case_id in sorted(case_ids)}
+    digests = {
+        case_id: hashlib.sha256(f"{salts[key]}/{case_id}".encode()).hexdigest()
+        for case_id in sorted(case_ids)
+    }
+    counts = Counter(digest[:8] for digest in digests.values())
     names = {
-        case_id: f"case_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        for case_id, text in salted.items()
+        case_id: f"case_{digest[: 8 if counts[digest[:8]] == 1 else 16]}"
+        for case_id, digest in digests.items()
     }
     write_json(run_dir / "pseudonyms.json", names, mode=0o600)
     return names

@@ -6,8 +6,10 @@
 For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
 that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
 of a draw share one round 0, which is trained anew where its run folder is gone. Several processes
-may work on one CSV, each on its own draws or arms; in an array of scripts/slurm/study.sbatch each
-has the draws dealt to it. All arms train on the same labels:
+may work on one CSV, each on its own draws or arms; to the tasks of an array of
+scripts/slurm/study.sbatch the arms of all draws are dealt. As many tasks as draws have a draw each,
+twice as many halve its arms, and so on; whoever comes first to a draw trains its round 0, for which
+the others wait. All arms train on the same labels:
 
     round_0    labels alone, the steps of round 0
     labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
@@ -40,6 +42,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +177,8 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         settings += ["rounds=0", f"steps={count_labels_steps(study, settings)}"]
         add_rows(study.csv, draw, arm, folder, finish_run(study.data, folder, settings))
         return
-    summary = finish_run(study.data, first, [*settings, "rounds=0"])
-    if not is_finished(study, draw, "round_0"):
+    with hold_lock(first):  # the tasks of an array may share a draw
+        summary = finish_run(study.data, first, [*settings, "rounds=0"])
         add_rows(study.csv, draw, "round_0", first, summary)
     if arm == "round_0":
         return
@@ -191,13 +194,27 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         summary = finish_run(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
     add_rows(study.csv, draw, arm, folder, summary)
     first_student = FIRST_STUDENTS.get(arm)
-    if first_student and not is_finished(study, draw, first_student):
+    if first_student:
         add_rows(study.csv, draw, first_student, folder, summary, "evaluation/round_1")
+
+
+def deal_arms(draws: Sequence[int], arms: Sequence[str]) -> list[tuple[int, str]]:
+    """Return the draws and arms that are this process's, draw by draw.
+
+    They are dealt arm by arm, so that tasks whose number is a multiple of that of the draws have
+    one draw each, and next to nothing to wait for.
+    """
+    return sorted(ranks.deal([(draw, arm) for arm in arms for draw in draws]), key=itemgetter(0))
 
 
 def is_finished(study: Study, draw: int, arm: str) -> bool:
     """Return whether an arm of a draw stands in the CSV."""
-    return any((row["draw"], row["arm"]) == (str(draw), arm) for row in read_rows(study.csv))
+    return has_arm(read_rows(study.csv), draw, arm)
+
+
+def has_arm(rows: Sequence[Mapping[str, str]], draw: int, arm: str) -> bool:
+    """Return whether an arm of a draw stands in rows of the CSV."""
+    return any((row["draw"], row["arm"]) == (str(draw), arm) for row in rows)
 
 
 def read_plan(study: Study, settings: Sequence[str]) -> tuple[Config, Plan]:
@@ -254,7 +271,7 @@ def add_rows(
     summary: Mapping[str, Any],
     evaluation: str = "evaluation",
 ) -> None:
-    """Add the test cases of an arm to the CSV, from the evaluation in its run folder."""
+    """Add the test cases of an arm to the CSV, from its evaluation, unless they stand there."""
     about = {
         "draw": draw,
         "arm": arm,
@@ -270,12 +287,14 @@ def add_rows(
         cells = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
         rows.append({**about, **ids, **cells})
     with hold_lock(path):
-        write_csv(path, [*read_rows(path), *rows])
+        before = read_rows(path)
+        if not has_arm(before, draw, arm):
+            write_csv(path, [*before, *rows])
 
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from writing a file."""
+    """Keep other processes from writing a file or folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -454,9 +473,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="a page whose table of the CSV is replaced")
     options = parser.parse_intermixed_args()
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
-    for draw in [] if options.table else ranks.deal(options.draws):
-        for arm in options.arms:
-            run_arm(study, draw, arm)
+    for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
+        run_arm(study, draw, arm)
     print(format_markdown(tabulate_arms(study.csv)))
     if options.page:
         update_page(options.page, study.csv)

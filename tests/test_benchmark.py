@@ -14,6 +14,9 @@ import torch
 
 from medssl.data import cache
 from medssl.data.cache import build_cache
+from medssl.data.cases import split_cases
+from medssl.data.check import check_dataset
+from medssl.data.layouts import read_dataset
 from medssl.networks.build import build_network
 from medssl.objective import Objective
 from medssl.predict import predict_logits
@@ -29,7 +32,8 @@ def benchmark(monkeypatch):
     """Return what runs a measurement by its command line, and has its modules."""
     monkeypatch.syspath_prepend(FOLDER)
     modules = {
-        name: importlib.import_module(name) for name in ("cache", "inference", "memory", "step")
+        name: importlib.import_module(name)
+        for name in ("cache", "inference", "memory", "scale", "step")
     }
 
     def run(*arguments):
@@ -141,3 +145,61 @@ def test_the_bare_passes_of_a_step_are_those_that_it_asked_of_its_networks(bench
     assert len(calls) == 2
     assert all(weight.grad is None for weight in objective.parameters())
     assert modes == [module.training for module in objective.modules()]
+
+
+def test_tables_of_scale_say_what_a_further_scan_costs(benchmark, tmp_path, monkeypatch):
+    ran = []
+
+    def measure(command, **options):
+        what, folder = command[4], Path(command[6])
+        cases = benchmark.scale.count_cases(folder / "data")
+        ran.append((cases, what))
+        (folder / "runs" / "run").mkdir(parents=True, exist_ok=True)
+        (folder / "runs" / "run" / "report.html").write_bytes(b"x" * 3000)
+        stages = {"cache": 0.6 + 0.02 * cases, "splits": 0.001} if what == "train" else {}
+        row = {"seconds": 1 + 0.05 * cases, "wall": 9.0, "peak": 5e8, "stages": stages}
+        return subprocess.CompletedProcess(command, 0, stdout=f"noise\n{json.dumps(row)}\n")
+
+    monkeypatch.setattr(benchmark.scale.subprocess, "run", measure)
+    monkeypatch.setattr(benchmark.scale, "MOST_TRAINED", 50)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- scale -->\nold\n<!-- scale end -->\nafter\n")
+    options = ("scale", "--out", tmp_path / "new", "--page", page, "--cases")
+    benchmark.run(*options, "20,40")
+    benchmark.run(*options, "20,60", "--without", "check")
+    commands = {size: [what for cases, what in ran if cases == size] for size in (20, 40, 60)}
+    assert (
+        commands[20]
+        == commands[40]
+        == [
+            *("check", "train", "train again", "label", "evaluate", "compare", "review", "report"),
+            *("sync", "sync again"),
+        ]
+    )
+    assert commands[60] == ["train", "enlarge", "review", "report", "sync", "sync again"]
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    table = {row[0]: row[1:] for row in rows if row}
+    assert table["`train`"][:5] == ["2.0", "3.0", "", "50.00", ""]
+    assert table["train: cache"][3] == "20.00"
+    assert "train: splits" not in table
+    assert table["`check`"][:5] == ["2.0", "3.0", "", "50.00", ""]
+    assert table["cache"] == ["0 (0)", "0 (0)", ""]
+    assert table["report.html"] == ["3 (1)"] * 3
+
+
+def test_made_up_scans_are_a_data_set_and_no_two_are_alike(benchmark, tmp_path):
+    benchmark.scale.write_scans(tmp_path, 200)
+    dataset = read_dataset(tmp_path)
+    settings = load_config(
+        tmp_path, [*benchmark.scale.SETTINGS, *benchmark.scale.choose_parts(200)]
+    )
+    splits = split_cases(dataset, settings.config.data, 0)
+    result = check_dataset(dataset, splits)
+    assert [len(part) for part in splits.to_json().values()] == [10, 180, 0, 10]
+    assert not result.problems
+    assert not [text for text in result.warnings if "voxel by voxel" in text]
+    assert result.labels == {0: "background", 1: "class_1"}

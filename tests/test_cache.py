@@ -7,18 +7,20 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import processes
 import pytest
 
-from medssl import runs
+from medssl import ranks, runs
 from medssl.config import IGNORE, InputError
 from medssl.data import cache, files
-from medssl.data.cache import CachedCase, build_cache
+from medssl.data.cache import CachedCase, build_cache, list_places
 from medssl.data.cases import Case
 from medssl.data.io import write_mask
+from medssl.rounds import loop
 from medssl.transforms.geometry import to_native
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
@@ -651,3 +653,32 @@ def test_a_box_comes_back_from_a_warm_cache_with_dice_above_99_percent(tmp_path,
     assert native.shape == shape
     np.testing.assert_allclose(found.native_affine, affine, atol=1e-4)
     assert 2 * (native & box).sum() / (native.sum() + box.sum()) >= 0.99
+
+
+@pytest.mark.parametrize("num_seen", [0, 1, 2])
+def test_of_several_processes_each_hashes_the_scans_that_are_dealt_to_it(
+    tmp_path, monkeypatch, stop_at, num_seen
+):
+    cases = [
+        write_case(tmp_path / "scans", name, seed, labeled=seed < 2)
+        for seed, name in enumerate("abcd")
+    ]
+    whole = build(cases, tmp_path)
+    theirs = list_places({case.case_id: whole[case.case_id] for case in cases[0::2]})[:num_seen]
+    monkeypatch.setattr(ranks, "find_rank", lambda: (1, 2))
+    monkeypatch.setattr(ranks, "pool", lambda items: items if items == [False] else theirs + items)
+    hashed, hash_source = [], cache.hash_source
+    monkeypatch.setattr(cache, "hash_source", lambda path: hashed.append(path) or hash_source(path))
+    plan = SimpleNamespace(preprocessing=RECIPE, label_values=(0, 4, 9), ignore=255, channels=("",))
+    cached = loop._cache_cases(cases, plan, tmp_path / "cache", stop_at(None))
+    unseen = cases[0::2][num_seen:]  # on a slow network disk
+    assert set(hashed) == {
+        path for case in (*cases[1::2], *unseen) for path in (*case.images, case.label) if path
+    }
+    assert list(cached) == list("abcd")
+    for case_id, case in cached.items():
+        assert (case.folder, case.label_folder) == (
+            whole[case_id].folder,
+            whole[case_id].label_folder,
+        )
+        assert (case.label() is None) == (case_id in "cd")

@@ -9,6 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from medssl.config import DataSection, InputError
+from medssl.data import layouts
 from medssl.data.cases import (
     PARTS,
     Case,
@@ -195,6 +196,19 @@ def test_numbered_cases_are_not_taken_for_channels(tmp_path):
     dataset = read_dataset(tmp_path)
     assert ids(dataset, labeled=True) == ["case_0001"]
     assert dataset.channels == ("",)
+
+
+def test_near_names_are_looked_for_of_a_few_lone_labels_however_many_there_are(
+    tmp_path, monkeypatch
+):
+    labels = [f"labels/mask_{number}.nii.gz" for number in range(60)]
+    touch(tmp_path, "images/scan_01.nii.gz", *labels)
+    asked, find = [], layouts.difflib.get_close_matches
+    monkeypatch.setattr(
+        layouts.difflib, "get_close_matches", lambda *a, **k: asked.append(a) or find(*a, **k)
+    )
+    assert "60 problems" in refuse(tmp_path)
+    assert len(asked) <= 20
 
 
 def test_a_label_of_another_name_is_an_error_with_the_nearest_image(tmp_path):
@@ -503,6 +517,20 @@ def make_labeled(number: int) -> Dataset:
 def test_a_split_that_asks_for_too_much_says_by_how_many(labeled, test, missing):
     with pytest.raises(InputError, match=f"for {missing} more than the 10 labeled cases"):
         split_cases(make_labeled(10), DataSection(labeled=labeled, test=test), "auto")
+
+
+def test_splits_of_many_labeled_cases_compare_no_case_with_all_others(monkeypatch):
+    dataset = make_labeled(400)
+    compared = []
+
+    def count(self, other):
+        compared.append(other)
+        return self is other
+
+    monkeypatch.setattr(Case, "__eq__", count)
+    splits = split_cases(dataset, DataSection(labeled=100, test=40), 0)
+    assert len(splits.unlabeled) == 260
+    assert len(compared) < 400
 
 
 def test_labeled_and_test_cases_are_drawn_and_the_rest_is_unlabeled():

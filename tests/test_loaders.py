@@ -298,6 +298,34 @@ def test_without_an_offline_teacher_a_patch_has_views_and_no_targets(cached_case
     assert set(part) == {"weak", "strong", "weight"}
 
 
+def test_what_a_patch_costs_does_not_grow_with_the_number_of_cases(make_dataset, monkeypatch):
+    dataset = make_dataset()
+    orders, sums = [], []
+    draw = np.random.default_rng(0)
+    stand_in = SimpleNamespace(permutation=lambda n: orders.append(n) or draw.permutation(n))
+    monkeypatch.setattr(loaders.np.random, "default_rng", lambda seed: stand_in)
+    loaders._shuffle.cache_clear()
+    for step in range(50):
+        dataset._choose(1000, "unlabeled", step, 0)
+    assert orders == [1000]
+    loaders._shuffle.cache_clear()
+    stand_in.random, stand_in.choice = draw.random, lambda n, p: sums.append(n) or 0
+    weights = [replace(case, weight=1.0 + place) for place, case in enumerate(dataset.unlabeled)]
+    PatchDataset(dataset.labeled, weights, dataset.sampling)._choose(3, "unlabeled", 0, 0)
+    assert not sums
+
+
+def test_a_weighted_draw_is_that_of_numpy(make_dataset):
+    dataset = make_dataset()
+    weights = [replace(case, weight=1.0 + place) for place, case in enumerate(dataset.unlabeled)]
+    weighed = PatchDataset(dataset.labeled, weights, dataset.sampling)
+    shares = np.array([case.weight for case in weights]) / sum(case.weight for case in weights)
+    for step in range(20):
+        rng = np.random.default_rng(weighed._seed(step, 0, "choice"))
+        drawn = weighed._choose(len(weights), "unlabeled", step, 0)
+        assert drawn == rng.choice(len(weights), p=shares)
+
+
 def test_cases_are_drawn_as_often_as_they_weigh(make_dataset):
     dataset = make_dataset()
     heavy = [

@@ -522,6 +522,16 @@ def test_a_difference_over_draws_is_the_mean_of_the_draws():
     assert found["p"] == pytest.approx(0.1257, abs=1e-3)
 
 
+def test_a_difference_over_draws_holds_no_table_of_patients_by_patients(monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 20)
+    patients = [f"p{number}" for number in range(3000)]
+    tracemalloc.start()
+    draw_difference([[0.1] * 3000, [0.2] * 3000], patients)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3000 * 3000
+
+
 def test_one_draw_has_no_interval_over_draws():
     found = draw_difference([[0.1, 0.2, 0.3]], ["a", "b", "c"])
     assert (found["t_low"], found["t_high"], found["p"]) == (None, None, None)

@@ -53,6 +53,26 @@ def run(tmp_path: Path) -> Path:
     return path
 
 
+def test_no_pattern_grows_with_the_number_of_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    build = re.compile
+    monkeypatch.setattr(
+        "medssl.names.re.compile",
+        lambda text, *flags: sizes.append(len(text)) or build(text, *flags),
+    )
+    many = Names({f"scan {number}": f"case_{number:08x}" for number in range(5000)})
+    text = "scan 17 and scan 4999, scan 170000; xscan 3, scan 3a"
+    expected = "case_00000011 and case_00001387, scan 170000; xscan 3, scan 3a"
+    assert many.clean_text(text) == expected
+    assert many.find_names(text) == ["scan 17", "scan 4999"]
+    assert sum(sizes) < 1000
+
+
+def test_of_ids_that_begin_alike_the_longest_is_taken() -> None:
+    names = Names({"a-1": "case_0", "a": "case_1", "a-1 b": "case_2", "": "case_3"})
+    assert names.clean_text("a-1 b, a-1 c, a-12, (a)") == "case_2, case_0 c, case_1-12, (case_1)"
+
+
 @pytest.mark.parametrize(("text", "expected"), TEXTS)
 def test_ids_paths_and_passwords_are_taken_out_of_a_text(
     run: Path, text: str, expected: str

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from medssl import plan as plan_module
 from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.layouts import read_dataset
@@ -217,6 +218,19 @@ def test_ct_is_normalized_by_its_labeled_foreground_and_mri_by_each_scan(scans):
         "plan.normalization=zscore", channels=("CT",)
     ).preprocessing.normalization
     assert forced.kind == "zscore"
+
+
+def test_ct_is_normalized_by_some_voxels_of_each_of_many_labeled_scans(scans, monkeypatch):
+    monkeypatch.setattr(plan_module, "MOST_FOREGROUND", 60)
+    for _ in range(3):
+        scans.add()
+    taken, measure = [], np.percentile
+    monkeypatch.setattr(
+        plan_module.np, "percentile", lambda v, q: taken.append(np.size(v)) or measure(v, q)
+    )
+    (ct,) = scans.plan(channels=("CT",)).preprocessing.normalization
+    assert taken == [60]
+    assert 80 < ct.low < ct.mean < ct.high < 120
 
 
 def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):

@@ -420,6 +420,16 @@ def test_pseudonyms_are_the_same_for_two_runs_on_one_data_set_and_differ_between
     assert all(len(name) == len("case_12345678") for name in names[0].values())
 
 
+def test_no_two_cases_have_one_pseudonym(tmp_path):
+    data = tmp_path / "data"
+    write_json(tmp_path / ".pseudonym_salts.json", {str(data.resolve()): "0" * 32})
+    alike = ["scan_62658", "scan_116294"]  # with this salt both digests begin with 4bd1acfc
+    names = make_pseudonyms(tmp_path / "run", data, [*alike, "scan_1"])
+    assert len(set(names.values())) == 3
+    assert all(names[case_id].startswith("case_4bd1acfc") for case_id in alike)
+    assert len(names["scan_1"]) == len("case_12345678")
+
+
 def test_what_leads_back_from_pseudonyms_is_for_the_owner_alone(tmp_path):
     make_pseudonyms(tmp_path / "run", tmp_path / "data", ["anna"])
     for path in (tmp_path / ".pseudonym_salts.json", tmp_path / "run" / "pseudonyms.json"):

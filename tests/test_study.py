@@ -64,6 +64,50 @@ def test_the_tasks_of_an_array_have_draws_of_their_own(study, trained, tmp_path,
         assert {row["draw"] for row in read(tmp_path / "s.csv")} == draws
 
 
+@pytest.mark.parametrize(("tasks", "draws_each"), [(1, 3), (3, 1), (6, 1), (12, 1)])
+def test_arms_of_all_draws_are_dealt_and_tasks_in_step_with_the_draws_have_one_each(
+    study, monkeypatch, tasks, draws_each
+):
+    arms = ["round_0", "labels", "shadow", "recipe"]
+    monkeypatch.setenv("WORLD_SIZE", str(tasks))
+    dealt = []
+    for place in range(tasks):
+        monkeypatch.setenv("RANK", str(place))
+        dealt.append(study.deal_arms([0, 1, 2], arms))
+        assert len({draw for draw, _ in dealt[-1]}) == draws_each
+        assert dealt[-1] == sorted(dealt[-1], key=lambda pair: (pair[0], arms.index(pair[1])))
+    pairs = [pair for task in dealt for pair in task]
+    assert sorted(pairs) == sorted((draw, arm) for draw in (0, 1, 2) for arm in arms)
+
+
+def test_round_0_of_a_draw_is_not_trained_by_two_tasks_at_once(
+    study, trained, tmp_path, monkeypatch
+):
+    finish, busy = study.finish_run, []
+
+    def finish_alone(data, folder, settings, options=()):
+        if folder.name == "draw_0_round_0":
+            path = folder.with_suffix(".lock")
+            with path.open("w") as file, pytest.raises(BlockingIOError):
+                study.fcntl.flock(file, study.fcntl.LOCK_EX | study.fcntl.LOCK_NB)
+            busy.append(folder)
+        return finish(data, folder, settings, options)
+
+    monkeypatch.setattr(study, "finish_run", finish_alone)
+    study.run_arm(make_study(study, tmp_path, "labeled=6"), 0, "recipe")
+    assert len(busy) == 1
+
+
+def test_rows_that_two_tasks_have_stand_once(study, trained, tmp_path, monkeypatch):
+    run = make_study(study, tmp_path, "labeled=6")
+    study.run_arm(run, 0, "recipe")
+    monkeypatch.setattr(study, "is_finished", lambda *_: False)  # as it was when the task began
+    for arm in ("first_round", "shadow"):
+        study.run_arm(run, 0, arm)
+    rows = [(row["arm"], row["case_id"]) for row in read(run.csv)]
+    assert len(rows) == len(set(rows)) == 5 * 3
+
+
 def test_what_a_study_runs_is_not_dealt_again(study, monkeypatch):
     calls = []
     done = SimpleNamespace(returncode=0)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from medssl.config import InputError
+from medssl.data import trained
+from medssl.data.cases import Case, Dataset, Splits
 from medssl.data.io import read_image
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
@@ -117,6 +119,31 @@ def test_a_run_without_hashes_says_that_copies_go_unnoticed(run, tmp_path):
     seen, remarks = find_trained_on(old, data, hash_scan)
     assert len(seen) == 3  # by their files
     assert any("would not be noticed" in remark for remark in remarks)
+
+
+def test_what_was_trained_on_is_told_without_comparing_each_case_with_all(tmp_path, monkeypatch):
+    compared = []
+
+    class CaseId(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(other)
+            return str.__eq__(self, other)
+
+    (tmp_path / "splits.json").touch()
+    ids = [CaseId(f"scan_{number}") for number in range(300)]
+    cases = [Case(i, (tmp_path / i,), tmp_path / "mask", i) for i in ids]
+    splits = Splits(tuple(ids[:250]), (), (), tuple(ids[250:]))
+    monkeypatch.setattr(trained, "read_splits", lambda run: (splits, None))
+    files = {case.images[0] for case in cases[:200]}
+    monkeypatch.setattr(trained, "_find_files", lambda data, names: files)
+    monkeypatch.setattr(trained, "_read_hashes", lambda run: (set(), set()))
+    dataset = Dataset("set", tmp_path, "list", tuple(cases), None, ("",))
+    matches, remarks = find_trained_on(tmp_path, dataset, lambda case: [])
+    assert matches == ids[:200]
+    assert remarks[0].startswith("50 cases bear the case_id")
+    assert len(compared) < 5 * 300
 
 
 def test_blank_channels_make_no_two_scans_the_same():

@@ -21,7 +21,7 @@ import math
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -148,8 +148,7 @@ def build_cache(
     Raises:
         InputError: Some cases cannot be read or used; names all of them.
     """
-    key = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "channels": num_channels}
-    entries = folder / hash_json(key)[:16]
+    entries = _name_entries(folder, recipe, num_channels)
     remove_leftovers(entries, is_shared=True)
     room = _Room(SHARE * count_free_memory() / ranks.count_neighbors())
 
@@ -285,6 +284,44 @@ def _join(threads: Sequence[threading.Thread]) -> None:
     """Wait until threads have ended."""
     for thread in threads:
         thread.join()
+
+
+def _name_entries(folder: Path, recipe: Preprocessing, num_channels: int) -> Path:
+    """Return the folder of the cases that are preprocessed by a recipe."""
+    key = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "channels": num_channels}
+    return folder / hash_json(key)[:16]
+
+
+def list_places(cached: Mapping[str, CachedCase]) -> list[list[str]]:
+    """Return case_id and the names of the folders of image and label, "" for none, as JSON has."""
+    return [
+        [case_id, case.folder.name, case.label_folder.name if case.label_folder else ""]
+        for case_id, case in cached.items()
+    ]
+
+
+def open_places(
+    cases: Sequence[Case],
+    places: Iterable[Sequence[str]],
+    recipe: Preprocessing,
+    folder: Path,
+    num_channels: int,
+) -> dict[str, CachedCase]:
+    """Return the cases that other processes have just looked up, by their `list_places`.
+
+    Nothing is hashed a second time: of each case one description is read. What cannot be seen from
+    here, on a slow network disk, is left out.
+    """
+    entries = _name_entries(folder, recipe, num_channels)
+    known = {place[0]: place for place in places}
+    cached = {}
+    for case in cases:
+        _, name, label = known.get(case.case_id, ("", "", ""))
+        entry = entries / case.case_id / name
+        meta = _read_mark(entry / "meta.json") if name else None
+        if meta is not None and (not label or (entry / label / "label.json").is_file()):
+            cached[case.case_id] = _describe(entry, entry / label if label else None, case, meta)
+    return cached
 
 
 def _look_up(entries: Path, case: Case) -> tuple[Path, list[str], dict[str, Any] | None]:

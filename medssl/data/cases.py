@@ -131,7 +131,8 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
             f"test ({len(drawn_test)} cases) or validation ({len(drawn_val)}); lower data.test or "
             "validation"
         )
-    unlabeled = [case for case in rest if case not in labeled]
+    used = {case.case_id for case in labeled}
+    unlabeled = [case for case in rest if case.case_id not in used]
     parts = (labeled, unlabeled, by_part["val"] + drawn_val, by_part["test"] + drawn_test)
     return Splits(*(tuple(sorted(case.case_id for case in part)) for part in parts))
 

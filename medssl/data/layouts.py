@@ -45,7 +45,7 @@ from medssl.formats.readers import (
 
 _COLORS = ("red", "green", "blue")
 _MOST_OPENED = 25  # pictures whose headers tell the kind of all
-_MAX_HINTS = 20  # missing files for which a near name is looked for
+_MAX_HINTS = 20  # missing files, or images, for which a near name is looked for
 _MAX_ID_BYTES = 200  # of 255 that a file name may have, with `_uncertainty.nii.gz` and a prefix
 _LISTS = ("cases.csv", "cases.json")
 
@@ -611,9 +611,10 @@ def _group_channels(
 def _find_lone_labels(labels: Iterable[str], cases: Iterable[str], folder: str) -> list[str]:
     """Name the labels that belong to no image, with the nearest one."""
     known = sorted(cases)
-    problems = []
+    problems: list[str] = []
     for stem in sorted(set(labels) - set(known)):
-        near = difflib.get_close_matches(stem, known, n=1)
+        hinted = len(problems) < _MAX_HINTS
+        near = difflib.get_close_matches(stem, known, n=1) if hinted else []
         hint = f"; the nearest name there is {near[0]}" if near else ""
         problems.append(f"label {stem}: no image of this name in {folder}/{hint}")
     return problems

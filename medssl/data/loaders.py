@@ -8,6 +8,7 @@ batch then has the two axes of the plane, (B, C, I, J) where the slices lie alon
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import shutil
@@ -124,7 +125,8 @@ class PatchDataset(Dataset[Batch]):
         self.unlabeled = list(unlabeled)
         self.sampling = sampling
         weights = np.array([case.weight for case in self.unlabeled])
-        self._shares = weights / weights.sum() if len(set(weights.tolist())) > 1 else None
+        sums = np.cumsum(weights / weights.sum()) if len(set(weights.tolist())) > 1 else None
+        self._sums = None if sums is None else sums / sums[-1]
         dimension = len(sampling.patch_size)
         self._weak = build_intensity(1.0, dimension)
         self._strong = build_intensity(2.0 * sampling.strong, dimension)
@@ -255,12 +257,12 @@ class PatchDataset(Dataset[Batch]):
         Every case once per pass, in random order; by their weights where these differ.
         """
         per_step = self.sampling.batch if purpose == "labeled" else self.sampling.num_unlabeled
-        if purpose == "unlabeled" and self._shares is not None:
+        if purpose == "unlabeled" and self._sums is not None:
             rng = np.random.default_rng(self._seed(step, index, "choice"))
-            return int(rng.choice(num_cases, p=self._shares))
+            return int(self._sums.searchsorted(rng.random(), side="right"))
         turn, place = divmod(step * per_step + index, num_cases)
         key = (self.sampling.seed, self.sampling.round_index, purpose, "order", turn)
-        return int(np.random.default_rng(seed_from(*key)).permutation(num_cases)[place])
+        return int(_shuffle(seed_from(*key), num_cases)[place])
 
     def _seed(self, step: int, index: int, purpose: str) -> int:
         """Return the seed of one patch."""
@@ -287,6 +289,12 @@ def _open_label(case: CachedCase) -> NDArray[np.uint8]:
     if label is None:
         raise ValueError(f"{case.case_id}: a labeled case without a label in the cache")
     return label
+
+
+@functools.lru_cache(maxsize=4)  # labeled and unlabeled, and the next order of each
+def _shuffle(seed: int, size: int) -> NDArray[np.int64]:
+    """Return the order of so many cases in a pass over them: not anew for each patch."""
+    return np.random.default_rng(seed).permutation(size)
 
 
 def is_fine_tune(first_step: int | None, step: int) -> bool:

@@ -211,11 +211,8 @@ def find_trained_on(
         return any(hash_source(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
 
     matches = [case.case_id for case in dataset.cases if was_trained_on(case)]
-    alike = [
-        c.case_id
-        for c in dataset.cases
-        if c.label is not None and c.case_id in trained and c.case_id not in matches
-    ]
+    others = trained.difference(matches)
+    alike = [c.case_id for c in dataset.cases if c.label is not None and c.case_id in others]
     if alike and not hashes:  # with hashes it is known that they are others
         remarks.insert(
             0,

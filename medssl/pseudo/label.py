@@ -132,7 +132,7 @@ def label_cases(
         return None
     reviews = _bring_together(reviews, [case.case_id for case in cases])
     if ranks.is_first():
-        _write_review(folder, reviews)
+        write_review(folder, reviews)
     return reviews
 
 
@@ -176,7 +176,7 @@ def _write_mask(
     write_mask(path, *place, header=case.native_header, origin="pseudo-mask")
 
 
-def _write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
+def write_review(folder: Path, reviews: Sequence[CaseReview]) -> None:
     """Write review.csv, the most uncertain case first: the order to look at them in."""
     rows = [r.to_row() for r in sorted(reviews, key=lambda review: -review.uncertainty)]
     text = io.StringIO()

@@ -19,7 +19,13 @@ import yaml
 
 from medssl import ranks
 from medssl.config import Config, InputError, at_round
-from medssl.data.cache import CachedCase, build_cache, read_sources
+from medssl.data.cache import (
+    CachedCase,
+    build_cache,
+    list_places,
+    open_places,
+    read_sources,
+)
 from medssl.data.cases import Case, Dataset, Splits, select_cases, split_cases
 from medssl.data.check import check_dataset, describe_origins
 from medssl.data.layouts import read_dataset
@@ -251,7 +257,7 @@ def run_training(
 def _cache_cases(
     cases: Sequence[Case], plan: Plan, folder: Path, stop: StopFlag
 ) -> dict[str, CachedCase]:
-    """Cache all cases: of several processes each those dealt to it, before they look up all.
+    """Cache all cases: of several processes each looks up, or makes, those dealt to it.
 
     Raises:
         InputError: Some cases cannot be used.
@@ -262,14 +268,21 @@ def _cache_cases(
     if ranks.find_rank()[1] == 1:
         return build_cache(cases, *about, _count_or_stop(stop))
     is_stopped = False
+    places: list[list[str]] = []
     try:
         with contextlib.suppress(InputError):  # the look-up names the bad cases of all
-            build_cache(ranks.deal(cases), *about, _count_or_stop(stop))
+            mine = build_cache(ranks.deal(cases), *about, _count_or_stop(stop))
+            places = list_places(mine)
     except StopRequested:
         is_stopped = True
     if any(ranks.pool([is_stopped])):
         raise StopRequested
-    return build_cache(cases, *about)
+    places = ranks.pool(places)
+    opened = open_places(cases, places, recipe, folder, len(plan.channels))
+    left = [case for case in cases if case.case_id not in opened]
+    if left:
+        opened |= build_cache(left, *about)
+    return {case.case_id: opened[case.case_id] for case in cases}
 
 
 def _begin_run(

@@ -2,8 +2,8 @@
 
 step: a training step beside the bare passes of its networks. inference: a sliding window beside
 those of MONAI and nnU-Net, and MC dropout. memory: the peak of what the commands do. cache: the
-first start on one core and on all, and the second. threads: steps on a busy machine. Each
-prints a table and writes WHAT.json.
+first start on one core and on all, and the second. threads: steps on a busy machine. scale: what
+commands cost by the number of scans. Each prints a table and writes WHAT.json.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-KINDS = ("step", "inference", "memory", "cache", "threads")
+KINDS = ("step", "inference", "memory", "cache", "threads", "scale")
 
 
 def main() -> None:

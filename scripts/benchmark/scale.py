@@ -153,7 +153,7 @@ def _make_header(bits: int) -> bytes:
     import numpy as np
 
     kind = {8: np.uint8, 16: np.int16}[bits]
-    header = nib.Nifti1Image(np.zeros((SIDE,) * 3, kind), np.eye(4) * [2, 2, 2, 1] / [2, 2, 2, 1])
+    header = nib.Nifti1Image(np.zeros((SIDE,) * 3, kind), np.eye(4))
     header.header["vox_offset"] = 352
     header.header["qform_code"] = header.header["sform_code"] = 1
     return bytes(header.header.binaryblock) + struct.pack("4x")

@@ -249,6 +249,7 @@ with ranks.join_others(whatever_comes=True):
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_first_one_copies(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a").touch()

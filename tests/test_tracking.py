@@ -536,6 +536,7 @@ def test_a_port_in_use_is_answered_with_a_free_one(runs: Path) -> None:
             serve_runs(runs, port=port)
 
 
+@pytest.mark.slow
 def test_the_training_process_never_imports_mlflow_and_notify_costs_nothing(runs: Path) -> None:
     run = write_run(runs / "mine")
     code = (

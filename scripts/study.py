@@ -33,14 +33,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import io
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -58,7 +56,7 @@ from medssl.metrics import (
     read_table,
 )
 from medssl.plan import Plan, count_unlabeled
-from medssl.runs import read_json, read_record, write_text
+from medssl.runs import hold_lock, read_json, read_record, write_text
 from medssl.settings import load_config
 
 OFF = [
@@ -177,7 +175,7 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         settings += ["rounds=0", f"steps={count_labels_steps(study, settings)}"]
         add_rows(study.csv, draw, arm, folder, finish_run(study.data, folder, settings))
         return
-    with hold_lock(first):  # the tasks of an array may share a draw
+    with hold_lock(first.with_suffix(".lock")):  # the tasks of an array may share a draw
         summary = finish_run(study.data, first, [*settings, "rounds=0"])
         add_rows(study.csv, draw, "round_0", first, summary)
     if arm == "round_0":
@@ -286,19 +284,10 @@ def add_rows(
         ids = {k: case[k] for k in ("case_id", "patient_id")}
         cells = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
         rows.append({**about, **ids, **cells})
-    with hold_lock(path):
+    with hold_lock(path.with_suffix(".lock")):
         before = read_rows(path)
         if not has_arm(before, draw, arm):
             write_csv(path, [*before, *rows])
-
-
-@contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Keep other processes from writing a file or folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from medssl import metrics
+from medssl.config import InputError
 from medssl.report.sentences import EVIDENCE
-from medssl.runs import write_json
+from medssl.runs import hold_lock, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -87,9 +88,9 @@ def test_round_0_of_a_draw_is_not_trained_by_two_tasks_at_once(
 
     def finish_alone(data, folder, settings, options=()):
         if folder.name == "draw_0_round_0":
-            path = folder.with_suffix(".lock")
-            with path.open("w") as file, pytest.raises(BlockingIOError):
-                study.fcntl.flock(file, study.fcntl.LOCK_EX | study.fcntl.LOCK_NB)
+            lock = hold_lock(folder.with_suffix(".lock"), busy="held")
+            with pytest.raises(InputError, match="held"), lock:
+                pass
             busy.append(folder)
         return finish(data, folder, settings, options)
 

@@ -271,19 +271,36 @@ def add_rows(
 ) -> None:
     """Add the test cases of an arm to the CSV, from its evaluation, unless they stand there."""
     about = {
-        "draw": draw,
-        "arm": arm,
         "steps": summary["total_steps"],
         "minutes": round(summary["seconds"] / 60, 1),
         "revision": str(read_json(folder / "provenance.json")["revision"])[:10],
         "precision": read_record(folder / "plan.json", Plan).precision,
     }
+    append_rows(path, draw, arm, about, read_table(folder / evaluation / "per_case.csv"))
+
+
+def append_rows(
+    path: Path,
+    draw: int,
+    arm: str,
+    about: Mapping[str, Any],
+    cases: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add the test cases of an arm to the CSV, unless they stand there.
+
+    Args:
+        path: The CSV.
+        draw: Of the labeled cases.
+        arm: Its name.
+        about: steps, minutes, revision and precision.
+        cases: Rows of an evaluation, of which the Dice is taken.
+    """
     rows = []
-    for case in read_table(folder / evaluation / "per_case.csv"):
+    for case in cases:
         dice = {k: v for k, v in case.items() if k == "dice" or k.startswith("dice/")}
         ids = {k: case[k] for k in ("case_id", "patient_id")}
         cells = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
-        rows.append({**about, **ids, **cells})
+        rows.append({"draw": draw, "arm": arm, **about, **ids, **cells})
     with hold_lock(path.with_suffix(".lock")):
         before = read_rows(path)
         if not has_arm(before, draw, arm):
@@ -410,12 +427,12 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def update_page(page: Path, csv_path: Path) -> None:
+def replace_table(page: Path, csv_path: Path, table: str) -> None:
     """Replace the table of a CSV in a page, which stands between two comments that name it."""
     start, end = (f"<!-- {csv_path.name}{word} -->\n" for word in ("", " end"))
     before, rest = page.read_text(encoding="utf-8").split(start)
     _, after = rest.split(end)
-    write_text(page, f"{before}{start}{format_markdown(tabulate_arms(csv_path))}{end}{after}")
+    write_text(page, f"{before}{start}{table}{end}{after}")
 
 
 def format_difference(difference: DrawDifference) -> str:
@@ -464,9 +481,10 @@ def main() -> None:
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
     for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
         run_arm(study, draw, arm)
-    print(format_markdown(tabulate_arms(study.csv)))
+    table = format_markdown(tabulate_arms(study.csv))
+    print(table)
     if options.page:
-        update_page(options.page, study.csv)
+        replace_table(options.page, study.csv, table)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ INSTANT = (
     "medssl.data.cases",
     "medssl.formats.readers",
 )
-RIVALS = {"nnunetv2"}  # measured beside ours where somebody has installed it
+RIVALS = {"nnunetv2"}  # of the extra `peers`: measured beside ours where it is installed
 NAMELESS = {"util", "utils", "helper", "helpers", "common", "core", "engine", "misc"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE = {
@@ -172,8 +172,8 @@ def find_heavy_imports(module: str, source: str) -> list[str]:
 def find_undeclared_imports(module: str, source: str) -> list[str]:
     """Imports of packages that pyproject.toml does not name; what comes along today may not."""
     declared, providers = read_dependencies(with_tools=module.startswith("scripts."))
-    own = {"medssl", "study", *sys.stdlib_module_names}
-    if module.startswith("scripts.benchmark"):
+    own = {"medssl", "study", "peers", *sys.stdlib_module_names}
+    if module.startswith(("scripts.benchmark", "scripts.peers")):
         own |= {*RIVALS, "step"}
     return [
         f"{module}:{line} imports {name}, which is no dependency"

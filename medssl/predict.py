@@ -11,6 +11,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +27,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medssl import __version__
+from medssl.beside import RESERVE, begin, has_room, read_ahead
 from medssl.config import LARGEST_LABEL, Fidelity, InputError
 from medssl.data.files import hash_source
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
+    read_geometry,
     read_image,
     write_map,
     write_mask,
@@ -69,8 +72,13 @@ from medssl.runs import (
     write_file,
     write_json,
 )
-from medssl.transforms.geometry import Box, Header, Volume, WayBack
-from medssl.transforms.preprocess import Preprocessing, measure_percentiles, preprocess_image
+from medssl.transforms.geometry import Affine, Box, Header, Shape, Volume, WayBack
+from medssl.transforms.preprocess import (
+    Preprocessing,
+    count_bytes,
+    measure_percentiles,
+    preprocess_image,
+)
 from medssl.windows import (
     MOST_PARTS,
     Window,
@@ -82,12 +90,13 @@ from medssl.windows import (
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
+WRITE_BYTES = 16  # a voxel, of a mask, of its uncertainty and of what they are packed from
 FAST_VIEWS = 2  # whole passes that all passes of fidelity fast take the time of; slabs less
 Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Value = Annotated[int, Field(ge=0, le=LARGEST_LABEL)]
 Axis = Annotated[int, Field(ge=0, le=2)]
 Precision = Annotated[str, Field(pattern="^(float32|bfloat16)$")]
-SLAB_BYTES = 3 * 2**30  # of the slabs that are held at once; a scan with larger ones is cut
+SLAB_BYTES = RESERVE // 2  # of the slabs that are held at once; a scan with larger ones is cut
 
 Walk = Callable[[Box], Iterator[Tensor]]
 """Yields slabs (n, I, J, K) of a part of the cache grid, in order along `Window.find_axis`."""
@@ -164,6 +173,22 @@ class Model:
     network: SegmentationNetwork
     info: ModelInfo
     device: torch.device
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan as a network sees it, and what has to be known of the scan's own grid.
+
+    ``image`` (1, C, I, J, K) float32 on the cache grid, which ``affine`` (4, 4) places;
+    ``native_shape`` and ``native_affine`` are those of the scan; the rest as in `Prediction`.
+    """
+
+    image: Tensor
+    affine: Affine
+    native_shape: Shape
+    native_affine: Affine
+    flags: tuple[str, ...]
+    header: Header | None
 
 
 @dataclass(frozen=True)
@@ -455,7 +480,28 @@ def sample_probs(
             yield [probs, *(slab + share * probs for slab, share in rest)]
 
 
-@explain_out_of_memory("the scan does not fit the memory; cut it, or use a machine with more")
+_NO_MEMORY = "the scan does not fit the memory; cut it, or use a machine with more"
+
+
+@explain_out_of_memory(_NO_MEMORY)
+def prepare_scan(info: ModelInfo, images: tuple[Path, ...]) -> PreparedScan:
+    """Read a scan, and preprocess it as a model wants it.
+
+    Args:
+        info: Of the model.
+        images: One file per channel, or one 4D file.
+
+    Raises:
+        InputError: The scan cannot be read or preprocessed, or the memory does not suffice.
+    """
+    volume = read_image(images, len(info.channels))
+    flags = find_flags(info, volume)
+    place = (volume.shape, volume.affine, flags, volume.header)
+    prepared = preprocess_image(volume, info.preprocessing, overwrite=True)
+    return PreparedScan(torch.from_numpy(prepared.array)[None], prepared.affine, *place)
+
+
+@explain_out_of_memory(_NO_MEMORY)
 def predict_case(
     model: Model,
     images: tuple[Path, ...],
@@ -464,6 +510,7 @@ def predict_case(
     probs_in: Path | None = None,
     advance: Advance = int,
     fidelity: Fidelity = "full",
+    scan: PreparedScan | None = None,
 ) -> Prediction:
     """Segment one scan and bring the result back to its own grid, slab by slab.
 
@@ -476,6 +523,7 @@ def predict_case(
             name; None: they are not kept.
         advance: Is told how many windows have gone through the network.
         fidelity: Of the passes, by `sample_uncertainty` or, fast, by `estimate_uncertainty`.
+        scan: What `prepare_scan` returned for the images; None: they are read now.
 
     Raises:
         InputError: A file cannot be read, has other channels than the model, or needs more memory
@@ -483,17 +531,10 @@ def predict_case(
         FloatingPointError: The network gave non-finite logits; no mask may be made of them.
     """
     info = model.info
-    volume = read_image(images, len(info.channels))
-    flags, shape, affine, header = (
-        find_flags(info, volume),
-        volume.shape,
-        volume.affine,
-        volume.header,
-    )
-    prepared = preprocess_image(volume, info.preprocessing, overwrite=True)
-    del volume  # its voxels are not needed any more
-    way = WayBack(prepared.shape, prepared.affine, shape, affine)
-    image = torch.from_numpy(prepared.array)[None]
+    scan = scan or prepare_scan(info, images)
+    image, shape, affine = scan.image, scan.native_shape, scan.native_affine
+    i, j, k = image.shape[2:]
+    way = WayBack((i, j, k), scan.affine, shape, affine)
     window = info.window if test_time_flips else info.window.plain
     mask = np.empty(shape, np.uint8)
     classes = info.network.num_classes
@@ -511,7 +552,7 @@ def predict_case(
         native = predict_native(model.network, image, window, way, *options)
         for box, slab in native:
             uncertainty[box] = slab[0]
-    return Prediction(mask, affine, probs, uncertainty, flags, header)
+    return Prediction(mask, affine, probs, uncertainty, scan.flags, scan.header)
 
 
 def _map_probs(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -676,51 +717,123 @@ def predict_files(
     for note in plan.notes:
         report(f"note: {note}")
     remove_leftovers(out, is_shared=True, below=False)
-    problems = list(plan.problems)
-    is_full = False
-    record = Record(out)
     bar = show_bar(num_windows)
+    outputs = _Outputs(model, plan, (probs, uncertainty, fidelity), out, bar, report)
+
+    def segment(images: tuple[Path, ...], get: Callable[[], PreparedScan]) -> Prediction:
+        return predict_case(
+            model,
+            images,
+            passes=MC_PASSES if uncertainty else 0,
+            probs_in=out if probs else None,
+            advance=bar.update,
+            fidelity=fidelity,
+            scan=get(),
+        )
+
+    left = [name for name in plan.scans if name not in finished]
     try:
-        for name, images in plan.scans.items():
-            if name in finished:
-                continue
-            if is_full:
-                problems.append(f"{images[0]}: not tried, since there is no room for its mask")
-                continue
-            try:
-                prediction = predict_case(
-                    model,
-                    images,
-                    passes=MC_PASSES if uncertainty else 0,
-                    probs_in=out if probs else None,
-                    advance=bar.update,
-                    fidelity=fidelity,
-                )
-                written = _write_prediction(
-                    model.info, plan.masks[name], name, prediction, probs, record
-                )
-                about = identify_prediction(model, images, uncertainty, fidelity)
-                append_audit(out / AUDIT, scan=name, **about, output=written)
-            except Exception as error:  # whatever it is, it is this scan's: the others go on
-                problems.append(f"{images[0]}: {explain_failure(error)}")
-                with bar.external_write_mode():
-                    report(f"{images[0]}: no mask, see below")
-                is_full = getattr(error.__cause__, "errno", None) in FULL_DISK_ERRORS
-                continue
-            with bar.external_write_mode():
-                report(
-                    f"{plan.masks[name]}"
-                    + "".join(f"\n  note: {flag}" for flag in prediction.flags)
-                )
+        for name, get in read_ahead(
+            left,
+            lambda name: prepare_scan(model.info, plan.scans[name]),
+            lambda name: _may_read(model.info, plan.scans[name]),
+        ):
+            outputs.add(name, partial(segment, plan.scans[name], get))
     finally:
-        bar.close()
-        with contextlib.suppress(*[InputError] * is_full):  # of that disk all has been said
-            record.write()
-    if problems:
+        outputs.close()
+    if problems := outputs.problems:
         total = len(plan.scans) + len(plan.problems)
         listed = "\n".join(f"  - {problem}" for problem in problems)
         kind = SomeFailedError if len(problems) < total else InputError
         raise kind(f"{len(problems)} of {total} scans were not segmented:\n{listed}")
+
+
+def _may_read(info: ModelInfo, images: tuple[Path, ...]) -> bool:
+    """Return whether there is memory to read a scan while another one is segmented."""
+    try:
+        return has_room(count_bytes(*read_geometry(images[0]), info.preprocessing))
+    except Exception:  # whatever it is, reading the scan says so
+        return True
+
+
+class _Outputs:
+    """Writes what a model says of scans, in their order, and notes what goes wrong with them.
+
+    A result is written while the next scan is segmented, if there is memory. Not so one with probs,
+    since those of two scans would have to find room on the disk.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        plan: PlannedPredictions,
+        options: tuple[bool, bool, Fidelity],
+        out: Path,
+        bar: tqdm[Any],
+        report: Callable[[str], object],
+    ) -> None:
+        self.model, self.plan, self.options, self.out = model, plan, options, out
+        self.bar, self.report = bar, report
+        self.problems, self.is_full = list(plan.problems), False
+        self.record = Record(out)
+        self.writing: list[Future[None]] = []  # of the last scan
+
+    def add(self, name: str, segment: Callable[[], Prediction]) -> None:
+        """Segment a scan, unless the disk is full, and begin to write what is said of it."""
+        prediction, error = None, None
+        try:
+            prediction = None if self.is_full else segment()
+        except Exception as caught:  # whatever it is, it is this scan's: the others go on
+            error = caught
+        self._finish()
+        if self.is_full:
+            image = self.plan.scans[name][0]
+            self.problems.append(f"{image}: not tried, since there is no room for its mask")
+        elif prediction is None:
+            assert error is not None, "there is one of both"
+            self._fail(name, error)
+        else:
+            voxels, has_probs = prediction.mask.size, prediction.probs is not None
+            self.writing = [begin(partial(self._write, name, prediction))]
+            if has_probs or not has_room(WRITE_BYTES * voxels):
+                self._finish()
+
+    def _write(self, name: str, prediction: Prediction) -> None:
+        """Write what is said of a scan, and what goes wrong with that."""
+        probs, uncertainty, fidelity = self.options
+        mask = self.plan.masks[name]
+        try:
+            written = _write_prediction(self.model.info, mask, name, prediction, probs, self.record)
+            images = self.plan.scans[name]
+            about = identify_prediction(self.model, images, uncertainty, fidelity)
+            append_audit(self.out / AUDIT, scan=name, **about, output=written)
+        except Exception as error:
+            self._fail(name, error)
+            return
+        with self.bar.external_write_mode():
+            self.report(f"{mask}" + "".join(f"\n  note: {flag}" for flag in prediction.flags))
+
+    def _fail(self, name: str, error: Exception) -> None:
+        """Note what went wrong with a scan."""
+        image = self.plan.scans[name][0]
+        self.problems.append(f"{image}: {explain_failure(error)}")
+        with self.bar.external_write_mode():
+            self.report(f"{image}: no mask, see below")
+        self.is_full = getattr(error.__cause__, "errno", None) in FULL_DISK_ERRORS
+
+    def _finish(self) -> None:
+        """Wait until the last result is written."""
+        for writing in self.writing:
+            writing.result()
+
+    def close(self) -> None:
+        """Write what has not been written yet."""
+        try:
+            self._finish()
+        finally:
+            self.bar.close()
+            with contextlib.suppress(*[InputError] * self.is_full):  # of that disk all is said
+                self.record.write()
 
 
 def show_bar(num_windows: int) -> tqdm[Any]:

@@ -325,6 +325,7 @@ def _load(
             )
         objective.load_state_dict(content["objective"])
         optimizer.load_state_dict(content["optimizer"])
+        _arrange_state(optimizer)
         return int(content["step"]), Record(content["pending"])
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -333,6 +334,18 @@ def _load(
             f"{path}: cannot be read: damaged, or none of medssl ({type(error).__name__}); "
             "delete it, and this part of the run is trained anew"
         ) from error
+
+
+def _arrange_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimizer holds of its weights their memory layout.
+
+    The fused one takes value after value as it lies in memory, and a checkpoint may be of a version
+    that had another layout.
+    """
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == weight.shape:
+                state[name] = torch.empty_like(weight).copy_(value)
 
 
 class Progress:

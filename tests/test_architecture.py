@@ -21,6 +21,7 @@ LAYERS = (
     "settings",
     "ranks",
     "machine",
+    "beside",
     "runs",
     "metrics",
     "run_folder",

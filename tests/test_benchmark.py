@@ -50,12 +50,15 @@ def test_rivals_at_inference_take_turns_and_say_the_same(benchmark, tmp_path, mo
     benchmark.run("inference", "--small", "--turns", 1, "--out", tmp_path)
     rows = json.loads((tmp_path / "inference.json").read_text())
     ours = [row for row in rows if row["of"] == "medssl"]
-    assert [(row["precision"], row["ratio"]) for row in ours] == [("float32", 1), ("bfloat16", 1)]
+    formats = [(row["dimension"], row["precision"], row["ratio"]) for row in ours]
+    assert formats == [(d, precision, 1) for d in (3, 2) for precision in ("float32", "bfloat16")]
     assert {"MONAI", "8 passes, full", "8 passes, fast"} < {row["of"] for row in rows}
-    network, image = torch.nn.Conv3d(1, 3, 3, padding=1), torch.randn(1, 1, 20, 20, 20)
-    window = Window((16, 16, 16))
-    theirs = benchmark.inference.prepare_monai(network, image, window)()
-    assert torch.allclose(theirs, predict_logits(network, image, window), atol=1e-5)
+    image = torch.randn(1, 1, 20, 20, 20)
+    for window in (Window((16, 16, 16)), Window((16, 16), slice_axis=0)):
+        build = torch.nn.Conv3d if window.slice_axis is None else torch.nn.Conv2d
+        network = build(1, 3, 3, padding=1)
+        theirs = benchmark.inference.prepare_monai(network, image, window)()
+        assert torch.allclose(theirs, predict_logits(network, image, window), atol=1e-5)
 
 
 @pytest.mark.slow

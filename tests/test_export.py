@@ -299,7 +299,8 @@ def test_an_exported_network_gives_the_logits_at_other_sizes(tmp_path, make_mode
     network, logits = load_model(model).network, load_logits(out / f"model{SUFFIXES[form]}")
     steps = about["multiple_of"]
     for batch, counts in ((1, (1, 2, 1)), (3, (4, 2, 3))):
-        counts = (2, 3) if kind == "unet" and batch == 1 else counts
+        if kind != "3d" and batch == 1:  # a norm over two voxels would multiply rounding by 300
+            counts = (2, 3)
         size = [step * count for step, count in zip(steps, counts, strict=False)]
         image = torch.randn(batch, 1, *size)
         with torch.no_grad():

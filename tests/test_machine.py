@@ -4,6 +4,7 @@ import sys
 from collections import namedtuple
 
 import pytest
+import torch
 
 from medssl import machine
 
@@ -129,3 +130,19 @@ def test_free_memory_is_within_the_limit_of_the_process():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < float(done.stdout) <= 1e7
+
+
+def test_the_probe_compares_the_number_formats_it_says_it_does(monkeypatch):
+    dtypes, clock = [], [0.0]
+    conv = machine.F.conv3d
+
+    def slow(x, weight, padding):
+        dtypes.append(x.dtype)
+        clock[0] += 3.0 if x.dtype == torch.float32 else 1.0
+        return conv(x, weight, padding=padding)
+
+    monkeypatch.setattr(machine.F, "conv3d", slow)
+    monkeypatch.setattr(machine.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(machine, "PROBE_SHAPE", (1, 2, 3, 3, 3))
+    assert machine.measure_bfloat16.__wrapped__() == pytest.approx(3.0)
+    assert dtypes == machine.PROBE_TURNS * [torch.float32, torch.bfloat16]

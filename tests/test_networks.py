@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from medssl.config import InputError
-from medssl.networks.build import InstanceNorm, NetworkSpec, build_network
+from medssl.networks.build import (
+    CHANNELS_LAST,
+    InstanceNorm,
+    NetworkSpec,
+    PointwiseConv,
+    _replace_pointwise,
+    arrange,
+    build_network,
+)
 from medssl.networks.noise import (
     DROPOUTS,
     DropBranch,
@@ -87,13 +95,16 @@ def test_no_batch_statistics_are_kept_that_would_mix_labeled_and_unlabeled(netwo
     assert not [name for name, _ in network.named_buffers() if "running" in name]
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("is_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_instance_norm_is_that_of_torch_in_values_and_gradients(layout, dtype):
+@pytest.mark.parametrize("size", [(6, 5, 7), (12, 9, 11), (8, 9), (40, 30)])
+def test_instance_norm_is_that_of_torch_in_values_and_gradients(size, dtype, is_last):
     generator = torch.Generator().manual_seed(2)
-    x = (5 + 3 * torch.randn(2, 4, 6, 5, 7, generator=generator)).to(dtype)
+    layout = CHANNELS_LAST[2 + len(size)] if is_last else torch.contiguous_format
+    x = (5 + 3 * torch.randn(2, 4, *size, generator=generator)).to(dtype)
     slope = torch.randn(x.shape, generator=generator)
-    ours, theirs = InstanceNorm(4), nn.InstanceNorm3d(4, affine=True)
+    kind = nn.InstanceNorm3d if len(size) == 3 else nn.InstanceNorm2d
+    ours, theirs = InstanceNorm(4), kind(4, affine=True)
     with torch.no_grad():
         for weight in ours.parameters():
             weight.normal_(generator=generator)
@@ -106,9 +117,57 @@ def test_instance_norm_is_that_of_torch_in_values_and_gradients(layout, dtype):
             still = norm(image)
         (y.float() * slope).sum().backward()
         results.append([y, still, image.grad, norm.weight.grad, norm.bias.grad])
-    loose = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+    rtol, atol = (2e-2, 5e-2) if dtype == torch.bfloat16 else (1e-4, 1e-4)
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), **loose)
+        torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2, (2, 1)])
+@pytest.mark.parametrize("channels", [(1, 16), (4, 8), (5, 3)])
+def test_a_pointwise_convolution_is_that_of_torch_in_values_and_gradients(channels, stride, dtype):
+    generator = torch.Generator().manual_seed(3)
+    conv = nn.Conv2d(*channels, 1, stride).to(dtype)
+    results = []
+    x = torch.randn(3, channels[0], 13, 10, generator=generator).to(dtype)
+    for module, place in ((conv, x), (PointwiseConv(conv), arrange(x))):
+        conv.zero_grad()
+        image = place.detach().requires_grad_()
+        y = module(image)
+        (y.float() * torch.arange(y.numel()).view_as(y).sin()).sum().backward()
+        results.append([y, image.grad, conv.weight.grad.clone(), conv.bias.grad.clone()])
+    rtol, atol = (2e-2, 5e-2) if dtype == torch.bfloat16 else (1e-4, 1e-4)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("dynunet", (1, 1, 16, 16, 16)), ("unet", (1, 1, 64, 64))]
+)
+def test_features_have_their_channels_last_throughout(tiny_spec, name, size):
+    flat = NetworkSpec(name="unet", in_channels=1, num_classes=3, encoder="resnet18")
+    network = build_network(tiny_spec if name == "dynunet" else flat).eval()
+    layouts = []
+    for module in network.modules():
+        if isinstance(module, InstanceNorm):
+            module.register_forward_hook(lambda m, i, o: layouts.append(is_last(o)))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(arrange(torch.zeros(size)))
+    assert layouts
+    assert all(layouts)
+
+
+def is_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim])
+
+
+def test_an_encoder_whose_strided_convolutions_cannot_be_replaced_stays_as_it_is():
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2, stride=2), nn.Conv2d(4, 4, 1))
+    assert not _replace_pointwise(grouped)
+    assert type(grouped[1]) is nn.Conv2d
+    plain = nn.Sequential(nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 1, groups=2))
+    assert _replace_pointwise(plain)
+    assert [type(child) for child in plain] == [PointwiseConv, nn.Conv2d]
 
 
 def test_weights_of_monai_s_own_network_fit_and_give_the_same_logits(tiny_spec, image):

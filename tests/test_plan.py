@@ -424,10 +424,14 @@ def test_a_missing_gpu_is_refused_where_it_was_asked_for_and_not_on_auto():
     assert choose_device("auto") == "cpu"
 
 
-def test_bfloat16_is_chosen_where_the_processor_has_it(scans, monkeypatch):
+def test_bfloat16_is_chosen_where_the_processor_has_it_and_is_faster_in_it(scans, monkeypatch):
     scans.add()
+    factors = iter([3.2, 1.1, 1.05])
+    monkeypatch.setattr("medssl.machine.measure_bfloat16", lambda: next(factors))
     monkeypatch.setattr("medssl.machine.has_cpu_bfloat16", lambda: True)
-    assert scans.plan().precision == "bfloat16"
+    plans = [scans.plan() for _ in range(3)]
+    assert [plan.precision for plan in plans] == ["bfloat16", "bfloat16", "float32"]
+    assert "3.2 times as fast" in " ".join(plans[0].reasons)
     monkeypatch.setattr("medssl.machine.has_cpu_bfloat16", lambda: False)
     assert scans.plan().precision == "float32"
 

@@ -2,6 +2,7 @@ import errno
 import gzip
 import itertools
 import pickle
+import threading
 from dataclasses import replace
 
 import nibabel as nib
@@ -476,6 +477,66 @@ def test_what_was_written_before_an_interruption_is_on_the_record(oracle, tmp_pa
         "a.nii.gz",
         "b.nii.gz",
     }
+
+
+def test_scans_that_overlap_are_written_and_reported_as_one_after_the_other(
+    saved, tmp_path, monkeypatch
+):
+    for index, name in enumerate("abd"):
+        write_scan(tmp_path / "in" / f"{name}.nii", bright=80.0 + index)
+    (tmp_path / "in" / "c.nii").write_bytes(b"no scan")
+    told = {}
+    for way in (False, True):
+        out, told[way] = tmp_path / str(way), []
+        monkeypatch.setattr(predict, "has_room", lambda size, way=way: way)
+        with pytest.raises(SomeFailedError) as caught:
+            predict_files(load_model(saved), [tmp_path / "in"], out, report=told[way].append)
+        told[way] = [text.replace(str(out), "") for text in (*told[way], str(caught.value))]
+    assert told[False] == told[True]
+    for name in ("a.nii.gz", "b.nii.gz", "d.nii.gz", "predictions.json"):
+        first, second = ((tmp_path / way / name).read_bytes() for way in ("False", "True"))
+        assert first == second
+    lines = [(tmp_path / way / "predictions.jsonl").read_text() for way in ("False", "True")]
+    assert [line.count('"scan"') for line in lines] == [3, 3]
+
+
+@pytest.mark.parametrize(("probs", "is_beside"), [(False, True), (True, False)])
+def test_a_mask_without_probs_is_written_while_the_next_scan_is_segmented(
+    oracle, tmp_path, monkeypatch, probs, is_beside
+):
+    for name in "ab":
+        write_scan(tmp_path / "scans" / f"{name}.nii")
+    second, real_predict, real_write = threading.Event(), predict.predict_case, predict.write_mask
+    waited = []
+
+    def segment(model, images, **options):
+        if images[0].name == "b.nii":
+            second.set()
+        return real_predict(model, images, **options)
+
+    def write(path, *rest, **options):
+        if path.name == "a.nii.gz":
+            waited.append(second.wait(30 if is_beside else 0.2))
+        return real_write(path, *rest, **options)
+
+    monkeypatch.setattr(predict, "has_room", lambda size: True)
+    monkeypatch.setattr(predict, "predict_case", segment)
+    monkeypatch.setattr(predict, "write_mask", write)
+    quiet = {"report": lambda text: None}
+    predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", probs=probs, **quiet)
+    assert waited == [is_beside]
+
+
+def test_who_cannot_be_told_of_a_mask_ends_the_call(oracle, tmp_path):
+    for name in "abc":
+        write_scan(tmp_path / "scans" / f"{name}.nii")
+
+    def refuse(text):
+        raise BrokenPipeError(text)
+
+    with pytest.raises(BrokenPipeError, match=r"a\.nii\.gz"):
+        predict_files(oracle, [tmp_path / "scans"], tmp_path / "out", report=refuse)
+    assert set(read_json(tmp_path / "out" / "predictions.json")["files"]) == {"a.nii.gz"}
 
 
 def test_a_second_call_adds_to_what_the_first_one_wrote(oracle, tmp_path):

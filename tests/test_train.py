@@ -116,6 +116,20 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_to_the_last_bit(
     assert_same(dict(objective.state_dict()), dict(read_checkpoint(whole)["objective"]))
 
 
+def test_a_checkpoint_of_another_memory_layout_goes_on_as_its_own(start, whole, tmp_path):
+    start(stop=4)
+    path = tmp_path / "run" / "round_1" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    states = content["optimizer"]["state"].values()
+    layouts = [(s["exp_avg"].stride(), s["exp_avg"].contiguous().stride()) for s in states]
+    assert any(now != then for now, then in layouts)
+    for state in states:
+        state.update({name: value.contiguous() for name, value in state.items()})
+    torch.save(content, path)
+    start()
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_a_checkpoint_holds_the_average_and_the_thresholds(whole):
     state = read_checkpoint(whole)["objective"]
     assert state["teacher.n_averaged"] == 8

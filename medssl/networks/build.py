@@ -22,6 +22,8 @@ from medssl.networks.noise import DROPOUTS, add_stochastic_depth, sample_dropout
 ENCODER_FACTOR = 32  # pixels to which an image is padded: five halvings
 LEAST_SIDE = 64  # pixels: below, one pixel is left, of which an instance has no deviation
 FIRST_DROPPED = 2  # halvings from which on features are dropped
+GROUP_NORM_VOXELS = 1024  # of features, from which on torch's group norm is fast: its own constant
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a tensor
 PLANE_NETWORKS: tuple[str, ...] = get_args(PlaneNetwork)
 Count = Annotated[int, Field(ge=1, le=2**16)]
 
@@ -86,8 +88,7 @@ class SegmentationNetwork(nn.Module):
 class InstanceNorm(nn.GroupNorm):
     """Instance norm of C channels as group norm with a group for each, which is faster on a CPU.
 
-    It is the same function of the same weights. On a GPU, and in a backward pass in bfloat16 with
-    channels last, for which torch has no fast group norm, it is torch's instance norm.
+    It is the same function of the same weights. On a GPU it is torch's instance norm.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -95,10 +96,87 @@ class InstanceNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return features (B, C, I, J, K), each channel of each case with mean 0, deviation 1."""
-        is_slow = input.dtype == torch.bfloat16 and not input.is_contiguous()
-        if input.is_cuda or (is_slow and torch.is_grad_enabled()):
+        if input.is_cuda:
             return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
-        return super().forward(input)
+        is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if is_traced or input.is_contiguous():
+            return super().forward(input)
+        result: Tensor = _NormChannelsLast.apply(input, self.weight, self.bias, self.eps)
+        return result
+
+
+class _NormChannelsLast(torch.autograd.Function):
+    """Instance norm of features with channels last, by the kernels that are fast for them.
+
+    Of small features, and in the backward pass, that is batch norm, case by case: group norm has
+    none there (torch 2.14).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Return the normalized features (B, C, I, J, K)."""
+        num_cases, num_channels = x.shape[:2]
+        voxels = x[0, 0].numel()
+        if voxels >= GROUP_NORM_VOXELS:
+            result, mean, inverse = torch.native_group_norm(
+                x, weight, bias, num_cases, num_channels, voxels, num_channels, eps
+            )
+        else:
+            parts = [
+                torch.native_batch_norm(case, weight, bias, None, None, True, 0.0, eps)
+                for case in torch.split(x, 1)
+            ]
+            result, mean, inverse = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Return the gradients of features, weight and bias."""
+        x, weight, mean, inverse = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=CHANNELS_LAST[x.ndim])
+        cases = zip(
+            torch.split(gradient, 1),
+            torch.split(x, 1),
+            mean.view(len(x), -1),
+            inverse.view(len(x), -1),
+            strict=True,
+        )
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                g, case, weight, None, None, m, i, True, ctx.eps, [True, True, True]
+            )
+            for g, case, m, i in cases
+        ]
+        features, weights, biases = zip(*parts, strict=True)
+        return torch.cat(features), sum(weights), sum(biases), None
+
+
+class PointwiseConv(nn.Module):
+    """A convolution of kernel size 1 that takes the weights of torch's, and gives the same.
+
+    In float32 it is a product of matrices, which is faster on a CPU: ten times in 3D with channels
+    last. A stride picks voxels before it: the backward pass of a strided convolution of kernel
+    size 1 writes out of bounds with few channels, in 2D with channels last (torch 2.14).
+    """
+
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride = conv.stride
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return features (B, C, I, J, K) of features (B, C, I, J, K)."""
+        if max(self.stride) > 1:
+            picked = input[(slice(None), slice(None), *(slice(None, None, n) for n in self.stride))]
+            input = picked.contiguous(memory_format=CHANNELS_LAST[input.ndim])
+        is_short = input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if input.is_cuda or is_short:
+            conv = F.conv2d if input.ndim == 4 else F.conv3d
+            return conv(input, self.weight, self.bias)
+        weight = self.weight.flatten(1)
+        return F.linear(input.movedim(1, -1), weight, self.bias).movedim(-1, 1)
 
 
 class DynamicUNet(SegmentationNetwork):
@@ -127,6 +205,7 @@ class DynamicUNet(SegmentationNetwork):
             deep_supr_num=max(1, self.num_heads),
         )
         _replace_norm(self.dynunet)
+        _replace_pointwise(self.dynunet)
         _place_dropout(self.dynunet, spec.dropout, dimension)
         if spec.stochastic_depth < 1.0:
             add_stochastic_depth(self.dynunet, spec.stochastic_depth)
@@ -194,6 +273,8 @@ class EncoderNetwork(SegmentationNetwork):
         self.smp = _create_smp(spec, download)
         if not spec.pretrained:
             _replace_norm(self.smp)
+        is_safe = _replace_pointwise(self.smp)
+        self.layout = torch.channels_last if is_safe else torch.contiguous_format
         self.dropout = nn.Dropout2d(spec.dropout)
         for module in self.smp.decoder.modules():
             if isinstance(module, DROPOUTS):
@@ -216,6 +297,7 @@ class EncoderNetwork(SegmentationNetwork):
         """Return the features of all levels, of an image padded to a size that can be halved."""
         i, j = image.shape[2:]
         padded = F.pad(image, (0, -j % ENCODER_FACTOR, 0, -i % ENCODER_FACTOR))
+        padded = padded.contiguous(memory_format=self.layout)
         features: list[Tensor] = self.smp.encoder(padded)
         return features
 
@@ -286,17 +368,30 @@ def _pools_globally(module: nn.Module) -> bool:
     return isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1))
 
 
-def arrange(image: Tensor) -> Tensor:
-    """Return an image (B, C, I, J[, K]) in the memory layout that convolutions are fast in.
+def _replace_pointwise(module: nn.Module) -> bool:
+    """Put this file's convolution of kernel size 1 in the place of torch's.
 
-    Channels last, but not in 2D on a CPU: there the backward pass of a strided 1 x 1 convolution
-    of less than 16 channels writes out of bounds in that layout (torch 2.15).
+    Not if a strided one does more than torch's, and so has to stay as it is: then channels last
+    are not safe, which is what is returned.
     """
-    if image.ndim == 5:  # contiguous() leaves one channel as it is, and with it the first block
-        return torch.empty_like(image, memory_format=torch.channels_last_3d).copy_(image)
-    return image.contiguous(
-        memory_format=torch.channels_last if image.is_cuda else torch.contiguous_format
-    )
+    convs = [c for c in module.modules() if isinstance(c, nn.Conv2d | nn.Conv3d)]
+    pointwise = [conv for conv in convs if set(conv.kernel_size) == {1}]
+    plain = [c for c in pointwise if type(c) in (nn.Conv2d, nn.Conv3d) and c.groups == 1]
+    if any(max(conv.stride) > 1 for conv in set(pointwise) - set(plain)):
+        return False
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d | nn.Conv3d) and child in plain:
+                setattr(parent, name, PointwiseConv(child))
+    return True
+
+
+def arrange(image: Tensor) -> Tensor:
+    """Return an image (B, C, I, J[, K]) with channels last, in which convolutions are fast.
+
+    A copy, since contiguous() would leave one channel as it is, and with it the first block.
+    """
+    return torch.empty_like(image, memory_format=CHANNELS_LAST[image.ndim]).copy_(image)
 
 
 def read_heads(given: Any, image: Tensor) -> list[Tensor]:
@@ -334,7 +429,6 @@ def build_network(spec: NetworkSpec, download: bool = False) -> SegmentationNetw
         InputError: The specification names what cannot be built, or the download failed.
     """
     if spec.name != "dynunet":
-        return EncoderNetwork(spec, download)
-    network = DynamicUNet(spec)
-    is_flat = len(spec.strides[0]) == 2
-    return network if is_flat else network.to(memory_format=torch.channels_last_3d)
+        encoder = EncoderNetwork(spec, download)
+        return encoder.to(memory_format=encoder.layout)
+    return DynamicUNet(spec).to(memory_format=CHANNELS_LAST[2 + len(spec.strides[0])])

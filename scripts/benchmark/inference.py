@@ -1,7 +1,8 @@
 """A sliding window beside those of MONAI and, where it is installed, nnU-Net; and MC dropout.
 
-One network and one scan. All take turns in one process, on one thread, and are measured in seconds
-of the processor, so that other programs disturb little; what counts are the ratios.
+One scan, and a network in 3D and one in 2D that sees slices. All take turns in one process, on one
+thread, and are measured in seconds of the processor, so that other programs disturb little; what
+counts are the ratios.
 """
 
 import argparse
@@ -31,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Measure all rivals and print a table."""
-    rows = compare_inference(*SIZES[arguments.small], arguments.turns)
+    sizes, turns = SIZES[arguments.small], arguments.turns
+    rows = [row for dimension in (3, 2) for row in compare_inference(*sizes, turns, dimension)]
     print(format_inference(rows))
     return rows
 
 
-def compare_inference(size: int, patch: int, turns: int) -> list[dict[str, object]]:
+def compare_inference(size: int, patch: int, turns: int, dimension: int) -> list[dict[str, object]]:
     """Return seconds of each rival and of ours in each number format, medians over all turns."""
     import torch
 
@@ -47,14 +49,14 @@ def compare_inference(size: int, patch: int, turns: int) -> list[dict[str, objec
     torch.set_num_threads(1)
     torch.manual_seed(0)
     spec = NetworkSpec(
-        in_channels=1, num_classes=3, filters=(16, 32, 64, 128), kernels=((3, 3, 3),) * 4,
-        strides=((1, 1, 1), *((2, 2, 2),) * 3), dropout=0.1, deep_supervision=True,
+        in_channels=1, num_classes=3, filters=(16, 32, 64, 128), kernels=((3,) * dimension,) * 4,
+        strides=((1,) * dimension, *((2,) * dimension,) * 3), dropout=0.1, deep_supervision=True,
     )  # fmt: skip
     network = build_network(spec).eval()
     image = torch.randn(1, 1, size, size, size)
     rows: list[dict[str, object]] = []
     for precision in PRECISIONS:
-        window = Window((patch,) * 3, precision)
+        window = Window((patch,) * dimension, precision, (), None if dimension == 3 else 0)
         rivals: dict[str, Callable[[], object]] = {
             "medssl": partial(predict_logits, network, image, window),
             "MONAI": prepare_monai(network, image, window),
@@ -76,6 +78,7 @@ def compare_inference(size: int, patch: int, turns: int) -> list[dict[str, objec
             rows.append(
                 {
                     "of": name,
+                    "dimension": dimension,
                     "precision": precision,
                     "voxels": size**3,
                     "seconds": round(statistics.median(times), 3),
@@ -90,11 +93,14 @@ def prepare_monai(
 ) -> Callable[[], "Tensor"]:
     """Return what moves MONAI's window over an image, with the same overlap and weights."""
     import torch
-    from monai.inferers import SlidingWindowInferer
+    from monai.inferers import SliceInferer, SlidingWindowInferer
 
     from medssl.windows import OVERLAP
 
-    infer = SlidingWindowInferer(window.patch_size, overlap=OVERLAP, mode="gaussian")
+    how = {"roi_size": window.patch_size, "overlap": OVERLAP, "mode": "gaussian"}
+    infer = SlidingWindowInferer(**how)
+    if window.slice_axis is not None:
+        infer = SliceInferer(window.slice_axis, **how)
 
     def act() -> torch.Tensor:
         enabled = window.precision == "bfloat16"
@@ -129,8 +135,9 @@ def prepare_nnunet(
 
 def format_inference(rows: list[dict[str, object]]) -> str:
     """Return a table in Markdown; the ratio is the time of each to that of one pass of medssl."""
-    lines = ["| of | format | voxels a second | time / medssl, one pass |", "|---|---|---|---|"]
+    lines = ["| of | in | format | voxels a second | time / medssl, one pass |", "|---" * 5 + "|"]
     for row in rows:
         speed = row["voxels"] / row["seconds"]
-        lines.append(f"| {row['of']} | {row['precision']} | {speed:.0f} | {row['ratio']:.2f} |")
+        what = f"{row['of']} | {row['dimension']}D | {row['precision']}"
+        lines.append(f"| {what} | {speed:.0f} | {row['ratio']:.2f} |")
     return "\n".join(lines)

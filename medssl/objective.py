@@ -38,11 +38,10 @@ from medssl.networks.noise import drop_features, freeze_encoder, sample_dropout,
 from medssl.networks.sharing import share_batch
 from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
-from medssl.pseudo.uncertainty import combine, find_limit
+from medssl.pseudo.uncertainty import combine_slab, find_limit
 from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
 
 Loss = Callable[..., Tensor]
-_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 FEATURE_DROPOUT = 0.5  # of the skips' channels in the view feature_noise; Yang et al. 2023
 LEAST_PROB = 1e-6
@@ -80,6 +79,9 @@ class Patches:
 class Objective(nn.Module):
     """Student, EMA teacher, filter and losses of one round.
 
+    ``monitors`` are what the last step measured: numbers, or tensors of one element, which stay on
+    the device until the journal reads them. One that is NaN has no value in this step.
+
     Args:
         student: The network that learns: any module whose forward returns logits, or a list of
             them from full resolution downwards; ``forward_heads``, where it has one, goes first.
@@ -107,7 +109,7 @@ class Objective(nn.Module):
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.student = cast(SegmentationNetwork, student)  # as it is in medssl's own trainings
-        self.teacher = average(student, config.teacher.ema_decay)
+        self.teacher = average(student)
         self.thresholds = ClassThresholds(config.filter.threshold, self.num_classes)
         self.transport: RunningTransport | None = None
         self.fits_transport = log_potentials is None
@@ -121,7 +123,8 @@ class Objective(nn.Module):
             "student": find_loss(config.losses.supervised.beside_pseudo_labels),
             "pseudo_label": build_loss(config.losses.pseudo_label),
         }
-        self.monitors: dict[str, float] = {}
+        self.monitors: dict[str, Tensor | float] = {}
+        self.skipped: Tensor | None = None
         self.tuning = False
 
     def train(self, mode: bool = True) -> Self:
@@ -136,8 +139,13 @@ class Objective(nn.Module):
         return cast(SegmentationNetwork, self.teacher.module)
 
     def after_step(self) -> None:
-        """Move the EMA teacher towards the student, after an optimizer step."""
-        self.teacher.update_parameters(self.student)
+        """Move the EMA teacher towards the student, after an optimizer step.
+
+        The training loop says in ``skipped``, a bool on the device, whether the loss was not finite
+        and the step left out; then nothing moves. It calls this all the same, rather than wait for
+        the device to know.
+        """
+        follow(self.teacher, self.student, self.config.teacher.ema_decay, self.skipped)
 
     def keep_average(self) -> None:
         """Let the average go on from the weights that the student starts with.
@@ -305,7 +313,7 @@ class Objective(nn.Module):
         with sample_dropout(network):
             probs = predict_probs(network, views).chunk(count)
         passes = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
-        mean, entropy, information = combine(passes, f"MC dropout ({count} passes)")
+        mean, entropy, information, _ = combine_slab(passes)
         return mean, information if section.measure == "mutual_information" else entropy
 
     def assign(self, probs: Tensor) -> Tensor:
@@ -343,8 +351,7 @@ class Objective(nn.Module):
         """Return labeled patches with one-hot targets."""
         label = labeled["label"].long()
         valid = (labeled["weight"] > 0) & (label != IGNORE)
-        classes = torch.where(valid, label, 0)[:, 0]
-        target = F.one_hot(classes, self.num_classes).movedim(-1, 1).float()
+        target = encode_classes(torch.where(valid, label, 0), self.num_classes)
         none = torch.zeros_like(valid)
         return Patches(labeled["image"], target, valid, none, target, none.float())
 
@@ -355,7 +362,7 @@ class Objective(nn.Module):
         """
         section = self.config.target
         if section.kind == "hard":
-            return F.one_hot(probs.max(1).indices, self.num_classes).movedim(-1, 1).float()
+            return encode_classes(probs.max(1, keepdim=True).indices, self.num_classes)
         is_plan = self.transport is not None
         temperature = section.transport.epsilon if is_plan else section.temperature
         return torch.softmax(probs.clamp(min=LEAST_PROB).log() / temperature, dim=1)
@@ -375,12 +382,11 @@ class Objective(nn.Module):
         accepted = confident & sure
         if uncertainty is not None:  # what the uncertainty alone takes away
             refused = (confident & valid & ~sure).sum() / valid.sum().clamp(min=1)
-            self.monitors["refused_by_uncertainty"] = float(refused)
+            self.monitors["refused_by_uncertainty"] = refused
         classes = probs.max(1, keepdim=True).indices
         self.monitors |= measure_coverage(accepted, classes, valid, self.class_names)
-        for name, threshold in zip(
-            self.class_names, self.thresholds.thresholds.tolist(), strict=True
-        ):
+        thresholds = self.thresholds.thresholds.clone().unbind()  # they go on moving
+        for name, threshold in zip(self.class_names, thresholds, strict=True):
             self.monitors[f"threshold/{name}"] = threshold
         return self.thresholds.weigh(probs) * sure
 
@@ -432,7 +438,8 @@ class Objective(nn.Module):
         total = torch.zeros((), device=x.image.device)
         for share, logits in zip(shares, f, strict=True):
             target, weight, valid = shrink(x.target, m, x.valid, logits.shape[2:])
-            total = total + share / sum(shares) * loss(logits / temperature, target, weight, valid)
+            logits = logits / temperature if temperature != 1.0 else logits
+            total = total + share / sum(shares) * loss(logits, target, weight, valid)
         return total
 
 
@@ -485,18 +492,42 @@ def build_loss(section: PseudoLabelSection, transition: Tensor | None = None) ->
     return functools.partial(find_loss(section.name), **section.options, **matrix)
 
 
-def average(student: nn.Module, decay: float) -> AveragedModel:
-    """Return an EMA of a network, buffers included, that takes no gradient."""
+def average(student: nn.Module) -> AveragedModel:
+    """Return an average of a network, buffers included, that `follow` moves; without gradient."""
+    return AveragedModel(student, use_buffers=True).requires_grad_(False)
 
-    def move(averages: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-        if averages[0].is_floating_point():
-            share = 1.0 - min(1.0 - 1.0 / (float(count) + 1.0), decay)
-            torch._foreach_lerp_(averages, current, share)
-        else:  # batch norm counts its batches
-            torch._foreach_copy_(averages, current)
 
-    teacher = AveragedModel(student, multi_avg_fn=move, use_buffers=True)
-    return teacher.requires_grad_(False)
+@torch.no_grad()
+def follow(
+    teacher: AveragedModel, student: nn.Module, decay: float, skipped: Tensor | None = None
+) -> None:
+    """Move an average towards a network, buffers included; the first time it copies.
+
+    What `AveragedModel.update_parameters` does, but that waits for the device to know its count.
+
+    Args:
+        teacher: Of `average`.
+        student: The network.
+        decay: Of the exponential average; a plain mean until it has as many steps.
+        skipped: Bool, of no axes, on the device: the average stays as it is.
+    """
+    count = teacher.n_averaged
+    moves = torch.ones_like(count) if skipped is None else (~skipped).to(count)
+    share = (1.0 / (count + 1)).clamp(min=1.0 - decay) * moves
+    pairs = list(zip(_list_state(teacher.module), _list_state(student), strict=True))
+    floating = [pair for pair in pairs if pair[0].is_floating_point()]
+    shares = {dtype: share.to(dtype) for dtype in {mean.dtype for mean, _ in floating}}
+    means = [mean for mean, _ in floating]
+    torch._foreach_lerp_(means, [now for _, now in floating], [shares[m.dtype] for m in means])
+    for mean, now in pairs:
+        if not mean.is_floating_point():  # batch norm counts its batches
+            mean.copy_(torch.where(moves > 0, now, mean))
+    count.add_(moves)
+
+
+def _list_state(network: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers."""
+    return [*network.parameters(), *network.buffers()]
 
 
 @torch.no_grad()
@@ -528,12 +559,12 @@ def choose_voxels(voxels: str, x: Patches) -> Tensor:
         voxels: "labeled", or of the unlabeled cases "all", "accepted" or "refused" ones.
         x: The patches, mixed.
     """
-    return {
-        "labeled": (x.valid & ~x.is_unlabeled).float(),
-        "all": x.is_unlabeled.float(),
-        "accepted": x.accepted,
-        "refused": x.is_unlabeled.float() - x.accepted,
-    }[voxels]
+    if voxels == "labeled":
+        return (x.valid & ~x.is_unlabeled).float()
+    if voxels == "accepted":
+        return x.accepted
+    everywhere = x.is_unlabeled.float()
+    return everywhere - x.accepted if voxels == "refused" else everywhere
 
 
 def draw_mirrorings(
@@ -565,21 +596,25 @@ def draw_mixing(
     size = tuple(patches.image.shape[2:])
     draw_parts = draw_boxes if kind == "cutmix" else draw_cubes
     share = 0.0 if kind == "none" else probability
-    return draw_parts(len(patches.image), size, generator, share)
+    return draw_parts(len(patches.image), size, generator, share, device=patches.image.device)
 
 
 def paste_patches(into: Patches, source: Patches, boxes: Tensor) -> Patches:
     """Paste ``source`` inside the boxes (B, 1, I, J, K): image, target and all else alike."""
-    boxes = boxes.to(into.image.device)
     pairs = {f.name: (getattr(into, f.name), getattr(source, f.name)) for f in fields(into)}
     return Patches(**{name: paste(*pair, boxes) for name, pair in pairs.items()})
 
 
 def repeat_patches(patches: Patches, count: int, shift: int = 0) -> Patches:
     """Return ``count`` patches, repeated or cut as needed, shifted along the batch."""
-    index = (torch.arange(count) + shift) % len(patches.image)
-    index = index.to(patches.image.device)
+    index = (torch.arange(count, device=patches.image.device) + shift) % len(patches.image)
     return Patches(**{f.name: getattr(patches, f.name)[index] for f in fields(patches)})
+
+
+def encode_classes(classes: Tensor, num_classes: int) -> Tensor:
+    """Return classes (B, 1, I, J, K) as one-hot probs (B, num_classes, I, J, K), float32."""
+    shape = (len(classes), num_classes, *classes.shape[2:])
+    return torch.zeros(shape, device=classes.device).scatter_(1, classes, 1.0)
 
 
 def shrink(

@@ -374,7 +374,7 @@ def sample_uncertainty(
         for slabs in align_slabs(views, window.find_axis(image.shape[2:])):
             draws = (torch.softmax(slab, dim=0)[None] for slab in slabs)
             _, entropy, information, differ = combine_slab(draws)
-            spread = max(spread, differ)
+            spread = max(spread, float(differ))
             yield torch.cat([entropy[0], information[0]])
     refuse_equal(spread, f"MC dropout ({passes} passes)")
 

@@ -6,6 +6,7 @@ Axes: B batch, C channels, I J K voxel axes.
 from __future__ import annotations
 
 import collections
+import math
 import sys
 import time
 import zipfile
@@ -92,7 +93,7 @@ def train_model(
     path = folder / "checkpoint.pt"
     identity = _identify(config, plan, round_index, member)
     meet_for_steps()  # whatever the first process did since the last ones
-    step, pending = _load(path, identity, objective, optimizer, device)
+    step, record = _load(path, identity, objective, optimizer, device)
     start_alike(objective, step)
     journal = Journal((folder if member else run_dir) / "metrics.jsonl")
     journal.cut(round_index, step)
@@ -101,7 +102,6 @@ def train_model(
         dataset, step, num_steps, plan.workers, pin_memory=device.type == "cuda"
     )
     fine_tune_from = dataset.sampling.fine_tune_from
-    nonfinite = 0
     while step < num_steps:
         started = time.perf_counter()
         batch = next(batches)
@@ -126,25 +126,29 @@ def train_model(
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
-        if bool(torch.isfinite(loss + norm)):
-            optimizer.step()
-            objective.after_step()
-            nonfinite = 0
-        else:
-            nonfinite += 1
+        objective.skipped = ~torch.isfinite(loss.detach() + norm)
+        optimizer.found_inf = objective.skipped.float()  # type: ignore[attr-defined]  # of AMP
+        optimizer.step()
+        objective.after_step()
         step += 1
 
-        _collect(pending, terms, loss, norm, objective, nonfinite)
-        pending["monitors/data_wait"] += waited
-        pending["seconds"] += time.perf_counter() - started
-        if nonfinite >= MOST_NONFINITE:
+        figures = {f"losses/{name}": term for name, term in terms.items()}
+        figures |= {"losses/total": loss, "monitors/grad_norm": norm}
+        figures |= {f"monitors/{name}": value for name, value in objective.monitors.items()}
+        record.add(figures, objective.skipped)
+        is_told = step % config.train.log_every == 0 or step == num_steps
+        if is_told:
+            record.read()  # here the device is waited for, as a part of the step
+        record.sums["monitors/data_wait"] += waited
+        record.sums["seconds"] += time.perf_counter() - started
+        if record.most_nonfinite >= MOST_NONFINITE:
             raise FloatingPointError(
-                f"round {round_index}, step {step}: the loss was not finite for {nonfinite} steps "
-                f"in a row; the last good checkpoint is {path}; lower train.lr "
-                f"(now {config.train.lr:g}) or set train.precision=float32"
+                f"round {round_index}, step {step}: the loss was not finite for "
+                f"{record.most_nonfinite} steps in a row; the last good checkpoint is {path}; "
+                f"lower train.lr (now {config.train.lr:g}) or set train.precision=float32"
             )
-        if step % config.train.log_every == 0 or step == num_steps:
-            metrics = _average(pending, optimizer.param_groups[0]["lr"])
+        if is_told:
+            metrics = _average(record.sums, optimizer.param_groups[0]["lr"])
             journal.append(round_index, step, metrics)
             progress.report(step, metrics)
         progress.advance(step)
@@ -154,7 +158,8 @@ def train_model(
             if validate is not None:
                 journal.append(round_index, step, validate())
                 objective.train()
-            _save(path, identity, objective, optimizer, step, pending)
+            record.read()
+            _save(path, identity, objective, optimizer, step, record.sums)
             if not member:
                 write_state(run_dir, "running", round_index, step)
             on_checkpoint()
@@ -214,39 +219,67 @@ def _move(part: dict[str, Tensor] | None, device: torch.device) -> dict[str, Ten
     return {key: value.to(device, non_blocking=True) for key, value in part.items()}
 
 
-def _collect(
-    pending: Sums,
-    terms: Mapping[str, Tensor],
-    loss: Tensor,
-    norm: Tensor,
-    objective: Objective,
-    nonfinite: int,
-) -> None:
-    """Add the numbers of a step to the sums until the next line of the journal."""
-    pending["steps"] += 1
-    pending["monitors/nonfinite"] += int(nonfinite > 0)
-    if nonfinite:
-        return
-    values = {f"losses/{name}": float(term.detach()) for name, term in terms.items()}
-    values |= {"losses/total": float(loss.detach()), "monitors/grad_norm": float(norm)}
-    values |= {f"monitors/{name}": float(value) for name, value in objective.monitors.items()}
-    for name, value in values.items():
-        pending[name] += value
-        pending[f"#{name}"] += 1
+class Record:
+    """What the steps since the last line of the journal have measured.
+
+    The figures of a step stay on the device until a line of the journal or a checkpoint asks for
+    them. Reading each at once, the host would wait for the device in every step, and then the
+    device for the host.
+
+    Args:
+        sums: Of the steps before, where a checkpoint has any.
+    """
+
+    def __init__(self, sums: Mapping[str, float]) -> None:
+        self.sums = Sums(float, sums)
+        self.nonfinite = 0  # steps in a row
+        self.most_nonfinite = 0
+        self._unread: list[tuple[list[str], Tensor, dict[str, float]]] = []
+
+    def add(self, figures: Mapping[str, Tensor | float], skipped: Tensor) -> None:
+        """Take the figures of a step, and whether (bool, of one element) it was skipped.
+
+        One that is NaN has no value in this step, and plays no part in a mean.
+        """
+        tensors = {name: value for name, value in figures.items() if isinstance(value, Tensor)}
+        numbers = {name: float(figures[name]) for name in figures.keys() - tensors.keys()}
+        row = [
+            value.detach().reshape(()).to(skipped.device, non_blocking=True)
+            for value in (*tensors.values(), skipped)
+        ]
+        self._unread.append((list(tensors), torch.stack(row), numbers))
+
+    def read(self) -> None:
+        """Add what was not read yet to the sums."""
+        if not self._unread:
+            return
+        values = iter(torch.cat([row for _, row, _ in self._unread]).tolist())
+        for names, _, numbers in self._unread:
+            figures = {name: next(values) for name in names} | numbers
+            is_skipped = bool(next(values))
+            self.nonfinite = self.nonfinite + 1 if is_skipped else 0
+            self.most_nonfinite = max(self.most_nonfinite, self.nonfinite)
+            self.sums["steps"] += 1
+            self.sums["monitors/nonfinite"] += int(is_skipped)
+            for name, value in figures.items():
+                if not is_skipped and not math.isnan(value):
+                    self.sums[name] += value
+                    self.sums[f"#{name}"] += 1
+        self._unread.clear()
 
 
-def _average(pending: Sums, lr: float) -> dict[str, float]:
+def _average(sums: Sums, lr: float) -> dict[str, float]:
     """Return the means since the last line of the journal, and start over."""
-    seconds, steps = pending.pop("seconds"), pending.pop("steps")
+    seconds, steps = sums.pop("seconds"), sums.pop("steps")
     result = {
-        "monitors/data_wait": pending.pop("monitors/data_wait") / max(seconds, 1e-9),
+        "monitors/data_wait": sums.pop("monitors/data_wait") / max(seconds, 1e-9),
         "monitors/steps_per_second": steps / max(seconds, 1e-9),
-        "monitors/nonfinite": float(pending.pop("monitors/nonfinite")),
+        "monitors/nonfinite": float(sums.pop("monitors/nonfinite")),
         "monitors/lr": lr,
     }
-    names = [name for name in pending if not name.startswith("#")]
-    result |= {name: pending[name] / pending[f"#{name}"] for name in names}
-    pending.clear()
+    names = [name for name in sums if not name.startswith("#")]
+    result |= {name: sums[name] / sums[f"#{name}"] for name in names}
+    sums.clear()
     return result
 
 
@@ -256,7 +289,7 @@ def _save(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     step: int,
-    pending: Sums,
+    sums: Sums,
 ) -> None:
     """Write the checkpoint atomically; the one before stands until the new one is whole."""
     if not ranks.is_first():
@@ -264,7 +297,7 @@ def _save(
     content = {
         "identity": identity,
         "step": step,
-        "pending": dict(pending),
+        "pending": dict(sums),
         "objective": objective.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
@@ -277,10 +310,10 @@ def _load(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-) -> tuple[int, Sums]:
-    """Restore a checkpoint; return its step and the sums that were pending."""
+) -> tuple[int, Record]:
+    """Restore a checkpoint; return its step and the record of the steps before it."""
     if not path.is_file():
-        return 0, Sums(float)
+        return 0, Record({})
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself does not look at the check sums
             if damaged := archive.testzip():
@@ -293,7 +326,7 @@ def _load(
         objective.load_state_dict(content["objective"])
         optimizer.load_state_dict(content["optimizer"])
         _arrange_state(optimizer)
-        return int(content["step"]), Sums(float, content["pending"])
+        return int(content["step"]), Record(content["pending"])
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises many kinds for a damaged file, with unsafe advice

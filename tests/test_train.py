@@ -1,3 +1,4 @@
+import math
 import pickle
 import shutil
 import zipfile
@@ -35,11 +36,13 @@ class Spoiled(Objective):
 def train_in(tiny_config, tiny_plan, make_dataset, stop_at):
     """Return a function that trains in a folder and gives the objective and the steps done."""
 
-    def run(folder, stop=None, round_index=1, bad=(), config=None, plan=None, **options):
+    def run(
+        folder, stop=None, round_index=1, bad=(), config=None, plan=None, kind=Spoiled, **options
+    ):
         config, plan = config or tiny_config, plan or tiny_plan
         torch.manual_seed(round_index)
         names = ("background", "organ", "lesion")
-        objective = Spoiled(build_network(plan.network), config, names)
+        objective = kind(build_network(plan.network), config, names)
         objective.bad, objective.num_steps = frozenset(bad), plan.steps
         flag = stop if hasattr(stop, "is_set") else stop_at(stop)
         dataset = make_dataset(round_index, seed=config.train.seed)
@@ -243,6 +246,23 @@ def test_a_non_finite_loss_is_skipped_and_counted(start, tmp_path):
     assert all(torch.isfinite(parameter).all() for parameter in objective.student.parameters())
 
 
+def test_monitors_may_be_numbers_or_tensors_and_absent_ones_play_no_part(start, tmp_path):
+    class Watched(Spoiled):
+        def forward(self, *arguments):
+            terms = super().forward(*arguments)
+            step = round(arguments[2] * self.num_steps)
+            self.monitors["number"] = step
+            self.monitors["seldom"] = torch.tensor([float(step)]) if step % 2 else math.nan
+            self.monitors["large"] = torch.tensor(0.1, dtype=torch.float64)
+            return terms
+
+    start(kind=Watched, bad={3})
+    journal = {step: metrics for _, step, metrics in read_journal(tmp_path / "run")}
+    assert [journal[step]["monitors/number"] for step in (2, 4, 6, 8)] == [0.5, 2, 4.5, 6.5]
+    assert [journal[step].get("monitors/seldom") for step in (2, 4, 6, 8)] == [1, None, 5, 7]
+    assert journal[8]["monitors/large"] == 0.1
+
+
 def test_a_skipped_step_moves_neither_student_nor_teacher_nor_optimizer(start, tmp_path):
     start(stop=4)
     before = read_checkpoint(tmp_path / "run")
@@ -258,7 +278,7 @@ def test_a_skipped_step_moves_neither_student_nor_teacher_nor_optimizer(start, t
 def test_ten_non_finite_losses_in_a_row_stop_with_the_checkpoint_intact(start, tmp_path, tiny_plan):
     plan = tiny_plan.model_copy(update={"steps": 20})
     start(stop=3, plan=plan)
-    with pytest.raises(FloatingPointError, match=r"step 13: .* 10 steps in a row.*train\.lr"):
+    with pytest.raises(FloatingPointError, match=r"step 14: .* 11 steps in a row.*train\.lr"):
         start(bad=range(100), plan=plan)
     found = read_checkpoint(tmp_path / "run")
     assert all(torch.isfinite(v).all() for v in found["objective"].values())

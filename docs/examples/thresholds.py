@@ -36,5 +36,5 @@ for step in range(20):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    history.append({"loss": float(loss.detach())})
-    history[-1] |= measure_coverage(accepted, classes, valid, names)
+    shares = measure_coverage(accepted, classes, valid, names)  # NaN of a class without a voxel
+    history.append({"loss": float(loss.detach()), **{k: float(v) for k, v in shares.items()}})

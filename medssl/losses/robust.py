@@ -158,7 +158,7 @@ def forward_ce(
     """
     check_transition(transition, logits.shape[1])
     log_probs, y, valid = align(logits, target, valid)
-    log_transition = transition.detach().to(log_probs).log()
+    log_transition = transition.detach().to(log_probs, non_blocking=True).log()
     # Class by class from logarithms: T' p itself underflows where T has zeros.
     noisy = [
         torch.logsumexp(log_probs + column.view(1, -1, *[1] * (logits.ndim - 2)), dim=1)

@@ -255,7 +255,8 @@ class ClassThresholds(nn.Module):
         """
         if self.section.name not in UNCOUNTED:
             confidence, classes = probs.float().max(dim=1, keepdim=True)
-            self._count(confidence[valid], classes[valid], interpolate(self.section, progress))
+            tau = interpolate(self.section, progress)
+            self._count(confidence.flatten(), classes.flatten(), valid.flatten(), tau)
         statistics = ClassStatistics(
             predicted=self.predicted,
             reached=self.reached,
@@ -268,18 +269,19 @@ class ClassThresholds(nn.Module):
         )
         self.thresholds.copy_(self.rule(statistics, self.section, progress))
         self.widths.copy_(torch.where(statistics.has_enough, statistics.width, self.widths))
-        self.widths[0] = self.widths[1 + self.thresholds[1:].argmin()]
+        self.widths[0] = self.widths[1:].take(self.thresholds[1:].argmin())
 
-    def _count(self, confidence: Tensor, classes: Tensor, tau: float) -> None:
-        """Add voxels, their confidence (N,) and classes (N,), to the running statistics."""
+    def _count(self, confidence: Tensor, classes: Tensor, valid: Tensor, tau: float) -> None:
+        """Add the valid ones of some voxels (N,) to the running statistics."""
         num_classes = self.predicted.numel()
-        member = classes == torch.arange(num_classes, device=classes.device)[:, None]
-        predicted = torch.bincount(classes, minlength=num_classes)
-        reached = torch.bincount(classes[confidence >= tau], minlength=num_classes)
+        member = (classes == torch.arange(num_classes, device=classes.device)[:, None]) & valid
+        predicted = member.sum(1)
+        reached = (member & (confidence >= tau)).sum(1)
         mean = torch.where(member, confidence, 0.0).sum(1) / predicted.clamp(min=1)
         squares = torch.where(member, confidence - mean[:, None], 0.0).square().sum(1)
         bins = torch.bucketize(confidence, self.edges, right=True) - 1
-        places = torch.bincount(classes * NUM_BINS + bins, minlength=num_classes * NUM_BINS)
+        places = torch.zeros(self.histogram.numel(), dtype=torch.long, device=classes.device)
+        places.scatter_add_(0, classes * NUM_BINS + bins, valid.long())
 
         self.predicted.mul_(MEMORY)  # the earlier part, until the sums below have used it
         joint = (self.predicted + predicted).clamp(min=1e-6)
@@ -320,8 +322,10 @@ def find_surface(classes: Tensor) -> Tensor:
 
 def measure_coverage(
     accepted: Tensor, classes: Tensor, valid: Tensor, names: Sequence[str]
-) -> dict[str, float]:
+) -> dict[str, Tensor]:
     """Return the accepted fraction of all voxels, of each predicted class, and of surfaces.
+
+    They stay on the device, 0-dim float32; of a class or surface without a voxel it is NaN.
 
     Args:
         accepted: (B, 1, I, J, K) bool.
@@ -329,10 +333,9 @@ def measure_coverage(
         valid: (B, 1, I, J, K) bool.
         names: Names of the classes, background first.
     """
-    places = {"coverage": valid, "coverage_surface": valid & find_surface(classes)}
-    places |= {f"coverage/{name}": valid & (classes == i) for i, name in enumerate(names)}
-    return {
-        name: float((accepted & where).sum() / where.sum())
-        for name, where in places.items()
-        if bool(where.any())
-    }
+    each = torch.arange(len(names), device=classes.device).view(-1, *[1] * (classes.ndim - 2))
+    where = torch.cat([valid, valid & find_surface(classes), valid & (classes == each)], dim=1)
+    axes = [0, *range(2, classes.ndim)]
+    shares = (accepted & where).sum(axes) / where.sum(axes)
+    keys = ["coverage", "coverage_surface", *(f"coverage/{name}" for name in names)]
+    return dict(zip(keys, shares.unbind(), strict=True))

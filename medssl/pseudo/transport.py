@@ -166,16 +166,18 @@ class RunningTransport(nn.Module):
             valid: (B, 1, I, J, K) bool, voxels that count.
         """
         power = _relax(self.epsilon, self.rho)
-        voxels = probs.movedim(1, -1)[valid[:, 0]]
-        if not len(voxels) or power == 0:
+        if power == 0:
             return
-        self.num_updates.add_(1)
+        counted = valid.flatten()
+        has_any = counted.any()
+        self.num_updates.add_(has_any)
         rate = (1 / self.num_updates).clamp(min=1 - MEMORY)
         log_prior = self.prior.log()
         running = log_prior - self.log_v / power  # the column sums that gave these potentials
-        batch = _sum_columns(_log_kernel(voxels, self.epsilon), self.log_v)
+        voxels = probs.movedim(1, -1).flatten(0, -2)
+        batch = _sum_columns(_log_kernel(voxels, self.epsilon), self.log_v, counted)
         moved = torch.logaddexp(running + torch.log1p(-rate), batch + rate.log())
-        self.log_v.copy_(power * (log_prior - moved))
+        self.log_v.copy_(torch.where(has_any, power * (log_prior - moved), self.log_v))
 
 
 def _log_kernel(probs: Tensor, epsilon: float) -> Tensor:
@@ -188,10 +190,17 @@ def _work_dtype(probs: Tensor) -> torch.dtype:
     return torch.promote_types(probs.dtype, torch.float32)
 
 
-def _sum_columns(log_kernel: Tensor, log_v: Tensor) -> Tensor:
-    """Return ln col (C,) of a kernel (N, C): the class's column of the plan without its v."""
+def _sum_columns(log_kernel: Tensor, log_v: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return ln col (C,) of a kernel (N, C): the class's column of the plan without its v.
+
+    ``counted`` (N,) says which voxels there are; None for all of them.
+    """
     log_rows = torch.logsumexp(log_kernel + log_v, dim=1, keepdim=True)
-    return torch.logsumexp(log_kernel - log_rows, dim=0) - math.log(len(log_kernel))
+    cells = log_kernel - log_rows
+    if counted is None:
+        return torch.logsumexp(cells, dim=0) - math.log(len(cells))
+    cells = torch.where(counted[:, None], cells, -math.inf)
+    return torch.logsumexp(cells, dim=0) - counted.sum().log()
 
 
 def _relax(epsilon: float, rho: float) -> float:

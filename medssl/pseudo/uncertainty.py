@@ -51,7 +51,7 @@ def combine(predictions: Iterable[Tensor], source: str) -> tuple[Tensor, Tensor,
     Source: Gal 2016, Uncertainty in Deep Learning, equation 3.24.
     """
     mean, entropy, information, spread = combine_slab(predictions)
-    refuse_equal(spread, source)
+    refuse_equal(float(spread), source)
     return mean, entropy, information
 
 
@@ -72,19 +72,20 @@ def refuse_equal(spread: float, source: str) -> None:
         )
 
 
-def combine_slab(predictions: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, float]:
+def combine_slab(predictions: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what ``combine`` does of a part of a scan, and how far its predictions differ."""
     first: Tensor | None = None
-    total, total_entropy = torch.zeros(()), torch.zeros(())
-    count, planes, spread = 0, 1, 0.0
+    total, total_entropy, spread = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    count, planes = 0, 1
     for probs in predictions:
         if first is None:
             first = probs
             total, total_entropy = torch.zeros_like(probs), torch.zeros_like(probs[:, :1])
+            spread = probs.new_zeros(())
             planes = max(1, _PIECE // probs[:, :, :1].numel())  # the steps between take no more
         parts = (torch.split(array, planes, 2) for array in (probs, first, total, total_entropy))
         for now, before, sums, entropies in zip(*parts, strict=True):
-            spread = max(spread, float((now - before).abs().max()))
+            spread = torch.maximum(spread, (now - before).abs().max())
             sums += now
             entropies += entropy_of(now)
         count += 1

@@ -179,7 +179,7 @@ def average_passes(
     spread = 0.0
     for slabs in sample_probs(networks, image, window, turns, box):
         mean, entropy, information, differ = combine_slab(slab[None] for slab in slabs)
-        spread = max(spread, differ)
+        spread = max(spread, float(differ))
         yield torch.cat([mean[0], (information if is_mutual else entropy)[0]])
     refuse_equal(spread, f"MC dropout ({1 + len(turns)} passes)")
 
@@ -221,7 +221,7 @@ def _predict_label(
             if compared:
                 several = slabs[len(members) :] or slabs
                 _, entropy, information, differ = combine_slab(slab[None] for slab in several)
-                spread = max(spread, differ)
+                spread = max(spread, float(differ))
                 uncertainty = information if is_mutual else entropy
             yield torch.cat([probs, uncertainty[0]])
 

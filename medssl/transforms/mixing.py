@@ -16,6 +16,7 @@ def draw_cubes(
     generator: torch.Generator,
     probability: float,
     share: float = 2 / 3,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw a cube for each patch of a batch.
 
@@ -25,18 +26,19 @@ def draw_cubes(
         generator: Source of the draw, on the CPU.
         probability: Probability that a patch gets a cube at all.
         share: Side of the cube, as a fraction of the patch, per axis.
+        device: Of what is returned; nothing is copied to it.
 
     Returns:
         (B, 1, I, J, K) bool, True inside the cube.
 
     Source: Bai et al. 2023 (BCP), section 3.1; the side of 2/3.
     """
-    cubes = torch.zeros((num, 1, *patch_size), dtype=torch.bool)
+    cubes = torch.zeros((num, 1, *patch_size), dtype=torch.bool, device=device)
     for index in range(num):
         chosen = torch.rand((), generator=generator).item() < probability
         box = _draw_box(patch_size, share, generator)
         if chosen:
-            cubes[index, 0][box] = True
+            cubes[index, 0][box].fill_(True)
     return cubes
 
 
@@ -46,6 +48,7 @@ def draw_boxes(
     generator: torch.Generator,
     probability: float,
     alpha: float = 4.0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw a box of random size for each patch of a batch: CutMix with any number of axes.
 
@@ -56,6 +59,7 @@ def draw_boxes(
         probability: Probability that a patch gets a box at all.
         alpha: The share of the patch's volume is drawn from Beta(alpha, alpha), whose mean is 1/2;
             each side is the same fraction of the patch, to the nearest voxel.
+        device: Of what is returned; nothing is copied to it.
 
     Returns:
         (B, 1, I, J, K) bool, True inside the box.
@@ -70,12 +74,12 @@ def draw_boxes(
         raise ValueError(f"alpha must be above 0, got {alpha}")
     seed = int(torch.randint(0, 2**63 - 1, (), generator=generator).item())
     volumes = np.random.default_rng(seed).beta(alpha, alpha, size=num)
-    boxes = torch.zeros((num, 1, *patch_size), dtype=torch.bool)
+    boxes = torch.zeros((num, 1, *patch_size), dtype=torch.bool, device=device)
     for index, volume in enumerate(volumes.tolist()):
         chosen = torch.rand((), generator=generator).item() < probability
         box = _draw_box(patch_size, volume ** (1 / len(patch_size)), generator)
         if chosen:
-            boxes[index, 0][box] = True
+            boxes[index, 0][box].fill_(True)
     return boxes
 
 

@@ -17,10 +17,17 @@ import pytest
 from medssl import ranks, runs
 from medssl.config import IGNORE, InputError
 from medssl.data import cache, files
-from medssl.data.cache import CachedCase, build_cache, list_places
+from medssl.data.cache import (
+    CachedCase,
+    build_cache,
+    list_places,
+    map_array,
+    read_class_voxels,
+)
 from medssl.data.cases import Case
 from medssl.data.io import write_mask
 from medssl.rounds import loop
+from medssl.runs import write_file
 from medssl.transforms.geometry import to_native
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
@@ -625,6 +632,21 @@ def test_ctrl_c_waits_for_no_case(tmp_path):
     finally:
         process.send_signal(signal.SIGKILL)
     assert list(tmp_path.rglob("meta.json")), "what was finished stands"
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path):
+    for number in (1, 2):
+        write_file(tmp_path / "image.npy", lambda path, n=number: np.save(path, np.full(3, n)))
+        write_file(tmp_path / "class_voxels.npz", lambda p, n=number: save_voxels(p, n))
+        assert map_array(tmp_path / "image.npy").tolist() == 3 * [number]
+        assert read_class_voxels(tmp_path)[number].tolist() == [[number, 0, 0]]
+    first = map_array(tmp_path / "image.npy")
+    assert map_array(tmp_path / "image.npy") is first
+
+
+def save_voxels(path, number):
+    with path.open("wb") as file:
+        np.savez(file, **{str(number): np.array([[number, 0, 0]])})
 
 
 def test_a_map_that_is_open_survives_a_rebuild(tmp_path):

@@ -17,6 +17,7 @@ then makes the file anew and goes on from the last checkpoint.
 """
 
 import contextlib
+import functools
 import math
 import sys
 import threading
@@ -525,10 +526,9 @@ def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
         InputError: It is gone or damaged.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return _map_version(path, _find_version(path))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: {repair}") from error
-    return array
 
 
 def read_class_voxels(folder: Path) -> dict[int, NDArray[np.int32]]:
@@ -539,10 +539,32 @@ def read_class_voxels(folder: Path) -> dict[int, NDArray[np.int32]]:
     """
     path = folder / "class_voxels.npz"
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {int(index): stored[index] for index in stored.files}
+        return _read_version(path, _find_version(path))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: {_GONE}") from error
+
+
+Version = tuple[int, int, int]  # of a file: one that was written anew has another
+
+
+def _find_version(path: Path) -> Version:
+    """Return what tells a file from the one that was there before."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=512)  # each patch is cut from a case that was cut from before
+def _map_version(path: Path, version: Version) -> NDArray[Any]:
+    """Map an array file."""
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+@functools.lru_cache(maxsize=64)  # of a few hundred kilobytes each
+def _read_version(path: Path, version: Version) -> dict[int, NDArray[np.int32]]:
+    """Read the voxels of each class."""
+    with np.load(path, allow_pickle=False) as stored:
+        return {int(index): stored[index] for index in stored.files}
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

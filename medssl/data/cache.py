@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -526,7 +526,8 @@ def map_array(path: Path, repair: str = _GONE) -> NDArray[Any]:
         InputError: It is gone or damaged.
     """
     try:
-        return _map_version(path, _find_version(path))
+        dtype, shape, order, offset = _read_layout(path, _find_version(path))
+        return np.memmap(path, dtype, "r", offset, shape, order)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: {repair}") from error
 
@@ -553,11 +554,13 @@ def _find_version(path: Path) -> Version:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=512)  # each patch is cut from a case that was cut from before
-def _map_version(path: Path, version: Version) -> NDArray[Any]:
-    """Map an array file."""
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
+@functools.lru_cache(maxsize=4096)  # each patch is cut from a case that was cut from before
+def _read_layout(
+    path: Path, version: Version
+) -> tuple[np.dtype[Any], tuple[int, ...], Literal["C", "F"], int]:
+    """Read how the values of an array file lie in it: of a map that stays open all would stay."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array.dtype, array.shape, "F" if array.flags.fnc else "C", array.offset
 
 
 @functools.lru_cache(maxsize=64)  # of a few hundred kilobytes each

@@ -381,7 +381,23 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
     parser.add_argument("--page", type=Path, help="a page whose tables of the CSV are replaced")
     options = parser.parse_intermixed_args()
+    try:
+        compare_peers(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def compare_peers(options: argparse.Namespace) -> None:
+    """Run the arms that were asked for, and print the tables of the CSV.
+
+    Raises:
+        InputError: The data, a setting or LIKE do not hold what is asked of them.
+    """
     study = Study(options.data, tuple(options.settings), options.csv, options.out, plateau=0)
+    data = load_config(study.data, list(study.settings)).config.data
+    assert data.root is not None, "DATA was given"
+    read_dataset(data.root, data.format, data.labels)  # a mistake shows before hours have gone by
     if not options.table:
         arms = list_arms(options.arms, options.times, options.minutes, options.like)
         for draw, arm in deal_arms(options.draws, arms):

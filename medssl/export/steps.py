@@ -217,12 +217,10 @@ class MirroredInferer:
 
 def _arrange(window: Tensor) -> Tensor:
     """Return windows in the memory layout that the model is used with."""
-    if window.ndim == 5:  # contiguous() would leave one channel as it is
-        return torch.empty_like(window, memory_format=torch.channels_last_3d).copy_(window)
-    is_last = window.is_cuda
-    return window.contiguous(
-        memory_format=torch.channels_last if is_last else torch.contiguous_format
-    )
+    if window.ndim == 4 and not window.is_cuda and not torch.is_autocast_enabled("cpu"):
+        return window.contiguous()
+    layout = torch.channels_last if window.ndim == 4 else torch.channels_last_3d
+    return torch.empty_like(window, memory_format=layout).copy_(window)  # of one channel too
 
 
 def _has_bfloat16(device: torch.device) -> bool:

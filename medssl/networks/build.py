@@ -99,17 +99,18 @@ class InstanceNorm(nn.GroupNorm):
         if input.is_cuda:
             return F.instance_norm(input, weight=self.weight, bias=self.bias, eps=self.eps)
         is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        if is_traced or input.is_contiguous():
-            return super().forward(input)
-        result: Tensor = _NormChannelsLast.apply(input, self.weight, self.bias, self.eps)
-        return result
+        is_slow = input.dtype == torch.bfloat16 and not input.is_contiguous()
+        if is_slow and not is_traced and not torch.compiler.is_compiling():
+            result: Tensor = _NormChannelsLast.apply(input, self.weight, self.bias, self.eps)
+            return result
+        return super().forward(input)
 
 
 class _NormChannelsLast(torch.autograd.Function):
-    """Instance norm of features with channels last, by the kernels that are fast for them.
+    """Instance norm of bfloat16 with channels last, by the kernels that are fast for it.
 
     Of small features, and in the backward pass, that is batch norm, case by case: group norm has
-    none there (torch 2.14).
+    none there (torch 2.14). In float32 group norm rounds less, and has one that is less slow.
     """
 
     @staticmethod
@@ -156,9 +157,9 @@ class _NormChannelsLast(torch.autograd.Function):
 class PointwiseConv(nn.Module):
     """A convolution of kernel size 1 that takes the weights of torch's, and gives the same.
 
-    In float32 it is a product of matrices, which is faster on a CPU: ten times in 3D with channels
-    last. A stride picks voxels before it: the backward pass of a strided convolution of kernel
-    size 1 writes out of bounds with few channels, in 2D with channels last (torch 2.14).
+    With channels last on a CPU it is a product of matrices in float32, which is ten times as fast
+    in 3D, and a stride picks voxels before it: the backward pass of a strided convolution of kernel
+    size 1 writes out of bounds there in 2D, with few channels (torch 2.14).
     """
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d) -> None:
@@ -168,13 +169,13 @@ class PointwiseConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return features (B, C, I, J, K) of features (B, C, I, J, K)."""
-        if max(self.stride) > 1:
-            picked = input[(slice(None), slice(None), *(slice(None, None, n) for n in self.stride))]
-            input = picked.contiguous(memory_format=CHANNELS_LAST[input.ndim])
-        is_short = input.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-        if input.is_cuda or is_short:
-            conv = F.conv2d if input.ndim == 4 else F.conv3d
-            return conv(input, self.weight, self.bias)
+        conv = F.conv2d if input.ndim == 4 else F.conv3d
+        stride, is_plain = self.stride, input.is_cuda or input.is_contiguous()
+        if max(stride) > 1 and not (is_plain and input.shape[1] > 1):  # one channel has any layout
+            input = input[(slice(None), slice(None), *(slice(None, None, n) for n in stride))]
+            input, stride = input.contiguous(memory_format=CHANNELS_LAST[input.ndim]), (1,)
+        if is_plain or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return conv(input, self.weight, self.bias, stride)
         weight = self.weight.flatten(1)
         return F.linear(input.movedim(1, -1), weight, self.bias).movedim(-1, 1)
 
@@ -273,8 +274,7 @@ class EncoderNetwork(SegmentationNetwork):
         self.smp = _create_smp(spec, download)
         if not spec.pretrained:
             _replace_norm(self.smp)
-        is_safe = _replace_pointwise(self.smp)
-        self.layout = torch.channels_last if is_safe else torch.contiguous_format
+        self.can_be_last = _replace_pointwise(self.smp)
         self.dropout = nn.Dropout2d(spec.dropout)
         for module in self.smp.decoder.modules():
             if isinstance(module, DROPOUTS):
@@ -297,7 +297,7 @@ class EncoderNetwork(SegmentationNetwork):
         """Return the features of all levels, of an image padded to a size that can be halved."""
         i, j = image.shape[2:]
         padded = F.pad(image, (0, -j % ENCODER_FACTOR, 0, -i % ENCODER_FACTOR))
-        padded = padded.contiguous(memory_format=self.layout)
+        padded = arrange(padded) if self.can_be_last else padded.contiguous()
         features: list[Tensor] = self.smp.encoder(padded)
         return features
 
@@ -387,10 +387,13 @@ def _replace_pointwise(module: nn.Module) -> bool:
 
 
 def arrange(image: Tensor) -> Tensor:
-    """Return an image (B, C, I, J[, K]) with channels last, in which convolutions are fast.
+    """Return an image (B, C, I, J[, K]) in the memory layout that convolutions are fast in.
 
-    A copy, since contiguous() would leave one channel as it is, and with it the first block.
+    Channels last, but not in 2D on a CPU in float32, where it is no faster. A copy, since
+    contiguous() would leave one channel as it is, and with it the first block.
     """
+    if image.ndim == 4 and not image.is_cuda and not torch.is_autocast_enabled("cpu"):
+        return image.contiguous()
     return torch.empty_like(image, memory_format=CHANNELS_LAST[image.ndim]).copy_(image)
 
 
@@ -429,6 +432,7 @@ def build_network(spec: NetworkSpec, download: bool = False) -> SegmentationNetw
         InputError: The specification names what cannot be built, or the download failed.
     """
     if spec.name != "dynunet":
-        encoder = EncoderNetwork(spec, download)
-        return encoder.to(memory_format=encoder.layout)
-    return DynamicUNet(spec).to(memory_format=CHANNELS_LAST[2 + len(spec.strides[0])])
+        return EncoderNetwork(spec, download)
+    network = DynamicUNet(spec)
+    is_flat = len(spec.strides[0]) == 2
+    return network if is_flat else network.to(memory_format=torch.channels_last_3d)

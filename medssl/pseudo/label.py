@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from medssl import ranks
+from medssl.beside import begin, has_room
 from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
@@ -41,6 +44,7 @@ from medssl.runs import write_text
 from medssl.transforms.geometry import WayBack
 
 NUM_OVERLAYS = 4  # fixed cases, pictured after each round
+FINISH_BYTES = 16  # a voxel, of a pseudo-mask and of what it is made and packed from
 LEAST_WEIGHT = 0.01  # of a case, so that none is lost for good
 
 
@@ -71,7 +75,8 @@ def label_cases(
 ) -> list[CaseReview] | None:
     """Pseudo-label unlabeled cases; goes on where it was stopped.
 
-    Of several processes each labels the cases dealt to it, and all have the reviews.
+    Of several processes each labels the cases dealt to it, and all have the reviews. A case is
+    reviewed and its mask written while the next one is labeled, if there is memory.
 
     Writes pseudo_labels/<case_id>/, pseudo_masks/<case_id>.nii.gz (of a picture, in its format) on
     the native grid, a few overlays and review.csv into the folder.
@@ -91,7 +96,9 @@ def label_cases(
     Returns:
         A review of each case, or None if it was told to stop.
     """
-    reviews = []
+    finish = partial(_finish_case, folder, before, expectation, names, label_values, section)
+    finishing: list[Future[CaseReview]] = []  # of the last case, and beside the next one
+    reviews: list[CaseReview] = []
     is_stopped = False
     for number, case in ranks.deal(list(enumerate(cases, start=1))):
         if is_stopped := should_stop():
@@ -108,32 +115,51 @@ def label_cases(
                 partial(find_islands, single=single),
                 raw.measure_stability,
             )
-        classes = read_classes(target)
-        agreement = _compare(classes, before / case.case_id, names) if before else {}
-        voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
-        slabs = iterate_pseudo_label(target)
-        review = review_case(case.case_id, slabs, agreement, voxel_ml, names, expectation, section)
-        reviews.append(replace(review, stability=read_stability(target)))
-        _write_mask(folder, case, iterate_pseudo_label(target), label_values, section)
-        if number <= NUM_OVERLAYS:
-            write_overlay(
-                show_channels(np.asarray(case.image(), np.float32), not case.has_spacing),
-                classes,
-                folder / "overlays" / f"{case.case_id}.png",
-                title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
-                spacing=case.spacing if case.has_spacing else None,
-                names=names,
-                is_picture=not case.has_spacing,
-            )
+        reviews += [each.result() for each in finishing]
+        finishing = [begin(partial(finish, case, number <= NUM_OVERLAYS))]
+        if not has_room(FINISH_BYTES * math.prod(case.native_shape)):
+            wait(finishing)
         if number % 50 == 0 or number == len(cases):
             title = folder.name.replace("_", " ")
             print(f"{title}: pseudo-labels of {number} of {len(cases)} cases", flush=True)
+    reviews += [each.result() for each in finishing]
     if any(ranks.pool([is_stopped])):
         return None
     reviews = _bring_together(reviews, [case.case_id for case in cases])
     if ranks.is_first():
         write_review(folder, reviews)
     return reviews
+
+
+def _finish_case(
+    folder: Path,
+    before: Path | None,
+    expectation: Expectation,
+    names: Mapping[int, str],
+    label_values: tuple[int, ...],
+    section: FilterSection,
+    case: CachedCase,
+    has_overlay: bool,
+) -> CaseReview:
+    """Review the pseudo-label of a case, write its mask and, if asked for, an overlay."""
+    target = folder / "pseudo_labels" / case.case_id
+    classes = read_classes(target)
+    agreement = _compare(classes, before / case.case_id, names) if before else {}
+    voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
+    slabs = iterate_pseudo_label(target)
+    review = review_case(case.case_id, slabs, agreement, voxel_ml, names, expectation, section)
+    _write_mask(folder, case, iterate_pseudo_label(target), label_values, section)
+    if has_overlay:
+        write_overlay(
+            show_channels(np.asarray(case.image(), np.float32), not case.has_spacing),
+            classes,
+            folder / "overlays" / f"{case.case_id}.png",
+            title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
+            spacing=case.spacing if case.has_spacing else None,
+            names=names,
+            is_picture=not case.has_spacing,
+        )
+    return replace(review, stability=read_stability(target))
 
 
 def _bring_together(reviews: Sequence[CaseReview], order: Sequence[str]) -> list[CaseReview]:

@@ -1,0 +1,143 @@
+"""Writes the tables and the figure of docs/evidence.md anew, from the CSVs that lie beside it.
+
+    python scripts/write_evidence.py
+
+Each table stands between two comments that name its CSV; those of compare_peers.py, such as
+acdc_3_peers.csv, are read together with the study of the same name. The figure, evidence.svg, has
+the sets whose study has the recipe and a control.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import compare_peers
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from study import (
+    Arm,
+    average_dice,
+    compare_arms,
+    format_markdown,
+    pick_better,
+    read_arms,
+    replace_table,
+    tabulate_arms,
+)
+
+from medssl.runs import write_text
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+REACH = (0.75, 0.8)  # Dice to which peers have taken so many minutes
+SETS = {
+    "acdc_3.csv": "Heart (ACDC), 3 patients labeled",
+    "spine_4_levers.csv": "Spine, 4 scans labeled",
+    "hippocampus_4.csv": "Hippocampus, 4 scans labeled",
+}
+MARKS = {
+    "labels": ("o", "#7a7a7a", "labels alone, as many patch passes"),
+    "recipe": ("o", "#1f5fa8", "with the unlabeled scans"),
+    "all": ("|", "#222222", "all labels"),
+}
+CONTROLS = {"labels": "labels alone", "shadow": "the shadow run"}
+
+
+def main() -> None:
+    """Write the tables and the figure."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    page = DOCS / "evidence.md"
+    for path in list_tables(page):
+        replace_table(page, path, tabulate(path))
+    write_text(DOCS / "evidence.svg", draw_gains([DOCS / name for name in SETS]))
+
+
+def list_tables(page: Path) -> list[Path]:
+    """Return the CSVs beside a page whose tables stand in it."""
+    names = re.findall(r"<!-- (\S+\.csv) -->", page.read_text(encoding="utf-8"))
+    return [page.parent / name for name in names if (page.parent / name).is_file()]
+
+
+def tabulate(path: Path) -> str:
+    """Return the tables of a CSV."""
+    if not path.stem.endswith("_peers"):
+        return format_markdown(tabulate_arms(path))
+    like = path.with_name(path.name.replace("_peers", ""))
+    tables = compare_peers.tabulate(path, like), compare_peers.tabulate_reach(path, like, REACH)
+    return "\n".join(format_markdown(table) for table in tables if table)
+
+
+def draw_gains(paths: Sequence[Path]) -> str:
+    """Return an SVG of labels alone, the recipe and all labels, draw by draw.
+
+    The same CSVs give the same figure; their hash stands in it.
+
+    Args:
+        paths: CSVs of studies; a set without the recipe, or without a control, is left out.
+    """
+    studies = [(SETS[path.name], *read_arms(path)) for path in paths]
+    studies = [each for each in studies if "recipe" in each[1] and pick_better(each[1])]
+    draws = [sorted(arms["recipe"]) for _, arms, _ in studies]
+    heights = sum(len(each) + 2 for each in draws)
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "medssl", "font.family": "sans-serif"}
+    with mpl.rc_context({**settings, "font.size": 9}):
+        figure = Figure(figsize=(7.2, 0.8 + 0.24 * heights), layout="constrained")
+        axes = figure.add_subplot()
+        y = 0.0
+        for (title, arms, patients), numbers in zip(studies, draws, strict=True):
+            name, control = pick_better(arms) or ("", {})
+            difference = compare_arms(arms["recipe"], control, patients)
+            text = title
+            if difference:
+                gain = difference[0]
+                text += f": {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+                text += f" over {CONTROLS[name]}"
+            axes.text(
+                0.0, y, text, transform=axes.get_yaxis_transform(), weight="bold", va="center"
+            )
+            for draw in numbers:
+                y -= 1
+                plot_draw(axes, y, draw, arms)
+            y -= 2
+        low, high = axes.get_xlim()  # the names of draws stand left of all marks
+        axes.set(xlim=(low - 0.1 * (high - low), high), ylim=(y + 1, 0.8), yticks=[])
+        axes.set_xlabel("mean Dice of the test cases")
+        for side in ("left", "top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for marker, color, label in MARKS.values():
+            axes.plot([], [], marker, color=color, label=label, markersize=7)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.2)
+        stream = io.StringIO()
+        about = {"Date": None, "Description": hash_contents(paths)}
+        figure.savefig(stream, format="svg", metadata=about)
+    return stream.getvalue()
+
+
+def plot_draw(axes: mpl.axes.Axes, y: float, draw: int, arms: dict[str, Arm]) -> None:
+    """Plot the arms of a draw in a line; all labels are the same in every draw."""
+    dice = {name: average_dice(arms[name][draw]) for name in MARKS if draw in arms.get(name, {})}
+    if "all" in arms:
+        dice["all"] = average_dice(next(iter(arms["all"].values())))
+    if {"labels", "recipe"} <= dice.keys():
+        ends = [dice["labels"], dice["recipe"]]
+        axes.plot(ends, [y, y], color="#9fbfe0", linewidth=2, zorder=1)
+    for name, value in dice.items():
+        marker, color, _ = MARKS[name]
+        axes.plot(value, y, marker, color=color, markersize=7, markeredgewidth=1.6)
+    axes.text(0.0, y, f"draw {draw}", transform=axes.get_yaxis_transform(), va="center")
+
+
+def hash_contents(paths: Sequence[Path]) -> str:
+    """Return a hash of files, of those that there are."""
+    contents = [path.read_bytes() for path in paths if path.is_file()]
+    return hashlib.sha256(b"\0".join(contents)).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

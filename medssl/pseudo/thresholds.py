@@ -25,6 +25,7 @@ LEAST_GAP = 1e-5  # 1 - confidence of the highest bin; about the resolution of a
 DEVIATIONS = 2.0  # n of soft: the sd of its Gaussian is that of the confidence, divided by n
 NARROWEST = 1e-4  # width of a Gaussian of soft, in confidence
 UNCOUNTED = ("none", "fixed", "curriculum")  # rules that ask for no statistics
+WITHOUT_HISTOGRAM = ("flex", "free", "soft")  # rules that ask for the others alone
 HALF_WIDTH = math.sqrt(2 * math.log(2))  # of a Gaussian at half its maximum, in its sd
 FARTHEST = 13.0  # widths under the mean beyond which float32 has no Gaussian above 0
 
@@ -38,7 +39,7 @@ class ClassStatistics:
         reached: (C,) running count of those that reach the threshold of the curriculum.
         mean: (C,) of the confidence.
         variance: (C,) of the confidence.
-        histogram: (C, bins) running count of voxels.
+        histogram: (C, bins) running count of voxels; 0 for the rules of `WITHOUT_HISTOGRAM`.
         edges: (bins,) lower edge of each bin, in confidence; the first is 0.
         last: (C,) thresholds of the step before.
         floor: Lowest threshold of the rules that clamp.
@@ -279,9 +280,6 @@ class ClassThresholds(nn.Module):
         reached = (member & (confidence >= tau)).sum(1)
         mean = torch.where(member, confidence, 0.0).sum(1) / predicted.clamp(min=1)
         squares = torch.where(member, confidence - mean[:, None], 0.0).square().sum(1)
-        bins = torch.bucketize(confidence, self.edges, right=True) - 1
-        places = torch.zeros(self.histogram.numel(), dtype=torch.long, device=classes.device)
-        places.scatter_add_(0, classes * NUM_BINS + bins, valid.long())
 
         self.predicted.mul_(MEMORY)  # the earlier part, until the sums below have used it
         joint = (self.predicted + predicted).clamp(min=1e-6)
@@ -290,7 +288,11 @@ class ClassThresholds(nn.Module):
         self.mean.add_(step * predicted / joint)
         self.predicted.add_(predicted)
         self.reached.mul_(MEMORY).add_(reached)
-        self.histogram.mul_(MEMORY).add_(places.view_as(self.histogram))
+        if self.section.name not in WITHOUT_HISTOGRAM:
+            bins = torch.bucketize(confidence, self.edges, right=True) - 1
+            places = torch.zeros(self.histogram.numel(), dtype=torch.long, device=classes.device)
+            places.scatter_add_(0, classes * NUM_BINS + bins, valid.long())
+            self.histogram.mul_(MEMORY).add_(places.view_as(self.histogram))
 
     def accept(self, probs: Tensor) -> Tensor:
         """Return (B, 1, I, J, K) bool: the confidence reaches the threshold of its class.

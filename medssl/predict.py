@@ -494,7 +494,15 @@ def prepare_scan(info: ModelInfo, images: tuple[Path, ...]) -> PreparedScan:
     Raises:
         InputError: The scan cannot be read or preprocessed, or the memory does not suffice.
     """
-    volume = read_image(images, len(info.channels))
+    return prepare_volume(info, read_image(images, len(info.channels)))
+
+
+def prepare_volume(info: ModelInfo, volume: Volume) -> PreparedScan:
+    """Preprocess a scan that was read, whose voxels are written over, as a model wants it.
+
+    Raises:
+        InputError: It cannot be preprocessed.
+    """
     flags = find_flags(info, volume)
     place = (volume.shape, volume.affine, flags, volume.header)
     prepared = preprocess_image(volume, info.preprocessing, overwrite=True)

@@ -70,6 +70,7 @@ INSTANT = (
     "medssl.formats.readers",
 )
 RIVALS = {"nnunetv2"}  # of the extra `peers`: measured beside ours where it is installed
+ARTEFACTS = {"torchio"}  # of the extra `robust`
 NAMELESS = {"util", "utils", "helper", "helpers", "common", "core", "engine", "misc"}
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 UNSAFE = {
@@ -172,9 +173,11 @@ def find_heavy_imports(module: str, source: str) -> list[str]:
 def find_undeclared_imports(module: str, source: str) -> list[str]:
     """Imports of packages that pyproject.toml does not name; what comes along today may not."""
     declared, providers = read_dependencies(with_tools=module.startswith("scripts."))
-    own = {"medssl", "study", "peers", *sys.stdlib_module_names}
+    own = {"medssl", "study", "peers", "robustness", *sys.stdlib_module_names}
     if module.startswith(("scripts.benchmark", "scripts.peers")):
         own |= {*RIVALS, "step"}
+    if module.startswith("scripts.robustness"):
+        own |= ARTEFACTS
     return [
         f"{module}:{line} imports {name}, which is no dependency"
         for line, name in all_imports(module, source)
@@ -428,6 +431,7 @@ RED = [
     (find_heavy_imports, "medssl.data.cases", "try:\n    import torch\nexcept ImportError: ..."),
     (find_undeclared_imports, "medssl.train", "import requests"),
     (find_undeclared_imports, "medssl.train", "def f():\n    from click.core import Group"),
+    (find_undeclared_imports, "medssl.predict", "import torchio"),
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path)"),
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path, weights_only=False)"),
     (find_unsafe_loading, "medssl.train", "import torch as t\nt.load(path, weights_only=flag)"),
@@ -472,6 +476,7 @@ GREEN = [
     (find_heavy_imports, "medssl.data.cases", "import numpy as np"),
     (find_heavy_imports, "medssl.train", "import torch"),
     (find_undeclared_imports, "medssl.train", "import yaml\nfrom PIL import Image\nimport re"),
+    (find_undeclared_imports, "scripts.robustness.artefacts", "def f():\n    import torchio"),
     (find_unsafe_loading, "medssl.train", "import torch\ntorch.load(path, weights_only=True)"),
     (find_unsafe_loading, "medssl.train", "import numpy as np\nnp.load(p, allow_pickle=False)"),
     (find_unsafe_loading, "medssl.train", "import json\njson.load(file)\nnetwork.eval()"),

@@ -2,7 +2,7 @@
 
     python scripts/compare_peers.py DATA --csv CSV --like LIKE --times 1,3 labeled=6 test=60
     python scripts/compare_peers.py DATA --csv CSV --like LIKE --minutes 5,10 --arms recipe,monai
-    python scripts/compare_peers.py DATA --csv CSV --like LIKE --table --page docs/evidence.md
+    python scripts/compare_peers.py DATA --csv CSV --like LIKE --table
 
     monai             a plain MONAI script, scripts/peers/plain_monai.py
     nnunet            nnU-Net v2 by its own commands, of the extra `peers`; minutes for epochs
@@ -53,7 +53,6 @@ from study import (
     make_parser,
     read_arms,
     read_rows,
-    replace_table,
     run_command,
 )
 
@@ -71,6 +70,7 @@ from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_d
 
 PEERS = ("monai", "nnunet")
 OURS = ("labels", "recipe")
+REACH = (0.75, 0.8)  # mean Dice that has taken so many minutes
 THICK = 3  # times the spacing within a slice; nnU-Net has the same threshold
 
 
@@ -377,9 +377,8 @@ def main() -> None:
     parser.add_argument("--arms", type=split_families, default=list(PEERS))
     parser.add_argument("--times", type=split_amounts, default=[], help="the recipe's minutes")
     parser.add_argument("--minutes", type=split_amounts, default=[], help="of the processor")
-    parser.add_argument("--reach", type=split_amounts, default=[0.75, 0.8], help="mean Dice")
+    parser.add_argument("--reach", type=split_amounts, default=list(REACH), help="mean Dice")
     parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
-    parser.add_argument("--page", type=Path, help="a page whose tables of the CSV are replaced")
     options = parser.parse_intermixed_args()
     try:
         compare_peers(options)
@@ -402,14 +401,13 @@ def compare_peers(options: argparse.Namespace) -> None:
         arms = list_arms(options.arms, options.times, options.minutes, options.like)
         for draw, arm in deal_arms(options.draws, arms):
             run_arm(study, options.like, draw, arm)
-    tables = [
-        tabulate(study.csv, options.like),
-        tabulate_reach(study.csv, options.like, options.reach),
-    ]
-    text = "\n".join(format_markdown(table) for table in tables if table)
-    print(text)
-    if options.page:
-        replace_table(options.page, study.csv, text)
+    print(write_tables(study.csv, options.like, options.reach))
+
+
+def write_tables(path: Path, like: Path, reach: Sequence[float]) -> str:
+    """Return the tables of a CSV and of LIKE: what each arm is worth, and how soon."""
+    tables = tabulate(path, like), tabulate_reach(path, like, reach)
+    return "\n".join(format_markdown(table) for table in tables if table)
 
 
 if __name__ == "__main__":

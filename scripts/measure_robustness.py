@@ -1,7 +1,7 @@
 """How much of its Dice a model keeps when scans get worse, against labels alone.
 
     python scripts/measure_robustness.py RUNS --csv CSV --draws 0,1,2 --arms labels,recipe
-    python scripts/measure_robustness.py RUNS --csv CSV --table --page docs/evidence.md
+    python scripts/measure_robustness.py RUNS --csv CSV --table
 
 RUNS is the --out of scripts/study.py, which holds draw_0_labels and so on. The delivered model of
 each is measured on the test cases of its run as `medssl evaluate` does it. Per case the CSV has
@@ -51,7 +51,6 @@ from study import (
     format_difference,
     format_markdown,
     read_rows,
-    replace_table,
     split_arms,
     split_numbers,
     write_csv,
@@ -405,10 +404,7 @@ def measure_robustness(options: argparse.Namespace) -> None:
         raise InputError(f"{options.runs}: no such folder; it is the --out of scripts/study.py")
     for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
         run_arm(options.runs, options.csv, draw, arm, options.changes, options.cases)
-    text = tabulate(options.csv, options.against)
-    print(text)
-    if options.page:
-        replace_table(options.page, options.csv, text)
+    print(tabulate(options.csv, options.against))
 
 
 def main() -> None:
@@ -424,7 +420,6 @@ def main() -> None:
     parser.add_argument("--changes", type=split_changes, default=list(CHANGES))
     parser.add_argument("--cases", type=int, help="the first N test cases; all by default")
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
-    parser.add_argument("--page", type=Path, help="a page whose tables of the CSV are replaced")
     options = parser.parse_args()
     torch.set_num_threads(1)
     try:

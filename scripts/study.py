@@ -1,7 +1,7 @@
 """What the recipe gains over labels alone, and what each part of it is worth, over draws.
 
     python scripts/study.py DATA --csv docs/acdc_3.csv --draws 0,1,2 labeled=6 test=60
-    python scripts/study.py DATA --csv docs/acdc_3.csv --table --page docs/evidence.md
+    python scripts/study.py DATA --csv docs/acdc_3.csv --table
 
 For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
 that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
@@ -427,14 +427,6 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def replace_table(page: Path, csv_path: Path, table: str) -> None:
-    """Replace the table of a CSV in a page, which stands between two comments that name it."""
-    start, end = (f"<!-- {csv_path.name}{word} -->\n" for word in ("", " end"))
-    before, rest = page.read_text(encoding="utf-8").split(start)
-    _, after = rest.split(end)
-    write_text(page, f"{before}{start}{table}{end}{after}")
-
-
 def format_difference(difference: DrawDifference) -> str:
     """Return a difference with its bootstrap interval and, with several draws, that of t."""
     text = f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
@@ -476,15 +468,11 @@ def main() -> None:
     )
     parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
-    parser.add_argument("--page", type=Path, help="a page whose table of the CSV is replaced")
     options = parser.parse_intermixed_args()
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
     for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
         run_arm(study, draw, arm)
-    table = format_markdown(tabulate_arms(study.csv))
-    print(table)
-    if options.page:
-        replace_table(options.page, study.csv, table)
+    print(format_markdown(tabulate_arms(study.csv)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python scripts/write_evidence.py
 
-Each table stands between two comments that name its CSV; those of compare_peers.py, such as
-acdc_3_peers.csv, are read together with the study of the same name. The figure, evidence.svg, has
+Each table stands between two comments that name its CSV. Those of compare_peers.py, such as
+acdc_3_peers.csv, are read together with the study of the same name; those of measure_robustness.py
+end in _robustness.csv. The figure, evidence.svg, has
 the sets whose study has the recipe and a control.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import compare_peers
 import matplotlib as mpl
+import measure_robustness
 from matplotlib.figure import Figure
 from study import (
     Arm,
@@ -26,14 +28,12 @@ from study import (
     format_markdown,
     pick_better,
     read_arms,
-    replace_table,
     tabulate_arms,
 )
 
 from medssl.runs import write_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-REACH = (0.75, 0.8)  # Dice to which peers have taken so many minutes
 SETS = {
     "acdc_3.csv": "Heart (ACDC), 3 patients labeled",
     "spine_4_levers.csv": "Spine, 4 scans labeled",
@@ -64,11 +64,20 @@ def list_tables(page: Path) -> list[Path]:
 
 def tabulate(path: Path) -> str:
     """Return the tables of a CSV."""
-    if not path.stem.endswith("_peers"):
-        return format_markdown(tabulate_arms(path))
-    like = path.with_name(path.name.replace("_peers", ""))
-    tables = compare_peers.tabulate(path, like), compare_peers.tabulate_reach(path, like, REACH)
-    return "\n".join(format_markdown(table) for table in tables if table)
+    if path.stem.endswith("_robustness"):
+        return measure_robustness.tabulate(path, against="labels")
+    if path.stem.endswith("_peers"):
+        like = path.with_name(path.name.replace("_peers", ""))
+        return compare_peers.write_tables(path, like, compare_peers.REACH)
+    return format_markdown(tabulate_arms(path))
+
+
+def replace_table(page: Path, csv_path: Path, table: str) -> None:
+    """Replace the tables of a CSV in a page, which stand between two comments that name it."""
+    start, end = (f"<!-- {csv_path.name}{word} -->\n" for word in ("", " end"))
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    _, after = rest.split(end)
+    write_text(page, f"{before}{start}{table}{end}{after}")
 
 
 def draw_gains(paths: Sequence[Path]) -> str:

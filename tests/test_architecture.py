@@ -173,7 +173,8 @@ def find_heavy_imports(module: str, source: str) -> list[str]:
 def find_undeclared_imports(module: str, source: str) -> list[str]:
     """Imports of packages that pyproject.toml does not name; what comes along today may not."""
     declared, providers = read_dependencies(with_tools=module.startswith("scripts."))
-    own = {"medssl", "study", "peers", "robustness", *sys.stdlib_module_names}
+    scripts = {path.stem for path in (ROOT / "scripts").iterdir()}
+    own = {"medssl", *scripts, *sys.stdlib_module_names}
     if module.startswith(("scripts.benchmark", "scripts.peers")):
         own |= {*RIVALS, "step"}
     if module.startswith("scripts.robustness"):

@@ -44,6 +44,22 @@ def test_the_figure_has_each_draw_and_the_gain_of_a_set(evidence, tmp_path, monk
     assert evidence.hash_contents(paths) in evidence.draw_gains(paths)
 
 
+def test_the_tables_of_a_page_are_replaced(evidence, tmp_path):
+    path, page = tmp_path / "s.csv", tmp_path / "page.md"
+    path.write_text("draw,arm,case_id,patient_id,dice\n0,round_0,c,p,0.5\n")
+    other = "<!-- none.csv -->\n<!-- none.csv end -->\n"
+    page.write_text(f"before\n<!-- s.csv -->\nold\n<!-- s.csv end -->\n{other}after\n")
+    assert evidence.list_tables(page) == [path]
+    evidence.replace_table(page, path, evidence.tabulate(path))
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{other}after\n")
+    assert "old" not in text
+    assert "| round_0 | 0 | 0.5000 |" in text
+    evidence.replace_table(page, path, evidence.tabulate(path))
+    assert page.read_text() == text
+
+
 @pytest.mark.slow
 def test_the_page_and_its_figure_are_those_of_the_committed_tables(evidence):
     page = ROOT / "docs" / "evidence.md"

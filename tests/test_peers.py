@@ -301,18 +301,14 @@ def test_the_least_minutes_are_those_of_all_draws(peers, tmp_path, like):
     ]
 
 
-def test_the_command_prints_the_tables_into_the_page(
-    peers, tmp_path, like, phantoms, monkeypatch, capsys
-):
+def test_the_command_prints_the_tables(peers, tmp_path, like, phantoms, monkeypatch, capsys):
     path = write_rows(tmp_path / "peers.csv", [(d, "monai", 3, 60.0, 0.7) for d in (0, 1)])
-    page = tmp_path / "page.md"
-    page.write_text("a\n<!-- peers.csv -->\n<!-- peers.csv end -->\nb\n")
     options = [str(phantoms), "--csv", str(path), "--like", str(like), "--table"]
-    options += ["--page", str(page)]
     monkeypatch.setattr("sys.argv", ["compare_peers.py", *options, "--reach", "0.65"])
     peers.main()
-    assert "| monai | 60.0 |" in page.read_text()
-    assert "| monai | 0, 1 | 60.0 | 0.7000 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| monai | 60.0 |" in printed
+    assert "| monai | 0, 1 | 60.0 | 0.7000 |" in printed
     with pytest.raises(peers.argparse.ArgumentTypeError, match="no arm; there are labels"):
         peers.split_families("monay")
 

@@ -240,20 +240,6 @@ def test_the_report_says_what_the_committed_study_found(study):
     assert f"which is {interval}" in EVIDENCE
 
 
-def test_the_table_of_a_page_is_replaced(study, tmp_path):
-    path, page = tmp_path / "s.csv", tmp_path / "page.md"
-    path.write_text("draw,arm,case_id,patient_id,dice\n0,round_0,c,p,0.5\n")
-    page.write_text("before\n<!-- s.csv -->\nold\n<!-- s.csv end -->\nafter\n")
-    study.replace_table(page, path, study.format_markdown(study.tabulate_arms(path)))
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| round_0 | 0 | 0.5000 |" in text
-    study.replace_table(page, path, study.format_markdown(study.tabulate_arms(path)))
-    assert page.read_text() == text
-
-
 def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):
     path = tmp_path / "s.csv"
     lines = ["draw,arm,case_id,patient_id,dice/a,dice/b,dice"]

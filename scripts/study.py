@@ -93,7 +93,6 @@ LEVERS = {
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],
     "all_voxels": ["losses.pseudo_label.voxels=all"],
     "soft_target": ["losses.pseudo_label.voxels=all", "target.kind=soft"],
-    "fast_average": ["teacher.ema_decay=0.95"],
     "lower_lr": ["train.student_lr=1e-3"],
 }
 """What the recipe might have in place of its settings, after one student."""

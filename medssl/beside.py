@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from medssl.machine import count_free_memory
 
+WRITE_BYTES = 16  # a voxel, of a mask, of its uncertainty and of what they are packed from
 RESERVE = 6 * 2**30  # bytes that stay free for the computation: twice the slabs of a scan at most
 
 Item = TypeVar("Item")

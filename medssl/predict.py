@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medssl import __version__
-from medssl.beside import RESERVE, begin, has_room, read_ahead
+from medssl.beside import RESERVE, WRITE_BYTES, begin, has_room, read_ahead
 from medssl.config import LARGEST_LABEL, Fidelity, InputError
 from medssl.data.files import hash_source
 from medssl.data.io import (
@@ -90,7 +90,6 @@ from medssl.windows import (
 
 WEIGHTS = "weights.safetensors"
 MC_PASSES = 8
-WRITE_BYTES = 16  # a voxel, of a mask, of its uncertainty and of what they are packed from
 FAST_VIEWS = 2  # whole passes that all passes of fidelity fast take the time of; slabs less
 Size = Annotated[int, Field(ge=1, le=8192)]  # of a window, in voxels
 Value = Annotated[int, Field(ge=0, le=LARGEST_LABEL)]

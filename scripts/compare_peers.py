@@ -27,6 +27,7 @@ one that was killed in its training is begun anew, one killed later goes on from
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import resource
 import shutil
@@ -47,6 +48,7 @@ from study import (
     average_dice,
     compare_arms,
     deal_arms,
+    explain_mistakes,
     format_difference,
     format_markdown,
     is_finished,
@@ -54,6 +56,7 @@ from study import (
     read_arms,
     read_rows,
     run_command,
+    split_names,
 )
 
 from medssl.config import InputError
@@ -354,14 +357,7 @@ def name_family(arm: str) -> str:
     return "labels" if arm == "round_0" else re.sub(r"[@_][\d.]+$", "", arm)
 
 
-def split_families(text: str) -> list[str]:
-    """Return the families of a list such as monai,nnunet."""
-    families = text.split(",")
-    unknown = [family for family in families if family not in (*OURS, *PEERS)]
-    if unknown:
-        known = ", ".join((*OURS, *PEERS))
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: no arm; there are {known}")
-    return families
+split_families = functools.partial(split_names, known=(*OURS, *PEERS), kind="arm")
 
 
 def split_amounts(text: str) -> list[float]:
@@ -380,11 +376,8 @@ def main() -> None:
     parser.add_argument("--reach", type=split_amounts, default=list(REACH), help="mean Dice")
     parser.add_argument("--table", action="store_true", help="print the tables, run nothing")
     options = parser.parse_intermixed_args()
-    try:
+    with explain_mistakes():
         compare_peers(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 def compare_peers(options: argparse.Namespace) -> None:
@@ -394,17 +387,17 @@ def compare_peers(options: argparse.Namespace) -> None:
         InputError: The data, a setting or LIKE do not hold what is asked of them.
     """
     study = Study(options.data, tuple(options.settings), options.csv, options.out, plateau=0)
-    data = load_config(study.data, list(study.settings)).config.data
-    assert data.root is not None, "DATA was given"
-    read_dataset(data.root, data.format, data.labels)  # a mistake shows before hours have gone by
     if not options.table:
+        data = load_config(study.data, list(study.settings)).config.data
+        assert data.root is not None, "DATA was given"
+        read_dataset(data.root, data.format, data.labels)  # mistakes first: arms take hours
         arms = list_arms(options.arms, options.times, options.minutes, options.like)
         for draw, arm in deal_arms(options.draws, arms):
             run_arm(study, options.like, draw, arm)
-    print(write_tables(study.csv, options.like, options.reach))
+    print(format_tables(study.csv, options.like, options.reach))
 
 
-def write_tables(path: Path, like: Path, reach: Sequence[float]) -> str:
+def format_tables(path: Path, like: Path, reach: Sequence[float]) -> str:
     """Return the tables of a CSV and of LIKE: what each arm is worth, and how soon."""
     tables = tabulate(path, like), tabulate_reach(path, like, reach)
     return "\n".join(format_markdown(table) for table in tables if table)

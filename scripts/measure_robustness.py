@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,10 +47,13 @@ from robustness.measures import (
 )
 from study import (
     deal_arms,
+    explain_mistakes,
     format_difference,
     format_markdown,
     read_rows,
+    refuse_missing,
     split_arms,
+    split_names,
     split_numbers,
     write_csv,
 )
@@ -385,25 +387,20 @@ def tabulate(path: Path, against: str) -> str:
     return "\n".join(format_markdown(table) for make in makers if (table := make(pairs)))
 
 
-def split_changes(text: str) -> list[str]:
-    """Return the changes of a list such as motion,fgsm."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in CHANGES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: unknown; there are {', '.join(CHANGES)}")
-    return names
+split_changes = functools.partial(split_names, known=CHANGES, kind="change")
 
 
 def measure_robustness(options: argparse.Namespace) -> None:
     """Measure the arms that were asked for, and print the tables of the CSV.
 
     Raises:
-        InputError: There is no such folder or run, or torchio is not installed.
+        InputError: There is no such folder, run or CSV, or torchio is not installed.
     """
     if not options.runs.is_dir():
         raise InputError(f"{options.runs}: no such folder; it is the --out of scripts/study.py")
     for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
         run_arm(options.runs, options.csv, draw, arm, options.changes, options.cases)
+    refuse_missing(options.csv)
     print(tabulate(options.csv, options.against))
 
 
@@ -422,11 +419,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    try:
+    with explain_mistakes():
         measure_robustness(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

@@ -32,13 +32,15 @@ adjusted for the number of parts (Holm).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import functools
 import io
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -46,7 +48,7 @@ from typing import Any
 
 from medssl import ranks
 from medssl.compare import compare
-from medssl.config import Config, at_round
+from medssl.config import Config, InputError, at_round
 from medssl.metrics import (
     DrawDifference,
     adjust_holm,
@@ -449,13 +451,36 @@ def split_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def split_arms(text: str) -> list[str]:
-    """Return the arms of a list such as labels,recipe."""
-    arms = text.split(",")
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: no arm; there are {', '.join(ARMS)}")
-    return arms
+def split_names(text: str, known: Iterable[str], kind: str) -> list[str]:
+    """Return the names of a list such as labels,recipe, all of which are known."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        choices = ", ".join(known)
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no {kind}; there are {choices}")
+    return names
+
+
+split_arms = functools.partial(split_names, known=ARMS, kind="arm")
+
+
+@contextlib.contextmanager
+def explain_mistakes() -> Iterator[None]:
+    """End the program with exit code 2 and what has to be repaired, after an InputError."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def refuse_missing(path: Path) -> None:
+    """Refuse to print the tables of a CSV that is not there.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; it is written as arms are finished")
 
 
 def main() -> None:
@@ -469,9 +494,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
     options = parser.parse_intermixed_args()
     study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
-    for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
-        run_arm(study, draw, arm)
-    print(format_markdown(tabulate_arms(study.csv)))
+    with explain_mistakes():
+        for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
+            run_arm(study, draw, arm)
+        refuse_missing(study.csv)
+        print(format_markdown(tabulate_arms(study.csv)))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 Each table stands between two comments that name its CSV. Those of compare_peers.py, such as
 acdc_3_peers.csv, are read together with the study of the same name; those of measure_robustness.py
-end in _robustness.csv. The figure, evidence.svg, has
-the sets whose study has the recipe and a control.
+end in _robustness.csv. The figure, evidence.svg, has the sets whose study has the recipe and a
+control.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import argparse
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import compare_peers
 import matplotlib as mpl
 import measure_robustness
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study import (
     Arm,
@@ -68,7 +69,7 @@ def tabulate(path: Path) -> str:
         return measure_robustness.tabulate(path, against="labels")
     if path.stem.endswith("_peers"):
         like = path.with_name(path.name.replace("_peers", ""))
-        return compare_peers.write_tables(path, like, compare_peers.REACH)
+        return compare_peers.format_tables(path, like, compare_peers.REACH)
     return format_markdown(tabulate_arms(path))
 
 
@@ -88,28 +89,24 @@ def draw_gains(paths: Sequence[Path]) -> str:
     Args:
         paths: CSVs of studies; a set without the recipe, or without a control, is left out.
     """
-    studies = [(SETS[path.name], *read_arms(path)) for path in paths]
-    studies = [each for each in studies if "recipe" in each[1] and pick_better(each[1])]
-    draws = [sorted(arms["recipe"]) for _, arms, _ in studies]
-    heights = sum(len(each) + 2 for each in draws)
+    read = [(SETS[path.name], *read_arms(path)) for path in paths]
+    studies = [
+        (f"{title}: {gain}", arms)
+        for title, arms, patients in read
+        if (gain := describe_gain(arms, patients))
+    ]
+    heights = sum(len(arms["recipe"]) + 2 for _, arms in studies)
     settings = {"svg.fonttype": "none", "svg.hashsalt": "medssl", "font.family": "sans-serif"}
     with mpl.rc_context({**settings, "font.size": 9}):
         figure = Figure(figsize=(7.2, 0.8 + 0.24 * heights), layout="constrained")
         axes = figure.add_subplot()
         y = 0.0
-        for (title, arms, patients), numbers in zip(studies, draws, strict=True):
-            name, control = pick_better(arms) or ("", {})
-            difference = compare_arms(arms["recipe"], control, patients)
-            text = title
-            if difference:
-                gain = difference[0]
-                text += f": {gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
-                text += f" over {CONTROLS[name]}"
-            axes.text(
-                0.0, y, text, transform=axes.get_yaxis_transform(), weight="bold", va="center"
-            )
-            for draw in numbers:
+        edge = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        for title, arms in studies:
+            axes.text(0.0, y, title, weight="bold", **edge)
+            for draw in sorted(arms["recipe"]):
                 y -= 1
+                axes.text(0.0, y, f"draw {draw}", **edge)
                 plot_draw(axes, y, draw, arms)
             y -= 2
         low, high = axes.get_xlim()  # the names of draws stand left of all marks
@@ -128,7 +125,18 @@ def draw_gains(paths: Sequence[Path]) -> str:
     return stream.getvalue()
 
 
-def plot_draw(axes: mpl.axes.Axes, y: float, draw: int, arms: dict[str, Arm]) -> None:
+def describe_gain(arms: Mapping[str, Arm], patients: Mapping[str, str]) -> str:
+    """Return what the recipe gains over the better control; empty where it lacks one of both."""
+    better = pick_better(arms)
+    difference = better and compare_arms(arms.get("recipe", {}), better[1], patients)
+    if not better or not difference:
+        return ""
+    gain, _ = difference
+    interval = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    return f"{interval} over {CONTROLS[better[0]]}"
+
+
+def plot_draw(axes: Axes, y: float, draw: int, arms: Mapping[str, Arm]) -> None:
     """Plot the arms of a draw in a line; all labels are the same in every draw."""
     dice = {name: average_dice(arms[name][draw]) for name in MARKS if draw in arms.get(name, {})}
     if "all" in arms:
@@ -139,7 +147,6 @@ def plot_draw(axes: mpl.axes.Axes, y: float, draw: int, arms: dict[str, Arm]) ->
     for name, value in dice.items():
         marker, color, _ = MARKS[name]
         axes.plot(value, y, marker, color=color, markersize=7, markeredgewidth=1.6)
-    axes.text(0.0, y, f"draw {draw}", transform=axes.get_yaxis_transform(), va="center")
 
 
 def hash_contents(paths: Sequence[Path]) -> str:

@@ -20,6 +20,7 @@ from medssl.data import predictions
 from medssl.data.io import read_image
 from medssl.data.predictions import SomeFailedError, find_scans, plan_predictions
 from medssl.data.trained import count_model_channels
+from medssl.losses.entropy import renyi_entropy
 from medssl.networks.build import build_network
 from medssl.networks.noise import sample_dropout
 from medssl.predict import (
@@ -38,7 +39,7 @@ from medssl.predict import (
     save_model,
 )
 from medssl.pseudo import uncertainty
-from medssl.pseudo.uncertainty import combine, find_limit
+from medssl.pseudo.uncertainty import combine, entropy_of, find_limit
 from medssl.runs import read_json, write_json
 from medssl.transforms.spatial import draw_turn, turn_volume
 from medssl.windows import Window, slide_window
@@ -733,6 +734,14 @@ def test_fast_passes_go_through_every_window_and_are_drawn_in_it(network):
     assert entropy.shape == image.shape[2:]
     assert (information.amax((1, 2)) > 0).all()
     assert sum(told) == FAST_VIEWS * window.count_windows(image.shape[2:])
+
+
+def test_the_entropy_of_probs_is_that_of_their_logits_and_never_negative():
+    logits = 6 * torch.randn(2, 3, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+    values = entropy_of(torch.softmax(logits, 1))
+    assert torch.allclose(values, renyi_entropy(logits, 1.0), atol=1e-6)
+    certain = torch.tensor([1.0 + 2e-7, 0.0, 0.0]).view(1, 3, 1, 1, 1)  # a mean may round so
+    assert entropy_of(certain).item() == 0.0
 
 
 def test_entropy_and_mutual_information_worked_by_hand():

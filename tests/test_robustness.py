@@ -435,5 +435,9 @@ def test_the_command_prints_the_tables(robustness, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("sys.argv", [*options, "--against", "round_0"])
     robustness.main()
     assert capsys.readouterr().out == "\n"
+    monkeypatch.setattr("sys.argv", ["x", str(tmp_path), "--csv", f"{path}x", "--table"])
+    with pytest.raises(SystemExit, match="2"):
+        robustness.main()
+    assert f"{path}x: no such file" in capsys.readouterr().err
     with pytest.raises(robustness.argparse.ArgumentTypeError, match="there are clean, motion"):
         robustness.split_changes("noize")

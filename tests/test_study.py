@@ -217,6 +217,14 @@ def test_the_table_has_differences_over_draws(study, trained, tmp_path):
     assert study.pick_better(study.read_arms(run.csv)[0])[0] == "labels"
 
 
+def test_tables_of_a_csv_that_is_missing_are_a_mistake(study, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "typo.csv"
+    monkeypatch.setattr("sys.argv", ["study.py", "DATA", "--csv", str(path), "--table"])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    assert capsys.readouterr().err.startswith(f"error: {path}: no such file")
+
+
 def test_an_unknown_arm_is_named(study):
     with pytest.raises(study.argparse.ArgumentTypeError, match="no arm; there are round_0"):
         study.split_arms("labels,recipes")

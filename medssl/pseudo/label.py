@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from medssl import ranks
-from medssl.beside import begin, has_room
+from medssl.beside import WRITE_BYTES, begin, has_room
 from medssl.config import IGNORE, CaseFilterSection, FilterSection
 from medssl.data.cache import CachedCase
 from medssl.data.io import find_untrusted_value, write_mask
@@ -44,7 +44,6 @@ from medssl.runs import write_text
 from medssl.transforms.geometry import WayBack
 
 NUM_OVERLAYS = 4  # fixed cases, pictured after each round
-FINISH_BYTES = 16  # a voxel, of a pseudo-mask and of what it is made and packed from
 LEAST_WEIGHT = 0.01  # of a case, so that none is lost for good
 
 
@@ -117,7 +116,7 @@ def label_cases(
             )
         reviews += [each.result() for each in finishing]
         finishing = [begin(partial(finish, case, number <= NUM_OVERLAYS))]
-        if not has_room(FINISH_BYTES * math.prod(case.native_shape)):
+        if not has_room(WRITE_BYTES * math.prod(case.native_shape)):
             wait(finishing)
         if number % 50 == 0 or number == len(cases):
             title = folder.name.replace("_", " ")

@@ -8,8 +8,9 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -183,14 +184,27 @@ def count_free_cores() -> float:
     What runs at a lower priority than this process is out of its way, and counts as free, unless
     priorities hold within a session only.
     """
-    use = psutil.cpu_times_percent(interval=SAMPLE_SECONDS, percpu=True)
-    cores = [use[index] for index in _list_cores() if index < len(use)]
-    yielding = 0 if _is_niced() or _has_autogroups() else 1
-    free = sum(
-        core.idle + getattr(core, "iowait", 0.0) + yielding * getattr(core, "nice", 0.0)
-        for core in cores
+    yielding = () if _is_niced() or _has_autogroups() else ("nice",)
+    before = psutil.cpu_times(percpu=True)
+    time.sleep(SAMPLE_SECONDS)
+    after = psutil.cpu_times(percpu=True)
+    cores = [index for index in _list_cores() if index < len(after)]
+    if not cores:
+        return float(count_cores())
+    return sum(
+        _sum_times(before[index], after[index], ("idle", "iowait", *yielding))
+        / max(_sum_times(before[index], after[index], after[index]._fields), 1e-9)
+        for index in cores
     )
-    return free / 100 if cores else float(count_cores())
+
+
+def _sum_times(before: NamedTuple, after: NamedTuple, kinds: Iterable[str]) -> float:
+    """Return the seconds of some kinds between two states of a core; guests' are in user's."""
+    return sum(
+        max(0.0, getattr(after, kind, 0.0) - getattr(before, kind, 0.0))
+        for kind in kinds
+        if not kind.startswith("guest")
+    )
 
 
 def _list_cores() -> list[int]:

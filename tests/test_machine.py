@@ -91,11 +91,22 @@ def test_memory_is_that_of_the_job_without_what_the_kernel_gives_back(
     assert machine.count_free_memory(root=tmp_path) == free
 
 
-def test_free_is_what_is_idle_or_gives_way_on_the_cores_of_this_process(monkeypatch, affinity):
-    idle, busy = Core(0, 0, 0, 100, 0), Core(90, 0, 10, 0, 0)
-    niced, waiting = Core(0, 100, 0, 0, 0), Core(0, 0, 0, 40, 60)
-    use = [busy, idle, niced, waiting, idle]
-    monkeypatch.setattr(machine.psutil, "cpu_times_percent", lambda **given: use)
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 3.0])  # psutil's own percents are too low under 1 s
+def test_free_is_what_is_idle_or_gives_way_on_the_cores_of_this_process(
+    monkeypatch, affinity, seconds
+):
+    idle, busy = Core(0, 0, 0, 1, 0), Core(0.9, 0, 0.1, 0, 0)
+    niced, waiting = Core(0, 1, 0, 0, 0), Core(0, 0, 0, 0.4, 0.6)
+    used = [busy, idle, niced, waiting, idle]
+    clock = iter(range(1, 100))
+
+    def read_times(percpu):
+        assert percpu
+        now = next(clock) * seconds
+        return [Core(*(1000 + now * share for share in core)) for core in used]
+
+    monkeypatch.setattr(machine.psutil, "cpu_times", read_times)
+    monkeypatch.setattr(machine.time, "sleep", lambda seconds: None)
     affinity([0, 1, 2, 3])
     for niced, grouped, free in (
         (False, False, 3),

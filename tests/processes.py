@@ -29,7 +29,7 @@ PRELOADED = (
     "medssl.cli", "medssl.costs", "medssl.evaluate", "medssl.report", "medssl.rounds.loop",
 )  # fmt: skip
 LOADED = (
-    "KMP_BLOCKTIME", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
     "OPENBLAS_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS",
 )  # fmt: skip
 NUMBER = struct.Struct("i")

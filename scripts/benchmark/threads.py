@@ -15,8 +15,8 @@ from pathlib import Path
 ARMS = {
     "one": {"OMP_NUM_THREADS": "1"},
     "spinning": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "{cores}"},
-    "default": {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": "{cores}"},
-    "passive": {"OMP_NUM_THREADS": "{cores}"},
+    "bounded": {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": "{cores}"},
+    "passive": {"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "{cores}"},
     "medssl": {},
 }
 

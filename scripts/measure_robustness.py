@@ -48,6 +48,7 @@ from robustness.measures import (
 from study import (
     deal_arms,
     explain_mistakes,
+    find_run,
     format_difference,
     format_markdown,
     read_rows,
@@ -60,7 +61,6 @@ from study import (
 from torch import Tensor
 
 from medssl import metrics
-from medssl.config import InputError
 from medssl.data.cases import Case
 from medssl.data.io import read_image, read_label
 from medssl.data.trained import open_test_cases
@@ -110,9 +110,7 @@ def run_arm(
     Raises:
         InputError: There is no such run, it has delivered no model, or it has no test cases.
     """
-    folder = runs / f"draw_{draw}_{arm}"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such run; draws and arms are those of scripts/study.py")
+    folder = find_run(runs, draw, arm)
     model = load_model(folder)
     _, ignore, cases, _ = open_test_cases(folder, print)
     for case in cases[:num_cases]:
@@ -396,8 +394,6 @@ def measure_robustness(options: argparse.Namespace) -> None:
     Raises:
         InputError: There is no such folder, run or CSV, or torchio is not installed.
     """
-    if not options.runs.is_dir():
-        raise InputError(f"{options.runs}: no such folder; it is the --out of scripts/study.py")
     for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
         run_arm(options.runs, options.csv, draw, arm, options.changes, options.cases)
     refuse_missing(options.csv)

@@ -216,6 +216,25 @@ def has_arm(rows: Sequence[Mapping[str, str]], draw: int, arm: str) -> bool:
     return any((row["draw"], row["arm"]) == (str(draw), arm) for row in rows)
 
 
+def find_run(work: Path, draw: int, arm: str) -> Path:
+    """Return the run folder of an arm of a draw.
+
+    Args:
+        work: The --out of a study.
+        draw: Of the labeled cases.
+        arm: Its name.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not work.is_dir():
+        raise InputError(f"{work}: no such folder; it is the --out of scripts/study.py")
+    folder = work / f"draw_{draw}_{arm}"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run; draws and arms are those of scripts/study.py")
+    return folder
+
+
 def read_plan(study: Study, settings: Sequence[str]) -> tuple[Config, Plan]:
     """Return the configuration of settings, and the plan of this study's runs."""
     config = load_config(study.data, list(settings)).config

@@ -4,8 +4,8 @@
 
 Each table stands between two comments that name its CSV. Those of compare_peers.py, such as
 acdc_3_peers.csv, are read together with the study of the same name; those of measure_robustness.py
-end in _robustness.csv. The figure, evidence.svg, has the sets whose study has the recipe and a
-control.
+end in _robustness.csv, those of audit_gain.py in _audit.csv. The figure, evidence.svg, has the sets
+whose study has the recipe and a control.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import audit_gain
 import compare_peers
 import matplotlib as mpl
 import measure_robustness
@@ -67,6 +68,8 @@ def tabulate(path: Path) -> str:
     """Return the tables of a CSV."""
     if path.stem.endswith("_robustness"):
         return measure_robustness.tabulate(path, against="labels")
+    if path.stem.endswith("_audit"):
+        return audit_gain.tabulate(path)
     if path.stem.endswith("_peers"):
         like = path.with_name(path.name.replace("_peers", ""))
         return compare_peers.format_tables(path, like, compare_peers.REACH)

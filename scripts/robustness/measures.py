@@ -53,14 +53,20 @@ def measure_calibration(
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, equation 3.
     """
-    foreground = (reference > 0) & (reference != IGNORE)
-    if not foreground.any():
+    near = find_near(reference, margin)
+    if not near.any():
         return None
-    near = binary_dilation(foreground, iterations=margin) & (reference != IGNORE)
     confidence = probs.max(0)[near]
     right = probs.argmax(0)[near] == reference[near]
     bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
     return float(np.abs(np.bincount(bins, right - confidence)).sum() / len(bins))
+
+
+def find_near(reference: NDArray[np.uint8], margin: int = MARGIN) -> NDArray[np.bool_]:
+    """Return the known voxels (I, J, K) of a reference's foreground and some steps around it."""
+    known = reference != IGNORE
+    near: NDArray[np.bool_] = binary_dilation((reference > 0) & known, iterations=margin) & known
+    return near
 
 
 def follow_frames(

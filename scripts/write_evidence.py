@@ -5,7 +5,8 @@
 Each table stands between two comments that name its CSV. Those of compare_peers.py, such as
 acdc_3_peers.csv, are read together with the study of the same name; those of measure_robustness.py
 end in _robustness.csv, those of audit_gain.py in _audit.csv. The figure, evidence.svg, has the sets
-whose study has the recipe and a control.
+whose study has the recipe and a control; so has the note of power, which says how large a gain has
+to be to be found.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +23,10 @@ import audit_gain
 import compare_peers
 import matplotlib as mpl
 import measure_robustness
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy import optimize, stats
 from study import (
     Arm,
     average_dice,
@@ -46,6 +50,8 @@ MARKS = {
     "recipe": ("o", "#1f5fa8", "with the unlabeled scans"),
     "all": ("|", "#222222", "all labels"),
 }
+DRAWS = (3, 5, 10, 20)
+LEVEL, POWER = 0.05, 0.8
 CONTROLS = {"labels": "labels alone", "shadow": "the shadow run"}
 
 
@@ -54,7 +60,8 @@ def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     page = DOCS / "evidence.md"
     for path in list_tables(page):
-        replace_table(page, path, tabulate(path))
+        replace_table(page, path.name, tabulate(path))
+    replace_table(page, "power", tabulate_power([DOCS / name for name in SETS]))
     write_text(DOCS / "evidence.svg", draw_gains([DOCS / name for name in SETS]))
 
 
@@ -76,12 +83,61 @@ def tabulate(path: Path) -> str:
     return format_markdown(tabulate_arms(path))
 
 
-def replace_table(page: Path, csv_path: Path, table: str) -> None:
-    """Replace the tables of a CSV in a page, which stand between two comments that name it."""
-    start, end = (f"<!-- {csv_path.name}{word} -->\n" for word in ("", " end"))
+def replace_table(page: Path, name: str, table: str) -> None:
+    """Replace the tables in a page that stand between two comments with this name."""
+    start, end = (f"<!-- {name}{word} -->\n" for word in ("", " end"))
     before, rest = page.read_text(encoding="utf-8").split(start)
     _, after = rest.split(end)
     write_text(page, f"{before}{start}{table}{end}{after}")
+
+
+def tabulate_power(paths: Sequence[Path]) -> str:
+    """Return a table of how large a gain would have to be to be found in these data.
+
+    Args:
+        paths: CSVs of studies; a set without a gain in two draws at least is left out.
+    """
+    rows = []
+    for path in paths:
+        arms, patients = read_arms(path)
+        better = pick_better(arms)
+        shared = [d for d in sorted(arms.get("recipe", {})) if better and d in better[1]]
+        if better is None or len(shared) < 2:
+            continue
+        control = better[1]
+        gains = []
+        for draw in shared:
+            sides = ({draw: arm[draw]} for arm in (arms["recipe"], control))
+            difference = compare_arms(*sides, patients)
+            assert difference is not None, "both have the draw"
+            gains.append(difference[0]["mean"])
+        spread = float(np.std(gains, ddof=1))
+        rows.append(
+            {
+                "set": SETS[path.name],
+                "gain by draw": ", ".join(f"{gain:+.3f}" for gain in gains),
+                "deviation": f"{spread:.3f}",
+                **{f"{n} draws": f"{find_detectable(spread, n):+.3f}" for n in DRAWS},
+            }
+        )
+    return format_markdown(rows) if rows else ""
+
+
+def find_detectable(spread: float, draws: int) -> float:
+    """Return the gain that Student's t over draws finds in 8 of 10 studies, two-sided at 5 %.
+
+    Args:
+        spread: Standard deviation of the gain from draw to draw.
+        draws: Their number.
+    """
+    limit = stats.t.ppf(1 - LEVEL / 2, draws - 1)
+
+    def exceed(shift: float) -> float:
+        """Return the power too many at a gain of so many standard errors; the far tail is none."""
+        return float(stats.nct.sf(limit, draws - 1, shift)) - POWER
+
+    shift: float = optimize.brentq(exceed, 1.0, 3 * limit)
+    return shift * spread / math.sqrt(draws)
 
 
 def draw_gains(paths: Sequence[Path]) -> str:

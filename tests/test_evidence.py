@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from medssl import metrics
 
@@ -50,14 +52,34 @@ def test_the_tables_of_a_page_are_replaced(evidence, tmp_path):
     other = "<!-- none.csv -->\n<!-- none.csv end -->\n"
     page.write_text(f"before\n<!-- s.csv -->\nold\n<!-- s.csv end -->\n{other}after\n")
     assert evidence.list_tables(page) == [path]
-    evidence.replace_table(page, path, evidence.tabulate(path))
+    evidence.replace_table(page, path.name, evidence.tabulate(path))
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{other}after\n")
     assert "old" not in text
     assert "| round_0 | 0 | 0.5000 |" in text
-    evidence.replace_table(page, path, evidence.tabulate(path))
+    evidence.replace_table(page, path.name, evidence.tabulate(path))
     assert page.read_text() == text
+
+
+@pytest.mark.parametrize("draws", [3, 5, 10])
+def test_a_detectable_gain_is_found_in_eight_of_ten_studies(evidence, draws):
+    gain = evidence.find_detectable(0.04, draws)
+    rng = np.random.default_rng(0)
+    studies = rng.normal(gain, 0.04, (20_000, draws))
+    found = scipy.stats.ttest_1samp(studies, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_power_is_of_sets_with_a_gain_in_two_draws(evidence, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)
+    paths = [tmp_path / name for name in list(evidence.SETS)]
+    write_study(paths[0], ["labels", "recipe"], draws=(0, 1, 2))
+    write_study(paths[1], ["labels", "recipe"], draws=(0,))
+    table = evidence.tabulate_power(paths)
+    assert f"| {evidence.SETS[paths[0].name]} | +0.150, +0.150, +0.150 | 0.000 |" in table
+    assert len(table.splitlines()) == 3
+    assert evidence.tabulate_power(paths[1:]) == ""
 
 
 @pytest.mark.slow
@@ -67,5 +89,7 @@ def test_the_page_and_its_figure_are_those_of_the_committed_tables(evidence):
     assert {path.name for path in tables} > set(evidence.SETS)
     for path in tables:
         assert evidence.tabulate(path) in page.read_text(encoding="utf-8"), path.name
+    power = evidence.tabulate_power([ROOT / "docs" / name for name in evidence.SETS])
+    assert power in page.read_text(encoding="utf-8")
     figure = (ROOT / "docs" / "evidence.svg").read_text(encoding="utf-8")
     assert evidence.hash_contents([ROOT / "docs" / name for name in evidence.SETS]) in figure

@@ -19,6 +19,8 @@ the others wait. All arms train on the same labels:
                dropout it is longer by the passes that this saves. no_second_round has one student
                with the passes of both, and is held against the recipe
     LEVER      the recipe's first student with another setting each, at the passes of first_round
+    METHOD     another preset, such as fixmatch, at the passes of the whole recipe: those of round 0
+               are its students' too where these have nothing of it; its last round is measured
     all        labels alone, all labels but those of the test cases, longer: the plateau (E)
 
 The first students of recipe and shadow are written down too, as first_round and shadow_first_round;
@@ -47,8 +49,8 @@ from pathlib import Path
 from typing import Any
 
 from medssl import ranks
-from medssl.compare import compare
 from medssl.config import Config, InputError, at_round
+from medssl.cross_pseudo import CrossPseudo
 from medssl.metrics import (
     DrawDifference,
     adjust_holm,
@@ -57,9 +59,12 @@ from medssl.metrics import (
     mean_known,
     read_table,
 )
+from medssl.objective import load_objective
 from medssl.plan import Plan, count_unlabeled
+from medssl.rounds.loop import STUDENT_KEYS
+from medssl.rounds.run import count_models
 from medssl.runs import hold_lock, read_json, read_record, write_text
-from medssl.settings import load_config
+from medssl.settings import hash_config, list_methods, load_config
 
 OFF = [
     "losses.pseudo_label.weight=0",
@@ -99,6 +104,9 @@ LEVERS = {
 }
 """What the recipe might have in place of its settings, after one student."""
 
+METHODS = tuple(name for name in list_methods() if name not in ("default", "labels_only"))
+"""Presets to hold the recipe against."""
+
 FORMER_LEVERS = ("filtered_target",)
 """Levers whose setting is gone, since it cost more than it brought; their rows stand."""
 
@@ -107,7 +115,7 @@ FIRST_STUDENTS = {"recipe": "first_round", "shadow": "shadow_first_round"}
 ONE_STUDENT = {*PARTS, *LEVERS} - {"no_second_round"}  # as long as the recipe's first student
 ARMS = (
     *("round_0", "labels", "shadow_first_round", "shadow", "first_round", "recipe"),
-    *(*PARTS, *LEVERS, "all"),
+    *(*PARTS, *LEVERS, *METHODS, "all"),
 )
 FORWARD = 1 / 3  # of a pass
 
@@ -148,18 +156,6 @@ def finish_run(
     return summary
 
 
-def measure_arm(ours: Sequence[Path], theirs: Sequence[Path]) -> dict[str, Any]:
-    """Return the Dice of an arm and its difference to another one, as `medssl compare` does.
-
-    Args:
-        ours: Evaluation folders of the arm, one per draw; they are averaged within each case.
-        theirs: Those of the arm that it is compared with.
-    """
-    arms = [f"{name}={','.join(map(str, paths))}" for name, paths in (("a", theirs), ("b", ours))]
-    row: dict[str, Any] = compare(arms)[1][1]
-    return row
-
-
 def run_arm(study: Study, draw: int, arm: str) -> None:
     """Run an arm of a draw, unless it stands in the CSV, and add its rows."""
     if is_finished(study, draw, arm):
@@ -190,11 +186,22 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
             as_long_as = [*settings, "rounds=1"] if arm in ONE_STUDENT else settings
             changes = [*changes, "rounds=1"]
             changes += [stretch_steps(study, as_long_as, changes)]
-        summary = finish_run(study.data, folder, [*settings, *changes], ["--round-0", str(first)])
-    add_rows(study.csv, draw, arm, folder, summary)
+        elif arm in METHODS:
+            changes = [f"method={arm}", stretch_steps(study, settings, [f"method={arm}"])]
+        options = ["--round-0", str(first)] if shares_round_0(settings, changes) else []
+        summary = finish_run(study.data, folder, [*settings, *changes], options)
+    place = find_last_evaluation(folder) if arm in METHODS else "evaluation"
+    add_rows(study.csv, draw, arm, folder, summary, place)
     first_student = FIRST_STUDENTS.get(arm)
     if first_student:
         add_rows(study.csv, draw, first_student, folder, summary, "evaluation/round_1")
+
+
+def shares_round_0(settings: Sequence[str], changes: Sequence[str]) -> bool:
+    """Return whether changed settings have the same round 0; a preset may have another average."""
+    configs = (load_config(None, [*settings, *extra]).config for extra in ([], changes))
+    one, other = (hash_config(config, STUDENT_KEYS) for config in configs)
+    return one == other
 
 
 def deal_arms(draws: Sequence[int], arms: Sequence[str]) -> list[tuple[int, str]]:
@@ -252,19 +259,36 @@ def count_labels_steps(study: Study, settings: Sequence[str]) -> int:
 
 
 def count_passes(study: Study, settings: Sequence[str]) -> list[float]:
-    """Return the patch passes of each round: students', and the online teacher's at a third."""
+    """Return the patch passes of each round: students', and the online teacher's at a third.
+
+    Of an ensemble all models count, and of cross pseudo supervision both students.
+    """
     config, plan = read_plan(study, settings)
     steps = plan_steps(config, plan)
-    passes = [float(plan.batch * at_round(steps, 0))]
-    section = config.filter.uncertainty
-    online = section.passes if section.online_passes == "auto" else section.online_passes
-    if config.teacher.probs == "clean":
-        online = 1
-    for index in range(1, config.train.rounds + 1):
+    rounds = config.train.rounds
+    passes = [float(plan.batch * at_round(steps, 0) * count_models(config, 0, rounds))]
+    online = count_online_passes(config)
+    students = 2 if load_objective(config.objective) is CrossPseudo else 1
+    for index in range(1, rounds + 1):
         unlabeled = count_unlabeled(config, plan.batch, index)
         per_step = plan.batch + unlabeled * (len(config.views) + online * FORWARD)
-        passes.append(per_step * at_round(steps, index))
+        models = students * count_models(config, index, rounds)
+        passes.append(models * per_step * at_round(steps, index))
     return passes
+
+
+def count_online_passes(config: Config) -> int:
+    """Return how often an online teacher sees a patch in a step; 0 where there is none."""
+    is_offline = "previous_round" in config.teacher.source
+    is_idle = is_offline and config.losses.consistency.weight == 0
+    if is_idle or config.teacher.source == ("previous_round",):
+        return 0
+    section = config.filter.uncertainty
+    sampled = section.passes if section.online_passes == "auto" else section.online_passes
+    if config.teacher.probs == "sampled":
+        return sampled
+    has_filter = section.source == "mc_dropout" and not is_offline
+    return 1 + sampled if has_filter else 1
 
 
 def plan_steps(config: Config, plan: Plan) -> int | tuple[int, ...]:
@@ -273,12 +297,27 @@ def plan_steps(config: Config, plan: Plan) -> int | tuple[int, ...]:
 
 
 def stretch_steps(study: Study, settings: Sequence[str], changes: Sequence[str]) -> str:
-    """Return the setting of steps with which changed settings have as many passes."""
+    """Return the setting of steps with which changed settings have as many passes.
+
+    Round 0 is shared, so that its steps stay. Students who have nothing of it, being from scratch
+    with an online teacher, get its passes; more models of it than the one that is shared cost some.
+    """
     whole, less = (count_passes(study, [*settings, *extra]) for extra in ([], changes))
-    steps = plan_steps(*read_plan(study, [*settings, *changes]))
-    factor = sum(whole[1:]) / sum(less[1:])
+    config, plan = read_plan(study, [*settings, *changes])
+    budget = sum(whole[1:]) - (less[0] - whole[0])
+    is_alone = config.train.start == "scratch" and "previous_round" not in config.teacher.source
+    if is_alone and config.method in METHODS:
+        budget += whole[0]
+    steps = plan_steps(config, plan)
+    factor = budget / sum(less[1:])
     longer = [round(at_round(steps, index) * factor) for index in range(1, len(less))]
     return f"steps={[at_round(steps, 0), *longer]}"
+
+
+def find_last_evaluation(folder: Path) -> str:
+    """Return where the last round of a run was measured, whatever round its gates delivered."""
+    last = f"evaluation/round_{read_json(folder / 'summary.json')['rounds'][-1]['round']}"
+    return last if (folder / last).is_dir() else "evaluation"
 
 
 def add_rows(
@@ -342,12 +381,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-
-
-def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write results.csv and the same as a table."""
-    write_csv(out / "results.csv", rows)
-    write_text(out / "results.md", format_markdown(rows))
 
 
 def format_markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -31,6 +31,7 @@ def trained(study, monkeypatch, tiny_plan):
         commands.append((folder.name, list(settings), list(options)))
         write_json(folder / "plan.json", tiny_plan.model_dump(mode="json"))
         write_json(folder / "provenance.json", {"revision": "0123456789abcdef"})
+        write_json(folder / "summary.json", {"rounds": [{"round": 0}, {"round": 1}]})
         for place, dice in (("evaluation", 0.6), ("evaluation/round_1", 0.55)):
             path = folder / place / "per_case.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +187,49 @@ def test_a_lever_has_the_passes_of_the_first_student(study, trained, tmp_path):
     assert settings[-1][-3:] == ["train.unlabeled_ratio=2", "rounds=1", "steps=[100, 18]"]
     rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
     assert list(rows) == ["round_0", "first_round", "two_unlabeled"]
+
+
+PASSES = 100 * 2 + 2 * 30 * (2 + 2 * (1 + 2 / 3))  # of the whole recipe, by hand
+SHARED = 100 * 2  # of round 0
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),  # of a step, and all that its students have
+    [
+        ("fixmatch", (2 + 2 * (1 + 1 / 3), PASSES)),
+        ("unimatch", (2 + 2 * (3 + 1 / 3), PASSES)),
+        ("uamt", (2 + 2 * (1 + 5 / 3), PASSES)),  # the target, and four passes for the filter
+        ("cross_pseudo", (2 * (2 + 2 * (1 + 1 / 3)), PASSES)),
+        ("bcp", (2 + 2 * (1 + 1 / 3), PASSES - SHARED)),  # goes on from round 0
+        ("curriculum", (2 * (2 + 2), PASSES - SHARED)),  # in both rounds
+        ("noisy_student", ((2 + 4) + (2 + 6), PASSES - SHARED)),
+        ("classic", (2 * (2 + 2), PASSES - SHARED)),
+    ],
+)
+def test_a_method_has_the_passes_of_the_recipe(study, trained, tmp_path, method, passes):
+    run = make_study(study, tmp_path, "steps=[100,30]", "validation=0")
+    study.run_arm(run, 0, method)
+    _, settings, options = trained[-1]
+    assert settings[-2] == f"method={method}"
+    per_step, whole = passes
+    steps = round(whole / per_step)
+    rounds = 2 if method in ("curriculum", "noisy_student", "classic") else 1
+    assert settings[-1] == f"steps={[100, *[steps] * rounds]}"
+    own = method in ("bcp", "uamt", "classic")  # an average of their own, and so a round 0
+    assert options == ([] if own else ["--round-0", str(tmp_path / "work" / "draw_0_round_0")])
+
+
+def test_an_ensemble_pays_for_the_models_of_round_0_that_are_not_shared(study, trained, tmp_path):
+    study.run_arm(make_study(study, tmp_path, "steps=[100,300]"), 0, "ensemble")
+    whole = 2 * 300 * (2 + 2 * (1 + 2 / 3))
+    assert trained[-1][1][-1] == f"steps={[100, round((whole - 2 * SHARED) / (2 + 2))]}"
+
+
+def test_of_a_method_the_last_round_is_measured(study, tmp_path):
+    write_json(tmp_path / "summary.json", {"rounds": [{"round": 0}, {"round": 1}]})
+    assert study.find_last_evaluation(tmp_path) == "evaluation"
+    (tmp_path / "evaluation" / "round_1").mkdir(parents=True)
+    assert study.find_last_evaluation(tmp_path) == "evaluation/round_1"
 
 
 def test_students_from_scratch_have_the_steps_of_the_recipe_s(study, trained, tmp_path):

@@ -58,6 +58,7 @@ from medssl.runs import Journal, RoundMark, hold_lock, list_rounds, read_record
 from medssl.transforms.geometry import grid_spacing
 
 PARTS = 3  # of a round, at whose ends weights are kept
+COLUMNS = ("case_id", "patient_id", "dice", "hd95_mm", "volume_ml", "reference_ml")
 SHARES = ("coverage", "coverage_surface", "accepted", "confidence", "refused", "ece")
 
 Row = dict[str, Any]
@@ -95,15 +96,15 @@ def list_states(run: Path) -> list[State]:
 
 def find_thresholds(run: Path, index: int, step: int) -> dict[str, float]:
     """Return the last thresholds of a round that were logged up to a step, by class name."""
-    found: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     for line in Journal(run / "metrics.jsonl").read():
         if line["round"] == index and line["step"] <= step:
-            found |= {
+            thresholds |= {
                 key.removeprefix("monitors/threshold/"): value
                 for key, value in line["metrics"].items()
                 if key.startswith("monitors/threshold/")
             }
-    return found
+    return thresholds
 
 
 def open_unlabeled_cases(run: Path, number: int | None) -> tuple[int | None, list[Case]]:
@@ -181,8 +182,7 @@ def measure_case(
 
 def is_kept(column: str) -> bool:
     """Return whether a column of an evaluation goes to the CSV."""
-    kept = ("case_id", "patient_id", "dice", "hd95_mm", "volume_ml", "reference_ml")
-    return column.partition("/")[0] in kept
+    return column.partition("/")[0] in COLUMNS
 
 
 def measure_acceptance(

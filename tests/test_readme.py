@@ -95,7 +95,7 @@ def test_the_studies_read_their_arguments_as_the_docs_write_them(tmp_path: Path)
         r"^python (scripts/\S+ FOLDER/.*)$", "\n".join(texts).replace("\\\n", " "), re.M
     )
     scripts = {line.split()[0] for line in lines}
-    names = ("study", "compare_peers", "measure_robustness", "audit_gain")
+    names = ("study", "compare_peers", "measure_robustness", "audit_gain", "draw_features")
     assert scripts == {f"scripts/{name}.py" for name in names}
     for line in lines:
         script, *arguments = line.split()

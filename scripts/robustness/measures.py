@@ -156,10 +156,28 @@ def find_attack(model: Model, image: Tensor, label: NDArray[np.uint8]) -> Tensor
 
 def measure_loss(model: Model, image: Tensor, label: NDArray[np.uint8]) -> Tensor:
     """Return Dice and cross-entropy of a scan, whose arguments are those of `find_attack`."""
+    logits = run_whole(model, image)
+    target = torch.from_numpy(label)[None, None].long()
+    if model.info.slice_axis is not None:
+        target = target.movedim(2 + model.info.slice_axis, 0).squeeze(1)
+    return dice_ce(logits, target.to(model.device))
+
+
+def run_whole(
+    model: Model, image: Tensor, network: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return what a network says of a whole scan at once, at its voxels.
+
+    Args:
+        model: The model.
+        image: The normalized scan (1, C, I, J, K) on the cache grid.
+        network: What takes patches in place of the network of the model.
+
+    Returns:
+        (1, channels, I, J, K) float32, or slices (K, channels, I, J) of a 2D network.
+    """
     axis, strides = model.info.slice_axis, model.info.network.strides
-    patches, target = image, torch.from_numpy(label)[None, None].long()
-    if axis is not None:
-        patches, target = (part.movedim(2 + axis, 0).squeeze(1) for part in (patches, target))
+    patches = image if axis is None else image.movedim(2 + axis, 0).squeeze(1)
     multiples = [math.prod(along) for along in zip(*strides, strict=True)] or [ENCODER_MULTIPLE] * 2
     padding: list[int] = []  # as F.pad wants it, the last axis first
     inside: list[slice] = []
@@ -168,5 +186,5 @@ def measure_loss(model: Model, image: Tensor, label: NDArray[np.uint8]) -> Tenso
         missing = max(extent, multiple * math.ceil(size / multiple)) - size
         padding = [missing // 2, missing - missing // 2, *padding]
         inside.append(slice(missing // 2, missing // 2 + size))
-    logits = model.network(F.pad(patches, padding).to(model.device)).float()
-    return dice_ce(logits[(slice(None), slice(None), *inside)], target.to(model.device))
+    outputs = (network or model.network)(F.pad(patches, padding).to(model.device)).float()
+    return outputs[(slice(None), slice(None), *inside)]

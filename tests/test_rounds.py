@@ -49,6 +49,7 @@ SMALL = [
 TERMS = ("pseudo_label", "entropy", "consistency")
 SETTINGS = [
     *SMALL,
+    "teacher.ema_decay=0.99",  # of all presets, as one round 0 asks for
     "network.width=0.5",
     "filter.uncertainty={source: none}",
     "filter.threshold.name=none",

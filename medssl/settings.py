@@ -469,9 +469,15 @@ def hash_config(config: Config, ignore: Sequence[str] = ()) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def list_changes(old: Config, new: Config) -> list[str]:
-    """Say which settings decide another result than before, with both values."""
-    before, now = _list_deciding(old), _list_deciding(new)
+def list_changes(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[str]:
+    """Say which settings decide another result than before, with both values.
+
+    Args:
+        old: The resolved configuration of before.
+        new: That of now.
+        ignore: Keys to leave out, as of `hash_config`.
+    """
+    before, now = (_list_deciding(config, ignore) for config in (old, new))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return [f"{key} is {before.get(key)} there and {now.get(key)} here" for key in keys]
 

@@ -376,8 +376,10 @@ def test_round_0_of_another_run_is_taken_over_if_its_settings_are_the_same(start
     assert len(read_losses(folder, 0)) == 3
     summary = json.loads((folder / "summary.json").read_text())
     assert [entry["steps"] for entry in summary["rounds"]] == [3, 3]
-    with pytest.raises(InputError, match="--round-0"):
+    with pytest.raises(InputError, match="other data, another network, or other steps"):
         start("steps=5", round_0=base, name="shorter")
+    with pytest.raises(InputError, match=r"teacher.ema_decay is 0.99 there and 0.95 here; leave"):
+        start("teacher.ema_decay=0.95", round_0=base, name="faster")
     with pytest.raises(InputError, match="no finished round 0"):
         start(round_0=base.parent / "nothing", name="missing")
 

@@ -220,7 +220,7 @@ def run_training(
         has_round_0 = not restart and (run_dir / "round_0" / "model" / "done.json").is_file()
         taken = None if has_round_0 else round_0
         if taken is not None:
-            _check_round_0(taken, first_hash)
+            _check_round_0(taken, first_hash, config)
         if restart or is_half_deleted(run_dir):
             delete_run(run_dir)
         _begin_run(prepared, run_dir, run_hash, cached, taken)
@@ -365,7 +365,7 @@ def _describe(
     )
 
 
-def _check_round_0(source: Path, first_hash: str) -> None:
+def _check_round_0(source: Path, first_hash: str, config: Config) -> None:
     """Refuse a run whose round 0 is not what this one's would be."""
     path = source / "round_0" / "model" / "done.json"
     if not path.is_file():
@@ -375,9 +375,12 @@ def _check_round_0(source: Path, first_hash: str) -> None:
     if changed:
         raise InputError(f"--round-0 {source}: {changed[0]} has changed since its round 0 ended")
     if mark["hash"] != first_hash:
+        before = load_config(source / "config.yaml").config
+        changes = list_changes(before, config, STUDENT_KEYS)
         raise InputError(
-            f"--round-0 {source}: its round 0 had other data, network, plan or training settings; "
-            "leave the option out, or give both runs the same"
+            f"--round-0 {source}: its round 0 is not that of this run: "
+            f"{'; '.join(changes) or 'it had other data, another network, or other steps'}; leave "
+            "the option out, or give both runs the same"
         )
 
 

@@ -101,6 +101,11 @@ LEVERS = {
     "all_voxels": ["losses.pseudo_label.voxels=all"],
     "soft_target": ["losses.pseudo_label.voxels=all", "target.kind=soft"],
     "lower_lr": ["train.student_lr=1e-3"],
+    "pretrain": ["train.schedule=pretrain", "train.fine_tune.share=0.2"],
+    **{
+        f"{name}_threshold": [f"filter.threshold.name={name}"]
+        for name in ("fixed", "curriculum", "free", "soft", "quantile")
+    },
 }
 """What the recipe might have in place of its settings, after one student."""
 

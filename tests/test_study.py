@@ -10,6 +10,7 @@ from medssl import metrics
 from medssl.config import InputError
 from medssl.report.sentences import EVIDENCE
 from medssl.runs import hold_lock, write_json
+from medssl.settings import hash_config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -267,6 +268,17 @@ def test_tables_of_a_csv_that_is_missing_are_a_mistake(study, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="2"):
         study.main()
     assert capsys.readouterr().err.startswith(f"error: {path}: no such file")
+
+
+def test_every_lever_is_another_configuration(study):
+    recipe = load_config(None, ["rounds=1"]).config
+    configs = [
+        load_config(None, ["rounds=1", *changes]).config
+        for name, changes in {**study.PARTS, **study.LEVERS}.items()
+        if name != "no_second_round"
+    ]
+    assert recipe not in configs
+    assert len({hash_config(config) for config in configs}) == len(configs)
 
 
 def test_an_unknown_arm_is_named(study):

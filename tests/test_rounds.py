@@ -503,7 +503,7 @@ def test_what_a_kill_left_in_a_run_and_beside_it_is_removed(start, tmp_path, lea
 def test_a_restart_that_is_refused_deletes_nothing(start):
     base, other = start("rounds=0", name="base"), start("rounds=0", "steps=5", name="other")
     before = hash_file(base / "round_0" / "model" / "weights.safetensors")
-    for round_0, words in ((other, "other data, network"), (base, "would delete it")):
+    for round_0, words in ((other, "other data, another network"), (base, "would delete it")):
         with pytest.raises(InputError, match=words):
             start("rounds=0", name="base", round_0=round_0, restart=True)
     mine = base.parent / "mine"

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,10 +38,9 @@ from study import (
     explain_mistakes,
     find_run,
     format_markdown,
+    make_measuring_parser,
     read_rows,
     refuse_missing,
-    split_arms,
-    split_numbers,
     write_csv,
 )
 
@@ -79,6 +78,7 @@ def list_states(run: Path) -> list[State]:
     Raises:
         InputError: None of its rounds is done.
     """
+    lines = list(Journal(run / "metrics.jsonl").read())
     states = []
     for index, folder in list_rounds(run).items():
         if not (folder / "done.json").is_file():
@@ -88,16 +88,16 @@ def list_states(run: Path) -> list[State]:
             place = folder / "snapshots" / str(part) if part < PARTS else folder
             step = max(1, steps * part // PARTS)
             if (place / "model.json").is_file() or part == PARTS:
-                states.append(State(index, step, place, find_thresholds(run, index, step)))
+                states.append(State(index, step, place, find_thresholds(lines, index, step)))
     if not states:
         raise InputError(f"{run}: none of its rounds is done; medssl train goes on with it")
     return states
 
 
-def find_thresholds(run: Path, index: int, step: int) -> dict[str, float]:
+def find_thresholds(lines: Iterable[Mapping[str, Any]], index: int, step: int) -> dict[str, float]:
     """Return the last thresholds of a round that were logged up to a step, by class name."""
     thresholds: dict[str, float] = {}
-    for line in Journal(run / "metrics.jsonl").read():
+    for line in lines:
         if line["round"] == index and line["step"] <= step:
             thresholds |= {
                 key.removeprefix("monitors/threshold/"): value
@@ -144,7 +144,7 @@ def run_arm(runs: Path, path: Path, draw: int, arm: str, number: int | None) -> 
     ignore, cases = open_unlabeled_cases(run, number)
     for state in states:
         ids = {"draw": str(draw), "arm": arm, "round": str(state.round), "step": str(state.step)}
-        done = {row["case_id"] for row in read_rows(path) if ids.items() <= row.items()}
+        done = find_cases(path, ids)
         left = [case for case in cases if case.case_id not in done]
         if not left:
             continue
@@ -152,7 +152,14 @@ def run_arm(runs: Path, path: Path, draw: int, arm: str, number: int | None) -> 
         model = load_model(state.folder)
         rows = [{**ids, **measure_case(model, case, ignore, state.thresholds)} for case in left]
         with hold_lock(path.with_suffix(".lock")):
+            done = find_cases(path, ids)  # another process may have been faster
+            rows = [row for row in rows if row["case_id"] not in done]
             write_csv(path, [*read_rows(path), *rows])
+
+
+def find_cases(path: Path, ids: Mapping[str, str]) -> set[str]:
+    """Return the cases that the CSV has of a state."""
+    return {row["case_id"] for row in read_rows(path) if ids.items() <= row.items()}
 
 
 def measure_case(
@@ -283,13 +290,7 @@ def audit_gain(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the arguments; a mistake in them is exit code 2."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, help="--out of scripts/study.py")
-    parser.add_argument("--csv", type=Path, required=True, help="rows of what was measured")
-    parser.add_argument("--draws", type=split_numbers, default=[0, 1, 2])
-    parser.add_argument("--arms", type=split_arms, default=["labels", "recipe"])
-    parser.add_argument("--cases", type=int, help="N of the unlabeled cases; all by default")
-    parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
+    parser = make_measuring_parser(__doc__ or "", "N of the unlabeled cases, evenly")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with explain_mistakes():

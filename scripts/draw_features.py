@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from sklearn.manifold import TSNE
 from study import explain_mistakes, find_run, split_arms
 from torch import Tensor
 
-from medssl.config import IGNORE, InputError
+from medssl.config import InputError
 from medssl.data.cases import Case
 from medssl.data.io import read_label
 from medssl.data.trained import open_test_cases
@@ -87,7 +87,6 @@ def sample_case(model: Model, case: Case, ignore: int | None, num_voxels: int) -
     chosen = [
         rng.permutation(np.flatnonzero(target == index))[:num_voxels]
         for index in range(model.info.network.num_classes)
-        if index != IGNORE
     ]
     voxels = np.concatenate(chosen)
     patients = np.full(len(voxels), case.patient_id)
@@ -111,9 +110,14 @@ def read_features(model: Model, image: Tensor) -> NDArray[np.float32]:
     return result
 
 
+def standardize(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return features (N, D) of mean 0 and deviation 1 in each dimension."""
+    return (features - features.mean(0)) / (features.std(0) + 1e-6)
+
+
 def measure_purity(sample: Sample) -> float:
     """Return the share of voxels whose nearest ones of other patients are mostly of their class."""
-    scaled = (sample.features - sample.features.mean(0)) / (sample.features.std(0) + 1e-6)
+    scaled = standardize(sample.features)
     distances = cdist(scaled, scaled)
     distances[sample.patients[:, None] == sample.patients] = np.inf
     nearest = sample.classes[np.argsort(distances, axis=1)[:, :NEIGHBORS]]
@@ -122,19 +126,25 @@ def measure_purity(sample: Sample) -> float:
 
 
 def draw_panels(samples: Mapping[str, Sample], names: Mapping[int, str]) -> str:
-    """Return an SVG with the t-SNE of each sample; the same samples give the same picture."""
+    """Return an SVG with the t-SNE of each sample.
+
+    The same samples give the same picture.
+
+    Args:
+        samples: By what stands above the panel.
+        names: Of the classes.
+    """
     settings = {"svg.fonttype": "none", "svg.hashsalt": "medssl", "font.size": 9}
     with mpl.rc_context(settings):
         figure = Figure(figsize=(3.6 * len(samples), 3.9), layout="constrained")
         panels = figure.subplots(1, len(samples), squeeze=False)[0]
-        for axes, (arm, sample) in zip(panels, samples.items(), strict=True):
-            scaled = (sample.features - sample.features.mean(0)) / (sample.features.std(0) + 1e-6)
-            places = TSNE(random_state=0, init="pca").fit_transform(scaled)
+        for axes, (title, sample) in zip(panels, samples.items(), strict=True):
+            places = TSNE(random_state=0, init="pca").fit_transform(standardize(sample.features))
             for index, name in names.items():
                 chosen = sample.classes == index
                 color = COLORS[index % len(COLORS)]
                 axes.scatter(*places[chosen].T, s=4, color=color, label=name, rasterized=True)
-            axes.set(title=f"{arm}: {measure_purity(sample):.3f}", xticks=[], yticks=[])
+            axes.set(title=title, xticks=[], yticks=[])
         handles, texts = panels[0].get_legend_handles_labels()
         figure.legend(
             handles, texts, loc="outside lower center", ncols=4, frameon=False, markerscale=3
@@ -154,12 +164,14 @@ def draw_features(options: argparse.Namespace) -> None:
     samples: dict[str, Sample] = {}
     names: Mapping[int, str] = {}
     for arm, run in runs.items():
-        samples[arm], names = sample_arm(run, options.cases, options.voxels)
-        print(f"{arm}: {measure_purity(samples[arm]):.4f} of {len(samples[arm].classes)} voxels")
+        sample, names = sample_arm(run, options.cases, options.voxels)
+        purity = measure_purity(sample)
+        print(f"{arm}: {purity:.4f} of {len(sample.classes)} voxels")
+        samples[f"{arm}: {purity:.3f}"] = sample
     write_text(options.out, draw_panels(samples, names))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Read the arguments; a mistake in them is exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="--out of scripts/study.py")
@@ -168,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", type=split_arms, default=["labels", "recipe"])
     parser.add_argument("--cases", type=int, default=20, help="test cases")
     parser.add_argument("--voxels", type=int, default=25, help="of each class and case")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with explain_mistakes():
         draw_features(options)

@@ -51,11 +51,10 @@ from study import (
     find_run,
     format_difference,
     format_markdown,
+    make_measuring_parser,
     read_rows,
     refuse_missing,
-    split_arms,
     split_names,
-    split_numbers,
     write_csv,
 )
 from torch import Tensor
@@ -402,17 +401,11 @@ def measure_robustness(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the arguments; a mistake in them is exit code 2."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("runs", type=Path, help="--out of scripts/study.py")
-    parser.add_argument("--csv", type=Path, required=True, help="rows of what was measured")
-    parser.add_argument("--draws", type=split_numbers, default=[0, 1, 2])
-    parser.add_argument("--arms", type=split_arms, default=["labels", "recipe"])
+    parser = make_measuring_parser(__doc__ or "", "the first N test cases")
     parser.add_argument(
         "--against", default="labels", help="the arm that the others are held against"
     )
     parser.add_argument("--changes", type=split_changes, default=list(CHANGES))
-    parser.add_argument("--cases", type=int, help="the first N test cases; all by default")
-    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with explain_mistakes():

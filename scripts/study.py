@@ -503,6 +503,23 @@ def make_parser(about: str, out: str, draws: str) -> argparse.ArgumentParser:
     return parser
 
 
+def make_measuring_parser(about: str, cases: str) -> argparse.ArgumentParser:
+    """Return a parser of what measures the runs of a study into a CSV.
+
+    Args:
+        about: Docstring of the script.
+        cases: Which ones --cases takes.
+    """
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("runs", type=Path, help="--out of scripts/study.py")
+    parser.add_argument("--csv", type=Path, required=True, help="rows of what was measured")
+    parser.add_argument("--draws", type=split_numbers, default=[0, 1, 2])
+    parser.add_argument("--arms", type=split_arms, default=["labels", "recipe"])
+    parser.add_argument("--cases", type=int, help=f"{cases}; all by default")
+    parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
+    return parser
+
+
 def split_numbers(text: str) -> list[int]:
     """Return the numbers of a list such as 0,1,2."""
     return [int(number) for number in text.split(",")]

@@ -2,9 +2,9 @@
 
 import json
 
-import nibabel as nib
 import numpy as np
 import pytest
+from bright import make_model, write_case
 
 from medssl.config import InputError
 from medssl.data.cases import Case
@@ -94,15 +94,7 @@ def test_surfaces_of_a_plane_network_lie_within_its_slices(audit, axis):
 
 
 def test_a_case_is_measured_as_evaluate_does(audit, tiny_plan, tmp_path):
-    from tests.test_robustness import make_model
-
-    rng = np.random.default_rng(0)
-    label = rng.choice(np.array([0, 1, 5], np.uint8), (10, 9, 8))
-    image = 40.0 * label + rng.normal(0, 3, label.shape)
-    paths = tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"
-    for path, array in zip(paths, (image.astype(np.float32), label), strict=True):
-        nib.save(nib.Nifti1Image(array, np.eye(4)), path)
-    case, model = Case("a", paths[:1], paths[1], "p"), make_model(tiny_plan)
+    case, model = write_case(tmp_path), make_model(tiny_plan)
     row = audit.measure_case(model, case, None, dict.fromkeys(model.info.labels.values(), 0.0))
     assert row["coverage"] == row["coverage_surface"] == "1.0000"
     assert row["refused"] == ""
@@ -135,6 +127,26 @@ def test_what_stands_in_the_csv_is_not_measured_again(audit, run, tmp_path, monk
     assert len(audit.read_rows(path)) == 15
     with pytest.raises(InputError, match="no such run"):
         audit.run_arm(tmp_path, path, 0, "labels", None)
+
+
+def test_what_another_process_measured_meanwhile_stands_once(audit, run, tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+
+    def measure(model, case, ignore, thresholds):
+        row = {"case_id": case.case_id, "patient_id": "p", "dice": "0.5"}
+        if not path.is_file():
+            first = {"draw": "0", "arm": "recipe", "round": "0", "step": "3"}
+            audit.write_csv(path, [{**first, **row}])
+        return row
+
+    monkeypatch.setattr(audit, "measure_case", measure)
+    monkeypatch.setattr(audit, "load_model", lambda folder: None)
+    monkeypatch.setattr(
+        audit, "open_unlabeled_cases", lambda *_: (None, [Case("c", (), None, "p")])
+    )
+    audit.run_arm(tmp_path, path, 0, "recipe", None)
+    rows = [(row["round"], row["step"]) for row in audit.read_rows(path)]
+    assert rows == [("0", "3"), ("0", "6"), ("0", "9"), ("1", "6"), ("1", "9")]
 
 
 def test_the_table_has_means_by_state_and_volumes_as_a_whole(audit, tmp_path):

@@ -1,13 +1,11 @@
 """What `scripts/draw_features.py` reads of a network, measures and draws."""
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bright import make_model, write_case
 
-from medssl.data.cases import Case
 from medssl.predict import prepare_scan
-from tests.test_robustness import make_model
 
 
 @pytest.fixture
@@ -20,14 +18,7 @@ def features(monkeypatch, pytestconfig):
 
 @pytest.fixture
 def case(tmp_path):
-    """A case of three classes, whose voxels are as bright as their class says."""
-    rng = np.random.default_rng(0)
-    label = rng.choice(np.array([0, 1, 5], np.uint8), (10, 9, 8))
-    image = 40.0 * label + rng.normal(0, 3, label.shape)
-    paths = tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"
-    for path, array in zip(paths, (image.astype(np.float32), label), strict=True):
-        nib.save(nib.Nifti1Image(array, np.eye(4)), path)
-    return Case("a", paths[:1], paths[1], "p")
+    return write_case(tmp_path)
 
 
 @pytest.mark.parametrize("slice_axis", [None, 0, 1, 2])
@@ -78,7 +69,9 @@ def test_neighbors_are_those_of_other_patients(features):
 
 @pytest.mark.slow
 def test_the_picture_has_a_panel_for_each_arm_and_is_the_same_again(features):
-    samples = {"labels": make_sample(features, 1.0), "recipe": make_sample(features, 0.05)}
+    pure = make_sample(features, 0.05)
+    title = f"recipe: {features.measure_purity(pure):.3f}"
+    samples = {"labels": make_sample(features, 1.0), title: pure}
     picture = features.draw_panels(samples, {0: "background", 1: "organ"})
     assert ">recipe: 1.000<" in picture
     assert picture.count(">organ<") == 1

@@ -5,10 +5,10 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from bright import make_model, write_case
 
 from medssl import metrics
 from medssl.config import InputError
@@ -17,8 +17,7 @@ from medssl.data.phantoms import make_phantom
 from medssl.evaluate import evaluate_model
 from medssl.losses.supervised import dice_ce
 from medssl.metrics import read_table
-from medssl.networks.build import NetworkSpec, build_network
-from medssl.predict import Model, describe_model, predict_logits
+from medssl.predict import predict_logits
 from medssl.transforms.geometry import Volume
 
 ARTEFACTS = (
@@ -184,20 +183,6 @@ def test_frames_turn_by_degrees_in_mm_about_the_middle_of_a_scan(measures):
     )
 
 
-def make_model(plan, slice_axis=None):
-    torch.manual_seed(0)
-    if slice_axis is not None:
-        spec = NetworkSpec(
-            in_channels=1, num_classes=3, filters=(4, 8, 16), kernels=((3, 3),) * 3,
-            strides=((1, 1), (2, 2), (2, 2)), dropout=0.1, deep_supervision=True,
-        )  # fmt: skip
-        plan = plan.model_copy(
-            update={"network": spec, "patch_size": (8, 8), "slice_axis": slice_axis}
-        )
-    info = describe_model(plan.model_copy(update={"flips": ()}), {})
-    return Model(build_network(info.network).eval(), info, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("slice_axis", [None, 1])
 def test_the_attack_is_the_way_in_which_the_loss_rises(measures, tiny_plan, slice_axis):
     model = make_model(tiny_plan, slice_axis)
@@ -234,13 +219,7 @@ def test_an_attacked_scan_goes_through_the_network_as_a_predicted_one_does(
 
 
 def test_a_clean_scan_is_worth_what_evaluate_says(robustness, tiny_plan, tmp_path):
-    rng = np.random.default_rng(0)
-    label = rng.choice(np.array([0, 1, 5], np.uint8), (10, 9, 8))
-    image = 40.0 * label + rng.normal(0, 3, label.shape)
-    paths = tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"
-    for path, array in zip(paths, (image.astype(np.float32), label), strict=True):
-        nib.save(nib.Nifti1Image(array, np.diag([1.0, 1.5, 1.0, 1.0])), path)
-    case = Case("a", paths[:1], paths[1], "p")
+    case = write_case(tmp_path)
     model = make_model(tiny_plan)
     evaluate_model(model, [case], tmp_path / "out", report=lambda line: None)
     (expected,) = read_table(tmp_path / "out" / "per_case.csv")

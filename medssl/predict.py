@@ -55,7 +55,12 @@ from medssl.machine import (
     has_bfloat16,
     is_out_of_memory,
 )
-from medssl.networks.build import NetworkSpec, SegmentationNetwork, build_network
+from medssl.networks.build import (
+    NetworkSpec,
+    SegmentationNetwork,
+    arrange_weights,
+    build_network,
+)
 from medssl.networks.noise import sample_dropout
 from medssl.plan import Plan
 from medssl.pseudo.uncertainty import combine_slab, entropy_of, refuse_equal
@@ -290,7 +295,9 @@ def load_model(path: Path, device: str = "cpu") -> Model:
         raise InputError(
             f"{folder}: weights do not fit model.json: missing {absent}, unknown {unknown}"
         )
-    return Model(network.to(device).eval(), info, torch.device(device))
+    network.to(device).eval()
+    arrange_weights(network, info.precision)
+    return Model(network, info, torch.device(device))
 
 
 def predict_logits(network: SegmentationNetwork, image: Tensor, window: Window) -> Tensor:

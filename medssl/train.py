@@ -26,6 +26,7 @@ from medssl.data.loaders import (
     is_fine_tune,
     iterate_batches,
 )
+from medssl.networks.build import arrange_weights
 from medssl.networks.sharing import agree, meet_for_steps, start_alike, sum_gradients
 from medssl.objective import Objective
 from medssl.plan import Plan
@@ -85,6 +86,7 @@ def train_model(
     device = torch.device(plan.device)
     dtype = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     objective.to(device).train()
+    arrange_weights(objective, plan.precision)
     parameters = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.train.lr, weight_decay=config.train.weight_decay, fused=True

@@ -10,6 +10,7 @@ from medssl.networks.build import (
     PointwiseConv,
     _replace_pointwise,
     arrange,
+    arrange_weights,
     build_network,
 )
 from medssl.networks.noise import (
@@ -156,6 +157,34 @@ def test_features_have_their_channels_last_throughout(tiny_spec, name, size):
         network(arrange(torch.zeros(size)))
     assert layouts
     assert all(layouts)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_in_2d_lie_as_the_precision_wants_them_and_give_the_same_bits(precision):
+    spec = NetworkSpec(
+        in_channels=1,
+        num_classes=3,
+        filters=(4, 8, 16),
+        kernels=((3, 3),) * 3,
+        strides=((1, 1), (2, 2), (2, 2)),
+    )
+    network, image = build_network(spec), torch.randn(2, 1, 32, 24)
+    dtype = getattr(torch, precision)
+    results = []
+    for arranged in (None, precision):
+        network.zero_grad()
+        if arranged is not None:
+            arrange_weights(network, arranged)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = network(arrange(image))
+        logits.float().square().sum().backward()
+        results.append([logits, *(weight.grad.clone() for weight in network.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    filters = [w for w in network.parameters() if w.ndim == 4 and min(w.shape) > 1]
+    assert filters
+    assert all(is_last(w) == (precision == "bfloat16") for w in filters)
+    arrange_weights(network, "float32")
+    assert all(weight.is_contiguous() for weight in network.parameters())
 
 
 def is_last(x: torch.Tensor) -> bool:

@@ -114,13 +114,17 @@ def _read_root(root: object) -> object:
 
 
 class DataSection(Section):
-    """Where the scans are and which of them are labeled, unlabeled and test cases."""
+    """Where the scans are and which of them are labeled, unlabeled and test cases.
+
+    ``labeled`` and ``unlabeled`` are how many of them train, ``test`` how many are kept aside.
+    """
 
     root: Annotated[Path | str, BeforeValidator(_read_root)] | None = None
     format: Literal["auto", "decathlon", "nnunet", "folders", "list"] = "auto"
     labels: dict[int, str] | None = None
     ignore: Annotated[int, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)] | None = None
     labeled: Count | Literal["all"] = "all"
+    unlabeled: Count | Literal["all"] = "all"
     test: Annotated[int, Field(ge=0, le=10**8)] = 0
     split_seed: Seed = 0
     draw: Seed = 0

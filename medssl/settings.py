@@ -27,6 +27,7 @@ MOST_REPORTED = 20  # mistakes in one message
 
 SHORTCUTS = {
     "labeled": "data.labeled",
+    "unlabeled": "data.unlabeled",
     "test": "data.test",
     "draw": "data.draw",
     "seed": "train.seed",
@@ -483,6 +484,7 @@ def list_changes(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[s
 
 
 _ADDED = {
+    "data.unlabeled": "all",
     "teacher.probs": "clean",
     "filter.uncertainty.online_passes": "auto",
     "filter.uncertainty.fidelity": "full",

@@ -549,6 +549,24 @@ def test_the_draw_moves_the_labeled_cases_only_and_split_seed_all():
     assert first == split_cases(dataset, DataSection(labeled=10, test=10), "auto")
 
 
+def test_as_many_unlabeled_cases_as_asked_for_are_drawn_as_whole_patients():
+    rows = [(f"p{i // 2}_{i % 2}", f"p{i // 2}", i < 4, "") for i in range(40)]
+    whole = split_cases(make_dataset(rows), DataSection(), "auto")
+    few = split_cases(make_dataset(rows), DataSection(unlabeled=11), "auto")
+    other = split_cases(make_dataset(rows), DataSection(unlabeled=11, draw=1), "auto")
+    assert (few.labeled, few.test, few.val) == (whole.labeled, whole.test, whole.val)
+    assert len(few.unlabeled) == 10
+    assert len({case.rpartition("_")[0] for case in few.unlabeled}) == 5
+    assert set(few.unlabeled) <= set(whole.unlabeled)
+    assert few.unlabeled != other.unlabeled
+    assert split_cases(make_dataset(rows), DataSection(unlabeled=36), "auto") == whole
+
+
+def test_more_unlabeled_cases_than_there_are_are_refused():
+    with pytest.raises(InputError, match="unlabeled=7 asks for more than the 6 unlabeled"):
+        split_cases(make_labeled(10), DataSection(labeled=4, unlabeled=7), "auto")
+
+
 @pytest.mark.parametrize(
     ("labeled", "validation", "expected"),
     [

@@ -85,7 +85,8 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
     The split column of a list is followed. Of the other cases, those without a label are
     unlabeled. The rest is drawn: `data.test` test cases and the validation cases by
     `data.split_seed`, then `data.labeled` minus the validation cases by `data.split_seed` and
-    `data.draw`. What is left becomes unlabeled (simulated: `select_cases` strips its labels).
+    `data.draw`. What is left becomes unlabeled (simulated: `select_cases` strips its labels), or,
+    with `data.unlabeled`, as many of it, drawn by the same seeds; the others are in no part.
 
     Validation `auto` takes no case if a list names the labeled ones, or if there are fewer than
     16 labeled scans or 6 patients: so few labels are worth more in training (holding back one of
@@ -133,6 +134,14 @@ def split_cases(dataset: Dataset, data: DataSection, validation: Validation) -> 
         )
     used = {case.case_id for case in labeled}
     unlabeled = [case for case in rest if case.case_id not in used]
+    if data.unlabeled != "all":
+        if data.unlabeled > len(unlabeled):
+            raise InputError(
+                f"{dataset.root}: data.unlabeled={data.unlabeled} asks for more than the "
+                f"{len(unlabeled)} unlabeled cases; lower it, or leave it out and all are used"
+            )
+        seed = ("unlabeled", data.split_seed, data.draw)
+        unlabeled = _draw(unlabeled, data.unlabeled, seed)
     parts = (labeled, unlabeled, by_part["val"] + drawn_val, by_part["test"] + drawn_test)
     return Splits(*(tuple(sorted(case.case_id for case in part)) for part in parts))
 

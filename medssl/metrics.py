@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -347,8 +348,9 @@ def paired_difference(
 class DrawDifference(TypedDict):
     """A mean difference over draws of the labeled cases, the draw as the unit.
 
-    ``low`` and ``high`` are the 95 % interval of the two-way bootstrap, over draws and patients;
-    ``t_low``, ``t_high`` and ``p`` those of Student's t over the means of the draws, None with one.
+    ``low`` and ``high`` are the 95 % interval of the two-way bootstrap, over draws and patients,
+    which is too narrow with few draws; ``t_low``, ``t_high`` and ``p`` are those of Student's t
+    with the variance of both, None with one draw.
     """
 
     mean: float
@@ -374,13 +376,17 @@ def draw_difference(
         seed: Of the resampling.
 
     Raises:
-        ValueError: There is no draw, or a draw has other numbers of cases than patients.
+        ValueError: There is no draw with a value, or one has other numbers of cases than patients.
 
-    Source: Owen 2007, The pigeonhole bootstrap (both factors resampled, each on its own).
+    Source: Owen 2007, The pigeonhole bootstrap (both factors resampled, each on its own); for t
+        Hillis 2007, equations for readers and cases, which are draws and patients here.
     """
     table = np.array([_to_array(draw) for draw in differences])
     if not len(table) or table.shape[1] != len(patients):
         raise ValueError(f"differences of shape {table.shape} for {len(patients)} cases")
+    table = table[np.isfinite(table).any(1)]
+    if not len(table):
+        raise ValueError("no draw has a value")
     names, place = np.unique(np.array(patients), return_inverse=True)
     known = np.isfinite(table)
 
@@ -411,11 +417,39 @@ def draw_difference(
         "p": None,
     }
     if len(per_draw) > 1:
-        test = stats.ttest_1samp(per_draw, 0.0)
-        interval = test.confidence_interval(0.95)
-        result["t_low"], result["t_high"] = float(interval.low), float(interval.high)
-        result["p"] = float(test.pvalue)
+        error, freedom = _find_crossed_error(sums, counts)
+        mean, reach = result["mean"], float(stats.t.ppf(0.975, freedom)) * error
+        result["t_low"], result["t_high"] = mean - reach, mean + reach
+        shift = abs(mean) / error if error else math.inf if mean else 0.0
+        result["p"] = 2.0 * float(stats.t.sf(shift, freedom))
     return result
+
+
+def _find_crossed_error(
+    sums: NDArray[np.float64], counts: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Return the standard error of a mean over draws and patients, and its degrees of freedom.
+
+    All draws have the same patients, so what a patient has in common in all of them is no chance
+    of the draw, and does not show in the means of draws.
+
+    Args:
+        sums: (draws, patients), the sum over the cases of each patient; two draws at least.
+        counts: (draws, patients), how many cases these are.
+    """
+    means = sums.sum(1, keepdims=True) / counts.sum(1, keepdims=True)
+    draws, patients = sums.shape
+    table = means + patients * (sums - means * counts) / counts.sum(1, keepdims=True)
+    by_draw, by_patient = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    of_draws = patients * float(by_draw.var(ddof=1))
+    shared = 0.0
+    if patients > 1:
+        rest = table - by_draw - by_patient + table.mean()
+        of_patients = draws * float(by_patient.var(ddof=1))
+        shared = max(0.0, of_patients - float((rest**2).sum()) / ((draws - 1) * (patients - 1)))
+    total = of_draws + shared
+    freedom = (draws - 1) * (total / of_draws) ** 2 if of_draws else math.inf
+    return math.sqrt(total / (draws * patients)), freedom
 
 
 def adjust_holm(p_values: Sequence[float]) -> list[float]:

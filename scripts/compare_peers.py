@@ -55,6 +55,7 @@ from study import (
     make_parser,
     read_arms,
     read_rows,
+    read_study,
     run_command,
     split_names,
 )
@@ -156,6 +157,9 @@ def prepare_draw(study: Study, draw: int) -> Draw:
     """Write the cases of a draw in nnU-Net's raw format, unless they stand there.
 
     Validation cases count as labeled: peers have no use for them.
+
+    Raises:
+        InputError: The cases of other settings stand there.
     """
     config = load_config(study.data, [*study.settings, f"draw={draw}"]).config
     assert config.data.root is not None, "DATA was given"
@@ -163,14 +167,17 @@ def prepare_draw(study: Study, draw: int) -> Draw:
     splits = split_cases(dataset, config.data, config.validation)
     folder = study.work / f"draw_{draw}_data"
     with hold_lock(folder.with_suffix(".lock")):
-        names = folder / "labels.json"
+        names, dealt = folder / "labels.json", folder / "splits.json"
         if not names.is_file():
             labels = check_dataset(dataset, splits, config.data.ignore).labels
             parts = [select_cases(dataset, splits, part) for part in ("labeled", "val", "test")]
             labeled, test = [*parts[0], *parts[1]], parts[2]
+            write_json(dealt, splits.to_json())
             place = folder / "raw" / nnunet.DATASET
             nnunet.write_raw(place, labels, dataset.channels, labeled, test)
             write_json(names, {str(value): name for value, name in labels.items()})
+        if read_json(dealt) != splits.to_json():
+            raise InputError(f"{folder}: holds the cases of other settings; give another --out")
         labels = {int(value): name for value, name in read_json(names).items()}
     return Draw(folder, labels, select_test_with_labels(dataset, splits))
 
@@ -291,7 +298,7 @@ def read_measured(*paths: Path) -> tuple[dict[str, Measured], dict[str, str]]:
         patients |= more
         for row in read_rows(path):
             arm = measured.setdefault(row["arm"], Measured({}, arms[row["arm"]]))
-            arm.minutes[int(row["draw"])] = float(row["minutes"])
+            arm.minutes[int(row["draw"])] = float(row["minutes"] or "nan")
     return measured, patients
 
 
@@ -367,8 +374,7 @@ def split_amounts(text: str) -> list[float]:
 
 def main() -> None:
     """Run the arms of all draws, and print the tables of the CSV."""
-    parser = make_parser(__doc__ or "", "runs/peers", "0,1,2")
-    parser.add_argument("--csv", type=Path, required=True, help="rows of the finished arms")
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--like", type=Path, required=True, help="CSV of study.py: whose minutes")
     parser.add_argument("--arms", type=split_families, default=list(PEERS))
     parser.add_argument("--times", type=split_amounts, default=[], help="the recipe's minutes")
@@ -386,7 +392,7 @@ def compare_peers(options: argparse.Namespace) -> None:
     Raises:
         InputError: The data, a setting or LIKE do not hold what is asked of them.
     """
-    study = Study(options.data, tuple(options.settings), options.csv, options.out, plateau=0)
+    study = read_study(options)
     if not options.table:
         data = load_config(study.data, list(study.settings)).config.data
         assert data.root is not None, "DATA was given"

@@ -4,9 +4,10 @@
     python scripts/study.py DATA --csv docs/acdc_3.csv --table
 
 For each draw of the labeled cases and each arm one row per test case goes to the CSV, which is all
-that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Arms
-of a draw share one round 0, which is trained anew where its run folder is gone. Several processes
-may work on one CSV, each on its own draws or arms; to the tasks of an array of
+that a study needs to go on: an arm that stands in it is never run again, on whatever machine. Rows
+have a hash of the settings, and none are added to those of others. Arms of a draw share one round
+0, which is trained anew where its run folder is gone; `round_0` is a hash of its weights. Several
+processes may work on one CSV, each on its own draws or arms; to the tasks of an array of
 scripts/slurm/study.sbatch the arms of all draws are dealt. As many tasks as draws have a draw each,
 twice as many halve its arms, and so on; whoever comes first to a draw trains its round 0, for which
 the others wait. All arms train on the same labels:
@@ -20,15 +21,16 @@ the others wait. All arms train on the same labels:
                with the passes of both, and is held against the recipe
     LEVER      the recipe's first student with another setting each, at the passes of first_round
     METHOD     another preset, such as fixmatch, at the passes of the whole recipe: those of round 0
-               are its students' too where these have nothing of it; its last round is measured
+               are its students' too where these have nothing of it
     all        labels alone, all labels but those of the test cases, longer: the plateau (E)
 
 The first students of recipe and shadow are written down too, as first_round and shadow_first_round;
-first_round is also an arm of its own, for studies of parts and levers alone.
-A pass is a patch that goes forward and backward; forward alone is a third. What is compared are
-final weights: the delivered model, or for round_0 that round's. The table has differences with the
-draw as the unit: two-way bootstrap over draws and patients, Student's t over draws, and p-values
-adjusted for the number of parts (Holm).
+first_round is also an arm of its own, for studies of parts and levers alone. A pass is a patch that
+goes forward and backward; forward alone is a third. What is compared are final weights: those of
+the last round, whatever round its gates delivered. The table has differences with the draw as the
+unit: two-way bootstrap over draws and patients, Student's t with the variance of both, and p-values
+adjusted for the number of parts that were tried (Holm). `another start` says that an arm did not go
+on from the round 0 of the table.
 """
 
 from __future__ import annotations
@@ -61,9 +63,10 @@ from medssl.metrics import (
 )
 from medssl.objective import load_objective
 from medssl.plan import Plan, count_unlabeled
+from medssl.predict import WEIGHTS
 from medssl.rounds.loop import STUDENT_KEYS
 from medssl.rounds.run import count_models
-from medssl.runs import hold_lock, read_json, read_record, write_text
+from medssl.runs import hash_files, hold_lock, read_json, read_record, write_text
 from medssl.settings import hash_config, list_methods, load_config
 
 OFF = [
@@ -153,16 +156,25 @@ def run_command(*arguments: str) -> None:
 def finish_run(
     data: str, folder: Path, settings: Sequence[str], options: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Train and evaluate one run, unless that is done; return its summary."""
-    if not (folder / "evaluation" / "summary.json").is_file():
-        run_command("train", data, *settings, *options, "--run", str(folder))
+    """Train and evaluate one run, unless that is done; return its summary.
+
+    A finished run is gone through all the same: it refuses other settings than its own.
+    """
+    run_command("train", data, *settings, *options, "--run", str(folder))
+    measured = folder / "evaluation" / "summary.json"
+    if not measured.is_file() or read_json(measured)["failed"]:
         run_command("evaluate", str(folder))
     summary: dict[str, Any] = read_json(folder / "summary.json")
     return summary
 
 
 def run_arm(study: Study, draw: int, arm: str) -> None:
-    """Run an arm of a draw, unless it stands in the CSV, and add its rows."""
+    """Run an arm of a draw, unless it stands in the CSV, and add its rows.
+
+    Raises:
+        InputError: The CSV has rows of other settings.
+    """
+    refuse_mixture(study)
     if is_finished(study, draw, arm):
         return
     folder = study.work / f"draw_{draw}_{arm}"
@@ -170,21 +182,22 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
     if arm == "all":
         settings = [s for s in settings if not s.startswith(("labeled=", "draw="))]
         settings += ["validation=0", "rounds=0", f"steps={study.plateau}"]
-        add_rows(study.csv, draw, arm, folder, finish_run(study.data, folder, settings))
+        add_rows(study, draw, arm, folder, finish_run(study.data, folder, settings))
         return
     first = study.work / f"draw_{draw}_round_0"
     if arm == "labels" and is_finished(study, draw, "round_0") and find_plans(study):
         settings += ["rounds=0", f"steps={count_labels_steps(study, settings)}"]
-        add_rows(study.csv, draw, arm, folder, finish_run(study.data, folder, settings))
+        add_rows(study, draw, arm, folder, finish_run(study.data, folder, settings))
         return
     with hold_lock(first.with_suffix(".lock")):  # the tasks of an array may share a draw
         summary = finish_run(study.data, first, [*settings, "rounds=0"])
-        add_rows(study.csv, draw, "round_0", first, summary)
+        add_rows(study, draw, "round_0", first, summary)
     if arm == "round_0":
         return
     if arm == "labels":
         steps = count_labels_steps(study, settings)
         summary = finish_run(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
+        add_rows(study, draw, arm, folder, summary)
     else:
         changes = {"shadow": OFF, "first_round": ["rounds=1"], **PARTS, **LEVERS}.get(arm, [])
         if arm in PARTS or arm in LEVERS:
@@ -195,11 +208,9 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
             changes = [f"method={arm}", stretch_steps(study, settings, [f"method={arm}"])]
         options = ["--round-0", str(first)] if shares_round_0(settings, changes) else []
         summary = finish_run(study.data, folder, [*settings, *changes], options)
-    place = find_last_evaluation(folder) if arm in METHODS else "evaluation"
-    add_rows(study.csv, draw, arm, folder, summary, place)
-    first_student = FIRST_STUDENTS.get(arm)
-    if first_student:
-        add_rows(study.csv, draw, first_student, folder, summary, "evaluation/round_1")
+        add_rows(study, draw, arm, folder, summary)
+        if first_student := FIRST_STUDENTS.get(arm):
+            add_rows(study, draw, first_student, folder, summary, last=1)
 
 
 def shares_round_0(settings: Sequence[str], changes: Sequence[str]) -> bool:
@@ -319,28 +330,56 @@ def stretch_steps(study: Study, settings: Sequence[str], changes: Sequence[str])
     return f"steps={[at_round(steps, 0), *longer]}"
 
 
-def find_last_evaluation(folder: Path) -> str:
-    """Return where the last round of a run was measured, whatever round its gates delivered."""
-    last = f"evaluation/round_{read_json(folder / 'summary.json')['rounds'][-1]['round']}"
-    return last if (folder / last).is_dir() else "evaluation"
-
-
 def add_rows(
-    path: Path,
+    study: Study,
     draw: int,
     arm: str,
     folder: Path,
     summary: Mapping[str, Any],
-    evaluation: str = "evaluation",
+    last: int | None = None,
 ) -> None:
-    """Add the test cases of an arm to the CSV, from its evaluation, unless they stand there."""
+    """Add the test cases of an arm to the CSV, from its evaluation, unless they stand there.
+
+    Args:
+        study: The study.
+        draw: Of the labeled cases.
+        arm: Its name.
+        folder: Its run.
+        summary: Of the run.
+        last: The round that is measured, and up to which steps and minutes count; None: all.
+    """
+    rounds = [r for r in summary["rounds"] if last is None or r["round"] <= last]
+    place = folder / f"evaluation/round_{rounds[-1]['round']}"
+    place = place if place.is_dir() else folder / "evaluation"
     about = {
-        "steps": summary["total_steps"],
-        "minutes": round(summary["seconds"] / 60, 1),
+        "steps": sum(r["steps"] for r in rounds),
+        "minutes": round(sum(r["seconds"] for r in rounds) / 60, 1),
         "revision": str(read_json(folder / "provenance.json")["revision"])[:10],
         "precision": read_record(folder / "plan.json", Plan).precision,
+        "settings": hash_settings(study),
+        "round_0": hash_files(folder / "round_0" / "model", WEIGHTS)[WEIGHTS][:10],
     }
-    append_rows(path, draw, arm, about, read_table(folder / evaluation / "per_case.csv"))
+    append_rows(study.csv, draw, arm, about, read_table(place / "per_case.csv"))
+
+
+def hash_settings(study: Study) -> str:
+    """Return a hash of what all arms and draws of a study have in common, wherever its data lie."""
+    config = load_config(study.data, list(study.settings)).config
+    return hash_config(config, ("data.root", "data.draw"))[:10]
+
+
+def refuse_mixture(study: Study) -> None:
+    """Refuse to add to a CSV whose rows have other settings, or defaults of another version.
+
+    Raises:
+        InputError: It has such rows.
+    """
+    theirs = {row.get("settings", "") for row in read_rows(study.csv)}
+    if theirs - {hash_settings(study)}:
+        raise InputError(
+            f"{study.csv}: its rows were made with other settings, or with other defaults of an "
+            "older version; give another --csv, or the settings that they were made with"
+        )
 
 
 def append_rows(
@@ -356,7 +395,7 @@ def append_rows(
         path: The CSV.
         draw: Of the labeled cases.
         arm: Its name.
-        about: steps, minutes, revision and precision.
+        about: steps, minutes, revision, precision and whatever else is the same for all cases.
         cases: Rows of an evaluation, of which the Dice is taken.
     """
     rows = []
@@ -380,9 +419,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of the same keys."""
+    """Write rows; what a row lacks of the columns of all is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -431,17 +471,26 @@ def compare_arms(
 
 
 def pick_better(arms: Mapping[str, Arm]) -> tuple[str, Arm] | None:
-    """Return the better of labels alone and shadow run, by their mean over the recipe's draws."""
-    controls = {name: arms[name] for name in ("labels", "shadow") if name in arms}
-    shared = set.intersection(*(set(arm) for arm in controls.values())) if controls else set()
-    means = {name: 0.0 for name in controls if shared}
+    """Return the better of labels alone and shadow run, by their mean over the recipe's draws.
+
+    Where no draw of the recipe has both, the one that has more of its draws.
+    """
+    recipe = set(arms.get("recipe", {}))
+    controls = {n: arms[n] for n in ("labels", "shadow") if recipe & set(arms.get(n, {}))}
+    if not controls:
+        return None
+    shared = recipe.intersection(*map(set, controls.values()))
+    if not shared:
+        best = max(controls, key=lambda name: len(recipe & set(controls[name])))
+        return best, controls[best]
+    means = dict.fromkeys(controls, 0.0)
     for draw in shared:
         cases = sorted(next(iter(controls.values()))[draw])
         sides = compare_cases([[arm[draw][case] for case in cases] for arm in controls.values()])
         for name, dice in zip(controls, sides, strict=True):
             means[name] += (mean_known(dice) or 0.0) / len(shared)
-    best = max(means, key=lambda name: means[name], default=None)
-    return None if best is None else (best, controls[best])
+    better = max(means, key=lambda name: means[name])
+    return better, controls[better]
 
 
 def average_dice(cases: Mapping[str, Row]) -> float:
@@ -453,6 +502,7 @@ def average_dice(cases: Mapping[str, Row]) -> float:
 def tabulate_arms(path: Path) -> list[dict[str, Any]]:
     """Return one row per arm: Dice, and differences to round 0, the controls and the recipe."""
     arms, patients = read_arms(path)
+    starts = read_starts(path)
     rows = []
     parts = []
     like_first = {*ONE_STUDENT, *FORMER_LEVERS}
@@ -470,6 +520,8 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
             like = FIRST_STUDENTS.get(other, other) if is_first else other
             difference = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
             row[f"minus {other}"] = "" if difference is None else format_difference(difference[0])
+            if difference and other == "round_0" and has_another_start(starts, name):
+                row["minus round_0"] += "; another start"
             if (
                 difference
                 and other == "recipe"
@@ -479,10 +531,28 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
                 parts.append((len(rows), difference[0]["p"]))
         row["p (Holm)"] = ""
         rows.append(row)
-    adjusted = adjust_holm([p for _, p in parts])
-    for (place, _), p in zip(parts, adjusted, strict=True):
+    untested = sum(name in arms for name in PARTS) - len(parts)  # of one draw: a part all the same
+    adjusted = adjust_holm([p for _, p in parts] + [1.0] * untested)
+    for (place, _), p in zip(parts, adjusted, strict=False):
         rows[place]["p (Holm)"] = f"{p:.2g}"
     return rows
+
+
+def read_starts(path: Path) -> dict[tuple[str, str], str]:
+    """Return the hash of round 0 by arm and draw; of the arms that say which they went on from."""
+    rows = read_rows(path)
+    return {(row["arm"], row["draw"]): row["round_0"] for row in rows if row.get("round_0")}
+
+
+def has_another_start(starts: Mapping[tuple[str, str], str], arm: str) -> bool:
+    """Return whether an arm went on from another round 0 than the one of the same name."""
+    if arm in (*METHODS, "labels", "all"):
+        return False  # a training of its own
+    return any(
+        start != starts.get(("round_0", draw), start)
+        for (name, draw), start in starts.items()
+        if name == arm
+    )
 
 
 def format_difference(difference: DrawDifference) -> str:
@@ -493,14 +563,21 @@ def format_difference(difference: DrawDifference) -> str:
     return text
 
 
-def make_parser(about: str, out: str, draws: str) -> argparse.ArgumentParser:
-    """Return a parser of data, key=value settings, --out and --draws; lists have commas."""
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """Return a parser of data, key=value settings, --csv, --out and --draws; lists have commas."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("data", help="as of `medssl train`")
     parser.add_argument("settings", nargs="*", help="key=value for all runs")
-    parser.add_argument("--out", type=Path, default=Path(out))
-    parser.add_argument("--draws", type=split_numbers, default=split_numbers(draws))
+    parser.add_argument("--csv", type=Path, required=True, help="rows of the finished arms")
+    parser.add_argument("--out", type=Path, help="of the runs; by default runs/ and the CSV's name")
+    parser.add_argument("--draws", type=split_numbers, default=[0, 1, 2])
     return parser
+
+
+def read_study(options: argparse.Namespace, plateau: int = 0) -> Study:
+    """Return the study that was asked for: each CSV has a folder of its own."""
+    work = options.out or Path("runs") / options.csv.stem
+    return Study(options.data, tuple(options.settings), options.csv, work, plateau)
 
 
 def make_measuring_parser(about: str, cases: str) -> argparse.ArgumentParser:
@@ -559,15 +636,14 @@ def refuse_missing(path: Path) -> None:
 
 def main() -> None:
     """Run the arms of all draws, and print the table of the CSV."""
-    parser = make_parser(__doc__ or "", "runs/study", "0,1,2")
-    parser.add_argument("--csv", type=Path, required=True, help="rows of the finished arms")
+    parser = make_parser(__doc__ or "")
     parser.add_argument(
         "--arms", type=split_arms, default=["round_0", "labels", "shadow", "recipe"]
     )
     parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
     options = parser.parse_intermixed_args()
-    study = Study(options.data, tuple(options.settings), options.csv, options.out, options.plateau)
+    study = read_study(options, options.plateau)
     with explain_mistakes():
         for draw, arm in [] if options.table else deal_arms(options.draws, options.arms):
             run_arm(study, draw, arm)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDiceMetric
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from scipy.stats import bootstrap
 
@@ -517,9 +518,48 @@ def test_a_difference_over_draws_is_the_mean_of_the_draws():
     assert found["per_draw"] == pytest.approx([0.15, 0.1])
     assert found["mean"] == pytest.approx(0.125)
     assert found["low"] < 0.125 < found["high"]
-    # t with one degree of freedom, by hand: 12.706 * sd / sqrt(2), sd = 0.05 / sqrt(2)
-    assert found["t_low"] == pytest.approx(0.125 - 12.7062 * 0.025, abs=1e-4)
-    assert found["p"] == pytest.approx(0.1257, abs=1e-3)
+    assert found["t_low"] < 0.0 < 0.25 < found["t_high"]
+
+
+def test_t_over_draws_counts_what_patients_have_in_common_in_all_draws():
+    # By hand: means of draws 1, 3 and of patients 0, 2, 4; residuals -1, 0, 1 and their negatives.
+    # Mean squares: draws 3 * 2, patients 2 * 4, rest 4 / 2; 6 + 8 - 2 = 12, over 6: variance 2.
+    found = draw_difference([[-2.0, 1.0, 4.0], [2.0, 3.0, 4.0]], ["a", "b", "c"])
+    assert found["mean"] == pytest.approx(2.0)
+    freedom = (12 / 6) ** 2
+    reach = stats.t.ppf(0.975, freedom) * math.sqrt(2)
+    assert (found["t_low"], found["t_high"]) == pytest.approx((2 - reach, 2 + reach))
+    assert found["p"] == pytest.approx(2 * stats.t.sf(math.sqrt(2), freedom))
+
+
+def test_t_over_draws_is_student_s_where_patients_have_nothing_in_common():
+    table = [[0.0, 0.3], [0.4, 0.1], [0.2, 0.2]]
+    plain = stats.ttest_1samp([0.15, 0.25, 0.2], 0.0)
+    found = draw_difference(table, ["a", "b"])
+    assert found["p"] == pytest.approx(plain.pvalue)
+    assert found["t_low"] == pytest.approx(plain.confidence_interval().low)
+    one = draw_difference([[0.1], [0.3]], ["a"])
+    assert one["p"] == pytest.approx(stats.ttest_1samp([0.1, 0.3], 0.0).pvalue)
+
+
+def test_patients_who_differ_alike_in_all_draws_are_as_uncertain_as_their_number_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        common = rng.normal(0.0, 0.1, 15)
+        table = common + rng.normal(0.0, 0.01, (5, 1)) + rng.normal(0.0, 0.05, (5, 15))
+        draws, patients = table.shape
+        error, freedom = metrics._find_crossed_error(table, np.ones((draws, patients)))
+        hits += abs(table.mean()) < stats.t.ppf(0.975, freedom) * error
+    assert 0.91 < hits / 200 < 0.99
+
+
+def test_a_draw_without_a_value_is_left_out_and_equal_arms_have_no_p():
+    found = draw_difference([[None, None], [0.1, 0.3]], ["a", "b"])
+    assert (found["mean"], *found["per_draw"]) == pytest.approx((0.2, 0.2))
+    same = draw_difference([[0.0, 0.0], [0.0, 0.0]], ["a", "b"])
+    assert (same["p"], same["t_low"], same["t_high"]) == (1.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="no draw has a value"):
+        draw_difference([[None, math.nan]], ["a", "b"])
 
 
 def test_a_difference_over_draws_holds_no_table_of_patients_by_patients(monkeypatch):

@@ -32,14 +32,17 @@ def trained(study, monkeypatch, tiny_plan):
         commands.append((folder.name, list(settings), list(options)))
         write_json(folder / "plan.json", tiny_plan.model_dump(mode="json"))
         write_json(folder / "provenance.json", {"revision": "0123456789abcdef"})
-        write_json(folder / "summary.json", {"rounds": [{"round": 0}, {"round": 1}]})
+        weights = folder / "round_0" / "model" / "weights.safetensors"
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        weights.write_text(f"the start of {[s for s in settings if 'draw=' in s]}")
         for place, dice in (("evaluation", 0.6), ("evaluation/round_1", 0.55)):
             path = folder / place / "per_case.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             bonus = 0.1 if "recipe" in folder.name else 0.0
             rows = [f"c{i},p{i},{dice + bonus + 0.01 * i}" for i in range(3)]
             path.write_text("\n".join(["case_id,patient_id,dice", *rows]) + "\n")
-        return {"total_steps": 10, "seconds": 90.0}
+        rounds = [{"round": index, "steps": 5, "seconds": 45.0} for index in range(3)]
+        return {"rounds": rounds[: 1 if "rounds=0" in settings else 3]}
 
     monkeypatch.setattr(study, "finish_run", finish)
     monkeypatch.setattr(metrics, "NUM_RESAMPLES", 100)  # all cases of a draw differ alike
@@ -126,7 +129,7 @@ def test_an_arm_of_the_csv_is_never_run_again_on_whatever_machine(study, trained
     study.run_arm(first, 0, "recipe")
     count = len(trained)
     study.run_arm(make_study(study, tmp_path, "labeled=6"), 0, "recipe")
-    elsewhere = study.Study("DATA", (), first.csv, tmp_path / "other", 7000)
+    elsewhere = study.Study("OTHER", ("labeled=6",), first.csv, tmp_path / "other", 7000)
     study.run_arm(elsewhere, 0, "recipe")
     assert len(trained) == count
     study.run_arm(elsewhere, 1, "recipe")
@@ -226,11 +229,98 @@ def test_an_ensemble_pays_for_the_models_of_round_0_that_are_not_shared(study, t
     assert trained[-1][1][-1] == f"steps={[100, round((whole - 2 * SHARED) / (2 + 2))]}"
 
 
-def test_of_a_method_the_last_round_is_measured(study, tmp_path):
-    write_json(tmp_path / "summary.json", {"rounds": [{"round": 0}, {"round": 1}]})
-    assert study.find_last_evaluation(tmp_path) == "evaluation"
-    (tmp_path / "evaluation" / "round_1").mkdir(parents=True)
-    assert study.find_last_evaluation(tmp_path) == "evaluation/round_1"
+def test_the_last_round_is_measured_and_the_first_student_up_to_its_end(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    for place, dice in (("round_1", 0.4), ("round_2", 0.3)):
+        table = tmp_path / "work" / "draw_0_fixmatch" / "evaluation" / place / "per_case.csv"
+        table.parent.mkdir(parents=True)
+        table.write_text(f"case_id,patient_id,dice\nc0,p0,{dice}\n")
+    for arm in ("recipe", "fixmatch"):
+        study.run_arm(run, 0, arm)
+    rows = {row["arm"]: row for row in read(run.csv)}
+    assert float(rows["fixmatch"]["dice"]) == 0.3
+    assert [rows[arm]["steps"] for arm in ("round_0", "first_round", "recipe")] == ["5", "10", "15"]
+    assert [rows[arm]["minutes"] for arm in ("first_round", "recipe")] == ["1.5", "2.2"]
+
+
+def test_rows_of_other_settings_are_not_added_to(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    study.run_arm(run, 0, "round_0")
+    count = len(trained)
+    other = make_study(study, tmp_path, "labeled=6", "teacher.ema_decay=0.99")
+    for arm in ("round_0", "recipe"):
+        with pytest.raises(InputError, match="other settings"):
+            study.run_arm(other, 0, arm)
+    before = run.csv.read_text()
+    lines = before.replace("settings", "elsewhere").splitlines(keepends=True)
+    run.csv.write_text("".join(lines))  # of a version that wrote none
+    with pytest.raises(InputError, match="older version"):
+        study.run_arm(run, 1, "round_0")
+    assert len(trained) == count
+
+
+def test_an_arm_from_another_round_0_is_named(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    for arm in ("labels", "recipe", "no_entropy"):
+        study.run_arm(run, 0, arm)
+    lines = run.csv.read_text().splitlines()
+    start = read(run.csv)[0]["round_0"]
+    moved = [
+        li.replace(start, "f" * 10) if "no_entropy" in li or "labels" in li else li for li in lines
+    ]
+    run.csv.write_text("\n".join(moved) + "\n")
+    rows = {row["arm"]: row["minus round_0"] for row in study.tabulate_arms(run.csv)}
+    assert rows["no_entropy"].endswith("; another start")
+    assert "another" not in rows["recipe"] + rows["labels"]
+
+
+def test_a_finished_run_is_held_against_its_settings_and_measured_where_cases_failed(
+    study, monkeypatch, tmp_path
+):
+    calls = []
+    monkeypatch.setattr(study, "run_command", lambda *words: calls.append(words[0]))
+    write_json(tmp_path / "summary.json", {"rounds": []})
+    for failed, expected in (([], ["train"]), (["c0"], ["train", "evaluate"])):
+        write_json(tmp_path / "evaluation" / "summary.json", {"failed": failed})
+        calls.clear()
+        study.finish_run("DATA", tmp_path, ["labeled=6"])
+        assert calls == expected
+
+
+def test_each_csv_has_a_folder_of_runs(study):
+    options = study.make_parser("What it does.").parse_args(["DATA", "--csv", "docs/acdc_7.csv"])
+    assert study.read_study(options).work == Path("runs/acdc_7")
+
+
+def test_parts_of_one_draw_count_in_the_adjustment(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6")
+    for draw, arms in (
+        (0, ("first_round", "no_entropy", "no_cutmix")),
+        (1, ("first_round", "no_entropy")),
+    ):
+        for arm in arms:
+            study.run_arm(run, draw, arm)
+    lines = run.csv.read_text().splitlines()
+    lines = [li.replace("0.60000", "0.59000") if "1,no_entropy" in li[:12] else li for li in lines]
+    run.csv.write_text("\n".join(lines) + "\n")
+    arms, patients = study.read_arms(run.csv)
+    alone, _ = study.compare_arms(arms["no_entropy"], arms["first_round"], patients)
+    rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
+    assert rows["no_entropy"]["p (Holm)"] == f"{2 * alone['p']:.2g}"
+    assert rows["no_cutmix"]["p (Holm)"] == ""
+
+
+def test_the_control_is_one_that_has_draws_of_the_recipe(study):
+    def make(dice, *draws):
+        return {draw: {"c": {"dice": dice, "dice/a": dice}} for draw in draws}
+
+    arms = {"recipe": make(0.8, 0, 1, 2), "labels": make(0.7, 0, 5), "shadow": make(0.6, 1, 2)}
+    assert study.pick_better(arms)[0] == "shadow"  # no draw has both
+    arms["shadow"] |= make(0.9, 5)
+    assert study.pick_better(arms)[0] == "shadow"  # draw 5 is none of the recipe's
+    arms["labels"] |= make(0.7, 1)
+    assert study.pick_better(arms)[0] == "labels"
+    assert study.pick_better({"recipe": make(0.8, 0), "labels": make(0.7, 1)}) is None
 
 
 def test_students_from_scratch_have_the_steps_of_the_recipe_s(study, trained, tmp_path):
@@ -309,6 +399,7 @@ def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):
     lines = ["draw,arm,case_id,patient_id,dice/a,dice/b,dice"]
     for i in range(3):
         lines += [f"0,labels,c{i},p{i},0.90,0.0,0.45", f"0,shadow,c{i},p{i},0.44,,0.44"]
+        lines += [f"0,recipe,c{i},p{i},0.90,0.9,0.90"]
     path.write_text("\n".join(lines) + "\n")
     arms, patients = study.read_arms(path)
     found, _ = study.compare_arms(arms["shadow"], arms["labels"], patients)

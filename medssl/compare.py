@@ -14,9 +14,11 @@ from medssl.config import InputError
 from medssl.metrics import (
     ID_COLUMNS,
     MIN_CASES_FOR_VERDICT,
+    Difference,
     Row,
     bootstrap_mean,
     compare_cases,
+    draw_difference,
     fill_absent,
     format_estimate,
     judge,
@@ -27,6 +29,8 @@ from medssl.metrics import (
 from medssl.runs import read_json
 
 Cell = float | None
+Table = dict[str, dict[str, Cell]]  # columns by case_id
+Side = Sequence[Cell]
 NAME_WIDTH = 22  # of a table's first column
 
 
@@ -36,15 +40,15 @@ class Arm:
 
     Attributes:
         name: As shown.
-        num_tables: How many evaluations were averaged within each case.
-        cases: Columns of ``per_case.csv`` by case_id, averaged over the evaluations.
+        tables: Columns of ``per_case.csv`` by case_id, of each evaluation.
+        cases: The same, averaged over the evaluations within each case.
         patients: The patient of each case.
         num_left_out: Cases that only some of the evaluations have.
     """
 
     name: str
-    num_tables: int
-    cases: dict[str, dict[str, Cell]]
+    tables: tuple[Table, ...]
+    cases: Table
     patients: dict[str, str]
     num_left_out: int
 
@@ -54,8 +58,9 @@ def compare(paths: Sequence[str | Path]) -> tuple[str, list[dict[str, Any]]]:
 
     Args:
         paths: Each a run, a round (``RUN/round_0``) or an evaluation folder that holds
-            ``per_case.csv``; ``arm=path1,path2`` averages several seeds or draws of one arm
-            within each case first.
+            ``per_case.csv``; ``arm=path1,path2`` takes several seeds or draws as one arm: averages
+            within each case, and differences run by run, in the order given, to as many of the
+            first arm, or to its only one.
 
     Returns:
         The table as text, at most 100 columns wide, and one row per arm: ``name, num_tables, n,
@@ -130,7 +135,7 @@ def _read_arm(name: str, paths: Sequence[str]) -> Arm:
     every = {case_id for table in tables for case_id in table}
     shared = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
     cases = {case_id: _average([table[case_id] for table in tables]) for case_id in shared}
-    return Arm(name, len(paths), cases, read[0][1], len(every) - len(shared))
+    return Arm(name, tuple(tables), cases, read[0][1], len(every) - len(shared))
 
 
 def _find_table(path: Path) -> Path:
@@ -166,7 +171,7 @@ def _say_how_to_evaluate(run: Path, path: Path) -> str:
     )
 
 
-def _read_cases(path: Path) -> tuple[dict[str, dict[str, Cell]], dict[str, str]]:
+def _read_cases(path: Path) -> tuple[Table, dict[str, str]]:
     """Return the numbers of a ``per_case.csv``, and the patients, by case_id."""
     rows: list[Row] = read_table(path)
     cases = {
@@ -241,26 +246,83 @@ def _compare_arms(
 ) -> list[dict[str, Any]]:
     """Return the row of each arm."""
     columns = [f"dice/{name}" for name in classes]
-    tables = [[{c: arm.cases[i][c] for c in columns} for i in shared] for arm in arms]
+
+    def pick(table: Table) -> list[dict[str, Cell]]:
+        return [{c: table[i][c] for c in columns} for i in shared]
+
     patients = [arms[0].patients[case_id] for case_id in shared]
     entries = [_compare_class(arms, shared, patients, name) for name in classes]
     rows = []
-    for index, dice in enumerate(compare_cases(tables)):
+    for index, dice in enumerate(compare_cases([pick(arm.cases) for arm in arms])):
         estimate = bootstrap_mean(dice, patients=patients)
-        ours, theirs = compare_cases([tables[index], tables[0]])
-        difference = paired_difference(ours, theirs, patients=patients) if index else None
+        pairs = _pair_tables(arms[index], arms[0])
+        sides = [compare_cases([pick(ours), pick(theirs)]) for ours, theirs in pairs]
+        difference = _find_difference(sides, patients) if index else None
+        is_judged = _are_paired(arms[index], arms[0])
         rows.append(
             {
                 "name": arms[index].name,
-                "num_tables": arms[index].num_tables,
+                "num_tables": len(arms[index].tables),
                 "n": estimate["n"],
                 "dice": estimate,
                 "difference": difference,
-                "verdict": None if difference is None else judge(difference),
+                "verdict": judge(difference if is_judged else None) if index else None,
                 "classes": {c: e[index] for c, e in zip(classes, entries, strict=True)},
             }
         )
     return rows
+
+
+def _are_paired(ours: Arm, theirs: Arm) -> bool:
+    """Return whether each evaluation of an arm has one of the other to be held against."""
+    sizes = {len(ours.tables), len(theirs.tables)}
+    return len(sizes) == 1 or 1 in sizes
+
+
+def _pair_tables(ours: Arm, theirs: Arm) -> list[tuple[Table, Table]]:
+    """Return the evaluations of two arms in pairs; an only one is in all of them.
+
+    Of arms of other numbers the averages are the one pair.
+    """
+    if not _are_paired(ours, theirs):
+        return [(ours.cases, theirs.cases)]
+    count = max(len(ours.tables), len(theirs.tables))
+    longer = [
+        arm.tables if len(arm.tables) == count else arm.tables * count for arm in (ours, theirs)
+    ]
+    return list(zip(*longer, strict=True))
+
+
+def _find_difference(pairs: Sequence[Sequence[Side]], patients: Sequence[str]) -> Difference:
+    """Return the mean difference over runs and cases with its interval and p.
+
+    Of several runs both are Student's t with the variance of runs and patients: see
+    ``medssl.metrics.draw_difference``.
+
+    Args:
+        pairs: Of each run our values and the others', of the same cases.
+        patients: The patient of each case.
+    """
+    ours, theirs = (
+        [mean_known(values) for values in zip(*side, strict=True)]
+        for side in zip(*pairs, strict=True)
+    )
+    difference = paired_difference(ours, theirs, patients=patients)
+    filled = [fill_absent(pair) for pair in pairs]
+    table = [
+        [None if a is None or b is None else a - b for a, b in zip(*pair, strict=True)]
+        for pair in filled
+    ]
+    if len(pairs) == 1 or difference["mean"] is None:
+        return difference
+    over_runs = draw_difference(table, patients)
+    return {
+        **difference,
+        "mean": over_runs["mean"],
+        "low": over_runs["t_low"],
+        "high": over_runs["t_high"],
+        "p": over_runs["p"],
+    }
 
 
 def _compare_class(
@@ -280,7 +342,13 @@ def _compare_class(
             "dice": bootstrap_mean(ours, patients=patients),
             hd95: bootstrap_mean(distance, patients=patients),
             "num_missed": sum(value or 0.0 for value in missed[index]),
-            "difference": paired_difference(dice[index], dice[0], patients=patients)
+            "difference": _find_difference(
+                [
+                    [[table[i].get(f"dice/{name}") for i in shared] for table in pair]
+                    for pair in _pair_tables(arms[index], arms[0])
+                ],
+                patients,
+            )
             if index
             else None,
         }
@@ -291,7 +359,10 @@ def _compare_class(
 def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Sequence[str]) -> str:
     """Return the tables as text."""
     first = rows[0]["name"]
-    notes = [*notes, f"Differences are to {first}, with 95 % intervals (paired bootstrap)."]
+    how = "paired bootstrap"
+    if any(row["num_tables"] > 1 for row in rows):
+        how += "; of several runs Student's t over runs and patients"
+    notes = [*notes, f"Differences are to {first}, with 95 % intervals ({how})."]
     lines = [line for note in notes for line in textwrap.wrap(note, 100)]
     heading = f"{'n':>4}  {'dice':<20}  {'difference':<23}  {'p':>6}  verdict"
     lines += ["", f"{'mean over classes':<{NAME_WIDTH}}  {heading}"]
@@ -320,7 +391,10 @@ def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Seque
                 f"  {entry['num_missed']:>6g}"
             )
     if any(row["verdict"] == "not measured" for row in rows):
-        lines += ["", f"not measured: a verdict needs {MIN_CASES_FOR_VERDICT} patients."]
+        needs = f"a verdict needs {MIN_CASES_FOR_VERDICT} patients"
+        if len({row["num_tables"] for row in rows} - {1}) > 1:
+            needs += ", and of several runs as many as the first arm has, or one"
+        lines += ["", f"not measured: {needs}."]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -62,6 +62,8 @@ def deal_folds(cases: Sequence[Case], count: int, seed: int) -> list[tuple[str, 
 def list_folds(prepared: PreparedRun, count: int) -> list[PreparedRun]:
     """Return what each fold trains and tests on; the plan is that of the whole.
 
+    A fold has no scan of the patients that it tests on, unlabeled ones neither.
+
     Raises:
         InputError: The folds cannot be dealt, or would be measured by labels that a model made and
             nobody has changed.
@@ -84,10 +86,13 @@ def list_folds(prepared: PreparedRun, count: int) -> list[PreparedRun]:
         update={"tracking": config.tracking.model_copy(update={"uri": "none"})}
     )
     resolved = replace(prepared.resolved, config=untracked)
+    patients = {case.case_id: case.patient_id for case in prepared.dataset.cases}
     folds = []
     for test in held_out:
         rest = tuple(case_id for case_id in splits.labeled if case_id not in test)
-        parts = Splits(labeled=rest, unlabeled=splits.unlabeled, val=(), test=test)
+        tested = {patients[case_id] for case_id in test}
+        unlabeled = tuple(i for i in splits.unlabeled if patients[i] not in tested)
+        parts = Splits(labeled=rest, unlabeled=unlabeled, val=(), test=test)
         folds.append(replace(prepared, splits=parts, resolved=resolved))
     return folds
 

@@ -41,6 +41,7 @@ from study import (
     make_measuring_parser,
     read_rows,
     refuse_missing,
+    spread,
     write_csv,
 )
 
@@ -127,10 +128,7 @@ def open_unlabeled_cases(run: Path, number: int | None) -> tuple[int | None, lis
             f"{run}: none of its {len(unlabeled)} unlabeled cases has a label to open; an audit "
             "needs a data set of which labels were only held back: labeled=N"
         )
-    if number is not None:
-        places = np.linspace(0, len(cases) - 1, min(number, len(cases))).astype(int)
-        cases = [cases[place] for place in places]
-    return dataset.ignore if data.ignore is None else data.ignore, cases
+    return dataset.ignore if data.ignore is None else data.ignore, spread(cases, number)
 
 
 def run_arm(runs: Path, path: Path, draw: int, arm: str, number: int | None) -> None:

@@ -15,11 +15,13 @@ each is measured on the test cases of its run as `medssl evaluate` does it. Per 
 and what stands there is not measured again. A process has one thread; several may work on one CSV,
 each on draws or arms of its own. The corruption error (CE) of an artefact is 1 - Dice, summed over
 severities, cases and draws, as a multiple of that of --against; mCE is the mean over artefacts. The
-relative mCE takes what is lost from the clean scan in place of 1 - Dice, the mean flip rate (mFR)
-what flips. What only one of two arms has does not count; an n/a is as of `medssl compare`.
+relative mCE takes what is lost from the clean scan in place of 1 - Dice, summed over the artefacts
+too, the mean flip rate (mFR) what flips. What only one of two arms has does not count; an n/a is as
+of `medssl compare`.
 
 Source: Hendrycks and Dietterich 2019, Benchmarking Neural Network Robustness to Common Corruptions
-    and Perturbations. Departure: Dice has the place of their error, and voxels that of images.
+    and Perturbations. Departures: Dice has the place of their error, and voxels that of images;
+    their relative mCE is a mean of ratios, of which one may have a loss near zero below.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ from study import (
     read_rows,
     refuse_missing,
     split_names,
+    spread,
     write_csv,
 )
 from torch import Tensor
@@ -112,7 +115,7 @@ def run_arm(
     folder = find_run(runs, draw, arm)
     model = load_model(folder)
     _, ignore, cases, _ = open_test_cases(folder, print)
-    for case in cases[:num_cases]:
+    for case in spread(cases, num_cases):
         ids = {"draw": str(draw), "arm": arm}
         ids |= {"case_id": case.case_id, "patient_id": case.patient_id}
         done = find_changes(path, ids)
@@ -337,7 +340,7 @@ def tabulate_arms(pairs: Mapping[str, Pair]) -> list[Row]:
             "dice": average([clean]),
             "dice with artefacts": average([d for name in STRENGTHS for d in pair.get_dice(name)]),
             "mCE": compare_sums(errors, pair.patients),
-            "relative mCE": compare_sums(losses, pair.patients),
+            "relative mCE": compare_sums([np.nansum(losses, axis=0)], pair.patients),
             "mFR": compare_sums(flips, pair.patients),
             "hardest quarter": average([hardest]),
             "gain there": subtract(hardest, pair.patients),
@@ -401,7 +404,7 @@ def measure_robustness(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the arguments; a mistake in them is exit code 2."""
-    parser = make_measuring_parser(__doc__ or "", "the first N test cases")
+    parser = make_measuring_parser(__doc__ or "", "N of the test cases, evenly")
     parser.add_argument(
         "--against", default="labels", help="the arm that the others are held against"
     )

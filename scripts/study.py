@@ -50,9 +50,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medssl import ranks
 from medssl.config import Config, InputError, at_round
 from medssl.cross_pseudo import CrossPseudo
+from medssl.data.cases import Case
 from medssl.metrics import (
     DrawDifference,
     adjust_holm,
@@ -595,6 +598,12 @@ def make_measuring_parser(about: str, cases: str) -> argparse.ArgumentParser:
     parser.add_argument("--cases", type=int, help=f"{cases}; all by default")
     parser.add_argument("--table", action="store_true", help="print the tables, measure nothing")
     return parser
+
+
+def spread(cases: Sequence[Case], number: int | None) -> list[Case]:
+    """Return as many cases, evenly over all of them: neighbors are often alike; None: all."""
+    count = len(cases) if number is None else min(number, len(cases))
+    return [cases[int(place)] for place in np.linspace(0, len(cases) - 1, count)]
 
 
 def split_numbers(text: str) -> list[int]:

@@ -89,18 +89,41 @@ def test_the_order_of_cases_in_a_table_does_not_matter(tmp_path: Path) -> None:
     assert compare([a, b])[1][1]["difference"]["low"] == pytest.approx(0.1)
 
 
-def test_seeds_of_an_arm_are_averaged_within_a_case_first(tmp_path: Path) -> None:
+def test_seeds_that_disagree_are_no_gain_however_alike_their_mean_is(tmp_path: Path) -> None:
     base = write_table(tmp_path / "base", BASE)
     up = write_table(tmp_path / "s0", [v + 0.19 for v in BASE])
     down = write_table(tmp_path / "s1", [v - 0.17 for v in BASE])
     text, rows = compare([base, f"student={up},{down}"])
     row = rows[1]
     assert (row["name"], row["num_tables"], row["n"]) == ("student", 2, 10)
-    # The seeds differ by 0.36, their mean within each case by 0: no spread is left.
-    for key in ("mean", "low", "high"):
-        assert row["difference"][key] == pytest.approx(0.01)
-    assert row["verdict"] == "gain"
+    # Averaged within each case first there would be no spread left; the seeds differ by 0.36.
+    difference = row["difference"]
+    assert (
+        difference["mean"] == row["classes"]["organ"]["difference"]["mean"] == pytest.approx(0.01)
+    )
+    assert difference["low"] == pytest.approx(0.01 - 12.7062 * 0.18)
+    assert difference["p"] > 0.9
+    assert row["verdict"] == "no gain"
     assert "student (x2)" in text
+    assert "of several runs Student's t over runs and patients" in " ".join(text.split())
+
+
+def test_runs_are_held_against_those_of_the_first_arm_one_by_one(tmp_path: Path) -> None:
+    shifts = (0.0, 0.1, 0.2)
+    before = [write_table(tmp_path / f"a{i}", [v + s for v in BASE]) for i, s in enumerate(shifts)]
+    after = [
+        write_table(tmp_path / f"b{i}", [v + s + 0.01 + 0.001 * i for v in BASE])
+        for i, s in enumerate(shifts)
+    ]
+    arms = [f"{name}={','.join(map(str, paths))}" for name, paths in (("a", before), ("b", after))]
+    text, rows = compare(arms)
+    assert rows[1]["difference"]["mean"] == pytest.approx(0.011)
+    assert rows[1]["difference"]["low"] == pytest.approx(0.011 - 4.3027 * 0.001 / 3**0.5, abs=1e-6)
+    assert rows[1]["verdict"] == "gain"
+    text, rows = compare([arms[0], f"b={after[0]},{after[1]}"])
+    assert rows[1]["difference"]["mean"] == pytest.approx(0.0105 - 0.05)
+    assert rows[1]["verdict"] == "not measured"
+    assert "and of several runs as many as the first arm has, or one" in text
 
 
 def test_a_false_alarm_of_one_of_two_seeds_is_half_a_false_alarm(tmp_path: Path) -> None:

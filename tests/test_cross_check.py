@@ -8,12 +8,14 @@ from typer.testing import CliRunner
 
 from medssl.cli import app
 from medssl.config import InputError
-from medssl.cross_check import deal_folds, summarize_folds
-from medssl.data.cases import Case
+from medssl.cross_check import deal_folds, list_folds, summarize_folds
+from medssl.data.cases import Case, Dataset, Splits
 from medssl.data.io import write_mask
 from medssl.data.phantoms import write_phantoms
 from medssl.report import write_report
+from medssl.rounds.loop import PreparedRun
 from medssl.runs import read_json
+from medssl.settings import load_config
 
 pytestmark = pytest.mark.usefixtures("brief")
 
@@ -105,6 +107,17 @@ def test_folds_are_not_measured_by_labels_that_a_model_made(tmp_path):
     assert isinstance(result.exception, InputError), result.output
     assert "1 of 3 labels are of a model, as it made them" in str(result.exception)
     assert str(path) in str(result.exception)
+
+
+def test_folds_train_on_no_unlabeled_scan_of_the_patients_that_they_test(tmp_path):
+    cases = [Case(f"{p}_{i}", (), None, p) for p in "abc" for i in range(2)]
+    dataset = Dataset("d", tmp_path, "list", tuple(cases), None, ("",))
+    splits = Splits(("a_0", "b_0", "c_0"), ("a_1", "b_1", "c_1"), (), ())
+    prepared = PreparedRun(dataset, splits, None, load_config(None, []))
+    for fold in list_folds(prepared, 3):
+        (test,) = fold.splits.test
+        assert set(fold.splits.labeled) == set(splits.labeled) - {test}
+        assert set(fold.splits.unlabeled) == set(splits.unlabeled) - {f"{test[0]}_1"}
 
 
 def make_rows(dice):

@@ -264,13 +264,13 @@ def measured(robustness, monkeypatch, tmp_path):
 def test_what_stands_in_the_csv_is_not_measured_again(robustness, measured, tmp_path):
     runs, path = tmp_path / "runs", tmp_path / "r.csv"
     robustness.run_arm(runs, path, 0, "labels", ["clean", "noise"], 2)
-    assert [call[:2] for call in measured] == [("draw_0_labels", "c0"), ("draw_0_labels", "c1")]
+    assert [call[:2] for call in measured] == [("draw_0_labels", "c0"), ("draw_0_labels", "c2")]
     assert measured[0][2] == [("clean", 0), *(("noise", n) for n in range(1, 6))]
     robustness.run_arm(runs, path, 0, "labels", ["noise", "clean"], 2)
     assert len(measured) == 2
     robustness.run_arm(runs, path, 0, "labels", ["clean", "shift"], None)
     assert [call[2] for call in measured[2:]] == [
-        [("shift", 0)], [("shift", 0)], [("clean", 0), ("shift", 0)],
+        [("shift", 0)], [("clean", 0), ("shift", 0)], [("shift", 0)],
     ]  # fmt: skip
     robustness.run_arm(runs, path, 0, "recipe", ["clean"], 1)
     rows = robustness.read_rows(path)
@@ -337,6 +337,21 @@ def test_errors_are_multiples_of_those_of_the_other_arm(robustness, tmp_path):
     assert [row["ece, clean"], row["severity 1"], row["severity 5"]] == ["0.000", "0.020", "0.100"]
     assert row["dice, FGSM 0.1"] == "0.740"
     assert row["gain, 0.1"].startswith("+0.0600")
+
+
+def test_relative_errors_are_summed_over_artefacts_and_not_averaged(robustness, tmp_path):
+    def lose_less(name, n, draw, case):
+        return 0.8 - n * {"noise": 0.02, "blur": 0.08}.get(name, 0.0)
+
+    arms = {"recipe": (lose_less, 0.1), "labels": (fall(0.04), 0.1)}
+    rows = robustness.read_rows(write_rows(tmp_path / "r.csv", arms))
+    (recipe,) = robustness.tabulate_arms({"recipe": robustness.pair_arms(rows, "recipe", "labels")})
+    assert recipe["relative mCE"].mean == pytest.approx((0.02 + 0.08) / (0.04 + 0.08))
+
+
+def test_cases_are_spread_over_all_of_them(robustness):
+    assert robustness.spread("abcdefgh", 3) == ["a", "d", "h"]
+    assert robustness.spread("abc", 5) == robustness.spread("abc", None) == ["a", "b", "c"]
 
 
 def test_what_only_one_arm_has_does_not_count(robustness, tmp_path):

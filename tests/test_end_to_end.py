@@ -369,3 +369,17 @@ def test_the_poison_test_goes_red_for_a_label_that_is_used(
     ours = load_file(tmp_path / "runs" / "control" / weights)
     theirs = load_file(finished / weights)
     assert any(not np.array_equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.gpu
+def test_a_model_of_a_gpu_segments_alike_on_a_processor(data: Path, tmp_path: Path) -> None:
+    run, scan = tmp_path / "run", sorted((data / "images").iterdir())[0]
+    medssl("train", data, *SETTINGS, "rounds=1", "device=cuda", "--run", run)
+    assert json.loads((run / "plan.json").read_text())["device"].startswith("cuda")
+    masks = []
+    for device in ("cuda", "cpu"):
+        medssl("predict", run, scan, "--out", tmp_path / device, "--device", device)
+        (path,) = (tmp_path / device).glob("*.nii.gz")
+        masks.append(np.asarray(nib.load(path).dataobj))
+    assert masks[0].any()
+    assert (masks[0] != masks[1]).mean() < 0.001

@@ -41,7 +41,8 @@ from medssl.runs import write_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETS = {
-    "acdc_3.csv": "Heart (ACDC), 3 patients labeled",
+    "confirm_acdc_3.csv": "Heart (ACDC), 3 patients labeled, fresh draws",
+    "acdc_3.csv": "Heart, draws that the recipe was made on",
     "spine_4_levers.csv": "Spine, 4 scans labeled",
     "hippocampus_4.csv": "Hippocampus, 4 scans labeled",
 }

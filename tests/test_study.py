@@ -378,12 +378,12 @@ def test_an_unknown_arm_is_named(study):
 
 @pytest.mark.slow
 def test_the_report_says_what_the_committed_study_found(study):
-    path = ROOT / "docs" / "acdc_3.csv"
+    path = ROOT / "docs" / "confirm_acdc_3.csv"
     arms, patients = study.read_arms(path)
     assert study.pick_better(arms)[0] == "labels"
     found, draws = study.compare_arms(arms["recipe"], arms["labels"], patients)
     shared = [draw for draw in arms["recipe"] if draw in arms["labels"]]
-    assert f"{ {1: 'one draw', 2: 'two draws', 3: 'three draws'}[draws] } of them" in EVIDENCE
+    assert f"in {('two', 'three', 'four', 'five')[draws - 2]} draws of them" in EVIDENCE
     after, before = (
         sum(study.average_dice(arms[arm][draw]) for draw in shared) / draws
         for arm in ("recipe", "labels")
@@ -391,7 +391,7 @@ def test_the_report_says_what_the_committed_study_found(study):
     words = f"at {after:.3f} Dice where labels alone, trained as long, are at {before:.3f}"
     assert words in EVIDENCE
     interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    assert f"which is {interval}" in EVIDENCE
+    assert f": {interval}, by Student's t [{found['t_low']:+.3f}, {found['t_high']:+.3f}]" in EVIDENCE
 
 
 def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):

@@ -168,7 +168,8 @@ def check_dataset(
     tasks = [(case, part) for part in PARTS for case in select_cases(dataset, splits, part)]
     facts = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        look = pool.map(lambda task: _look(task[0], task[1], len(dataset.channels)), tasks)
+        channels = len(dataset.channels)
+        look = pool.map(lambda task: _look(task[0], task[1], channels, ignore), tasks)
         for index, entry in enumerate(look):
             facts.append(entry)
             if report is not None:
@@ -218,14 +219,14 @@ def _name_values(values: Iterable[int], ignore: int | None) -> dict[int, str]:
     return {0: "background", **{value: f"class_{value}" for value in classes}}
 
 
-def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
+def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> CaseFacts:
     """Look at one case: its image, and its label if there is one to be opened."""
     try:
         volume = read_image(case.images, num_channels)
     except InputError as error:
         problems = [f"{case.case_id}: {error}"]
         if case.label is not None:
-            problems += _look_at_label(case, case.label, None)["problems"]
+            problems += _look_at_label(case, case.label, None, ignore)["problems"]
         return CaseFacts(case.case_id, part, problems=tuple(problems))
     hashes = (_hash_voxels(volume.array), " ".join(hash_voxels(volume.array, volume.affine)))
     problems = []
@@ -246,7 +247,9 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             contradictions=contradictions,
             problems=tuple(problems),
         )
-    label_facts = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
+    label_facts: dict[str, Any] = {"problems": ()}
+    if case.label:
+        label_facts = _look_at_label(case, case.label, volume, ignore)
     return CaseFacts(
         case.case_id,
         part,
@@ -279,10 +282,12 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
     return tuple(float(value) for value in np.percentile(values, PERCENTILES))
 
 
-def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, Any]:
+def _look_at_label(
+    case: Case, path: Path, volume: Volume | None, ignore: int | None
+) -> dict[str, Any]:
     """Return the facts that a label adds: volumes, values, its faults beside the image."""
     try:
-        label = read_label_values(path, case)
+        label = read_label_values(path, case, ignore)
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
     size = abs(float(np.linalg.det(label.affine[:3, :3])))

@@ -51,7 +51,11 @@ _LISTS = ("cases.csv", "cases.json")
 
 
 def read_dataset(
-    root: Path | str, format: str = "auto", labels: Mapping[int, str] | None = None
+    root: Path | str,
+    format: str = "auto",
+    labels: Mapping[int, str] | None = None,
+    *,
+    read_names: bool = True,
 ) -> Dataset:
     """Read which cases a folder or list holds.
 
@@ -59,6 +63,8 @@ def read_dataset(
         root: A folder, a CSV or JSON list, or a dataset.json.
         format: `decathlon`, `nnunet`, `folders`, `list`, or `auto`.
         labels: Names of label values that replace what the data set declares.
+        read_names: Whether names of segments are read from label files; without, no label of the
+            cases may be opened.
 
     Raises:
         InputError: Nothing is there, the layout is unknown (the message shows the tree as it
@@ -77,7 +83,7 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
-    dataset = _name_modality(_name_segments(dataset))
+    dataset = _name_modality(_name_segments(dataset) if read_names else dataset)
     notes = (*dataset.notes, *_find_left_out(dataset))
     cases = tuple(sorted(dataset.cases, key=lambda case: case.case_id))
     return replace(dataset, cases=cases, notes=notes)
@@ -103,7 +109,8 @@ def _name_segments(dataset: Dataset) -> Dataset:
     """Give every case the label values of the names in its label file, where files have names.
 
     Declared labels decide the value of a name. Without them names keep their numbers if all files
-    agree on these, else they are numbered in alphabetical order.
+    agree on these, else they are numbered in alphabetical order; a label without names, which has
+    nothing but numbers, is then refused.
     """
     names: dict[str, dict[int, str]] = {}
     problems = []
@@ -129,6 +136,7 @@ def _name_segments(dataset: Dataset) -> Dataset:
                 f"{case_id}: its label holds {sorted(named.values())}, of which none is declared "
                 f"({sorted(values)}): name them by data.labels"
             )
+    problems += _refuse_unnamed(dataset, names, values)
     raise_all(problems, str(dataset.root))
     cases = tuple(
         replace(
@@ -160,6 +168,24 @@ def _number_names(
     if len(set(numbers)) == len(numbers) == len(values) and 0 not in numbers:
         return {name: same.pop() for name, same in values.items()}
     return {name: number for number, name in enumerate(sorted(values), 1)}
+
+
+def _refuse_unnamed(
+    dataset: Dataset, names: Mapping[str, Mapping[int, str]], values: Mapping[str, int]
+) -> list[str]:
+    """Refuse labels without names beside named ones whose numbers say nothing of theirs."""
+    unnamed = [c.case_id for c in dataset.cases if c.label and not names.get(c.case_id)]
+    pairs = {(name, number) for named in names.values() for number, name in named.items()}
+    if dataset.labels or not unnamed or all(values[_fold(name)] == n for name, n in pairs):
+        return []
+    more = f" and {len(unnamed) - _MAX_HINTS} more" if len(unnamed) > _MAX_HINTS else ""
+    numbers = ", ".join(f"{name} is {number}" for name, number in sorted(pairs)[:_MAX_HINTS])
+    example = " ".join(f"data.labels.{value}={name}" for name, value in values.items())
+    return [
+        f"{', '.join(unnamed[:_MAX_HINTS])}{more}: the label has values without names, and the "
+        f"files with names do not agree on numbers ({numbers}): say which value is which in the "
+        f"labels without names, as {example}"
+    ]
 
 
 def _fold(name: str) -> str:

@@ -28,6 +28,7 @@ from medssl.data.files import (
     is_mask,
     is_scan,
     list_scans,
+    name_patients,
     walk_files,
     walk_scans,
 )
@@ -55,7 +56,7 @@ def read_dataset(
     format: str = "auto",
     labels: Mapping[int, str] | None = None,
     *,
-    read_names: bool = True,
+    opens_files: bool = True,
 ) -> Dataset:
     """Read which cases a folder or list holds.
 
@@ -63,8 +64,9 @@ def read_dataset(
         root: A folder, a CSV or JSON list, or a dataset.json.
         format: `decathlon`, `nnunet`, `folders`, `list`, or `auto`.
         labels: Names of label values that replace what the data set declares.
-        read_names: Whether names of segments are read from label files; without, no label of the
-            cases may be opened.
+        opens_files: Whether what only the files say is read: names of segments, and the modality
+            and the patients of DICOM. Without, no label of the cases may be opened, and a
+            patient_id may be empty.
 
     Raises:
         InputError: Nothing is there, the layout is unknown (the message shows the tree as it
@@ -83,10 +85,13 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
-    dataset = _name_modality(_name_segments(dataset) if read_names else dataset)
     notes = (*dataset.notes, *_find_left_out(dataset))
-    cases = tuple(sorted(dataset.cases, key=lambda case: case.case_id))
-    return replace(dataset, cases=cases, notes=notes)
+    if opens_files:
+        dataset = _name_modality(_name_segments(dataset))
+        cases, unclear = name_patients(dataset.cases)
+        dataset, notes = replace(dataset, cases=tuple(cases)), (*notes, *unclear)
+    cases = sorted(dataset.cases, key=lambda case: case.case_id)
+    return replace(dataset, cases=tuple(cases), notes=notes)
 
 
 def _name_modality(dataset: Dataset) -> Dataset:
@@ -417,10 +422,11 @@ def _read_decathlon(path: Path) -> Dataset:
         part = _PARTS_OF_KEYS[key.partition("[")[0]]
         case = _make_case(paths, mask)
         patient_id = entry.get("patient_id") if isinstance(entry, dict) else None
+        patient_id = "" if patient_id is None else str(patient_id)
         cases.append(
             replace(
                 case,
-                patient_id=str(patient_id or case.patient_id),
+                patient_id=patient_id or case.patient_id,
                 split=part if mask or part == "unlabeled" else "",
             )
         )

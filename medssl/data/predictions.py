@@ -405,7 +405,7 @@ def _is_dataset(path: Path) -> bool:
 
 def _add_cases(path: Path, num_channels: int, scans: Scans, problems: list[str]) -> tuple[str, ...]:
     """Add the cases of a data set, with or without a label; return the notes of its reader."""
-    dataset = read_dataset(path, read_names=False)
+    dataset = read_dataset(path, opens_files=False)
     for case in dataset.cases:
         if len(case.images) not in (1, num_channels):
             problems.append(

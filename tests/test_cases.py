@@ -360,6 +360,30 @@ def test_patients_are_recognized_by_file_names(tmp_path):
     assert patients["patient0071"] == "patient0071"
 
 
+@pytest.mark.parametrize("column", ["P1,P2,", ",,"])
+def test_an_empty_patient_among_others_is_noted(tmp_path, column):
+    rows = [
+        f"{name},{name}.nii,{patient}"
+        for name, patient in zip("abc", column.split(","), strict=True)
+    ]
+    touch(tmp_path, *(f"{name}.nii" for name in "abc"))
+    (tmp_path / "cases.csv").write_text("\n".join(("case_id,image,patient_id", *rows)))
+    dataset = read_dataset(tmp_path)
+    assert dataset.cases[2].patient_id == "c"
+    assert ["patient_id is empty for c:" in note for note in dataset.notes] == [True] * (
+        "P" in column
+    )
+
+
+def test_an_empty_patient_of_a_dataset_json_is_noted_and_0_is_a_patient(tmp_path):
+    touch(tmp_path, *(f"{name}.nii.gz" for name in "ab"))
+    entries = [{"image": "a.nii.gz", "patient_id": 0}, {"image": "b.nii.gz"}]
+    write_json(tmp_path / "dataset.json", {"modality": {"0": "CT"}, "training": entries})
+    dataset = read_dataset(tmp_path)
+    assert [case.patient_id for case in dataset.cases] == ["0", "b"]
+    assert any("patient_id is empty for b" in note for note in dataset.notes)
+
+
 # wrong paths and unknown trees
 
 

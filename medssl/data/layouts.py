@@ -432,6 +432,11 @@ def _read_decathlon(path: Path) -> Dataset:
         )
     notes = _find_unread_keys(path, content, set(_PARTS_OF_KEYS))
     notes += _find_unread_fields(path, entries, problems)
+    has_patients = any(
+        isinstance(entry, dict) and entry.get("patient_id") not in (None, "")
+        for _, entry in entries
+    )
+    notes += _note_unnamed_patients(cases, has_patients, path)
     raise_all(problems, str(path))
     if num_lost:
         notes.append(
@@ -439,6 +444,20 @@ def _read_decathlon(path: Path) -> Dataset:
         )
     name = str(content.get("name") or root.resolve().name)
     return Dataset(name, root, "decathlon", tuple(cases), labels, channels, notes=tuple(notes))
+
+
+def _note_unnamed_patients(cases: Sequence[Case], has_names: bool, path: Path) -> list[str]:
+    """Name the cases of a list that say no patient where others do; headers of DICOM may."""
+    unnamed = [
+        case.case_id
+        for case in cases
+        if has_names and not case.patient_id and find_reader(case.images[0]) is not DICOM
+    ]
+    more = f" and {len(unnamed) - _MAX_HINTS} more" if len(unnamed) > _MAX_HINTS else ""
+    return [
+        f"{path.name}: patient_id is empty for {', '.join(unnamed[:_MAX_HINTS])}{more}: each "
+        "counts as a patient of its own, so that one may be trained on and another test: fill it in"
+    ] * bool(unnamed)
 
 
 def _leads_out(text: str, root: Path) -> bool:
@@ -724,6 +743,7 @@ def _read_list(path: Path) -> Dataset:
         channels = _read_channels(content["channels"], problems)
         if len(columns) not in (1, len(channels)):
             problems.append(f"channels: {len(channels)} are named, but there are {len(columns)}")
+    notes += _note_unnamed_patients(cases, any(row.get("patient_id") for _, row in rows), path)
     labels = _read_names(content.get("labels"), problems)
     ignore = _read_ignore(content.get("ignore"), problems)
     raise_all(problems and [*problems, *_find_case_problems(cases)], str(path))

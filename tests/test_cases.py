@@ -384,6 +384,39 @@ def test_an_empty_patient_of_a_dataset_json_is_noted_and_0_is_a_patient(tmp_path
     assert any("patient_id is empty for b" in note for note in dataset.notes)
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["a,1,1,3", "b,4,5,6"], "a: {}/1.nii is two of its channels"),
+        (["a,1,2,3", "b,./1,2,6"], "a, b: the same image {}/1.nii: keep one"),
+        (["a,1,2,3", "b,4,3,6"], "a: the label {}/3.nii is an image too"),
+    ],
+)
+def test_files_that_stand_where_they_cannot_be_right_are_refused(tmp_path, rows, expected):
+    write_rows(tmp_path, rows)
+    assert expected.format(tmp_path) in refuse(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["a,1,2,3", "b,4,5,3"], "a, b: have one label, {}/3.nii"),
+        (["a,1,2,3", "b,4,2,6"], "a, b: have one file for a channel, {}/2.nii"),
+    ],
+)
+def test_files_that_cases_share_are_noted(tmp_path, rows, expected):
+    write_rows(tmp_path, rows)
+    (note,) = read_dataset(tmp_path).notes
+    assert note.startswith(expected.format(tmp_path))
+
+
+def write_rows(root: Path, rows: list[str]) -> None:
+    """Write a list of (case_id, image, image_1, label), whose files are called by numbers."""
+    touch(root, *(f"{number}.nii" for number in range(1, 7)))
+    lines = (f"{row.replace(',', '.nii,').replace('.nii', '', 1)}.nii" for row in rows)
+    (root / "cases.csv").write_text("\n".join(("case_id,image,image_1,label", *lines)))
+
+
 # wrong paths and unknown trees
 
 

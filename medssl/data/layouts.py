@@ -85,7 +85,8 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
-    notes = (*dataset.notes, *_find_left_out(dataset))
+    shared = _find_shared_files(dataset.cases)[1]
+    notes = (*dataset.notes, *_find_left_out(dataset), *shared)
     if opens_files:
         dataset = _name_modality(_name_segments(dataset))
         cases, unclear = name_patients(dataset.cases)
@@ -183,11 +184,10 @@ def _refuse_unnamed(
     pairs = {(name, number) for named in names.values() for number, name in named.items()}
     if dataset.labels or not unnamed or all(values[_fold(name)] == n for name, n in pairs):
         return []
-    more = f" and {len(unnamed) - _MAX_HINTS} more" if len(unnamed) > _MAX_HINTS else ""
     numbers = ", ".join(f"{name} is {number}" for name, number in sorted(pairs)[:_MAX_HINTS])
     example = " ".join(f"data.labels.{value}={name}" for name, value in values.items())
     return [
-        f"{', '.join(unnamed[:_MAX_HINTS])}{more}: the label has values without names, and the "
+        f"{_list_names(unnamed)}: the label has values without names, and the "
         f"files with names do not agree on numbers ({numbers}): say which value is which in the "
         f"labels without names, as {example}"
     ]
@@ -453,10 +453,9 @@ def _note_unnamed_patients(cases: Sequence[Case], has_names: bool, path: Path) -
         for case in cases
         if has_names and not case.patient_id and find_reader(case.images[0]) is not DICOM
     ]
-    more = f" and {len(unnamed) - _MAX_HINTS} more" if len(unnamed) > _MAX_HINTS else ""
     return [
-        f"{path.name}: patient_id is empty for {', '.join(unnamed[:_MAX_HINTS])}{more}: each "
-        "counts as a patient of its own, so that one may be trained on and another test: fill it in"
+        f"{path.name}: patient_id is empty for {_list_names(unnamed)}: each counts as a patient of "
+        "its own, so that one may be trained on and another test: fill it in"
     ] * bool(unnamed)
 
 
@@ -935,6 +934,7 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
     counts = Counter(case.case_id for case in cases if case.case_id)
     problems += [f"case_id {name} stands {n} times" for name, n in counts.items() if n > 1]
     num_hints = _MAX_HINTS
+    sound = []
     for case in cases:
         if re.search(r"[/\\:\x00-\x1f]", case.case_id) or case.case_id.startswith("."):
             problems.append(
@@ -952,11 +952,57 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
                 f"for which {_MAX_ID_BYTES} are left: rename the scan, or give it a short case_id "
                 "in a list"
             )
-        for path in filter(_is_bad, (*case.images, *([case.label] if case.label else []))):
+        bad = [*filter(_is_bad, (*case.images, *([case.label] if case.label else [])))]
+        sound += [] if bad else [case]
+        for path in bad:
             num_hints -= 1
             hint = _suggest_path(path) if num_hints >= 0 and not os.path.exists(path) else ""
             problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
-    return problems + _find_other_kinds(cases)
+    return problems + _find_shared_files(sound)[0] + _find_other_kinds(cases)
+
+
+def _find_shared_files(cases: Sequence[Case]) -> tuple[list[str], list[str]]:
+    """Return problems and notes: files that stand in several places, which is wrong or may be."""
+    images, labels, channels = (defaultdict[str, dict[str, None]](dict) for _ in range(3))
+    problems, notes = [], []
+    for case in cases:
+        files = [os.path.abspath(path) for path in case.images]
+        if len(set(files)) < len(files):
+            twice = next(path for path in files if files.count(path) > 1)
+            problems.append(f"{case.case_id}: {twice} is two of its channels: name another for one")
+        for file in files:
+            channels[file][case.case_id] = None
+        images["\n".join(files)][case.case_id] = None
+        if case.label:
+            labels[os.path.abspath(case.label)][case.case_id] = None
+    for text, names in images.items():
+        if len(names) > 1:
+            file = text.split("\n")[0]
+            problems.append(f"{_list_names(names)}: the same image {file}: keep one of them")
+    for file, names in labels.items():
+        if file in channels:
+            problems.append(
+                f"{_list_names(names)}: the label {file} is an image too: name the label"
+            )
+        elif len(names) > 1:
+            notes.append(
+                f"{_list_names(names)}: have one label, {file}: name that of each, unless these "
+                "are images of one scan"
+            )
+    notes += [
+        f"{_list_names(names)}: have one file for a channel, {file}: name that of each, if this is "
+        "a slip"
+        for file, names in channels.items()
+        if len(names) > 1
+    ]
+    return problems, notes
+
+
+def _list_names(names: Iterable[str]) -> str:
+    """Join names, the first of them."""
+    texts = list(names)
+    more = f" and {len(texts) - _MAX_HINTS} more" if len(texts) > _MAX_HINTS else ""
+    return ", ".join(texts[:_MAX_HINTS]) + more
 
 
 def _find_other_kinds(cases: Sequence[Case]) -> list[str]:

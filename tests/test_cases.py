@@ -21,6 +21,7 @@ from medssl.data.cases import (
 )
 from medssl.data.files import explain_files, walk_files, write_draft
 from medssl.data.layouts import list_files, read_dataset
+from medssl.data.predictions import find_scans
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -415,6 +416,29 @@ def write_rows(root: Path, rows: list[str]) -> None:
     touch(root, *(f"{number}.nii" for number in range(1, 7)))
     lines = (f"{row.replace(',', '.nii,').replace('.nii', '', 1)}.nii" for row in rows)
     (root / "cases.csv").write_text("\n".join(("case_id,image,image_1,label", *lines)))
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        (["p1", "p2", "p1_seg", "p2_seg", "p1_mask2", "p1-GT"], "p1-GT, p1_seg, p2_seg"),
+        (["p1", "p2", "p3", "lesion_mask"], "lesion_mask"),
+        (["p1", "p2", "segovia_1", "masked", "gtv", "labeler"], ""),
+        (["p1", "seg_1", "seg_2", "seg_3"], ""),
+        (["p1", "p2", "q", "roi_1=labels/roi_1"], ""),
+    ],
+)
+def test_masks_among_scans_are_named(tmp_path, images, masks):
+    rows = [(name.partition("=")[0], name.partition("=")[2]) for name in images]
+    touch(tmp_path, "labels/.x", *(f"images/{name}.nii" for name, _ in rows))
+    touch(tmp_path, *(f"{label}.nii" for _, label in rows if label))
+    notes, said = [], "read as scans, though by their names they are masks: "
+    find_scans([tmp_path], 1, [], notes)
+    assert notes == list(read_dataset(tmp_path).notes)
+    assert [note.split("; ")[0] for note in notes] == [said + masks] * bool(masks)
+    if "=" not in images[-1]:
+        find_scans([tmp_path / "images"], 1, [], notes)
+        assert len(notes) == 2 * bool(masks), "without a list or layout too"
 
 
 # wrong paths and unknown trees

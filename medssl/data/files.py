@@ -365,6 +365,27 @@ def is_mask(path: Path, root: Path) -> bool:
     return bool(_MASK_NAME.search(stem)) or any(_MASK_FOLDER.match(name) for name in folders)
 
 
+def note_masks(images: Sequence[Path], suspects: Iterable[Path]) -> list[str]:
+    """Name the scans that are masks by their names; where most are called so, these are no masks.
+
+    Args:
+        images: All scans of a data set or folder.
+        suspects: Those of them that have no label.
+    """
+    masks = {path for path in images if _MASK_NAME.search(name_scan(path))}
+    stems = {_bare_stem(path) for path in images if path not in masks}
+    are_few = len(masks) < len(images) / 2
+    names = [
+        name_scan(path)
+        for path in suspects
+        if path in masks and (are_few or _bare_stem(path) in stems)
+    ]
+    return [
+        f"read as scans, though by their names they are masks: {_join(names)}; move them out of "
+        "the folder or list, or rename them if they are scans"
+    ] * bool(names)
+
+
 def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[Path]]:
     """Group scans into cases by their names; returns the cases and the masks that fit to none.
 

@@ -29,6 +29,7 @@ from medssl.data.files import (
     is_scan,
     list_scans,
     name_patients,
+    note_masks,
     walk_files,
     walk_scans,
 )
@@ -85,8 +86,10 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
+    images = [case.images[0] for case in dataset.cases]
+    masks = note_masks(images, [case.images[0] for case in dataset.cases if case.label is None])
     shared = _find_shared_files(dataset.cases)[1]
-    notes = (*dataset.notes, *_find_left_out(dataset), *shared)
+    notes = (*dataset.notes, *_find_left_out(dataset), *masks, *shared)
     if opens_files:
         dataset = _name_modality(_name_segments(dataset))
         cases, unclear = name_patients(dataset.cases)

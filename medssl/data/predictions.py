@@ -24,6 +24,7 @@ from medssl.data.files import (
     find_unread,
     is_scan,
     keep_scans,
+    note_masks,
     refuse_loose_slices,
     walk_scans,
 )
@@ -459,6 +460,7 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
     if previews:
         names = _list([file.name for file in previews])
         notes.append(f"{path}: pictures beside scans are left out: {names}")
+    notes += [f"{path}: {note}" for note in note_masks(files, files)]
     return files
 
 

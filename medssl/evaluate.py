@@ -732,7 +732,7 @@ def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) ->
         try:
             _read_label(case, label_values, ignore)
             assert case.label is not None, "cases without a label were left out"
-            if origin := read_origin(case.label, case):
+            if origin := read_origin(case.label, case, ignore):
                 raise InputError(
                     f"{case.label}: is a {origin} of a model, as it was made, and measures nothing "
                     "but how alike models are: give a person's label, or take this one away"

@@ -21,6 +21,7 @@ from medssl.data.cases import (
 )
 from medssl.data.files import explain_files, walk_files, write_draft
 from medssl.data.layouts import list_files, read_dataset
+from medssl.data.predictions import find_scans
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -358,6 +359,86 @@ def test_patients_are_recognized_by_file_names(tmp_path):
     assert patients["sub-01_ses-1"] == patients["sub-01_ses-2"] == "sub-01"
     assert patients["patient007_frame01"] == "patient007"
     assert patients["patient0071"] == "patient0071"
+
+
+@pytest.mark.parametrize("column", ["P1,P2,", ",,"])
+def test_an_empty_patient_among_others_is_noted(tmp_path, column):
+    rows = [
+        f"{name},{name}.nii,{patient}"
+        for name, patient in zip("abc", column.split(","), strict=True)
+    ]
+    touch(tmp_path, *(f"{name}.nii" for name in "abc"))
+    (tmp_path / "cases.csv").write_text("\n".join(("case_id,image,patient_id", *rows)))
+    dataset = read_dataset(tmp_path)
+    assert dataset.cases[2].patient_id == "c"
+    assert ["patient_id is empty for c:" in note for note in dataset.notes] == [True] * (
+        "P" in column
+    )
+
+
+def test_an_empty_patient_of_a_dataset_json_is_noted_and_0_is_a_patient(tmp_path):
+    touch(tmp_path, *(f"{name}.nii.gz" for name in "ab"))
+    entries = [{"image": "a.nii.gz", "patient_id": 0}, {"image": "b.nii.gz"}]
+    write_json(tmp_path / "dataset.json", {"modality": {"0": "CT"}, "training": entries})
+    dataset = read_dataset(tmp_path)
+    assert [case.patient_id for case in dataset.cases] == ["0", "b"]
+    assert any("patient_id is empty for b" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["a,1,1,3", "b,4,5,6"], "a: {}/1.nii is two of its channels"),
+        (["a,1,2,3", "b,./1,2,6"], "a, b: the same image {}/1.nii: keep one"),
+        (["a,1,2,3", "b,4,3,6"], "a: the label {}/3.nii is an image too"),
+    ],
+)
+def test_files_that_stand_where_they_cannot_be_right_are_refused(tmp_path, rows, expected):
+    write_rows(tmp_path, rows)
+    assert expected.format(tmp_path) in refuse(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (["a,1,2,3", "b,4,5,3"], "a, b: have one label, {}/3.nii"),
+        (["a,1,2,3", "b,4,2,6"], "a, b: have one file for a channel, {}/2.nii"),
+    ],
+)
+def test_files_that_cases_share_are_noted(tmp_path, rows, expected):
+    write_rows(tmp_path, rows)
+    (note,) = read_dataset(tmp_path).notes
+    assert note.startswith(expected.format(tmp_path))
+
+
+def write_rows(root: Path, rows: list[str]) -> None:
+    """Write a list of (case_id, image, image_1, label), whose files are called by numbers."""
+    touch(root, *(f"{number}.nii" for number in range(1, 7)))
+    lines = (f"{row.replace(',', '.nii,').replace('.nii', '', 1)}.nii" for row in rows)
+    (root / "cases.csv").write_text("\n".join(("case_id,image,image_1,label", *lines)))
+
+
+@pytest.mark.parametrize(
+    ("images", "masks"),
+    [
+        (["p1", "p2", "p1_seg", "p2_seg", "p1_mask2", "p1-GT"], "p1-GT, p1_seg, p2_seg"),
+        (["p1", "p2", "p3", "lesion_mask"], "lesion_mask"),
+        (["p1", "p2", "segovia_1", "masked", "gtv", "labeler"], ""),
+        (["p1", "seg_1", "seg_2", "seg_3"], ""),
+        (["p1", "p2", "q", "roi_1=labels/roi_1"], ""),
+    ],
+)
+def test_masks_among_scans_are_named(tmp_path, images, masks):
+    rows = [(name.partition("=")[0], name.partition("=")[2]) for name in images]
+    touch(tmp_path, "labels/.x", *(f"images/{name}.nii" for name, _ in rows))
+    touch(tmp_path, *(f"{label}.nii" for _, label in rows if label))
+    notes, said = [], "read as scans, though by their names they are masks: "
+    find_scans([tmp_path], 1, [], notes)
+    assert notes == list(read_dataset(tmp_path).notes)
+    assert [note.split("; ")[0] for note in notes] == [said + masks] * bool(masks)
+    if "=" not in images[-1]:
+        find_scans([tmp_path / "images"], 1, [], notes)
+        assert len(notes) == 2 * bool(masks), "without a list or layout too"
 
 
 # wrong paths and unknown trees

@@ -465,9 +465,9 @@ def test_what_is_wrong_with_many_cases_is_said_once_and_names_them_all(scans):
 
 
 def test_case_ids_that_some_disks_do_not_tell_apart_or_take_are_warned_of(scans):
-    for name in ("scan_A", "scan_a", "NUL", "b."):
-        scans.add("unlabeled")
-        scans.cases[-1] = replace(scans.cases[-1], case_id=name, patient_id=name)
+    for patient, name in zip("1234", ("scan_A", "scan_a", "NUL", "b."), strict=True):
+        scans.add("unlabeled", patient=patient)
+        scans.cases[-1] = replace(scans.cases[-1], case_id=name)
     alike, reserved = scans.check().warnings
     assert alike.endswith(": scan_A and scan_a")
     assert reserved.endswith(": NUL, b.")
@@ -543,11 +543,36 @@ def test_scans_that_may_be_of_one_patient_are_asked_about(scans):
     scans.cases = [
         replace(c, case_id=n, patient_id=n) for c, n in zip(scans.cases, names, strict=True)
     ]
-    assert "P01_pre, P01_post" in only(scans.check().warnings)
+    assert "P01_post, P01_pre" in only(scans.check().warnings)
     assert "3 cases of 3 patients" in scans.check().render()
     scans.cases = [replace(case, patient_id=case.case_id[:3]) for case in scans.cases]
     assert scans.check().warnings == ()
     assert "3 cases of 2 patients" in scans.check().render()
+
+
+@pytest.mark.parametrize(
+    ("case_ids", "patient_ids", "alike"),
+    [
+        (("1001_20190101_ct", "1001_20200301_ct", "1002_20190101_ct"), None, True),
+        (("1001_2019-01-01_ct", "1001_2020-03-01_ct", "1002_2019-01-01_ct"), None, True),
+        (("P03-t0-ct", "P03-t1-ct", "P04-t0-ct"), None, True),
+        (("sub-01_a", "Sub-01_b", "sub-02_a"), ("sub-01", "Sub-01", "sub-02"), True),
+        (("patient1", "patient01", "patient3"), None, True),
+        ("abc", ("P07", "p07", "P08"), True),
+        ("abc", ("P08", "P08 (follow-up)", "P09"), True),
+        ("abc", ("site1_001", "site1_002", "site2_001"), False),
+        (("ct_20190101", "ct_20190202", "ct_20190303"), None, False),
+        (("case_1", "case_11", "case_111"), None, False),
+        (("a_TCIA01_131_1", "a_TCIA01_147_1", "a_TCIA02_117_1"), None, False),
+    ],
+)
+def test_patients_whose_names_are_nearly_one_are_asked_about(scans, case_ids, patient_ids, alike):
+    for _ in case_ids:
+        scans.add("labeled")
+    names = zip(scans.cases, case_ids, patient_ids or case_ids, strict=True)
+    scans.cases = [replace(case, case_id=name, patient_id=patient) for case, name, patient in names]
+    warnings = [text for text in scans.check().warnings if "of one patient" in text]
+    assert len(warnings) == alike
 
 
 def test_cases_that_are_in_no_part_are_noted(scans):

@@ -11,8 +11,8 @@ import SimpleITK
 from commands import run_command
 from series import make_slices, save
 
-from medssl.config import InputError
-from medssl.data.files import hash_source
+from medssl.config import IGNORE, InputError
+from medssl.data.files import hash_source, write_draft
 from medssl.data.io import read_image, read_label, read_label_values, read_origin, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import make_phantom
@@ -299,3 +299,90 @@ def test_a_folder_of_bare_files_without_a_suffix_is_a_series(tmp_path):
         one.file_meta, one.preamble = pydicom.dataset.FileMetaDataset(), None
         pydicom.dcmwrite(tmp_path / f"IM{number}", one, implicit_vr=False, little_endian=True)
     assert find_reader(tmp_path) is DICOM
+
+
+def write_mixed(root, *names):
+    """A scan and a label for each: in NIfTI where there are no names, else in NRRD with segments.
+
+    Voxels of 1 are a box, those of 2 another one.
+    """
+    array = np.zeros((6, 6, 6), np.uint8)
+    array[1:3, 1:3, 1:3], array[4, 4, 4] = 1, 2
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for index, named in enumerate(names):
+        image = np.arange(array.size, dtype=np.float32).reshape(array.shape) + index
+        nib.save(nib.Nifti1Image(image, AFFINE), root / "images" / f"p{index}.nii.gz")
+        path = root / "labels" / f"p{index}.nii.gz"
+        if named:
+            nrrd.write(path.with_name(f"p{index}.seg.nrrd"), array, AFFINE, None, "", named)
+        else:
+            nib.save(nib.Nifti1Image(array, AFFINE), path)
+    return root
+
+
+def test_labels_without_names_wait_for_names_where_numbers_disagree(tmp_path):
+    liver, kidney = {1: "liver", 2: "kidney"}, {1: "kidney", 2: "liver"}
+    root = write_mixed(tmp_path / "a", None, liver, kidney)
+    with pytest.raises(InputError, match=r"p0: .* data\.labels\.1=kidney data\.labels\.2=liver"):
+        read_dataset(root)
+    assert len(read_dataset(root, opens_files=False).cases) == 3, "a prediction opens no label"
+    dataset = read_dataset(root, labels={1: "liver", 2: "kidney"})
+    found = [read_label(c.label, (0, 1, 2), None, c)[0][4, 4, 4] for c in dataset.cases]
+    assert found == [2, 2, 1]
+    agreeing = read_dataset(write_mixed(tmp_path / "b", None, liver, liver))
+    assert agreeing.labels == {0: "background", **liver}
+
+
+def test_values_that_no_segment_has_are_no_class(tmp_path):
+    root = write_mixed(tmp_path, {2: "liver"})
+    case = read_dataset(root, labels={1: "liver"}).cases[0]
+    for read in (read_label_values, lambda path, case: read_label(path, (0, 1), None, case)):
+        with pytest.raises(InputError, match=r"values \[1\] belong to none of its segments"):
+            read(case.label, case)
+    classes, _ = read_label(case.label, (0, 2), 1, read_dataset(root).cases[0])
+    assert (classes[1, 1, 1], classes[4, 4, 4]) == (IGNORE, 1)
+
+
+def write_scans(root, *headers):
+    """Series a, b, ... with these fields, and a label of each."""
+    image, classes = make_case(0)
+    for name, fields in zip("abcdef", headers, strict=False):
+        slices = make_slices((image + 1000).astype(np.int16), AFFINE, **fields)[:2]
+        series = save(root / "images" / name, slices)
+        (root / "labels").mkdir(exist_ok=True)
+        write_object(root / "labels" / f"{name}.dcm", series, classes[..., :2])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("headers", "patients", "unclear"),
+    [
+        (({"PatientID": "7"}, {"PatientID": "8"}, {"PatientID": "7 "}), "aba", ""),
+        (({"PatientID": "ANON"}, {"PatientID": "8"}, {"PatientID": "anon"}), "abc", "a, c"),
+        (({"PatientID": ""}, {"PatientID": "8"}, {"PatientID": ""}), "abc", "a, c"),
+        (({"PatientID": "0815"},) * 3, "abc", "a, b, c"),
+        (
+            [{"PatientID": "0815", "StudyInstanceUID": f"1.{study}"} for study in (2, 3, 3)],
+            "abb",
+            "a, b, c",
+        ),
+    ],
+)
+def test_patients_of_dicom_are_told_by_their_headers(tmp_path, headers, patients, unclear):
+    root = write_scans(tmp_path, *headers)
+    dataset = read_dataset(root)
+    assert "".join(case.patient_id for case in dataset.cases) == patients
+    said = [f"{unclear}; each study counts as a patient" in note for note in dataset.notes]
+    assert said == [True] * bool(unclear)
+    draft = write_draft(root / "images", tmp_path / "draft.csv")
+    assert (f"{unclear}; each study" in draft) == bool(unclear)
+    rows = (tmp_path / "draft.csv").read_text().splitlines()[1:]
+    assert "".join(row.split(",")[3] for row in rows) == patients
+
+
+def test_a_name_or_a_list_tells_patients_before_a_header_does(tmp_path):
+    root = write_scans(tmp_path, *({"PatientID": "7"},) * 2, {"PatientID": "8"})
+    rows = ("a,images/a,P1", "b,images/b,", "c,images/c,")
+    (root / "cases.csv").write_text("\n".join(("case_id,image,patient_id", *rows)))
+    assert [case.patient_id for case in read_dataset(root).cases] == ["P1", "b", "c"]

@@ -493,6 +493,14 @@ def test_a_name_that_two_have_is_refused_where_it_is_asked_for(tmp_path, written
     assert set(read_segments(path, scan)[1]) == {1, 2, 3}
 
 
+def test_values_of_a_labelmap_that_no_segment_has_are_refused(tmp_path, written, scan):
+    def forget(made):
+        del made.SegmentSequence[-1]
+
+    path = change(written / "labelmap.dcm", tmp_path / "a.dcm", forget)
+    refuse(path, scan, "values [3] belong to none of its segments")
+
+
 def test_a_fractional_segmentation_is_refused(tmp_path, written, scan):
     def soften(made):
         made.SegmentationType = "FRACTIONAL"

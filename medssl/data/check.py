@@ -50,6 +50,12 @@ _FEWEST_VOLUMES = 4  # of a class, from which on one of them can be unusual
 _UNUSUAL_SPREADS, _UNUSUAL_FACTOR = 5.0, 8.0  # both are passed by the volume that is named
 _PLAUSIBLE_MM = (0.02, 20.0)  # spacing outside of this is a header without units or a mistake
 _MOST_OFF = 10.0  # times the usual spacing: another patient, or another unit
+_VISIT = re.compile(  # a word of a name: a date, or what tells the scans of one patient apart
+    r"(?<=[^\W_])[-_. ]+(?:(?:19|20)\d\d[-_.]?\d\d[-_.]?\d\d"
+    r"|(?:tp?|v|visit|ses|session|scan|day|week|month|year|fu|follow-?up|bl|baseline|pre|post|time|"
+    r"timepoint|repeat|retest)\d{0,4})(?![^\W_])",
+    re.IGNORECASE,
+)
 _NUM_SHOWN = 12
 _NUM_THREADS = 2  # each holds one scan in memory
 
@@ -168,7 +174,8 @@ def check_dataset(
     tasks = [(case, part) for part in PARTS for case in select_cases(dataset, splits, part)]
     facts = []
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        look = pool.map(lambda task: _look(task[0], task[1], len(dataset.channels)), tasks)
+        channels = len(dataset.channels)
+        look = pool.map(lambda task: _look(task[0], task[1], channels, ignore), tasks)
         for index, entry in enumerate(look):
             facts.append(entry)
             if report is not None:
@@ -218,14 +225,14 @@ def _name_values(values: Iterable[int], ignore: int | None) -> dict[int, str]:
     return {0: "background", **{value: f"class_{value}" for value in classes}}
 
 
-def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
+def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> CaseFacts:
     """Look at one case: its image, and its label if there is one to be opened."""
     try:
         volume = read_image(case.images, num_channels)
     except InputError as error:
         problems = [f"{case.case_id}: {error}"]
         if case.label is not None:
-            problems += _look_at_label(case, case.label, None)["problems"]
+            problems += _look_at_label(case, case.label, None, ignore)["problems"]
         return CaseFacts(case.case_id, part, problems=tuple(problems))
     hashes = (_hash_voxels(volume.array), " ".join(hash_voxels(volume.array, volume.affine)))
     problems = []
@@ -246,7 +253,9 @@ def _look(case: Case, part: Part, num_channels: int) -> CaseFacts:
             contradictions=contradictions,
             problems=tuple(problems),
         )
-    label_facts = _look_at_label(case, case.label, volume) if case.label else {"problems": ()}
+    label_facts: dict[str, Any] = {"problems": ()}
+    if case.label:
+        label_facts = _look_at_label(case, case.label, volume, ignore)
     return CaseFacts(
         case.case_id,
         part,
@@ -279,10 +288,12 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
     return tuple(float(value) for value in np.percentile(values, PERCENTILES))
 
 
-def _look_at_label(case: Case, path: Path, volume: Volume | None) -> dict[str, Any]:
+def _look_at_label(
+    case: Case, path: Path, volume: Volume | None, ignore: int | None
+) -> dict[str, Any]:
     """Return the facts that a label adds: volumes, values, its faults beside the image."""
     try:
-        label = read_label_values(path, case)
+        label = read_label_values(path, case, ignore)
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
     size = abs(float(np.linalg.det(label.affine[:3, :3])))
@@ -452,20 +463,48 @@ def _find_split_patients(dataset: Dataset, splits: Splits) -> list[str]:
 
 
 def _warn_of_patients(dataset: Dataset) -> list[str]:
-    """Warn of names such as P01_pre and P01_post that count as two patients."""
+    """Warn of patients that may be one by their names: P07 and p7, P01_pre and P01_post.
+
+    Where a list or a name says who the patient is, the beginning of an id counts only if it is
+    another patient's.
+    """
+    unsaid = {case.patient_id for case in dataset.cases if case.patient_id == case.case_id}
+    patients = sorted({case.patient_id for case in dataset.cases})
+    folded = {patient: _fold_patient(patient) for patient in patients}
+    known = set(folded.values())
     groups: dict[str, list[str]] = defaultdict(list)
-    for case in dataset.cases:
-        match = re.match(r"(.*\d)[-_. ]+(.+)$", case.case_id)
-        if match and case.patient_id == case.case_id:
-            groups[match[1]].append(case.case_id)
-    alike = [names for names in groups.values() if 1 < len(names) < len(dataset.cases)]
+    for patient in patients:
+        heads = {_fold_patient(head) for head in _list_heads(patient)} - {folded[patient]}
+        for key in (folded[patient], *heads):
+            if patient in unsaid or key in known:
+                groups[key].append(patient)
+    alike = {
+        tuple(names): None
+        for key, names in groups.items()
+        if len(names) > 1 and (key in known or len(names) < len(patients))
+    }
     if not alike:
         return []
+    first, *others = alike
     return [
-        f"scans of one patient by their names? {_shorten(alike[0])} and {len(alike) - 1} more such "
+        f"scans of one patient by their names? {_shorten(first)} and {len(others)} more such "
         "groups count as different patients, so that one may be trained on and another test; if "
-        "they are of one patient, make a list with the column patient_id"
+        "they are of one patient, give them one patient_id in a list"
     ]
+
+
+def _fold_patient(name: str) -> str:
+    """Return a name for comparison: in one case, without separators and leading zeros."""
+    words = re.findall(r"\d+|[^\W\d_]+", unicodedata.normalize("NFC", name).casefold())
+    return " ".join(word.lstrip("0") or "0" if word.isdecimal() else word for word in words) or name
+
+
+def _list_heads(name: str) -> list[str]:
+    """Return the beginnings of a name that may be a patient: up to the last number, or a visit."""
+    last = re.match(r"(.*\d)[-_. ]+.+$", name)
+    ends = [match.start() for match in _VISIT.finditer(name)]
+    heads = [last[1] if last else "", *(name[:end] for end in ends)]
+    return [head for head in heads if re.search(r"\d", head)]
 
 
 def _warn_of_names(dataset: Dataset) -> list[str]:

@@ -149,9 +149,40 @@ def find_unread(folder: Path) -> list[str]:
 
 
 def guess_patient(case_id: str) -> str:
-    """Return the patient that a case_id names (`sub-01_...`, `patient001_...`), else itself."""
+    """Return the patient that a case_id names (`sub-01_...`, `patient001_...`); empty if none."""
     match = _PATIENT.match(case_id)
-    return match.group(1) if match else case_id
+    return match.group(1) if match else ""
+
+
+def name_patients(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
+    """Name the patients that no file name and no list has named.
+
+    Series in DICOM of one patient by their headers get the case_id of the first of them, so that
+    nothing of a header is shown; any other case counts as a patient of its own.
+
+    Args:
+        cases: An empty patient_id is to be filled.
+
+    Returns:
+        The cases, and a note on headers that tell no patients apart.
+    """
+    unnamed = sorted((case for case in cases if not case.patient_id), key=lambda c: c.case_id)
+    patients = {case.case_id: case.case_id for case in unnamed}
+    series = [case for case in unnamed if find_reader(case.images[0]) is DICOM]
+    notes = []
+    if len(series) > 1:
+        from medssl.formats.dicom import group_by_patient  # heavy: only where there is DICOM
+
+        first, unclear = group_by_patient([case.images[0] for case in series])
+        patients |= {case.case_id: series[i].case_id for case, i in zip(series, first, strict=True)}
+        if unclear:
+            notes.append(
+                "the headers do not tell the patients of DICOM apart (PatientID is empty, a "
+                f"placeholder, or one in all scans): {_join(series[i].case_id for i in unclear)}; "
+                "each study counts as a patient of its own: make a list with the column patient_id "
+                "if some are of one patient, or it may be trained on and another test"
+            )
+    return [replace(c, patient_id=c.patient_id or patients[c.case_id]) for c in cases], notes
 
 
 def walk_files(root: Path, hidden: bool = False) -> list[Path]:
@@ -334,8 +365,32 @@ def is_mask(path: Path, root: Path) -> bool:
     return bool(_MASK_NAME.search(stem)) or any(_MASK_FOLDER.match(name) for name in folders)
 
 
+def note_masks(images: Sequence[Path], suspects: Iterable[Path]) -> list[str]:
+    """Name the scans that are masks by their names; where most are called so, these are no masks.
+
+    Args:
+        images: All scans of a data set or folder.
+        suspects: Those of them that have no label.
+    """
+    masks = {path for path in images if _MASK_NAME.search(name_scan(path))}
+    stems = {_bare_stem(path) for path in images if path not in masks}
+    are_few = len(masks) < len(images) / 2
+    names = [
+        name_scan(path)
+        for path in suspects
+        if path in masks and (are_few or _bare_stem(path) in stems)
+    ]
+    return [
+        f"read as scans, though by their names they are masks: {_join(names)}; move them out of "
+        "the folder or list, or rename them if they are scans"
+    ] * bool(names)
+
+
 def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[Path]]:
-    """Group scans into cases by their names; returns the cases and the masks that fit to none."""
+    """Group scans into cases by their names; returns the cases and the masks that fit to none.
+
+    Where a name tells no patient, `patient_id` is empty: see `name_patients`.
+    """
     folders: dict[Path, list[Path]] = defaultdict(list)
     series = [path for path in scans if find_reader(path) is DICOM]
     for path in sorted(set(scans) - set(series)):
@@ -435,7 +490,7 @@ def _name_by_path(case: Case, root: Path) -> Case:
     """Name a case by its whole path, because its file name alone is not unique."""
     parts = case.images[0].relative_to(root).parts[:-1]
     case_id = "_".join((*parts, case.case_id))
-    patient_id = guess_patient(parts[0]) if parts else case_id
+    patient_id = guess_patient(parts[0]) or parts[0] if parts else ""
     return replace(case, case_id=case_id, patient_id=patient_id)
 
 
@@ -476,6 +531,7 @@ _LAYOUTS = """Layouts that are read as they are:
 def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
     """Describe what was recognized, and say how a list is made of it."""
     cases, unmatched = recognize_tree(root, scans)
+    cases, notes = name_patients(cases)
     num_masks = sum(case.label is not None for case in cases)
     num_patients = len({case.patient_id for case in cases})
     lines = [
@@ -492,7 +548,7 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
         usual = counts.most_common(1)[0][0]
         odd = [f"{c.case_id} ({len(c.images)})" for c in cases if len(c.images) != usual]
         lines.append(f"Most cases have {_count(usual, 'image')}, but not: {_join(odd)}")
-    lines += _describe_channels([case for case in cases if len(case.images) > 1])
+    lines += [*_describe_channels([case for case in cases if len(case.images) > 1]), *notes]
     if not cases:
         return lines
     draft = shlex.quote(f"{root.resolve().name}_cases.csv")
@@ -549,6 +605,7 @@ def write_draft(root: Path, file: Path) -> str:
     cases, _ = recognize_tree(root, walk_scans(root))
     if not cases:
         raise InputError(f"{root}: holds no scan that is read, {KINDS}: there is nothing to list")
+    cases, notes = name_patients(cases)
     num_channels = max(len(case.images) for case in cases)
     columns = ["image", *(f"image_{index}" for index in range(1, num_channels))]
     text = io.StringIO()
@@ -565,7 +622,7 @@ def write_draft(root: Path, file: Path) -> str:
         f"a draft of {_count(len(cases), 'case')} was written: {file}\n"
         "Look through it, mend what is wrong (label empty = unlabeled; patient_id keeps scans of\n"
         "one patient together; split may be empty, labeled, unlabeled, val or test), then run:\n"
-        f"  medssl check {shlex.quote(str(file))}"
+        f"  medssl check {shlex.quote(str(file))}" + "".join(f"\nnote: {note}" for note in notes)
     )
 
 

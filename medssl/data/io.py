@@ -146,7 +146,7 @@ def read_label(
         InputError: The file cannot be read, or holds values that are not integers or not
             declared.
     """
-    scan = _open_label(path, case)
+    scan = _open_label(path, case, ignore)
     known = {value: index for index, value in enumerate(label_values)}
     if ignore is not None:
         known[ignore] = IGNORE
@@ -179,14 +179,19 @@ def read_label(
     return classes, scan.affine
 
 
-def read_label_values(path: Path, case: Case | None = None) -> LabelFacts:
+def read_label_values(
+    path: Path, case: Case | None = None, ignore: int | None = None
+) -> LabelFacts:
     """Return what the label of a case holds.
 
+    `ignore` is the value that means: not annotated, which needs no segment in a file that names its
+    values.
+
     Raises:
-        InputError: The file cannot be read, holds values that are not integers, or more of them
-            than a label can.
+        InputError: The file cannot be read, holds values that are not integers, more of them than
+            a label can, or some that none of its segments has.
     """
-    scan = _open_label(path, case)
+    scan = _open_label(path, case, ignore)
 
     def count() -> LabelFacts:
         counts: Counter[int] = Counter()
@@ -218,20 +223,21 @@ def read_label_values(path: Path, case: Case | None = None) -> LabelFacts:
     return facts
 
 
-def read_origin(path: Path, case: Case | None = None) -> str:
+def read_origin(path: Path, case: Case | None = None, ignore: int | None = None) -> str:
     """Return which output of a model a label is, such as `pseudo-mask`; empty if it is none.
 
     It is none once a person has changed a voxel. Without a mark in the file no voxel is read.
+    `ignore` is that of `read_label_values`.
 
     Raises:
         InputError: The file cannot be read, or is no label.
     """
-    scan = _open_label(path, case)
+    scan = _open_label(path, case, ignore)
     marked = _MARKED.search(guard(path, scan.read_note))
-    return read_label_values(path, case).origin if marked else ""
+    return read_label_values(path, case, ignore).origin if marked else ""
 
 
-def _open_label(path: Path, case: Case | None) -> Scan:
+def _open_label(path: Path, case: Case | None, ignore: int | None) -> Scan:
     """Open a label; values are those of its case, where the file names them."""
     reader = get_reader(path)
     values = dict(case.segments) if case else {}
@@ -242,15 +248,27 @@ def _open_label(path: Path, case: Case | None) -> Scan:
     if not values:
         return scan
     named = {old: values.get(name, 0) for old, name in reader.format.read_names(path).items()}
-    return scan._replace(iterate_values=partial(_rename, scan, named))
+    return scan._replace(iterate_values=partial(_rename, path, scan, named, ignore))
 
 
-def _rename(scan: Scan, values: Mapping[int, int]) -> Iterator[NDArray[Any]]:
-    """Yield the values of a scan, with some replaced by others."""
+def _rename(
+    path: Path, scan: Scan, values: Mapping[int, int], ignore: int | None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the values of a scan, those of its segments replaced by others; 0 and ignore stay."""
+    renames = {0: 0, **({} if ignore is None else {ignore: ignore}), **values}
     for piece in scan.iterate_values():
-        renamed = piece.astype(np.int64)
-        for old, new in values.items():
-            renamed[piece == old] = new
+        numbers = _round(path, piece)
+        renamed, is_lone = np.zeros_like(numbers), np.ones(numbers.shape, bool)
+        for old, new in renames.items():
+            hit = numbers == old
+            renamed[hit] = new
+            is_lone &= ~hit
+        if is_lone.any():
+            lone = np.unique(numbers[is_lone])[:12].tolist()
+            raise InputError(
+                f"{path}: label values {lone} belong to none of its segments: make segments of "
+                f"them or erase their voxels, or, if it means not annotated, data.ignore={lone[0]}"
+            )
         yield renamed
 
 

@@ -28,6 +28,8 @@ from medssl.data.files import (
     is_mask,
     is_scan,
     list_scans,
+    name_patients,
+    note_masks,
     walk_files,
     walk_scans,
 )
@@ -51,7 +53,11 @@ _LISTS = ("cases.csv", "cases.json")
 
 
 def read_dataset(
-    root: Path | str, format: str = "auto", labels: Mapping[int, str] | None = None
+    root: Path | str,
+    format: str = "auto",
+    labels: Mapping[int, str] | None = None,
+    *,
+    opens_files: bool = True,
 ) -> Dataset:
     """Read which cases a folder or list holds.
 
@@ -59,6 +65,9 @@ def read_dataset(
         root: A folder, a CSV or JSON list, or a dataset.json.
         format: `decathlon`, `nnunet`, `folders`, `list`, or `auto`.
         labels: Names of label values that replace what the data set declares.
+        opens_files: Whether what only the files say is read: names of segments, and the modality
+            and the patients of DICOM. Without, no label of the cases may be opened, and a
+            patient_id may be empty.
 
     Raises:
         InputError: Nothing is there, the layout is unknown (the message shows the tree as it
@@ -77,10 +86,16 @@ def read_dataset(
     _check_cases(dataset, source)
     if labels is not None:
         dataset = replace(dataset, labels=_with_background(labels))
-    dataset = _name_modality(_name_segments(dataset))
-    notes = (*dataset.notes, *_find_left_out(dataset))
-    cases = tuple(sorted(dataset.cases, key=lambda case: case.case_id))
-    return replace(dataset, cases=cases, notes=notes)
+    images = [case.images[0] for case in dataset.cases]
+    masks = note_masks(images, [case.images[0] for case in dataset.cases if case.label is None])
+    shared = _find_shared_files(dataset.cases)[1]
+    notes = (*dataset.notes, *_find_left_out(dataset), *masks, *shared)
+    if opens_files:
+        dataset = _name_modality(_name_segments(dataset))
+        cases, unclear = name_patients(dataset.cases)
+        dataset, notes = replace(dataset, cases=tuple(cases)), (*notes, *unclear)
+    cases = sorted(dataset.cases, key=lambda case: case.case_id)
+    return replace(dataset, cases=tuple(cases), notes=notes)
 
 
 def _name_modality(dataset: Dataset) -> Dataset:
@@ -103,7 +118,8 @@ def _name_segments(dataset: Dataset) -> Dataset:
     """Give every case the label values of the names in its label file, where files have names.
 
     Declared labels decide the value of a name. Without them names keep their numbers if all files
-    agree on these, else they are numbered in alphabetical order.
+    agree on these, else they are numbered in alphabetical order; a label without names, which has
+    nothing but numbers, is then refused.
     """
     names: dict[str, dict[int, str]] = {}
     problems = []
@@ -129,6 +145,7 @@ def _name_segments(dataset: Dataset) -> Dataset:
                 f"{case_id}: its label holds {sorted(named.values())}, of which none is declared "
                 f"({sorted(values)}): name them by data.labels"
             )
+    problems += _refuse_unnamed(dataset, names, values)
     raise_all(problems, str(dataset.root))
     cases = tuple(
         replace(
@@ -160,6 +177,23 @@ def _number_names(
     if len(set(numbers)) == len(numbers) == len(values) and 0 not in numbers:
         return {name: same.pop() for name, same in values.items()}
     return {name: number for number, name in enumerate(sorted(values), 1)}
+
+
+def _refuse_unnamed(
+    dataset: Dataset, names: Mapping[str, Mapping[int, str]], values: Mapping[str, int]
+) -> list[str]:
+    """Refuse labels without names beside named ones whose numbers say nothing of theirs."""
+    unnamed = [c.case_id for c in dataset.cases if c.label and not names.get(c.case_id)]
+    pairs = {(name, number) for named in names.values() for number, name in named.items()}
+    if dataset.labels or not unnamed or all(values[_fold(name)] == n for name, n in pairs):
+        return []
+    numbers = ", ".join(f"{name} is {number}" for name, number in sorted(pairs)[:_MAX_HINTS])
+    example = " ".join(f"data.labels.{value}={name}" for name, value in values.items())
+    return [
+        f"{_list_names(unnamed)}: the label has values without names, and the "
+        f"files with names do not agree on numbers ({numbers}): say which value is which in the "
+        f"labels without names, as {example}"
+    ]
 
 
 def _fold(name: str) -> str:
@@ -391,15 +425,21 @@ def _read_decathlon(path: Path) -> Dataset:
         part = _PARTS_OF_KEYS[key.partition("[")[0]]
         case = _make_case(paths, mask)
         patient_id = entry.get("patient_id") if isinstance(entry, dict) else None
+        patient_id = "" if patient_id is None else str(patient_id)
         cases.append(
             replace(
                 case,
-                patient_id=str(patient_id or case.patient_id),
+                patient_id=patient_id or case.patient_id,
                 split=part if mask or part == "unlabeled" else "",
             )
         )
     notes = _find_unread_keys(path, content, set(_PARTS_OF_KEYS))
     notes += _find_unread_fields(path, entries, problems)
+    has_patients = any(
+        isinstance(entry, dict) and entry.get("patient_id") not in (None, "")
+        for _, entry in entries
+    )
+    notes += _note_unnamed_patients(cases, has_patients, path)
     raise_all(problems, str(path))
     if num_lost:
         notes.append(
@@ -407,6 +447,19 @@ def _read_decathlon(path: Path) -> Dataset:
         )
     name = str(content.get("name") or root.resolve().name)
     return Dataset(name, root, "decathlon", tuple(cases), labels, channels, notes=tuple(notes))
+
+
+def _note_unnamed_patients(cases: Sequence[Case], has_names: bool, path: Path) -> list[str]:
+    """Name the cases of a list that say no patient where others do; headers of DICOM may."""
+    unnamed = [
+        case.case_id
+        for case in cases
+        if has_names and not case.patient_id and find_reader(case.images[0]) is not DICOM
+    ]
+    return [
+        f"{path.name}: patient_id is empty for {_list_names(unnamed)}: each counts as a patient of "
+        "its own, so that one may be trained on and another test: fill it in"
+    ] * bool(unnamed)
 
 
 def _leads_out(text: str, root: Path) -> bool:
@@ -692,6 +745,7 @@ def _read_list(path: Path) -> Dataset:
         channels = _read_channels(content["channels"], problems)
         if len(columns) not in (1, len(channels)):
             problems.append(f"channels: {len(channels)} are named, but there are {len(columns)}")
+    notes += _note_unnamed_patients(cases, any(row.get("patient_id") for _, row in rows), path)
     labels = _read_names(content.get("labels"), problems)
     ignore = _read_ignore(content.get("ignore"), problems)
     raise_all(problems and [*problems, *_find_case_problems(cases)], str(path))
@@ -883,6 +937,7 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
     counts = Counter(case.case_id for case in cases if case.case_id)
     problems += [f"case_id {name} stands {n} times" for name, n in counts.items() if n > 1]
     num_hints = _MAX_HINTS
+    sound = []
     for case in cases:
         if re.search(r"[/\\:\x00-\x1f]", case.case_id) or case.case_id.startswith("."):
             problems.append(
@@ -900,11 +955,57 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
                 f"for which {_MAX_ID_BYTES} are left: rename the scan, or give it a short case_id "
                 "in a list"
             )
-        for path in filter(_is_bad, (*case.images, *([case.label] if case.label else []))):
+        bad = [*filter(_is_bad, (*case.images, *([case.label] if case.label else [])))]
+        sound += [] if bad else [case]
+        for path in bad:
             num_hints -= 1
             hint = _suggest_path(path) if num_hints >= 0 and not os.path.exists(path) else ""
             problems.append(f"{case.case_id}: {_explain_file(path)}{hint}")
-    return problems + _find_other_kinds(cases)
+    return problems + _find_shared_files(sound)[0] + _find_other_kinds(cases)
+
+
+def _find_shared_files(cases: Sequence[Case]) -> tuple[list[str], list[str]]:
+    """Return problems and notes: files that stand in several places, which is wrong or may be."""
+    images, labels, channels = (defaultdict[str, dict[str, None]](dict) for _ in range(3))
+    problems, notes = [], []
+    for case in cases:
+        files = [os.path.abspath(path) for path in case.images]
+        if len(set(files)) < len(files):
+            twice = next(path for path in files if files.count(path) > 1)
+            problems.append(f"{case.case_id}: {twice} is two of its channels: name another for one")
+        for file in files:
+            channels[file][case.case_id] = None
+        images["\n".join(files)][case.case_id] = None
+        if case.label:
+            labels[os.path.abspath(case.label)][case.case_id] = None
+    for text, names in images.items():
+        if len(names) > 1:
+            file = text.split("\n")[0]
+            problems.append(f"{_list_names(names)}: the same image {file}: keep one of them")
+    for file, names in labels.items():
+        if file in channels:
+            problems.append(
+                f"{_list_names(names)}: the label {file} is an image too: name the label"
+            )
+        elif len(names) > 1:
+            notes.append(
+                f"{_list_names(names)}: have one label, {file}: name that of each, unless these "
+                "are images of one scan"
+            )
+    notes += [
+        f"{_list_names(names)}: have one file for a channel, {file}: name that of each, if this is "
+        "a slip"
+        for file, names in channels.items()
+        if len(names) > 1
+    ]
+    return problems, notes
+
+
+def _list_names(names: Iterable[str]) -> str:
+    """Join names, the first of them."""
+    texts = list(names)
+    more = f" and {len(texts) - _MAX_HINTS} more" if len(texts) > _MAX_HINTS else ""
+    return ", ".join(texts[:_MAX_HINTS]) + more
 
 
 def _find_other_kinds(cases: Sequence[Case]) -> list[str]:

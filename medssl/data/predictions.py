@@ -24,6 +24,7 @@ from medssl.data.files import (
     find_unread,
     is_scan,
     keep_scans,
+    note_masks,
     refuse_loose_slices,
     walk_scans,
 )
@@ -405,7 +406,7 @@ def _is_dataset(path: Path) -> bool:
 
 def _add_cases(path: Path, num_channels: int, scans: Scans, problems: list[str]) -> tuple[str, ...]:
     """Add the cases of a data set, with or without a label; return the notes of its reader."""
-    dataset = read_dataset(path)
+    dataset = read_dataset(path, opens_files=False)
     for case in dataset.cases:
         if len(case.images) not in (1, num_channels):
             problems.append(
@@ -459,6 +460,7 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
     if previews:
         names = _list([file.name for file in previews])
         notes.append(f"{path}: pictures beside scans are left out: {names}")
+    notes += [f"{path}: {note}" for note in note_masks(files, files)]
     return files
 
 

@@ -50,6 +50,9 @@ _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positi
 _SHEARED = 0.5  # degrees between the normal and the stack; the affine keeps what is below
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
 _LISTED = 30  # series in a message
+_PLACEHOLDER = re.compile(  # of a PatientID, in lower case, after anonymization
+    r"an+on(?:ymi[sz]ed|ymous|ym)?|de-?identified|unknown|none|null|n/?a|removed|patient|[0x*?_.-]+"
+)
 _DIFFERING = (  # what tells images at one position apart
     *("EchoTime", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex"),
     *("TriggerTime", "DiffusionBValue", "NominalPercentageOfCardiacPhase", "FlipAngle"),
@@ -78,6 +81,7 @@ _MOST_PIXELS = {  # by the beginning of a transfer syntax: pixels that a byte ca
 }
 _TAGS = (
     *("SOPInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality", "PatientName"),
+    "StudyInstanceUID",
     *("SeriesDescription", "PatientID", "ImageType", "Rows", "Columns", "NumberOfFrames"),
     "SamplesPerPixel",
     *("PhotometricInterpretation", "SharedFunctionalGroupsSequence"),
@@ -222,13 +226,49 @@ def read_modality(path: Path) -> str:
     Raises:
         InputError: There is no such file or folder, or a file before the image is damaged.
     """
-    source, _ = split_series(path)
-    for place in guard(path, partial(_list_files, source)):
-        if guard_dicom(place, partial(_is_dicom, place)):
-            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
-            if not _name_other(header):
-                return str(header.get("Modality") or "")
-    return ""
+    return str(_read_first(path).get("Modality") or "")
+
+
+def group_by_patient(paths: Sequence[Path]) -> tuple[list[int], list[int]]:
+    """Say which series are of one patient, by PatientID, or else by StudyInstanceUID.
+
+    What stands in all headers, or in the place of a number (`ANON`), tells no patients apart.
+    Damaged files, which are refused where they are read, say nothing either.
+
+    Args:
+        paths: Two series or more, as for `open_scan`.
+
+    Returns:
+        For each series the index of the first one of its patient; and the indices of those whose
+        PatientID says nothing.
+    """
+    ids = []
+    for path in paths:
+        try:
+            ids.append(_read_ids(path))
+        except InputError:
+            ids.append(("", ""))
+    patients, studies = (_keep_telling(column) for column in zip(*ids, strict=True))
+    groups: dict[tuple[str, object], int] = {}
+    first = []
+    for index, (patient, study) in enumerate(zip(patients, studies, strict=True)):
+        key = ("patient", patient) if patient else ("study", study or index)
+        first.append(groups.setdefault(key, index))
+    return first, [index for index, patient in enumerate(patients) if not patient]
+
+
+@refuse_damaged
+def _read_ids(path: Path) -> tuple[str, str]:
+    """Return PatientID and StudyInstanceUID of a series, empty where there is none."""
+    header = _read_first(path)
+    return str(header.get("PatientID") or ""), str(header.get("StudyInstanceUID") or "")
+
+
+def _keep_telling(ids: Sequence[str]) -> list[str]:
+    """Return ids for comparison, empty where they tell no patients apart."""
+    folded = [one.strip(" \0").casefold() for one in ids]
+    is_shared = len(set(folded)) == 1
+    return ["" if is_shared or _PLACEHOLDER.fullmatch(one) else one for one in folded]
 
 
 def open_scan(path: Path) -> Scan:
@@ -353,6 +393,18 @@ def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
             if "SeriesInstanceUID" in header or "Rows" in header:
                 groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
     return dict(groups)
+
+
+def _read_first(path: Path) -> Any:
+    """Return the header of the first image of a series; empty if there is none."""
+    source, uid = split_series(path)
+    for place in guard(path, partial(_list_files, source)):
+        if guard_dicom(place, partial(_is_dicom, place)):
+            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
+            is_named = str(header.get("SeriesInstanceUID", "")).startswith(uid)
+            if is_named and not _name_other(header):
+                return header
+    return {}
 
 
 def _name_other(header: Any) -> str:

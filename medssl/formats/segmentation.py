@@ -201,6 +201,7 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         for frame in dataset.PerFrameFunctionalGroupsSequence
     ]
     frames = list(decode_frames(path, dataset, planes)) if kind == "LABELMAP" else []
+    _refuse_lone_values(path, dataset, frames)
     regions: list[Region] = []
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
@@ -220,6 +221,18 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
             continue
         regions.append((number, name, voxels))
     return regions
+
+
+def _refuse_lone_values(path: Path, dataset: Any, frames: Iterable[NDArray[Any]]) -> None:
+    """Refuse a labelmap with values that none of its segments has; 0 and padding are background."""
+    known = {int(segment.SegmentNumber) for segment in dataset.SegmentSequence}
+    known |= {0, int(dataset.get("PixelPaddingValue") or 0)}
+    lone = sorted({int(value) for frame in frames for value in np.unique(frame)} - known)
+    if lone:
+        raise InputError(
+            f"{path}: values {lone[:12]} belong to none of its segments: save it again with a "
+            "segment for each, or erase their voxels"
+        )
 
 
 def _find_voxels(

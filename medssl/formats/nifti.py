@@ -6,9 +6,10 @@ the header it came from.
 Where the voxels lie: by the sform, if it has a code; else by the qform, if that has one; else by
 the voxel size (pixdim) alone, around the middle of the scan. Of a sform the columns are the
 spacing, and pixdim does not count; without, a size of 0 or below there is refused. Lengths are in
-the unit of xyzt_units (meter, mm, micron; none is mm) and become mm here. Programs choose differently where these contradict each other, so
-`medssl check` names such scans, and masks and maps repeat all of these fields of their scan: in
-every program they lie on the voxels of the scan.
+the unit of xyzt_units (meter, mm, micron; none is mm) and become mm here. Programs choose
+differently where these contradict each other, so `medssl check` names such scans and labels, and
+masks and maps repeat all of these fields of their scan: in every program they lie on the voxels of
+the scan.
 """
 
 import gzip

@@ -314,6 +314,23 @@ def test_headers_that_place_voxels_twice_are_named_with_what_is_used(scans):
     assert code.endswith(f": {names[2]}")
 
 
+@pytest.mark.parametrize("part", ["labeled", "val"])
+def test_a_label_whose_header_contradicts_itself_is_named_beside_a_sound_scan(scans, part):
+    flipped, shifted = AFFINE @ np.diag([-1, 1, 1, 1]), AFFINE.copy()
+    shifted[0, 3] += 33
+    names = [scans.add(part, label=make_label()) for _ in range(3)]
+    alike, sound, flat = scans.cases
+    set_header(flat.label, qform=flipped)
+    for path in (*alike.images, alike.label, *sound.images):
+        set_header(path, qform=shifted)
+    result = scans.check()
+    assert result.problems == ()
+    place = only(result.warnings)
+    assert "the sform is used here" in place
+    by_scan = f"{names[0]} (by 16.5 voxels), {names[1]} (by 16.5 voxels)"
+    assert place.endswith(f": {by_scan}, {names[2]} (label: by 10 voxels)")
+
+
 def test_headers_of_later_channels_are_looked_at_as_the_first(scans):
     shifted, thick, middle = AFFINE.copy(), AFFINE.copy(), AFFINE.copy()
     shifted[0, 3] += 33

@@ -312,6 +312,18 @@ def test_a_header_that_places_no_pixels_is_refused(tmp_path, fields, words):
     refuse(save(tmp_path, make_slices(ARRAY, AXIAL, **fields)), words)
 
 
+def test_slices_that_lost_their_place_are_refused_and_a_capture_is_passed_over(tmp_path):
+    slices = make_slices(ARRAY, AXIAL)
+    for image in slices[-2:]:
+        del image.ImagePositionPatient
+    lost = "2 of 4 images have no ImagePositionPatient, such as 3.dcm, and would be left out"
+    refuse(save(tmp_path / "a", slices), lost, "export the series again")
+    (capture,) = make_slices(ARRAY[:3, :3, :1], AXIAL)
+    del capture.ImagePositionPatient
+    values, _ = read(save(tmp_path / "b", [*make_slices(ARRAY, AXIAL), capture]))
+    np.testing.assert_array_equal(values, ARRAY - 1000.0)
+
+
 def test_what_holds_no_series_is_refused_by_what_it_holds(tmp_path):
     refuse(tmp_path / "nothing", "there is no such file or folder")
     (tmp_path / "notes.dcm").write_text("no DICOM")

@@ -24,6 +24,7 @@ from medssl.data.io import read_origin
 from medssl.data.trained import resolve_model
 from medssl.export import export_model
 from medssl.export.exchange import SUFFIXES, strip_padding
+from medssl.export.steps import LoadScand
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.predict import describe_model, load_model, predict_files, save_model
 from medssl.runs import hash_file, read_json, write_json
@@ -180,6 +181,51 @@ def test_a_bundle_gives_the_masks_of_predict(tmp_path, make_model, kind):
     for script in (bundle / "scripts").glob("*.py"):
         assert "import medssl" not in script.read_text()
         assert "from medssl" not in script.read_text()
+
+
+def save_odd(path, oddity):
+    """Write a scan, or a picture, that a bundle must not take as it is."""
+    page = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12))
+    if oddity in ("CRC", "sound"):
+        noise = np.random.default_rng(0).integers(0, 99, (8, 12, 5), np.int16)
+        nib.save(nib.Nifti1Image(noise, np.eye(4)), path)
+        content = bytearray(path.read_bytes())
+        content[-6] ^= oddity == "CRC"
+        path.write_bytes(content)
+    elif oddity == "orientation":
+        exif = Image.Exif()
+        exif[274] = 6
+        page.save(path, exif=exif)
+    elif oddity == "transparent":
+        page.putalpha(page.copy())
+        page.save(path)
+    else:
+        pages = {"save_all": True, "append_images": [page] * 3}
+        page.save(path, description=oddity, **pages)
+
+
+@pytest.mark.parametrize(
+    ("name", "oddity", "words"),
+    [
+        ("a.nii.gz", "sound", ""),
+        ("a.nii.gz", "CRC", "CRC"),
+        ("a.jpg", "orientation", "save it upright"),
+        ("a.png", "transparent", "partly transparent"),
+        ("a.tif", "ImageJ=1.53t\nimages=4\nchannels=2\nslices=2\n", "one file a channel"),
+        ("a.tif", "ImageJ=1.53t\nimages=4\nframes=4\n", "one file a channel"),
+        ("a.tif", '<OME><Pixels SizeC="1" SizeT="4" SizeZ="1"/></OME>', "one file a channel"),
+        ("a.tif", "ImageJ=1.53t\nimages=4\nslices=4\n", ""),
+    ],
+)
+def test_a_bundle_refuses_what_programs_read_differently(tmp_path, name, oddity, words):
+    path = tmp_path / name
+    save_odd(path, oddity)
+    load = LoadScand("image", 1)
+    if words:
+        with pytest.raises((ValueError, OSError), match=words):
+            load({"image": str(path)})
+    else:
+        assert load({"image": str(path)})["image"].shape[1:3] == (8, 12)
 
 
 @pytest.mark.slow

@@ -251,6 +251,25 @@ def test_a_scan_is_its_files_to_the_cache(tmp_path):
     assert hash_source(tmp_path / "f.hdr") != before
 
 
+@pytest.mark.parametrize("name", ["a.mhd", "a.mha", "a.nhdr", "a.nrrd"])
+def test_voxels_in_a_folder_below_their_header_are_part_of_the_scan(tmp_path, name):
+    (tmp_path / "raw").mkdir()
+    voxels = tmp_path / "raw" / "v\N{LATIN SMALL LETTER E WITH ACUTE}.raw"
+    voxels.write_bytes(bytes(24))
+    meta = "NDims = 3\nDimSize = 2 3 4\nElementSpacing = 1 1 2\nElementType = MET_UCHAR\n"
+    nrrd = "NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 3 4\nspace: RAS\nencoding: raw\n"
+    nrrd += "space directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (0,0,0)\n"
+    header = f"{meta}ElementDataFile = raw/{voxels.name}\n" if name[2] == "m" else nrrd
+    header += "" if name[2] == "m" else f"data file: ./raw\\{voxels.name}\n\n"
+    path = tmp_path / name
+    path.write_text(header, encoding="utf-8")
+    before = hash_source(path)
+    assert read_image([path], 1).array.sum() == 0
+    voxels.write_bytes(bytes(23) + b"\1")
+    assert read_image([path], 1).array.sum() == 1
+    assert hash_source(path) != before
+
+
 def test_all_kinds_are_named_where_none_is_found():
     assert KINDS.startswith("NIfTI (.nii, .nii.gz), DICOM, NRRD, MetaImage")
 

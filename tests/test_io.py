@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -435,6 +436,54 @@ def test_lengths_are_in_mm_whatever_the_unit_of_the_header(tmp_path, unit, mm):
 def test_what_a_header_says_twice_is_compared(tmp_path, name, expected):
     nib.save(ODD_HEADERS[name], tmp_path / "scan.nii")
     assert find_contradictions(read_image([tmp_path / "scan.nii"], 1)) == expected
+
+
+def store_sizes(image, path, sizes):
+    """Write a scan with voxel sizes in its header that nibabel would mend."""
+    nib.save(image, path)
+    header = nib.Nifti1Header(path.read_bytes()[:348], check=False)
+    header["pixdim"][1:4] = sizes
+    path.write_bytes(header.binaryblock + path.read_bytes()[348:])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1.5, 0), (-1, 1.5, 2)])
+@pytest.mark.parametrize("name", ["only qform", "no codes"])
+def test_a_voxel_size_that_is_not_above_zero_is_refused(tmp_path, name, sizes):
+    path = tmp_path / "scan.nii"
+    store_sizes(ODD_HEADERS[name], path, sizes)
+    shown = re.escape(" x ".join(f"{size:g}" for size in sizes))
+    for read in (lambda: read_geometry(path), lambda: read_label_values(path)):
+        with pytest.raises(InputError, match=rf"scan\.nii: .*\(pixdim\) is {shown}, .*correct it"):
+            read()
+
+
+def test_a_voxel_size_of_zero_beside_a_sform_is_named(tmp_path):
+    path = tmp_path / "scan.nii"
+    store_sizes(ODD_HEADERS["both forms"], path, (1, 1.5, 0))
+    scan = read_image([path], 1)
+    assert find_contradictions(scan) == {"size": "1 x 1.5 x 2 mm against 1 x 1.5 x 0 mm"}
+
+
+def test_the_size_of_a_single_slice_may_be_zero(tmp_path):
+    flat = make_scan(None, shape=(5, 6, 1))
+    store_sizes(flat, tmp_path / "scan.nii", (1, 1.5, 0))
+    assert read_image([tmp_path / "scan.nii"], 1).spacing == (1, 1.5, 1)
+    store_sizes(make_scan(shape=(5, 6, 7)), tmp_path / "scan.nii", (-1, 1.5, 2))  # with a sform
+    assert find_contradictions(read_image([tmp_path / "scan.nii"], 1)) == {}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_voxels_that_the_header_does_not_declare_are_refused_and_padding_is_not(tmp_path, suffix):
+    plain = save(tmp_path / "a.nii", np.ones((3, 4, 5), np.uint8)).read_bytes()
+    path = tmp_path / f"b{suffix}"
+    pack = gzip.compress if suffix == ".nii.gz" else bytes
+    path.write_bytes(pack(plain + bytes(60)))
+    assert read_image([path], 1).array.sum() == 60
+    path.write_bytes(pack(plain + bytes(59) + b"\1"))
+    with pytest.raises(InputError, match=r"goes on behind the \(3, 4, 5\) voxels.*correct dim"):
+        read_image([path], 1)
+    with pytest.raises(InputError, match="goes on behind"):
+        read_label_values(path)
 
 
 IMPOSSIBLE = [(0, 0, 1e30), (0, 0, 1e5), (2, 2, -1e5), (0, 0, 1e-30), (0, 0, 0.001), (1, 1, 900)]

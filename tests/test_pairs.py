@@ -133,7 +133,8 @@ def test_names_in_capitals_are_a_pair_too(tmp_path):
         (42, b"\xff\x7f", "the header declares 393204"),
         (70, b"\x00\x04", "voxels of the type 1024 are not read"),
         (70, b"\x20\x00", "voxels are complex64, not numbers"),
-        (80, b"\0\0\0\0", "flattens"),
+        (80, b"\0\0\0\0", r"\(pixdim\) is 0 x 3 x 4"),
+        (80, b"\0\0\0\xc0", r"\(pixdim\) is -2 x 3 x 4"),
         (108, b"\0\0\xc0\xc0", "begin at byte -6"),
     ],
 )

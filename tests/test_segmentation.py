@@ -447,6 +447,7 @@ def test_a_label_on_another_grid_is_refused(written, scan):
     refuse(written / "rtstruct.dcm", beside, "between or across the slices")
     refuse(written / "rtstruct.dcm", cut, "beyond the slices")
     refuse(written / "rtstruct.dcm", doubled, "'liver' is drawn on one of 2 slices")
+    refuse(written / "rtstruct.dcm", scan._replace(affine=scan.affine @ shift(0, 40, 0)), "beside")
 
 
 def shift(i, j, k):
@@ -498,7 +499,7 @@ def test_values_of_a_labelmap_that_no_segment_has_are_refused(tmp_path, written,
         del made.SegmentSequence[-1]
 
     path = change(written / "labelmap.dcm", tmp_path / "a.dcm", forget)
-    refuse(path, scan, "values [3] belong to none of its segments")
+    refuse(path, scan, "segments that it does not list, [3]")
 
 
 def test_a_fractional_segmentation_is_refused(tmp_path, written, scan):
@@ -507,6 +508,89 @@ def test_a_fractional_segmentation_is_refused(tmp_path, written, scan):
 
     path = change(written / "seg.dcm", tmp_path / "a.dcm", soften)
     refuse(path, scan, "FRACTIONAL", "save it as BINARY")
+
+
+def draw_block(folder, depth=18):
+    """A series, and the structure set of a block that goes through all of its slices."""
+    block = np.zeros((6, 5, depth), np.uint8)
+    block[1:4, 1:4] = 1
+    scan = open_scan(save(folder / "series", make_slices(block.astype(np.int16), np.eye(4))))
+    write_rtstruct(folder / "all.dcm", block, scan.header, {1: "liver"})
+    return scan, block, folder / "all.dcm"
+
+
+@pytest.mark.parametrize(
+    ("drawn", "words"),
+    [
+        ((2, 4, 6, 8, 10), "one of 2 slices"),
+        ((2, 4, 6, 8, 10, 11), "single slices of the scan (3, 5, 7, 9)"),
+        ((2, 5, 7, 10, 12), "single slices of the scan (3, 6, 8, 11, 13)"),
+        ((1, 3, 5, 8, 10, 13), "single slices of the scan (2, 4, 6, 9, 11, ...)"),
+        ((4, 6, 8), "single slices of the scan (5, 7, 9)"),
+        ((4, 8), "single slices of the scan (5, 9)"),
+        ((2, 3, 4, 9, 10, 11), ""),
+        ((2, 3, 4, 6, 7), ""),
+        ((2, 3, 4, 9), ""),
+        ((7,), ""),
+    ],
+)
+def test_a_region_drawn_on_some_of_its_slices_is_refused(tmp_path, drawn, words):
+    scan, block, path = draw_block(tmp_path)
+
+    def thin(made):
+        region = made.ROIContourSequence[0]
+        region.ContourSequence = [region.ContourSequence[k] for k in drawn]
+
+    path = change(path, tmp_path / "a.dcm", thin)
+    if words:
+        refuse(path, scan, f"'liver' is drawn on {words}", "interpolate")
+    else:
+        kept = np.isin(np.arange(block.shape[2]), drawn)
+        np.testing.assert_array_equal(read_segments(path, scan)[0], block * kept)
+
+
+def test_single_slices_beside_each_other_are_pieces_of_their_own(tmp_path):
+    scan, block, path = draw_block(tmp_path)
+    block[:] = 0
+    block[0, 0, 2] = block[3, 3, 7] = block[5, 0, 9] = block[2, 4, 14] = 1
+    write_rtstruct(path, block, scan.header, {1: "lesions"})
+    np.testing.assert_array_equal(read_segments(path, scan)[0], block)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_contour_that_is_stored_twice_counts_once(tmp_path, written, scan, apart):
+    def double(made):
+        for region in list(made.ROIContourSequence):
+            again = copy.deepcopy(region)
+            for contour in again.ContourSequence:  # from another point, the other way round
+                points = np.array(contour.ContourData).reshape(-1, 3)
+                contour.ContourData = np.roll(points, 2, 0)[::-1].ravel().tolist()
+            if apart:
+                made.ROIContourSequence.append(again)
+            else:
+                region.ContourSequence += again.ContourSequence
+
+    path = change(written / "rtstruct.dcm", tmp_path / "a.dcm", double)
+    label, _ = read_segments(path, scan)
+    np.testing.assert_array_equal(label, read_segments(written / "rtstruct.dcm", scan)[0])
+
+
+@pytest.mark.parametrize("kind", ["seg", "labelmap"])
+def test_pixels_of_a_segment_that_is_not_listed_are_refused(tmp_path, written, scan, kind):
+    def forget(made):
+        del made.SegmentSequence[1]
+
+    path = change(written / f"{kind}.dcm", tmp_path / "a.dcm", forget)
+    number = pydicom.dcmread(written / f"{kind}.dcm").SegmentSequence[1].SegmentNumber
+    refuse(path, scan, f"segments that it does not list, [{number}]")
+
+
+def test_frames_that_name_no_segment_are_refused(tmp_path, written, scan):
+    def forget(made):
+        del made.PerFrameFunctionalGroupsSequence[3].SegmentIdentificationSequence
+
+    path = change(written / "seg.dcm", tmp_path / "a.dcm", forget)
+    refuse(path, scan, "holds voxels of no segment")
 
 
 def test_regions_of_points_are_passed_over(tmp_path, written, scan):

@@ -68,7 +68,7 @@ class CaseFacts:
     volumes, None if no label was opened; for a picture, which has no spacing, they are areas in
     pixels, and `colors` are those of its label values. `label_origin` says which output of a model
     the label is (`pseudo-mask`), if nobody has changed it since. A blank scan has one value in each
-    channel. `contradictions` are those of the header (`find_contradictions`).
+    channel. `contradictions` are those of the headers (`find_contradictions`), also of the label.
     """
 
     case_id: str
@@ -243,19 +243,21 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
     is_blank = all(bool((channel == channel.flat[0]).all()) for channel in volume.array)
-    contradictions = find_contradictions(volume)
     if part == "test":
         return CaseFacts(
             case.case_id,
             part,
             *hashes,
             is_blank=is_blank,
-            contradictions=contradictions,
+            contradictions=find_contradictions(volume),
             problems=tuple(problems),
         )
-    label_facts: dict[str, Any] = {"problems": ()}
+    label_facts: dict[str, Any] = {
+        "problems": (),
+        "contradictions": find_contradictions(volume),
+    }
     if case.label:
-        label_facts = _look_at_label(case, case.label, volume, ignore)
+        label_facts |= _look_at_label(case, case.label, volume, ignore)
     return CaseFacts(
         case.case_id,
         part,
@@ -266,7 +268,6 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
         has_spacing=volume.has_spacing,
         is_blank=is_blank,
-        contradictions=contradictions,
         **{**label_facts, "problems": (*problems, *label_facts["problems"])},
     )
 
@@ -304,6 +305,7 @@ def _look_at_label(
         "has_rounded_label": label.has_rounded,
         "label_origin": label.origin,
         "colors": label.colors,
+        "contradictions": find_contradictions(volume, label.header) if volume else {},
         "problems": (
             _compare_grids(case, path, volume, label.shape, label.affine) if volume else ()
         ),

@@ -41,8 +41,10 @@ _PATIENT = re.compile(r"^(sub-[A-Za-z0-9]+|(?:patient|subject|pat)[-_]?\d+)(?=[-
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "__macosx", "$recycle.bin", "lost+found"}
 _MAX_CHANNELS = 8  # a folder with more images than this holds several cases
 _NUM_SHOWN = 12
-_SPLIT = (".hdr", ".img", ".mhd", ".nhdr")  # headers whose voxels may be in another file
-_LARGEST_HEADER = 2**16
+_PAIRS = (".hdr", ".img", ".mhd", ".nhdr")  # files of the same name beside them belong to them
+_NAMING = (".mha", ".mhd", ".nrrd", ".nhdr")  # headers that may name a file of their voxels
+_DATA_FILE = re.compile(r"(?im)^\s*(?:ElementDataFile\s*=|data ?file:)(.+)$")
+_LARGEST_HEADER = 2**20
 
 
 def keep_scans(paths: Iterable[Path]) -> list[Path]:
@@ -227,16 +229,23 @@ def list_sources(path: Path) -> list[Path]:
     folder, _ = split_series(path)
     if os.path.isdir(folder):
         return walk_files(folder)
-    if path.suffix.lower() not in _SPLIT:
-        return [folder]
-    with path.open("rb") as file:
-        text = file.read(_LARGEST_HEADER).decode("latin-1")
-    return [
-        other
-        for other in sorted(path.parent.iterdir())
-        if other == path or other.stem == path.stem or other.name in text
-        if os.path.isfile(other)
-    ]
+    files = {folder}
+    suffix = path.suffix.lower()
+    if suffix in _PAIRS:
+        files.update(other for other in path.parent.iterdir() if other.stem == path.stem)
+    if suffix in _NAMING:
+        names = (name.strip().replace("\\", "/") for name in _DATA_FILE.findall(_read_start(path)))
+        files.update(path.parent / name for name in names)
+    return sorted(file for file in files if file == folder or os.path.isfile(file))
+
+
+def _read_start(path: Path) -> str:
+    """Return what a file begins with as text; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(_LARGEST_HEADER).decode("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def hash_source(path: Path) -> str:

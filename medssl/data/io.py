@@ -60,7 +60,7 @@ class LabelFacts(NamedTuple):
     ``counts`` are the voxels of each label value; ``has_rounded`` says whether some values were
     only almost integers; ``colors`` are those of the values, where a palette or grays name them;
     ``origin`` which output of a model it is (`pseudo-mask`), empty if it is none or a person has
-    changed a voxel since.
+    changed a voxel since; ``header`` is that of its file, for `find_contradictions`.
     """
 
     counts: dict[int, int]
@@ -69,6 +69,7 @@ class LabelFacts(NamedTuple):
     has_rounded: bool
     origin: str
     colors: dict[int, Color]
+    header: Header | None
 
 
 def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
@@ -217,6 +218,7 @@ def read_label_values(
             has_rounded,
             origin,
             scan.read_colors(),
+            scan.header,
         )
 
     facts: LabelFacts = guard(path, count)
@@ -283,24 +285,26 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
     return scan.shape, scan.affine
 
 
-def find_contradictions(volume: Volume) -> dict[str, str]:
+def find_contradictions(volume: Volume, label: Header | None = None) -> dict[str, str]:
     """Say what in the headers of a scan makes programs place its voxels differently.
 
     Args:
         volume: Of `read_image`.
+        label: The header of its label, if that is to be examined too.
 
     Returns:
         What stands in its headers, by kind: `size` (the spacing of the sform is not pixdim),
         `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a code: the
         sides are guessed), `unit` (lengths were not in mm). What only the file of a
-        later channel says begins with the number of the channel. Empty for most scans.
+        later channel says begins with the number of the channel, what only that of the label says
+        with that word. Empty for most scans.
     """
     texts: dict[str, list[str]] = defaultdict(list)
-    for channel, header in enumerate((volume.header, *volume.other_headers)):
+    channels = ((f"channel {n}: ", one) for n, one in enumerate(volume.other_headers, 1))
+    for whose, header in (("", volume.header), *channels, ("label: ", label)):
         for kind, what in (_contradict(header) if header else {}).items():
             if what not in texts[kind]:
-                text = f"channel {channel}: {what}".removesuffix(": ")
-                texts[kind].append(text if channel else what)
+                texts[kind].append(f"{whose}{what}".removesuffix(": "))
     return {kind: "; ".join(same) for kind, same in texts.items()}
 
 

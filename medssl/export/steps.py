@@ -11,7 +11,9 @@ Axes: B batch, C channels or classes, I J K voxel axes.
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,7 +87,8 @@ class LoadScand:
 
         Raises:
             ValueError: A file has other channels, voxels that are no finite numbers, or another
-                place than its fellows.
+                place than its fellows, or a picture is one that programs read differently.
+            OSError, EOFError, zlib.error: A file is damaged.
         """
         paths = [Path(path) for path in ensure_tuple(data[self.key])]
         each = self.num_channels if len(paths) == 1 else 1
@@ -107,8 +110,13 @@ def _read(path: Path, num_channels: int) -> tuple[NDArray[np.float32], NDArray[n
     """Return what a file holds (C, I, J, K), and its affine; a picture has none."""
     if path.name.lower().endswith(_PICTURES):
         with Image.open(path) as image:
+            _refuse_other_views(path, image)
             pages = [_read_page(page, num_channels) for page in ImageSequence.Iterator(image)]
         return np.ascontiguousarray(np.moveaxis(np.stack(pages, -2), -1, 0)), np.eye(4)
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path) as file:  # to the end, where its checksum is compared
+            while file.read(2**20):
+                pass
     image = nib.load(path)
     values, proxy = image.dataobj.get_unscaled(), image.dataobj
     if (proxy.slope, proxy.inter) != (1, 0):
@@ -120,9 +128,22 @@ def _read(path: Path, num_channels: int) -> tuple[NDArray[np.float32], NDArray[n
     return np.ascontiguousarray(np.moveaxis(values, -1, 0).astype(np.float32)), affine
 
 
+def _refuse_other_views(path: Path, image: Any) -> None:
+    """Refuse a picture that viewers turn, and a TIFF that has channels or times among its pages."""
+    if image.getexif().get(274, 1) not in (0, 1):  # 274: orientation
+        raise ValueError(f"{path}: its orientation tag has viewers turn it: save it upright")
+    text = str(getattr(image, "tag_v2", {}).get(270, ""))  # the description of ImageJ, or OME-XML
+    axes = re.findall(r'(?m)^(?:channels|frames)=(\d+)\s*$|\bSize[CT]="(\d+)"', text)
+    if any(int(one or other) not in (1, len(image.getbands())) for one, other in axes):
+        raise ValueError(f"{path}: its pages are channels or times: save one file a channel")
+
+
 def _read_page(page: Any, num_channels: int) -> NDArray[np.float32]:
     """Return a page (I rows, J columns, C); what is gray in color passes for one channel."""
     if page.mode in ("P", "LA", "RGBA"):
+        page = page.convert("RGBA")
+        if len(set(page.getchannel("A").getextrema())) > 1:
+            raise ValueError("a picture is partly transparent: save it without transparency")
         page = page.convert("RGB")
     array = np.asarray(page, np.float32).reshape(page.height, page.width, -1)
     is_gray = num_channels == 1 and (array == array[..., :1]).all()

@@ -49,6 +49,7 @@ _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may
 _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positions are rounded
 _SHEARED = 0.5  # degrees between the normal and the stack; the affine keeps what is below
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
+_UNPLACED = "it does not say where it lies (no ImagePositionPatient)"
 _LISTED = 30  # series in a message
 _PLACEHOLDER = re.compile(  # of a PatientID, in lower case, after anonymization
     r"an+on(?:ymi[sz]ed|ymous|ym)?|de-?identified|unknown|none|null|n/?a|removed|patient|[0x*?_.-]+"
@@ -302,6 +303,7 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
         InputError: As `open_scan`.
     """
     group = _choose_series(path, _read_headers(path))
+    _refuse_unplaced(path, group)
     planes = [
         plane
         for place, header in group
@@ -420,7 +422,7 @@ def _name_other(header: Any) -> str:
     ):
         return "in color"
     if "ImagePositionPatient" not in header and "PerFrameFunctionalGroupsSequence" not in header:
-        return "it does not say where it lies (no ImagePositionPatient)"
+        return _UNPLACED
     return ""
 
 
@@ -571,6 +573,23 @@ def _read_numbers(what: str, fields: dict[str, Any], name: str, count: int) -> N
 
 
 # ---------------------------------------------------------------- one grid of all slices
+
+
+def _refuse_unplaced(path: Path, group: list[tuple[Place, Any]]) -> None:
+    """Refuse slices that lack their place among others of their size that have one."""
+    others = [(_name_other(header), place, header) for place, header in group]
+    sizes = {(header.Columns, header.Rows) for other, _, header in others if not other}
+    lost = [
+        Path(str(place)).name
+        for other, place, header in others
+        if other == _UNPLACED and (header.Columns, header.Rows) in sizes
+    ]
+    if lost:
+        raise InputError(
+            f"{path}: {len(lost)} of {len(group)} images have no ImagePositionPatient, such as "
+            f"{lost[0]}, and would be left out: export the series again, or remove them if they "
+            "are no slices"
+        )
 
 
 def _stack(path: Path, planes: list[Plane]) -> tuple[list[Plane], Affine]:

@@ -5,10 +5,11 @@ the header it came from.
 
 Where the voxels lie: by the sform, if it has a code; else by the qform, if that has one; else by
 the voxel size (pixdim) alone, around the middle of the scan. Of a sform the columns are the
-spacing, and pixdim does not count. Lengths are in the unit of xyzt_units (meter, mm, micron; none
-is mm) and become mm here. Programs choose differently where these contradict each other, so
-`medssl check` names such scans, and masks and maps repeat all of these fields of their scan: in
-every program they lie on the voxels of the scan.
+spacing, and pixdim does not count; without, a size of 0 or below there is refused. Lengths are in
+the unit of xyzt_units (meter, mm, micron; none is mm) and become mm here. Programs choose
+differently where these contradict each other, so `medssl check` names such scans and labels, and
+masks and maps repeat all of these fields of their scan: in every program they lie on the voxels of
+the scan.
 """
 
 import gzip
@@ -127,6 +128,23 @@ def write(
     write_file(path, lambda temporary: nib.save(image, temporary))
 
 
+def check_sizes(path: Path, header: Any) -> None:
+    """Refuse voxel sizes (pixdim) of an open header that are not above 0, axes of one voxel aside.
+
+    Some programs take 1 in their place, others the absolute value, or mirror the axis.
+
+    Raises:
+        InputError: With the sizes.
+    """
+    sizes = header["pixdim"][1:4]
+    axes = zip(sizes, _list_axes(header), strict=False)
+    if any(size <= 0 for size, count in axes if count > 1):
+        raise InputError(
+            f"{path}: the voxel size in its header (pixdim) is {_show(sizes)}, which programs read "
+            "differently: correct it, or convert the scan again"
+        )
+
+
 def find_contradictions(header: Header) -> dict[str, str]:
     """Say what in one header makes programs place its voxels differently, by kind.
 
@@ -142,7 +160,8 @@ def find_contradictions(header: Header) -> dict[str, str]:
     if header["sform_code"] <= 0:
         return contradictions
     sform = image.get_sform()
-    sizes, pixdim = np.array(grid_spacing(sform)), np.abs(image["pixdim"][1:4])
+    image["pixdim"][1:4] = pixdim = np.abs(image["pixdim"][1:4])
+    sizes = np.array(grid_spacing(sform))
     with np.errstate(invalid="ignore"):
         unequal = ~(np.abs(sizes - pixdim) <= _SAME_SIZE * sizes)
     if unequal[: len(header["dim"])].any():
@@ -176,6 +195,9 @@ def _read_header(path: Path) -> Any:
         _explain_start(path, start)
         raise ImageFileError(f"it is no NIfTI file, it starts with {start[:16]!r}")
     header = kind(start[: kind.sizeof_hdr])
+    stored = kind(start[: kind.sizeof_hdr], check=False)["pixdim"]  # nibabel mends them silently
+    for axis, count in enumerate(_list_axes(header)[:3], 1):
+        header["pixdim"][axis] = stored[axis] if count > 1 else header["pixdim"][axis]
     if header["magic"].item() != header.single_magic:
         raise InputError(
             f"{path}: the header alone of a scan in two files (.hdr and .img): convert both to one "
@@ -241,6 +263,8 @@ def _explain_start(path: Path, start: bytes) -> None:
 def _find_grid(path: Path, header: Any) -> tuple[Shape, Affine]:
     """Return shape and affine of an open header."""
     shape = _find_shape(path, header)
+    if header["sform_code"] <= 0:
+        check_sizes(path, header)
     affine: Affine = guard(path, lambda: _find_affine(header))
     unit, _ = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
     check_place(path, shape, affine, unit)
@@ -299,7 +323,8 @@ def _restore(header: Header, shape: Sequence[int]) -> Any:
 def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
     """Yield the values (n,) of a file in its own order, and read it to its end.
 
-    Only there a compressed file has the checksum that tells whether a bit of it has changed.
+    Only there a compressed file has the checksum that tells whether a bit of it has changed. Zeros
+    behind the last voxel are padding; anything else tells that the header declares too little.
     """
     dtype = header.get_data_dtype()
     slope, inter = header.get_slope_inter()
@@ -317,8 +342,12 @@ def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
             else:
                 yield values.astype(np.float64) * slope + inter
         try:
-            while file.read(PIECE):
-                pass
+            while block := file.read(PIECE):
+                if block.strip(b"\0"):
+                    raise InputError(
+                        f"{path}: the file goes on behind the {_list_axes(header)} voxels that its "
+                        "header declares: correct dim in the header, or convert the scan again"
+                    )
         except gzip.BadGzipFile as error:
             if "CRC" in str(error) or "length" in str(error):
                 raise

@@ -136,6 +136,7 @@ def _find_place(path: Path, header: Any) -> tuple[Affine, dict[str, str]]:
             f"{path}: an Analyze file of the orientation {orient}, which programs turn "
             "differently: convert it to NIfTI with a program that knows its origin"
         )
+    nifti.check_sizes(path, header)
     affine: Affine = np.asarray(header.get_best_affine(), np.float64)
     return affine, {"code": "Analyze without a .mat"}
 

@@ -27,6 +27,7 @@ from medssl.formats.dicom import (
     refuse_damaged,
 )
 from medssl.formats.scan import Scan
+from medssl.transforms.geometry import Shape
 
 _OFF = 0.1  # voxels that a voxel of a SEG may lie off one of the scan
 _BETWEEN = 0.2  # slices that a contour may lie off one
@@ -46,14 +47,18 @@ def read_segments(
         source: The scan. If it was read from DICOM, the file must refer to its images or have its
             frame of reference.
         values: Label value of each name to read; others are skipped. None takes all, by their
-            own numbers. A voxel inside an odd number of contours of a region is part of it.
+            own numbers. A voxel inside an odd number of contours of a region is part of it; a
+            contour that is stored twice counts once.
 
     Returns:
         Label values (I, J, K), 0 = background, and the name of each value, with voxels or not.
 
     Raises:
         InputError: It is neither, or fractional, belongs to another scan, lies on another grid, two
-            of its segments overlap, or a wanted one is not there.
+            of its segments overlap, a wanted one is not there, frames are those of a segment that
+            is not, or a region was drawn on some of its slices alone: two of them or more have
+            neither neighbor drawn, and lie before or behind another slice of it across a gap.
+            Between pieces of two slices or more a gap may be real, and stays background.
     """
     dataset = read_dataset(path, with_pixels=True)
     modality = _check_modality(path, dataset)
@@ -201,7 +206,8 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         for frame in dataset.PerFrameFunctionalGroupsSequence
     ]
     frames = list(decode_frames(path, dataset, planes)) if kind == "LABELMAP" else []
-    _refuse_lone_values(path, dataset, frames)
+    stored = {int(number) for number in {*numbers}.union(*map(np.unique, frames))}
+    _refuse_unlisted(path, dataset, stored, kind)
     regions: list[Region] = []
     for segment in dataset.SegmentSequence:
         number = int(segment.SegmentNumber)
@@ -223,15 +229,23 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
     return regions
 
 
-def _refuse_lone_values(path: Path, dataset: Any, frames: Iterable[NDArray[Any]]) -> None:
-    """Refuse a labelmap with values that none of its segments has; 0 and padding are background."""
-    known = {int(segment.SegmentNumber) for segment in dataset.SegmentSequence}
-    known |= {0, int(dataset.get("PixelPaddingValue") or 0)}
-    lone = sorted({int(value) for frame in frames for value in np.unique(frame)} - known)
-    if lone:
+def _refuse_unlisted(path: Path, dataset: Any, stored: set[int], kind: str) -> None:
+    """Refuse voxels of segments that are not listed; in a labelmap 0 and padding are background.
+
+    Args:
+        path: For the message.
+        dataset: The file.
+        stored: Numbers of the segments that have voxels, or frames; 0 where a frame names none.
+        kind: Its SegmentationType.
+    """
+    listed = {int(segment.SegmentNumber) for segment in dataset.SegmentSequence}
+    if kind == "LABELMAP":
+        listed |= {0, int(dataset.get("PixelPaddingValue") or 0)}
+    unlisted = sorted(stored - listed)
+    if unlisted:
+        whose = f"segments that it does not list, {unlisted[:12]}" if any(unlisted) else "no segment"
         raise InputError(
-            f"{path}: values {lone[:12]} belong to none of its segments: save it again with a "
-            "segment for each, or erase their voxels"
+            f"{path}: holds voxels of {whose}: save it again with a segment for each, or erase them"
         )
 
 
@@ -300,55 +314,93 @@ def _find_regions(path: Path, dataset: Any, source: Scan) -> list[Region]:
     names = {int(roi.ROINumber): _name_region(roi) for roi in _list_regions(dataset)}
     contours: dict[int, list[Any]] = {number: [] for number in names}
     for roi in dataset.get("ROIContourSequence", ()):
-        number = int(roi.ReferencedROINumber)
-        drawn = roi.get("ContourSequence") or ()
+        contours[int(roi.ReferencedROINumber)] += roi.get("ContourSequence") or ()
+    regions: list[Region] = []
+    for number, drawn in contours.items():
         areas = [one for one in drawn if str(one.ContourGeometricType).startswith("CLOSED")]
-        if drawn and not areas:
-            del contours[number]  # points or lines, such as an isocenter
-        else:
-            contours[number] = areas
-    return [
-        (number, names[number], _rasterize(path, names[number], areas, source))
-        for number, areas in contours.items()
-    ]
+        if areas or not drawn:  # else points or lines, such as an isocenter
+            voxels = _rasterize(path, names[number], areas, source)
+            regions.append((number, names[number], voxels))
+    return regions
 
 
 def _rasterize(
     path: Path, name: str, contours: list[Any], source: Scan
 ) -> Iterator[NDArray[np.intp]]:
     """Yield the indices (3, n) of the voxels whose center lies inside an odd number of contours."""
-    polygons: dict[int, list[NDArray[np.float64]]] = {}
+    polygons: dict[int, dict[bytes, NDArray[np.float64]]] = {}
     to_scan = np.linalg.inv(source.affine) @ LPS_TO_RAS
     for contour in contours:
-        k, polygon = _read_polygon(path, name, contour, to_scan, source.shape[2])
-        polygons.setdefault(k, []).append(polygon)
+        k, polygon = _read_polygon(path, name, contour, to_scan, source.shape)
+        points = np.unique(polygon.round(3) + 0.0, axis=0)  # from whichever point it begins
+        polygons.setdefault(k, {})[points.tobytes()] = polygon
     slices = sorted(polygons)
-    step = int(np.gcd.reduce(np.diff(slices))) if len(slices) > 3 else 1
-    if step > 1 and np.median(np.diff(slices)) == step:
-        raise InputError(
-            f"{path}: {name!r} is drawn on one of {step} slices of the scan, which would leave the "
-            "others empty: interpolate between its contours where it was drawn"
-        )
-    for k in slices:
-        i, j = np.nonzero(fill_polygons(polygons[k], source.shape[:2]))
+    faces = []  # whether the contours before and behind a gap overlap
+    last = np.zeros(source.shape[:2], dtype=bool)
+    for before, k in zip([*slices[:1], *slices], slices, strict=False):
+        mask = fill_polygons(list(polygons[k].values()), source.shape[:2])
+        faces.append(k - before > 1 and bool((last & mask).any()))
+        last = mask
+        i, j = np.nonzero(mask)
         yield np.array([i, j, np.full_like(i, k)])
+    _refuse_gaps(path, name, slices, faces)
+
+
+def _refuse_gaps(path: Path, name: str, slices: list[int], faces: list[bool]) -> None:
+    """Refuse a region of which slices were left out, see `read_segments`.
+
+    Args:
+        path: For the message.
+        name: For the message.
+        slices: The drawn ones, in order.
+        faces: Whether there is a gap before each, and the contours on both sides of it overlap.
+    """
+    steps = np.diff(slices)
+    step = int(np.gcd.reduce(steps)) if len(slices) > 3 else 1
+    if step > 1 and np.median(steps) == step:
+        where = f"one of {step} slices of the scan"
+    else:
+        lone = [
+            k + 1
+            for k, faces_last, faces_next in zip(slices, faces, [*faces, False][1:], strict=True)
+            if (faces_last or faces_next) and not {k - 1, k + 1} & set(slices)
+        ]
+        if len(lone) < 2:
+            return
+        more = ", ..." if len(lone) > 5 else ""
+        where = f"single slices of the scan ({', '.join(map(str, lone[:5]))}{more})"
+    raise InputError(
+        f"{path}: {name!r} is drawn on {where}, which would leave the others empty: interpolate "
+        "between its contours where it was drawn"
+    )
 
 
 def _read_polygon(
-    path: Path, name: str, contour: Any, to_scan: NDArray[Any], num_slices: int
+    path: Path, name: str, contour: Any, to_scan: NDArray[Any], shape: Shape
 ) -> tuple[int, NDArray[np.float64]]:
     """Return the slice of a contour, and its points (n, 2) in pixels along I and J."""
     points = np.array([float(number) for number in contour.ContourData]).reshape(-1, 3)
     i, j, k = to_scan[:3, :3] @ points.T + to_scan[:3, 3:]
     nearest = round(float(np.median(k)))
     x, y, z = points[0]
-    if np.abs(k - nearest).max() > _BETWEEN or not 0 <= nearest < num_slices:
-        where = "between or across the slices" if 0 <= nearest < num_slices else "beyond the slices"
+    where = ""
+    if not 0 <= nearest < shape[2]:
+        where = "beyond the slices"
+    elif np.abs(k - nearest).max() > _BETWEEN:
+        where = "between or across the slices"
+    if where:
         raise InputError(
             f"{path}: a contour of {name!r} at ({x:.2f}, {y:.2f}, {z:.2f}) lies {where} of the "
-            f"scan (at {k.min():.2f} to {k.max():.2f} of 0 to {num_slices - 1}): it was drawn on "
+            f"scan (at {k.min():.2f} to {k.max():.2f} of 0 to {shape[2] - 1}): it was drawn on "
             "another one"
         )
+    for axis, places, size in (("I", i, shape[0]), ("J", j, shape[1])):
+        if places.max() < -0.5 or places.min() > size - 0.5:
+            raise InputError(
+                f"{path}: a contour of {name!r} at ({x:.2f}, {y:.2f}, {z:.2f}) lies beside the "
+                f"scan (at {places.min():.2f} to {places.max():.2f} of 0 to {size - 1} along "
+                f"{axis}): it was drawn on another one"
+            )
     return nearest, np.stack([i, j], 1)
 
 

@@ -175,9 +175,9 @@ def evaluate_data(
 ) -> dict[str, Any]:
     """Evaluate a run, one of its rounds, or a model folder on the labeled cases of a data set.
 
-    Cases that the run was trained on (labeled, unlabeled or validation) are left out: their
-    metrics would say nothing of new scans, and the labels of simulated-unlabeled ones are not
-    evaluation's to open.
+    Cases that the run was trained on (labeled, unlabeled or validation) are left out, and other
+    scans of the same patients: their metrics would say nothing of new patients, and the labels of
+    simulated-unlabeled ones are not evaluation's to open.
 
     Args:
         path: The run, round or model folder.
@@ -208,17 +208,21 @@ def evaluate_data(
     cases = [case for case in dataset.cases if case.case_id not in left_out]
     if trained_on:
         report(
-            f"{len(trained_on)} cases are left out: the run was trained on them: "
-            f"{shorten(trained_on)}"
+            f"{len(trained_on)} cases are left out: the run was trained on them, or on their "
+            f"patients: {shorten(trained_on)}"
         )
+    for note in notes:
+        report(note)
     if not any(case.label is not None for case in cases):
-        trained = f" ({len(trained_on)} the run was trained on)" if trained_on else ""
+        trained = (
+            f" ({len(trained_on)} the run was trained on, or on their patients)"
+            if trained_on
+            else ""
+        )
         raise InputError(
             f"{root}: none of {len(dataset.cases)} cases is labeled and new to the model"
             f"{trained}; there is nothing to evaluate it on"
         )
-    for note in notes:
-        report(note)
     about = {
         "model": str(path),
         "dataset": dataset.name,

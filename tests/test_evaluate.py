@@ -713,7 +713,7 @@ def test_another_file_of_a_trained_case_s_name_is_remarked(
     data.rename(copy)
     summary = evaluate_data(run, copy, tmp_path / "out", report=quiet)
     assert summary["num_cases"] == 12
-    assert "if they are the same scans, this is no test" in summary["remarks"][0]
+    assert "if they are the same scans or the same people, this is no test" in summary["remarks"][0]
 
 
 def test_data_that_was_wholly_trained_on_is_refused(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from medssl.data.io import (
     read_origin,
     write_mask,
 )
-from medssl.data.layouts import read_dataset
+from medssl.data.layouts import fold_name, read_dataset
 from medssl.data.predictions import (
     Record,
     append_audit,
@@ -94,6 +95,8 @@ from medssl.runs import (
 from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
 
 MEASURED = "measured"  # .jsonl
+
+_NO_NAME = re.compile(r"(class|label|segment|structure|region|roi|mask|foreground)? ?\d*")
 
 Report = Callable[[str], object]
 
@@ -763,7 +766,7 @@ def _check_label_map(model: Model, dataset: Dataset, ignore: int | None) -> None
         f"{name!r} is {value} in the data and {other} in the model"
         for value, name in theirs.items()
         for other, other_name in ours.items()
-        if value and name.lower() == other_name.lower() and value != other
+        if value and fold_name(name) == fold_name(other_name) and value != other
     ]
     if set(ours) != set(theirs) or moved:
         detail = f" ({'; '.join(moved)})" if moved else ""
@@ -771,6 +774,24 @@ def _check_label_map(model: Model, dataset: Dataset, ignore: int | None) -> None
             f"{dataset.root}: the labels of the data are {theirs}, those of the model {ours}"
             f"{detail}; evaluate needs the same values: give data with the model's label map"
         )
+    others = [value for value in sorted(ours) if value and _differ(theirs[value], ours[value])]
+    if others:
+        listed = "; ".join(
+            f"{value} is {theirs[value]!r} in the data and {ours[value]!r} in the model"
+            for value in others
+        )
+        meant = " ".join(f"data.labels.{value}={ours[value]!r}" for value in ours if value)
+        raise InputError(
+            f"{dataset.root}: label values bear other names than in the model: {listed}. If they "
+            "mean the same, name them as the model does: in files that name their segments, there; "
+            f"else by {meant}"
+        )
+
+
+def _differ(name: str, other: str) -> bool:
+    """Tell whether two names are those of two structures; a number is no name."""
+    names = {fold_name(name), fold_name(other)}
+    return len(names) > 1 and not any(map(_NO_NAME.fullmatch, names))
 
 
 def _hash_model(folder: Path) -> str:

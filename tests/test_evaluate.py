@@ -510,6 +510,7 @@ def test_intervals_and_verdicts_count_patients(data: Path, model: Any, tmp_path:
         ({3: "organ"}, "labels of the data"),
         ({3: "organ", 7: "tumor", 8: "vessel"}, "vessel"),
         ({3: "Tumor", 7: "organ"}, "'Tumor' is 3 in the data and 7 in the model"),
+        ({3: "Organ", 7: "spleen"}, "7 is 'spleen' in the data and 'tumor' in the model"),
     ],
 )
 def test_a_label_map_other_than_the_model_s_is_refused(
@@ -521,10 +522,15 @@ def test_a_label_map_other_than_the_model_s_is_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("organ", "Organ"), ("left_lung", "Left-Lung"), ("class_3", "organ"), ("organ", "Segment_1")],
+)
 def test_data_with_the_model_s_label_map_is_evaluated(
-    data: Path, model: Any, tmp_path: Path
+    data: Path, model: Any, tmp_path: Path, ours: str, theirs: str
 ) -> None:
-    labels = {3: "Organ", 7: "lesion"}  # other names for the same values are no obstacle
+    model.info.labels = {0: "background", 1: ours, 2: "tumor"}
+    labels = {3: theirs, 7: "tumor"}
     summary = evaluate_data(
         tmp_path, data, tmp_path / "out", data=DataSection(labels=labels), report=quiet
     )

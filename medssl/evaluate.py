@@ -29,6 +29,7 @@ from medssl.costs import forecast_costs
 from medssl.data.cases import Case, Dataset
 from medssl.data.files import hash_source
 from medssl.data.io import (
+    STRAIGHTEN,
     read_geometry,
     read_image,
     read_label,
@@ -92,7 +93,13 @@ from medssl.runs import (
     write_json,
     write_text,
 )
-from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
+from medssl.transforms.geometry import (
+    MAX_DISPLACEMENT,
+    MAX_SHEAR,
+    grid_spacing,
+    measure_displacement,
+    measure_shear,
+)
 
 MEASURED = "measured"  # .jsonl
 
@@ -727,6 +734,12 @@ def _read_label(
         raise InputError(
             f"{case.label}: lies up to {distance:.2f} voxels beside {case.images[0]}; correct the "
             "header or resample the label"
+        )
+    shear = measure_shear(shape, affine)
+    if shear > MAX_SHEAR:
+        raise InputError(
+            f"{case.images[0]}: its axes are {shear:.1f} degrees off right angles, so mm and ml "
+            f"of it would be wrong; {STRAIGHTEN}"
         )
     return label, affine
 

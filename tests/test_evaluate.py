@@ -539,6 +539,23 @@ def test_data_with_the_model_s_label_map_is_evaluated(
     assert summary["trained_on"] == []
 
 
+@pytest.mark.parametrize(("degrees", "is_refused"), [(30, True), (0.4, False)])
+def test_scans_whose_axes_are_not_at_right_angles_are_refused(
+    data: Path, model: Any, tmp_path: Path, degrees: float, is_refused: bool
+) -> None:
+    affine = AFFINE.copy()
+    affine[1, 2] = 0.5 * np.tan(np.radians(degrees))
+    for path in data.glob("*/case03.nii.gz"):
+        array = np.asarray(nib.load(path).dataobj)
+        nib.save(nib.Nifti1Image(array, affine), path)
+    cases = read_dataset(data).cases[3:4]
+    if is_refused:
+        with pytest.raises(InputError, match=r"case03: .* 30\.0 degrees off .*resample_to_output"):
+            evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    else:
+        assert evaluate_model(model, cases, tmp_path / "out", report=quiet)["num_cases"] == 1
+
+
 @pytest.fixture
 def make_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunMaker:
     """Make a run folder whose rounds shift their masks by `shifts`, the last one delivered."""

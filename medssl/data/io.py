@@ -22,14 +22,22 @@ from medssl.formats.readers import DICOM, Reader, find_reader, get_reader
 from medssl.formats.scan import Color, Scan, guard
 from medssl.transforms.geometry import (
     MAX_DISPLACEMENT,
+    MAX_SHEAR,
     Affine,
     Header,
     Shape,
     Volume,
     measure_displacement,
+    measure_shear,
 )
 
 MAX_VALUES = 2**16  # different values of a label: more are those of an image
+
+STRAIGHTEN = (
+    "resample it to right angles, and its label with it (nibabel.processing.resample_to_output "
+    "does, of a label with order=0)"
+)
+"""How a scan whose axes are not at right angles is repaired."""
 
 CONTRADICTIONS = {
     "size": (
@@ -45,6 +53,11 @@ CONTRADICTIONS = {
         "the first axis is taken to run from right to left"
     ),
     "unit": "the header gives lengths in another unit, converted to mm",
+    "shear": (
+        "the axes of the scan are not at right angles (a tilted gantry, or a registration): "
+        "lengths and volumes by its voxel size are wrong, and evaluate refuses it; "
+        f"{STRAIGHTEN}"
+    ),
 }
 """What `find_contradictions` finds, in words."""
 
@@ -266,7 +279,7 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
 
 
 def find_contradictions(volume: Volume) -> dict[str, str]:
-    """Say what in the headers of a scan makes programs place its voxels differently.
+    """Say what in the headers of a scan makes programs place or measure voxels differently.
 
     Args:
         volume: Of `read_image`.
@@ -274,8 +287,9 @@ def find_contradictions(volume: Volume) -> dict[str, str]:
     Returns:
         What stands in its headers, by kind: `size` (the spacing of the sform is not pixdim),
         `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a code: the
-        sides are guessed), `unit` (lengths were not in mm). What only the file of a
-        later channel says begins with the number of the channel. Empty for most scans.
+        sides are guessed), `unit` (lengths were not in mm), `shear` (axes are not at right
+        angles). What only the file of a later channel says
+        begins with the number of the channel. Empty for most scans.
     """
     texts: dict[str, list[str]] = defaultdict(list)
     for channel, header in enumerate((volume.header, *volume.other_headers)):
@@ -283,6 +297,9 @@ def find_contradictions(volume: Volume) -> dict[str, str]:
             if what not in texts[kind]:
                 text = f"channel {channel}: {what}".removesuffix(": ")
                 texts[kind].append(text if channel else what)
+    shear = measure_shear(volume.shape, volume.affine)
+    if shear > MAX_SHEAR:
+        texts["shear"] = [f"{shear:.1f} degrees off"]
     return {kind: "; ".join(same) for kind, same in texts.items()}
 
 

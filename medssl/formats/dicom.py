@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from medssl.config import InputError
 from medssl.formats.readers import START, split_series, starts_dicom
 from medssl.formats.scan import Scan, check_place, guard, keep_quiet
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import MAX_SHEAR, Affine, Header, Shape
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's world points to the left and to the back of the patient."""
@@ -47,7 +47,6 @@ Result = TypeVar("Result")
 _EXTRA = "pip install 'medssl[dicom]'"
 _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may differ
 _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positions are rounded
-_SHEARED = 0.5  # degrees between the normal and the stack; the affine keeps what is below
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
 _LISTED = 30  # series in a message
 _DIFFERING = (  # what tells images at one position apart
@@ -643,7 +642,7 @@ def _refuse_sheared(path: Path, planes: list[Plane], step: NDArray[np.float64]) 
     along = float(step @ planes[0].normal)
     aside = float(np.linalg.norm(step - along * planes[0].normal))
     angle = float(np.degrees(np.arctan2(aside, along)))
-    if angle > _SHEARED:
+    if angle > MAX_SHEAR:  # the affine keeps what is below
         tilt = planes[0].notes.get("GantryDetectorTilt")
         named = f" (GantryDetectorTilt {tilt})" if tilt else ""
         raise InputError(

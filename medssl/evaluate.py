@@ -135,7 +135,7 @@ def evaluate_model(
         cases: Cases with their labels.
         out: The folder of the tables.
         ignore: Label value that means: not annotated.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing) of each case. In
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case. In
             pictures the unit is the pixel, and None takes one.
         about: What else the summary is to hold, such as the name of the data set.
         overwrite: Replace what stands in the folder and no evaluation wrote.
@@ -194,7 +194,7 @@ def evaluate_data(
         root: The data set.
         out: The folder of the tables.
         data: How to read it: ``format``, ``labels``, ``ignore``; None takes the defaults.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case.
         device: Torch device.
         overwrite: Replace what stands in the folder and no evaluation wrote.
         forecast: Say first what it will take, and show a bar of windows on a terminal.
@@ -268,7 +268,7 @@ def evaluate_round(
     Args:
         run_dir: The run folder.
         index: The round; 0 is labels only.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case.
         device: Torch device.
         forecast: Say first what it will take, and show a bar of windows on a terminal.
         report: Takes a line of progress.
@@ -313,7 +313,7 @@ def evaluate_run(
 
     Args:
         run_dir: The run folder.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case.
         device: Torch device.
         overwrite: Replace masks of an earlier evaluation that were changed since.
         forecast: Say first what it will take, and show a bar of windows on a terminal.

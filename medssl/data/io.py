@@ -58,6 +58,11 @@ CONTRADICTIONS = {
         "lengths and volumes by its voxel size are wrong, and evaluate refuses it; "
         f"{STRAIGHTEN}"
     ),
+    "values": (
+        "the series of a CT does not say how its values become Hounsfield units (RescaleSlope or "
+        "RescaleIntercept is missing), so the stored ones are taken; export it anew, unless air "
+        "is at -1000 in it"
+    ),
 }
 """What `find_contradictions` finds, in words."""
 
@@ -279,7 +284,7 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
 
 
 def find_contradictions(volume: Volume) -> dict[str, str]:
-    """Say what in the headers of a scan makes programs place or measure voxels differently.
+    """Say what in the headers of a scan makes programs place, measure or read voxels differently.
 
     Args:
         volume: Of `read_image`.
@@ -288,7 +293,7 @@ def find_contradictions(volume: Volume) -> dict[str, str]:
         What stands in its headers, by kind: `size` (the spacing of the sform is not pixdim),
         `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a code: the
         sides are guessed), `unit` (lengths were not in mm), `shear` (axes are not at right
-        angles). What only the file of a later channel says
+        angles), `values` (a CT without a rescale). What only the file of a later channel says
         begins with the number of the channel. Empty for most scans.
     """
     texts: dict[str, list[str]] = defaultdict(list)

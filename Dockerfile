@@ -8,7 +8,7 @@ FROM ${BASE}
 RUN --mount=type=bind,source=wheels,target=/wheels \
     python3 -m venv /opt/medssl \
     && /opt/medssl/bin/pip install --no-cache-dir --disable-pip-version-check \
-       --no-index --find-links /wheels /wheels/medssl-*.whl
+       --no-index --find-links /wheels "medssl[dicom,export]"
 ENV PATH=/opt/medssl/bin:$PATH HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib \
     PYTHONDONTWRITEBYTECODE=1 MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
 WORKDIR /work

@@ -41,7 +41,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Segment medical scans when only a few are annotated.",
-    epilog="Start here: medssl demo; then: medssl check DATA; medssl train DATA labeled=4 test=40",
+    epilog="Start here: medssl demo; then: medssl check DATA; medssl train DATA. On data with many "
+    "labels, labeled=4 test=40 simulates few: 40 cases are kept aside, and 4 labels are opened.",
 )
 
 DEMO_SHAPE = (40, 48, 32)  # voxels, small enough for a few hundred steps in minutes
@@ -57,7 +58,7 @@ First = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Such as labeled=4 test=40 train.lr=1e-3"),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1 steps=2000 train.lr=1e-3"),
 ]
 RunOrModel = Annotated[
     Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, a model folder or zip.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from medssl.costs import forecast_costs
 from medssl.data.cases import Case, Dataset
 from medssl.data.files import hash_source
 from medssl.data.io import (
+    STRAIGHTEN,
     read_geometry,
     read_image,
     read_label,
@@ -35,7 +37,7 @@ from medssl.data.io import (
     read_origin,
     write_mask,
 )
-from medssl.data.layouts import read_dataset
+from medssl.data.layouts import fold_name, read_dataset
 from medssl.data.predictions import (
     Record,
     append_audit,
@@ -91,9 +93,17 @@ from medssl.runs import (
     write_json,
     write_text,
 )
-from medssl.transforms.geometry import MAX_DISPLACEMENT, grid_spacing, measure_displacement
+from medssl.transforms.geometry import (
+    MAX_DISPLACEMENT,
+    MAX_SHEAR,
+    grid_spacing,
+    measure_displacement,
+    measure_shear,
+)
 
 MEASURED = "measured"  # .jsonl
+
+_NO_NAME = re.compile(r"(class|label|segment|structure|region|roi|mask|foreground)? ?\d*")
 
 Report = Callable[[str], object]
 
@@ -125,7 +135,7 @@ def evaluate_model(
         cases: Cases with their labels.
         out: The folder of the tables.
         ignore: Label value that means: not annotated.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing) of each case. In
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case. In
             pictures the unit is the pixel, and None takes one.
         about: What else the summary is to hold, such as the name of the data set.
         overwrite: Replace what stands in the folder and no evaluation wrote.
@@ -175,16 +185,16 @@ def evaluate_data(
 ) -> dict[str, Any]:
     """Evaluate a run, one of its rounds, or a model folder on the labeled cases of a data set.
 
-    Cases that the run was trained on (labeled, unlabeled or validation) are left out: their
-    metrics would say nothing of new scans, and the labels of simulated-unlabeled ones are not
-    evaluation's to open.
+    Cases that the run was trained on (labeled, unlabeled or validation) are left out, and other
+    scans of the same patients: their metrics would say nothing of new patients, and the labels of
+    simulated-unlabeled ones are not evaluation's to open.
 
     Args:
         path: The run, round or model folder.
         root: The data set.
         out: The folder of the tables.
         data: How to read it: ``format``, ``labels``, ``ignore``; None takes the defaults.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case.
         device: Torch device.
         overwrite: Replace what stands in the folder and no evaluation wrote.
         forecast: Say first what it will take, and show a bar of windows on a terminal.
@@ -208,17 +218,21 @@ def evaluate_data(
     cases = [case for case in dataset.cases if case.case_id not in left_out]
     if trained_on:
         report(
-            f"{len(trained_on)} cases are left out: the run was trained on them: "
-            f"{shorten(trained_on)}"
+            f"{len(trained_on)} cases are left out: the run was trained on them, or on their "
+            f"patients: {shorten(trained_on)}"
         )
+    for note in notes:
+        report(note)
     if not any(case.label is not None for case in cases):
-        trained = f" ({len(trained_on)} the run was trained on)" if trained_on else ""
+        trained = (
+            f" ({len(trained_on)} the run was trained on, or on their patients)"
+            if trained_on
+            else ""
+        )
         raise InputError(
             f"{root}: none of {len(dataset.cases)} cases is labeled and new to the model"
             f"{trained}; there is nothing to evaluate it on"
         )
-    for note in notes:
-        report(note)
     about = {
         "model": str(path),
         "dataset": dataset.name,
@@ -254,7 +268,7 @@ def evaluate_round(
     Args:
         run_dir: The run folder.
         index: The round; 0 is labels only.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case.
         device: Torch device.
         forecast: Say first what it will take, and show a bar of windows on a terminal.
         report: Takes a line of progress.
@@ -299,7 +313,7 @@ def evaluate_run(
 
     Args:
         run_dir: The run folder.
-        tolerance: Of surface_dice in mm; None takes max(1 mm, median spacing).
+        tolerance: Of surface_dice in mm; None takes `surface_tolerance` of each case.
         device: Torch device.
         overwrite: Replace masks of an earlier evaluation that were changed since.
         forecast: Say first what it will take, and show a bar of windows on a terminal.
@@ -721,6 +735,12 @@ def _read_label(
             f"{case.label}: lies up to {distance:.2f} voxels beside {case.images[0]}; correct the "
             "header or resample the label"
         )
+    shear = measure_shear(shape, affine)
+    if shear > MAX_SHEAR:
+        raise InputError(
+            f"{case.images[0]}: its axes are {shear:.1f} degrees off right angles, so mm and ml "
+            f"of it would be wrong; {STRAIGHTEN}"
+        )
     return label, affine
 
 
@@ -759,7 +779,7 @@ def _check_label_map(model: Model, dataset: Dataset, ignore: int | None) -> None
         f"{name!r} is {value} in the data and {other} in the model"
         for value, name in theirs.items()
         for other, other_name in ours.items()
-        if value and name.lower() == other_name.lower() and value != other
+        if value and fold_name(name) == fold_name(other_name) and value != other
     ]
     if set(ours) != set(theirs) or moved:
         detail = f" ({'; '.join(moved)})" if moved else ""
@@ -767,6 +787,24 @@ def _check_label_map(model: Model, dataset: Dataset, ignore: int | None) -> None
             f"{dataset.root}: the labels of the data are {theirs}, those of the model {ours}"
             f"{detail}; evaluate needs the same values: give data with the model's label map"
         )
+    others = [value for value in sorted(ours) if value and _differ(theirs[value], ours[value])]
+    if others:
+        listed = "; ".join(
+            f"{value} is {theirs[value]!r} in the data and {ours[value]!r} in the model"
+            for value in others
+        )
+        meant = " ".join(f"data.labels.{value}={ours[value]!r}" for value in ours if value)
+        raise InputError(
+            f"{dataset.root}: label values bear other names than in the model: {listed}. If they "
+            "mean the same, name them as the model does: in files that name their segments, there; "
+            f"else by {meant}"
+        )
+
+
+def _differ(name: str, other: str) -> bool:
+    """Tell whether two names are those of two structures; a number is no name."""
+    names = {fold_name(name), fold_name(other)}
+    return len(names) > 1 and not any(map(_NO_NAME.fullmatch, names))
 
 
 def _hash_model(folder: Path) -> str:

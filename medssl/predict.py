@@ -81,6 +81,7 @@ from medssl.transforms.geometry import Affine, Box, Header, Shape, Volume, WayBa
 from medssl.transforms.preprocess import (
     Preprocessing,
     count_bytes,
+    is_ct_moved,
     measure_percentiles,
     preprocess_image,
 )
@@ -679,7 +680,13 @@ def find_flags(info: ModelInfo, volume: Volume) -> tuple[str, ...]:
         zip(info.intensity_range, measured, strict=False)
     ):
         width = max(high - low, 1e-6)
-        if bottom < low - width or top > high + width or top - bottom < 0.05 * width:
+        if is_ct_moved((bottom, top), (low, high)):
+            flags.append(
+                f"channel {channel}: intensities {bottom:.4g} to {top:.4g} lie about 1000 off the "
+                f"training range {low:.4g} to {high:.4g}: one of the two is in Hounsfield units, "
+                "the other not (RescaleIntercept)"
+            )
+        elif bottom < low - width or top > high + width or top - bottom < 0.05 * width:
             flags.append(
                 f"channel {channel}: intensities {bottom:.4g} to {top:.4g} are far from the "
                 f"training range {low:.4g} to {high:.4g}"

@@ -444,6 +444,27 @@ def test_blank_scans_are_no_copies_of_each_other_and_are_named(scans):
     assert only(result.warnings).endswith(f": {', '.join(names)}")
 
 
+def make_ct(rise: float, has_air: bool = True) -> np.ndarray:
+    """Return air, soft tissue and bone, in HU and so much above."""
+    image = np.full(SHAPE, -1000.0 if has_air else -80.0)
+    image[:, 2:] = 40
+    image[2:4, 3:] = 900
+    return image.astype(np.float32) + rise
+
+
+@pytest.mark.parametrize("rises", [(0, 0, 0, 1024), (1024, 1024, 1024, 0)])
+def test_a_ct_whose_values_are_1024_off_those_of_the_others_is_named(scans, rises):
+    names = [scans.add("labeled", make_ct(rise + 3 * i)) for i, rise in enumerate(rises)]
+    warning = only([text for text in scans.check().warnings if "Hounsfield" in text])
+    assert [name for name in names if f"{name} (" in warning] == names[-1:]
+
+
+def test_a_ct_that_shows_no_air_is_not_off(scans):
+    for i in range(4):
+        scans.add("labeled", make_ct(3 * i, has_air=i < 3))
+    assert not [text for text in scans.check().warnings if "Hounsfield" in text]
+
+
 @pytest.mark.parametrize("factor", [80, 1 / 80])
 def test_a_label_of_quite_another_volume_is_named_with_its_file(scans, factor):
     for size in (20, 22, 24):

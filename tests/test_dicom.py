@@ -13,6 +13,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 from series import LPS, NAME, join_frames, make_slices, save
 
 from medssl.config import InputError
+from medssl.data.io import find_contradictions, read_image
 from medssl.formats import dicom
 from medssl.formats.dicom import list_series, open_scan, read_modality
 from medssl.formats.scan import keep_quiet
@@ -110,6 +111,33 @@ def test_values_without_a_rescale_are_the_stored_ones(tmp_path):
         del image.RescaleSlope, image.RescaleIntercept, image.FrameOfReferenceUID
     values, _ = read(save(tmp_path, slices))
     np.testing.assert_array_equal(values, ARRAY)
+
+
+@pytest.mark.parametrize(
+    ("modality", "lost", "expected"),
+    [
+        ("CT", ["RescaleSlope", "RescaleIntercept"], {"values": ""}),
+        ("CT", ["RescaleIntercept"], {"values": ""}),
+        ("CT", [], {}),
+        ("MR", ["RescaleSlope", "RescaleIntercept"], {}),
+    ],
+)
+def test_a_ct_that_does_not_say_what_its_values_are_is_named(tmp_path, modality, lost, expected):
+    slices = make_slices(ARRAY, AXIAL, Modality=modality)
+    for image in slices:
+        for field in lost:
+            delattr(image, field)
+    assert find_contradictions(read_image([save(tmp_path, slices)], 1)) == expected
+
+
+def test_slices_of_which_some_have_lost_their_rescale_are_refused(tmp_path):
+    slices = make_slices(ARRAY, AXIAL)
+    for image in slices[2:]:
+        del image.RescaleIntercept
+    refuse(save(tmp_path / "lost", slices), "2 of 4 slices lack", "3.dcm", "1 and -1000 in 1.dcm")
+    for image in slices[:2]:
+        image.RescaleIntercept = 0  # what is missing means
+    np.testing.assert_array_equal(read(save(tmp_path / "harmless", slices))[0], ARRAY)
 
 
 def test_values_go_through_a_lookup_table(tmp_path):

@@ -510,6 +510,7 @@ def test_intervals_and_verdicts_count_patients(data: Path, model: Any, tmp_path:
         ({3: "organ"}, "labels of the data"),
         ({3: "organ", 7: "tumor", 8: "vessel"}, "vessel"),
         ({3: "Tumor", 7: "organ"}, "'Tumor' is 3 in the data and 7 in the model"),
+        ({3: "Organ", 7: "spleen"}, "7 is 'spleen' in the data and 'tumor' in the model"),
     ],
 )
 def test_a_label_map_other_than_the_model_s_is_refused(
@@ -521,16 +522,38 @@ def test_a_label_map_other_than_the_model_s_is_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [("organ", "Organ"), ("left_lung", "Left-Lung"), ("class_3", "organ"), ("organ", "Segment_1")],
+)
 def test_data_with_the_model_s_label_map_is_evaluated(
-    data: Path, model: Any, tmp_path: Path
+    data: Path, model: Any, tmp_path: Path, ours: str, theirs: str
 ) -> None:
-    labels = {3: "Organ", 7: "lesion"}  # other names for the same values are no obstacle
+    model.info.labels = {0: "background", 1: ours, 2: "tumor"}
+    labels = {3: theirs, 7: "tumor"}
     summary = evaluate_data(
         tmp_path, data, tmp_path / "out", data=DataSection(labels=labels), report=quiet
     )
     assert summary["num_cases"] == 12
     assert summary["dataset"] == "scans"
     assert summary["trained_on"] == []
+
+
+@pytest.mark.parametrize(("degrees", "is_refused"), [(30, True), (0.4, False)])
+def test_scans_whose_axes_are_not_at_right_angles_are_refused(
+    data: Path, model: Any, tmp_path: Path, degrees: float, is_refused: bool
+) -> None:
+    affine = AFFINE.copy()
+    affine[1, 2] = 0.5 * np.tan(np.radians(degrees))
+    for path in data.glob("*/case03.nii.gz"):
+        array = np.asarray(nib.load(path).dataobj)
+        nib.save(nib.Nifti1Image(array, affine), path)
+    cases = read_dataset(data).cases[3:4]
+    if is_refused:
+        with pytest.raises(InputError, match=r"case03: .* 30\.0 degrees off .*resample_to_output"):
+            evaluate_model(model, cases, tmp_path / "out", report=quiet)
+    else:
+        assert evaluate_model(model, cases, tmp_path / "out", report=quiet)["num_cases"] == 1
 
 
 @pytest.fixture
@@ -713,7 +736,7 @@ def test_another_file_of_a_trained_case_s_name_is_remarked(
     data.rename(copy)
     summary = evaluate_data(run, copy, tmp_path / "out", report=quiet)
     assert summary["num_cases"] == 12
-    assert "if they are the same scans, this is no test" in summary["remarks"][0]
+    assert "if they are the same scans or the same people, this is no test" in summary["remarks"][0]
 
 
 def test_data_that_was_wholly_trained_on_is_refused(

@@ -315,6 +315,7 @@ ODD_HEADERS = {
     "left-right flip": make_scan(qform=change(UPRIGHT, r0c0=1)),
     "skew": make_scan(SKEWED),
     "skew, only sform": make_scan(SKEWED, None),
+    "sheared": make_scan(change(UPRIGHT, r1c2=1, r2c2=3**0.5), None),
     "sform is not pixdim": make_scan(change(UPRIGHT, r2c2=2.667)),
     "meter": make_scan(unit=1),
     "micron": make_scan(unit=3),
@@ -333,7 +334,7 @@ ODD_HEADERS = {
     "4D of two channels": make_scan(shape=(5, 6, 7, 2)),
     "damaged qform without a code": make_scan(qform=None, quatern_b=np.nan, qoffset_x=np.inf),
 }
-REFUSED_BY_ITK = {"skew, only sform", "NIfTI-2"}
+REFUSED_BY_ITK = {"skew, only sform", "sheared", "NIfTI-2"}
 
 
 def place_in_itk(path, num_axes):
@@ -424,6 +425,7 @@ def test_lengths_are_in_mm_whatever_the_unit_of_the_header(tmp_path, unit, mm):
         ("only sform", {}),
         ("only qform", {}),
         ("skew", {}),
+        ("sheared", {"shear": "30.0 degrees off"}),
         ("2D", {}),
         ("no codes", {"code": ""}),
         ("shift", {"place": "by 33 voxels"}),

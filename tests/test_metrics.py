@@ -102,6 +102,16 @@ def test_the_tolerance_is_the_median_spacing_but_at_least_1_mm() -> None:
     assert surface_tolerance(None) == 1.0
 
 
+def test_the_tolerance_of_fine_grids_is_no_larger_than_what_is_measured():
+    reference, prediction = np.zeros((2, 30, 30, 30), np.uint8)
+    reference[5:15, 5:15, 5:15] = prediction[12:22, 12:22, 12:22] = 1
+    micro = case_metrics(prediction, reference, (0.05, 0.05, 0.05), 2)[1]
+    assert micro.dice < 0.03
+    assert micro.surface_dice < 0.5
+    assert surface_tolerance((0.25, 0.25, 0.6)) == 1.0, "as in scans of people"
+    assert surface_tolerance((0.001, 0.001, 0.001)) == pytest.approx(0.004)
+
+
 def test_one_voxel_off_is_within_a_tolerance_of_one_voxel_despite_rounding() -> None:
     spacing = (float(np.float32(1.1)), 1.1, 1.0999999)
     reference = box((2, 3), (2, 6), (2, 6))

@@ -317,6 +317,26 @@ def test_the_header_of_a_later_channel_is_named_as_that_of_the_first(oracle, tmp
     assert ": channel 1: 0.8 x 0.8 x 2.5 mm against 1 x 1 x 1.2 mm" in named[0]
 
 
+@pytest.mark.parametrize(
+    ("trained", "values", "is_off"),
+    [
+        ((-1000, 900), (24, 1924), True),
+        ((0, 3000), (-1000, 900), True),
+        ((-1000, 900), (-1000, 1500), False),
+        ((-1000, 900), (-90, 250), False),
+        ((0, 3000), (0, 1200), False),
+    ],
+)
+def test_a_ct_with_another_zero_than_those_of_the_training_is_flagged(
+    oracle, tmp_path, trained, values, is_off
+):
+    image = np.repeat(np.linspace(*values, 50, dtype=np.float32), 20).reshape(10, 10, 10)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "a.nii")
+    info = oracle.info.model_copy(update={"intensity_range": (trained,)})
+    flags = predict.find_flags(info, read_image([tmp_path / "a.nii"], 1))
+    assert any("Hounsfield" in flag for flag in flags) == is_off
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 3), (20, 6, 1), (9, 9, 30)])
 def test_scans_smaller_and_thinner_than_the_patch_are_segmented(oracle, tmp_path, shape):
     write_scan(tmp_path / "a.nii", shape=shape)

@@ -391,7 +391,8 @@ def test_the_report_says_what_the_committed_study_found(study):
     words = f"at {after:.3f} Dice where labels alone, trained as long, are at {before:.3f}"
     assert words in EVIDENCE
     interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    assert f": {interval}, by Student's t [{found['t_low']:+.3f}, {found['t_high']:+.3f}]" in EVIDENCE
+    by_t = f"[{found['t_low']:+.3f}, {found['t_high']:+.3f}]"
+    assert f": {interval}, by Student's t {by_t}" in EVIDENCE
 
 
 def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):

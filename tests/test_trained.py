@@ -12,7 +12,14 @@ from medssl.data.cases import Case, Dataset, Splits
 from medssl.data.io import read_image
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
-from medssl.data.trained import find_data, find_rounds, find_trained_on, hash_voxels, read_splits
+from medssl.data.trained import (
+    find_data,
+    find_rounds,
+    find_trained_on,
+    hash_voxels,
+    read_splits,
+    write_trained_on,
+)
 from medssl.report import scans
 from medssl.rounds import loop
 from medssl.rounds.deliver import Outcome
@@ -121,6 +128,54 @@ def test_a_run_without_hashes_says_that_copies_go_unnoticed(run, tmp_path):
     assert any("would not be noticed" in remark for remark in remarks)
 
 
+def name_scans(folder, names, seed, layout="folders"):
+    """Write scans that are no copies, with labels, as a folder or as a list with patients."""
+    rows = ["case_id,image,label,patient_id"]
+    for name, patient in names.items():
+        seed += 1
+        for part in ("images", "labels"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            voxels = np.random.default_rng(seed).integers(0, 2, (4, 4, 4)).astype(np.uint8)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / part / f"{name}.nii.gz")
+        rows.append(f"{name},images/{name}.nii.gz,labels/{name}.nii.gz,{patient}")
+    if layout == "list":
+        (folder / "cases.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "ours", "theirs", "left_out", "remark"),
+    [
+        ("folders", "sub-01_ses-1", "sub-01_ses-2", True, "if they are other people"),
+        ("folders", "sub-01_ses-1", "sub-02_ses-2", False, ""),
+        ("folders", "patient001", "patient001", False, "if they are the same scans or the same"),
+        ("list", "first", "second", True, "if they are other people, give these another patient"),
+    ],
+)
+def test_other_scans_of_patients_that_were_trained_on_are_no_test(
+    tmp_path, layout, ours, theirs, left_out, remark, is_gone
+):
+    data = name_scans(tmp_path / "trained", {ours: "P1"}, 0, layout)
+    run = tmp_path / "run"
+    about = {"name": "trained", "root": str(data)}
+    parts = {"labeled": [ours], "val": [], "unlabeled": [], "test": [], "dataset": about}
+    write_json(run / "splits.json", parts)
+    (run / "config.yaml").write_text(f"data:\n  root: {data}\n")
+    (case,) = read_dataset(data).cases
+    hashes = {"sources": ["a"], "voxels": hash_scan(case)}
+    write_trained_on(run, {ours: hashes}, {ours: case.patient_id})
+    if is_gone:
+        data.rename(tmp_path / "elsewhere")
+    else:  # as a run that was begun before patients were recorded
+        write_json(run / "trained_on.json", {ours: hashes})
+    new = name_scans(tmp_path / "new", {theirs: "P1", "another": "P2"}, 7, layout)
+    matches, remarks = find_trained_on(run, read_dataset(new), hash_scan)
+    assert matches == [theirs] * left_out
+    assert len(remarks) == bool(remark)
+    assert remark in "".join(remarks)
+
+
 def test_what_was_trained_on_is_told_without_comparing_each_case_with_all(tmp_path, monkeypatch):
     compared = []
 
@@ -136,9 +191,8 @@ def test_what_was_trained_on_is_told_without_comparing_each_case_with_all(tmp_pa
     cases = [Case(i, (tmp_path / i,), tmp_path / "mask", i) for i in ids]
     splits = Splits(tuple(ids[:250]), (), (), tuple(ids[250:]))
     monkeypatch.setattr(trained, "read_splits", lambda run: (splits, None))
-    files = {case.images[0] for case in cases[:200]}
-    monkeypatch.setattr(trained, "_find_files", lambda data, names: files)
-    monkeypatch.setattr(trained, "_read_hashes", lambda run: (set(), set()))
+    monkeypatch.setattr(trained, "_find_cases", lambda data, names: cases[:200])
+    monkeypatch.setattr(trained, "_read_record", lambda run: (set(), set(), {}))
     dataset = Dataset("set", tmp_path, "list", tuple(cases), None, ("",))
     matches, remarks = find_trained_on(tmp_path, dataset, lambda case: [])
     assert matches == ids[:200]
@@ -165,3 +219,4 @@ def test_the_hashes_name_every_case_that_is_trained_on(run):
     known = read_json(run / "trained_on.json")
     assert set(known) == {*splits.labeled, *splits.unlabeled, *splits.val}
     assert all(scan["sources"] and scan["voxels"] for scan in known.values())
+    assert all(scan["patient_id"] for scan in known.values())

@@ -54,10 +54,12 @@ def test_the_versions_that_were_tested_are_collected_and_tried_without_an_index(
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "called.versions").read_text() == "torch==1.2\n"
     called = (tmp_path / "called").read_text()
-    assert re.search("pip wheel .*--extra-index-url there .$", called, re.M)
+    extras = re.escape("[dicom,export]")
+    assert re.search(rf"pip wheel .*--extra-index-url there \.{extras}$", called, re.M)
     assert re.search(
-        "pip install .*--dry-run --no-index --find-links .*/wheels medssl$", called, re.M
+        rf"pip install .*--dry-run --no-index --find-links .*/wheels medssl{extras}$", called, re.M
     )
+    assert "--find-links FOLDER 'medssl[dicom,export]'" in done.stdout
     folder = tmp_path / "wheels"
     check = ["sha256sum", "--check", "--quiet", "SHA256SUMS"]
     assert subprocess.run(check, cwd=folder).returncode == 0
@@ -79,7 +81,7 @@ def test_a_mistake_is_told_with_what_to_do(collect):
 
 def test_the_image_takes_the_wheelhouse_alone_and_runs_without_rights():
     assert DOCKERFILE.count("pip install") == 1
-    assert "--no-index --find-links /wheels" in DOCKERFILE
+    assert '--no-index --find-links /wheels "medssl[dicom,export]"' in DOCKERFILE
     (user,) = re.findall(r"^USER (\d+):\d+$", DOCKERFILE, re.M)
     assert int(user) > 0
     assert (ROOT / ".dockerignore").read_text().split() == ["*", "!wheels"]

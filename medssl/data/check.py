@@ -40,7 +40,7 @@ from medssl.transforms.geometry import (
     Volume,
     measure_displacement,
 )
-from medssl.transforms.preprocess import MOST_VOXELS
+from medssl.transforms.preprocess import MOST_VOXELS, is_ct_moved
 
 PERCENTILES = (0.5, 50.0, 99.5)
 
@@ -198,7 +198,7 @@ def check_dataset(
     warnings += _warn_of_volumes(dataset, facts, labels, ignore)
     problems += _refuse_origins(facts)
     warnings += [text] if (text := describe_origins(facts)) else []
-    warnings += _warn_of_grids(facts)
+    warnings += _warn_of_grids(facts) + _warn_of_ct(facts)
     return CheckResult(
         dataset,
         splits,
@@ -651,6 +651,30 @@ def _warn_of_grids(facts: Sequence[CaseFacts]) -> list[str]:
         ("images of a single value (99 % of the voxels at least)", flat),
     )
     return [f"{text}: {_shorten(names)}" for text, names in texts if names]
+
+
+def _warn_of_ct(facts: Sequence[CaseFacts]) -> list[str]:
+    """Warn of scans of a CT set, three or more, whose values are about 1000 off those of most."""
+    warnings = []
+    scans = [entry for entry in facts if entry.percentiles and not entry.is_blank]
+    for channel in range(min((len(entry.percentiles) for entry in scans), default=0)):
+        ranges = {
+            entry.case_id: (entry.percentiles[channel][0], entry.percentiles[channel][-1])
+            for entry in scans
+        }
+        usual = sorted(ranges.values())[(len(ranges) - 1) // 2]
+        moved = [
+            f"{case_id} ({_show(bottom)} to {_show(top)})"
+            for case_id, (bottom, top) in ranges.items()
+            if len(ranges) > 2 and is_ct_moved((bottom, top), usual)
+        ]
+        if moved:
+            warnings.append(
+                f"values about 1000 off those of most scans ({_show(usual[0])} to "
+                f"{_show(usual[1])}), as where CT is not in Hounsfield units: {_shorten(moved)}; "
+                "convert these anew with their intercept (-1024 or -1000)"
+            )
+    return warnings
 
 
 def _list(facts: Iterable[CaseFacts], kind: str) -> list[str]:

@@ -22,14 +22,22 @@ from medssl.formats.readers import DICOM, Reader, find_reader, get_reader
 from medssl.formats.scan import Color, Scan, guard
 from medssl.transforms.geometry import (
     MAX_DISPLACEMENT,
+    MAX_SHEAR,
     Affine,
     Header,
     Shape,
     Volume,
     measure_displacement,
+    measure_shear,
 )
 
 MAX_VALUES = 2**16  # different values of a label: more are those of an image
+
+STRAIGHTEN = (
+    "resample it to right angles, and its label with it (nibabel.processing.resample_to_output "
+    "does, of a label with order=0)"
+)
+"""How a scan whose axes are not at right angles is repaired."""
 
 CONTRADICTIONS = {
     "size": (
@@ -45,6 +53,16 @@ CONTRADICTIONS = {
         "the first axis is taken to run from right to left"
     ),
     "unit": "the header gives lengths in another unit, converted to mm",
+    "shear": (
+        "the axes of the scan are not at right angles (a tilted gantry, or a registration): "
+        "lengths and volumes by its voxel size are wrong, and evaluate refuses it; "
+        f"{STRAIGHTEN}"
+    ),
+    "values": (
+        "the series of a CT does not say how its values become Hounsfield units (RescaleSlope or "
+        "RescaleIntercept is missing), so the stored ones are taken; export it anew, unless air "
+        "is at -1000 in it"
+    ),
 }
 """What `find_contradictions` finds, in words."""
 
@@ -286,7 +304,7 @@ def read_geometry(path: Path) -> tuple[Shape, Affine]:
 
 
 def find_contradictions(volume: Volume, label: Header | None = None) -> dict[str, str]:
-    """Say what in the headers of a scan makes programs place its voxels differently.
+    """Say what in the headers of a scan makes programs place, measure or read voxels differently.
 
     Args:
         volume: Of `read_image`.
@@ -295,9 +313,10 @@ def find_contradictions(volume: Volume, label: Header | None = None) -> dict[str
     Returns:
         What stands in its headers, by kind: `size` (the spacing of the sform is not pixdim),
         `place` (sform and qform differ by more than 0.1 voxels), `code` (neither has a code: the
-        sides are guessed), `unit` (lengths were not in mm). What only the file of a
-        later channel says begins with the number of the channel, what only that of the label says
-        with that word. Empty for most scans.
+        sides are guessed), `unit` (lengths were not in mm), `shear` (axes are not at right
+        angles), `values` (a CT without a rescale). What only the file of a later channel says
+        begins with the number of the channel, what only that of the label says with that word.
+        Empty for most scans.
     """
     texts: dict[str, list[str]] = defaultdict(list)
     channels = ((f"channel {n}: ", one) for n, one in enumerate(volume.other_headers, 1))
@@ -305,6 +324,9 @@ def find_contradictions(volume: Volume, label: Header | None = None) -> dict[str
         for kind, what in (_contradict(header) if header else {}).items():
             if what not in texts[kind]:
                 texts[kind].append(f"{whose}{what}".removesuffix(": "))
+    shear = measure_shear(volume.shape, volume.affine)
+    if shear > MAX_SHEAR:
+        texts["shear"] = [f"{shear:.1f} degrees off"]
     return {kind: "; ".join(same) for kind, same in texts.items()}
 
 

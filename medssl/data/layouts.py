@@ -135,12 +135,12 @@ def _name_segments(dataset: Dataset) -> Dataset:
         return dataset
     values = _number_names(list(names.values()), dataset.labels)
     for case_id, named in {"data.labels": dataset.labels or {}, **names}.items():
-        counts = Counter(map(_fold, named.values()))
-        alike = sorted(name for name in named.values() if counts[_fold(name)] > 1)
+        counts = Counter(map(fold_name, named.values()))
+        alike = sorted(name for name in named.values() if counts[fold_name(name)] > 1)
         if alike:
             problems.append(f"{case_id}: the names {alike} count as one: give each another")
     for case_id, named in names.items():
-        if named and not any(_fold(name) in values for name in named.values()):
+        if named and not any(fold_name(name) in values for name in named.values()):
             problems.append(
                 f"{case_id}: its label holds {sorted(named.values())}, of which none is declared "
                 f"({sorted(values)}): name them by data.labels"
@@ -151,14 +151,14 @@ def _name_segments(dataset: Dataset) -> Dataset:
         replace(
             case,
             segments=tuple(
-                (name, values[_fold(name)])
+                (name, values[fold_name(name)])
                 for name in names.get(case.case_id, {}).values()
-                if _fold(name) in values
+                if fold_name(name) in values
             ),
         )
         for case in dataset.cases
     )
-    spellings = {_fold(name): name for named in names.values() for name in named.values()}
+    spellings = {fold_name(name): name for named in names.values() for name in named.values()}
     labels = dataset.labels or {0: "background", **{values[key]: spellings[key] for key in values}}
     return replace(dataset, cases=cases, labels=dict(sorted(labels.items())))
 
@@ -168,11 +168,11 @@ def _number_names(
 ) -> dict[str, int]:
     """Return the label value of each name, folded."""
     if labels is not None:
-        return {_fold(name): value for value, name in labels.items() if value}
+        return {fold_name(name): value for value, name in labels.items() if value}
     values: dict[str, set[int]] = defaultdict(set)
     for named in files:
         for number, name in named.items():
-            values[_fold(name)].add(number)
+            values[fold_name(name)].add(number)
     numbers = [number for same in values.values() for number in same]
     if len(set(numbers)) == len(numbers) == len(values) and 0 not in numbers:
         return {name: same.pop() for name, same in values.items()}
@@ -185,7 +185,7 @@ def _refuse_unnamed(
     """Refuse labels without names beside named ones whose numbers say nothing of theirs."""
     unnamed = [c.case_id for c in dataset.cases if c.label and not names.get(c.case_id)]
     pairs = {(name, number) for named in names.values() for number, name in named.items()}
-    if dataset.labels or not unnamed or all(values[_fold(name)] == n for name, n in pairs):
+    if dataset.labels or not unnamed or all(values[fold_name(name)] == n for name, n in pairs):
         return []
     numbers = ", ".join(f"{name} is {number}" for name, number in sorted(pairs)[:_MAX_HINTS])
     example = " ".join(f"data.labels.{value}={name}" for name, value in values.items())
@@ -196,8 +196,8 @@ def _refuse_unnamed(
     ]
 
 
-def _fold(name: str) -> str:
-    """Return a name of a segment for comparison: in one case, `_` and `-` as spaces."""
+def fold_name(name: str) -> str:
+    """Return the name of a class for comparison: in one case, `_` and `-` as spaces."""
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
 
 

@@ -1,7 +1,8 @@
 """What a run folder says of its model and its data, and which scans a run was trained on.
 
 A scan is recognized by its files and by its voxels: a copy under another name, in another folder
-or format is the same scan, and measuring a model on it is no test.
+or format is the same scan, and measuring a model on it is no test. Nor is measuring it on another
+scan of the same patient.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 
 from medssl.config import DataSection, InputError
 from medssl.data.cases import Case, Dataset, Splits, select_test_with_labels
-from medssl.data.files import hash_source
+from medssl.data.files import guess_patient, hash_source
 from medssl.data.layouts import read_dataset
 from medssl.runs import (
     find_edited,
@@ -159,15 +160,21 @@ def hash_voxels(array: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]) -> li
     return hashes
 
 
-def write_trained_on(run_dir: Path, scans: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the hashes by which the scans of a run are recognized.
+def write_trained_on(
+    run_dir: Path, scans: Mapping[str, Mapping[str, Any]], patients: Mapping[str, str]
+) -> None:
+    """Write the hashes by which the scans of a run are recognized, and whose scans they are.
 
     Args:
         run_dir: The run folder.
         scans: By case_id, the hashes of files (`sources`) and channels (`voxels`).
+        patients: By case_id, the patient_id.
     """
     hashes = {
-        case_id: {key: list(scan[key]) for key in ("sources", "voxels")}
+        case_id: {
+            **{key: list(scan[key]) for key in ("sources", "voxels")},
+            "patient_id": patients[case_id],
+        }
         for case_id, scan in scans.items()
     }
     write_json(run_dir / RECORD, hashes)
@@ -178,8 +185,10 @@ def find_trained_on(
 ) -> tuple[list[str], list[str]]:
     """Return the cases of a data set that the run of a model was trained on, and remarks.
 
-    Such a case has a file of a training scan, or one with the same bytes or voxels. A case that
-    only has the same case_id is not returned but remarked on.
+    Such a case has a file of a training scan, or one with the same bytes or voxels; or it is a
+    labeled one with the patient_id of a training scan. Where the case_id of a training scan
+    stands for another scan in the data set, the two may number their patients alike, so that
+    cases with an equal patient_id are not returned but remarked on.
 
     Args:
         path: A run, one of its rounds, or a model folder in it.
@@ -195,13 +204,14 @@ def find_trained_on(
         ]
     splits, data = read_splits(runs[0])
     trained = {*splits.labeled, *splits.unlabeled, *splits.val}
-    files, remarks = _find_files(data, trained), []
-    hashes, voxels = _read_hashes(runs[0])
-    if not hashes:
-        remarks.append(
-            f"{runs[0]}: keeps no hashes of the scans that it was trained on (medssl 0.1.0 kept "
-            "none): copies of these under other names would not be noticed"
-        )
+    cases = _find_cases(data, trained)
+    files = {image.resolve() for case in cases for image in case.images}
+    hashes, voxels, patients = _read_record(runs[0])
+    patients = {
+        **{case_id: guess_patient(case_id) for case_id in trained},
+        **{case.case_id: case.patient_id for case in cases},
+        **patients,
+    }
 
     def was_trained_on(case: Case) -> bool:
         if any(image.resolve() in files for image in case.images):
@@ -210,43 +220,71 @@ def find_trained_on(
             return False
         return any(hash_source(p) in hashes for p in case.images) or bool(voxels & {*read(case)})
 
-    matches = [case.case_id for case in dataset.cases if was_trained_on(case)]
-    others = trained.difference(matches)
-    alike = [c.case_id for c in dataset.cases if c.label is not None and c.case_id in others]
-    if alike and not hashes:  # with hashes it is known that they are others
-        remarks.insert(
-            0,
-            f"{len(alike)} cases bear the case_id of a case that the run was trained on "
-            f"({shorten(alike)}): if they are the same scans, this is no test",
+    matches = {case.case_id for case in dataset.cases if was_trained_on(case)}
+    others = [case for case in dataset.cases if case.label and case.case_id not in matches]
+    same, remarks = _find_same_patients(others, patients)
+    if not hashes:
+        remarks.append(
+            f"{runs[0]}: keeps no hashes of the scans that it was trained on (medssl 0.1.0 kept "
+            "none): copies of these under other names would not be noticed"
         )
-    return matches, remarks
+    matches.update(same)
+    return [case.case_id for case in dataset.cases if case.case_id in matches], remarks
 
 
-def _find_files(data: DataSection, trained: set[str]) -> set[Path]:
-    """Return the scan files of the cases that a run was trained on, where they still are."""
+def _find_same_patients(
+    cases: Iterable[Case], patients: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Return the cases of patients that a run was trained on, and a remark on them.
+
+    Args:
+        cases: That are no scans of the training.
+        patients: By case_id, the patients of the training.
+    """
+    known = set(patients.values())
+    same = [case for case in cases if case.patient_id in known]
+    names = shorten([case.case_id for case in same])
+    if not same:
+        return [], []
+    if any(case.case_id in patients for case in same):
+        return [], [
+            f"{len(same)} cases bear the case_id or patient of a scan that the run was trained on "
+            f"({names}): if they are the same scans or the same people, this is no test"
+        ]
+    return [case.case_id for case in same], [
+        f"{len(same)} of the cases that are left out are other scans of patients that the run was "
+        f"trained on, by case_id or patient_id ({names}); if they are other people, give these "
+        "another patient_id in a list (medssl check DATA --draft FILE.csv)"
+    ]
+
+
+def _find_cases(data: DataSection, trained: set[str]) -> list[Case]:
+    """Return the cases that a run was trained on, where they still are."""
     assert data.root is not None, "splits.json names the root"
     try:
         cases = read_dataset(data.root, data.format, data.labels).cases
     except InputError:  # the data of the run is no longer where it was
-        return set()
-    return {image.resolve() for c in cases if c.case_id in trained for image in c.images}
+        return []
+    return [case for case in cases if case.case_id in trained]
 
 
-def _read_hashes(run_dir: Path) -> tuple[set[str], set[str]]:
-    """Return the hashes of the files and of the channels that a run was trained on."""
+def _read_record(run_dir: Path) -> tuple[set[str], set[str], dict[str, str]]:
+    """Return the hashes of files and of channels that a run was trained on, and the patients."""
     path = run_dir / RECORD
     if not path.is_file():
-        return set(), set()
+        return set(), set(), {}
     try:
-        scans = [dict(scan) for scan in read_json(path).values()]
-        hashes = [
-            {str(value) for scan in scans for value in scan[key]} for key in ("sources", "voxels")
-        ]
+        scans = {case_id: dict(scan) for case_id, scan in read_json(path).items()}
+        sources, voxels = (
+            {str(value) for scan in scans.values() for value in scan[key]}
+            for key in ("sources", "voxels")
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: damaged ({error!r}); start the same medssl train again"
         ) from error
-    return hashes[0], hashes[1]
+    names = {key: str(scan["patient_id"]) for key, scan in scans.items() if "patient_id" in scan}
+    return sources, voxels, names
 
 
 def shorten(case_ids: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from medssl.config import InputError
 from medssl.formats.readers import START, split_series, starts_dicom
 from medssl.formats.scan import Scan, check_place, guard, keep_quiet
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import MAX_SHEAR, Affine, Header, Shape
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's world points to the left and to the back of the patient."""
@@ -47,7 +47,6 @@ Result = TypeVar("Result")
 _EXTRA = "pip install 'medssl[dicom]'"
 _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may differ
 _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positions are rounded
-_SHEARED = 0.5  # degrees between the normal and the stack; the affine keeps what is below
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
 _UNPLACED = "it does not say where it lies (no ImagePositionPatient)"
 _LISTED = 30  # series in a message
@@ -139,6 +138,8 @@ class Plane(NamedTuple):
         shape: Columns and rows.
         thickness: Distance of slices that the header gives, in mm; 0 if it gives none.
         rescale: Slope and intercept of the stored values; None if a lookup table has them.
+        has_rescale: Whether the header gives both, or the table.
+        modality: Such as CT; empty if the header does not say.
         notes: Further fields of the header, for messages.
     """
 
@@ -152,6 +153,8 @@ class Plane(NamedTuple):
     shape: tuple[int, int]
     thickness: float
     rescale: tuple[float, float] | None
+    has_rescale: bool
+    modality: str
     notes: dict[str, str]
 
     @property
@@ -292,6 +295,8 @@ def open_scan(path: Path) -> Scan:
         "frame_of_reference": planes[0].frame_of_reference,
         "instances": list(dict.fromkeys(plane.instance for plane in planes)),
     }
+    if any(plane.modality == "CT" and not plane.has_rescale for plane in planes):
+        header["contradictions"] = {"values": ""}
     return Scan(shape, affine, 1, partial(_iterate_values, planes), header)
 
 
@@ -536,8 +541,8 @@ def _find_plane(what: str, place: Place, frame: int, header: Any, fields: dict[s
     rows_apart, columns_apart = _read_numbers(what, fields, "PixelSpacing", 2).tolist()
     thickness = fields["SpacingBetweenSlices"] or fields["SliceThickness"]
     rescale = None
+    slope, intercept = fields["RescaleSlope"], fields["RescaleIntercept"]
     if not fields["ModalityLUTSequence"]:
-        slope, intercept = fields["RescaleSlope"], fields["RescaleIntercept"]
         rescale = (1.0 if slope is None else float(slope), float(intercept or 0))
         if rescale[0] == 0 or not np.isfinite(rescale).all():
             raise InputError(f"{what}: values would be x {slope} + {intercept} (RescaleSlope)")
@@ -552,6 +557,8 @@ def _find_plane(what: str, place: Place, frame: int, header: Any, fields: dict[s
         (int(header.Columns), int(header.Rows)),
         abs(float(thickness or 0)),
         rescale,
+        rescale is None or None not in (slope, intercept),
+        str(header.get("Modality") or ""),
         {name: str(fields[name]) for name in ("GantryDetectorTilt", *_DIFFERING) if fields[name]},
     )
 
@@ -595,6 +602,7 @@ def _refuse_unplaced(path: Path, group: list[tuple[Place, Any]]) -> None:
 def _stack(path: Path, planes: list[Plane]) -> tuple[list[Plane], Affine]:
     """Put slices in order and return their grid, if they have one."""
     _refuse_mixed(path, planes)
+    _refuse_lost_rescale(path, planes)
     first = planes[0]
     depths = np.array([plane.position @ first.normal for plane in planes])
     order = np.argsort(depths, kind="stable")
@@ -637,6 +645,23 @@ def _refuse_mixed(path: Path, planes: list[Plane]) -> None:
         raise InputError(
             f"{path}: {len(kinds)} kinds of slices in one series, which are no one volume: "
             f"{listed}. Put those of one kind into a folder of their own"
+        )
+
+
+def _refuse_lost_rescale(path: Path, planes: list[Plane]) -> None:
+    """Refuse slices without a rescale among others whose values are changed by theirs."""
+    lost = [plane for plane in planes if not plane.has_rescale]
+    others = [
+        (plane, plane.rescale)
+        for plane in planes
+        if plane.has_rescale and plane.rescale and plane.rescale != (1.0, 0.0)
+    ]
+    if lost and others:
+        other, (slope, intercept) = others[0]
+        raise InputError(
+            f"{path}: {len(lost)} of {len(planes)} slices lack RescaleSlope or RescaleIntercept, "
+            f"such as {_show(lost[0])}, and others have them ({slope:g} and {intercept:g} in "
+            f"{_show(other)}), so their values are of several scales: export the series again"
         )
 
 
@@ -714,7 +739,7 @@ def _refuse_sheared(path: Path, planes: list[Plane], step: NDArray[np.float64]) 
     along = float(step @ planes[0].normal)
     aside = float(np.linalg.norm(step - along * planes[0].normal))
     angle = float(np.degrees(np.arctan2(aside, along)))
-    if angle > _SHEARED:
+    if angle > MAX_SHEAR:  # the affine keeps what is below
         tilt = planes[0].notes.get("GantryDetectorTilt")
         named = f" (GantryDetectorTilt {tilt})" if tilt else ""
         raise InputError(

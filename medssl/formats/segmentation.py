@@ -243,9 +243,10 @@ def _refuse_unlisted(path: Path, dataset: Any, stored: set[int], kind: str) -> N
         listed |= {0, int(dataset.get("PixelPaddingValue") or 0)}
     unlisted = sorted(stored - listed)
     if unlisted:
-        whose = f"segments that it does not list, {unlisted[:12]}" if any(unlisted) else "no segment"
+        others = f"segments that it does not list, {unlisted[:12]}"
         raise InputError(
-            f"{path}: holds voxels of {whose}: save it again with a segment for each, or erase them"
+            f"{path}: holds voxels of {others if any(unlisted) else 'no segment'}: save it again "
+            "with a segment for each, or erase them"
         )
 
 

@@ -295,7 +295,8 @@ def _begin_run(
     """Write what a run begins with, the round 0 of another run too."""
     _open_folder(prepared, run_dir, run_hash)
     metas = {case_id: read_json(entry.folder / "meta.json") for case_id, entry in cached.items()}
-    write_trained_on(run_dir, metas)
+    patients = {case.case_id: case.patient_id for case in prepared.dataset.cases}
+    write_trained_on(run_dir, metas, patients)
     if round_0 is not None:
         _take_over_round_0(round_0, run_dir)
 

@@ -34,6 +34,9 @@ can hold; its keys are those of the kind of file (`medssl.formats`)."""
 MAX_DISPLACEMENT = 0.1
 """Voxels by which the grids of one case, or the places that one header gives, may differ."""
 
+MAX_SHEAR = 0.5
+"""Degrees by which the axes of a scan may be off right angles, so that its spacing measures it."""
+
 _SPACINGS = (1e-6, 1e4)  # mm; what lies beyond is no voxel, even if its unit is wrong
 _MOST_UNEQUAL = 200.0  # ratio of two spacings of one scan; that of retinal scans reaches 130
 _FARTHEST = 1e6  # mm from the origin, where float32 still tells voxels apart
@@ -125,6 +128,22 @@ def grid_spacing(affine: Affine) -> Spacing:
     """
     i, j, k = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
     return i, j, k
+
+
+def measure_shear(shape: Shape, affine: Affine) -> float:
+    """Return by how many degrees the axes of a grid are off right angles; one of one voxel is not.
+
+    Example:
+        Slices that lie one voxel beside each other, as of a gantry that was tilted.
+
+        >>> tilted = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+        >>> round(measure_shear((4, 4, 3), tilted), 3), measure_shear((4, 4, 1), tilted)
+        (45.0, 0.0)
+    """
+    axes = affine[:3, :3][:, np.array(shape) > 1]
+    axes = axes / np.linalg.norm(axes, axis=0)
+    cosines = np.abs(np.triu(axes.T @ axes, 1))
+    return float(np.degrees(np.arcsin(np.minimum(cosines, 1)).max(initial=0)))
 
 
 def cache_grid(shape: Shape, affine: Affine, spacing: GridSpacing) -> tuple[Shape, Affine]:

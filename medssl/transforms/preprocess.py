@@ -189,6 +189,25 @@ def preprocess_label(
     return result
 
 
+def is_ct_moved(values: tuple[float, float], others: tuple[float, float]) -> bool:
+    """Tell whether of two CTs one is in Hounsfield units and one about 1000 above them.
+
+    So it is where the intercept got lost (0 to 4095). Air is at -1000 HU, so what goes below -850
+    is in HU; what does not go below -50, air and fat, and beyond 1000 is above, unless it is
+    bone alone.
+
+    Args:
+        values: The 0.5 and the 99.5 percentile of a scan.
+        others: Of one or several others.
+
+    Example:
+        >>> is_ct_moved((24, 1300), (-1000, 400)), is_ct_moved((-90, 400), (-1000, 400))
+        (True, False)
+    """
+    lower, upper = sorted((values, others))
+    return lower[0] < -850 and upper[0] > -50 and upper[1] > 1000
+
+
 def measure_percentiles(volume: Volume) -> tuple[tuple[float, float, float], ...]:
     """Return the 0.5, 50 and 99.5 percentiles of the raw intensities, per channel.
 

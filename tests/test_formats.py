@@ -308,7 +308,8 @@ def test_series_that_a_layout_does_not_name_are_noted_by_folder(mixed, tmp_path)
     root = tmp_path / "data"
     shutil.copytree(mixed[0], root)
     write_series(root / "raw" / "old", make_case(0)[0])
-    (note,) = read_dataset(root, labels=NAMES).notes
+    note, unclear = read_dataset(root, labels=NAMES).notes
+    assert "do not tell the patients of DICOM apart" in unclear, "all have one PatientID here"
     assert note.startswith("1 scans are not read")
     assert "in the folders raw/old (1);" in note
 
@@ -343,7 +344,7 @@ def write_mixed(root, *names):
 def test_labels_without_names_wait_for_names_where_numbers_disagree(tmp_path):
     liver, kidney = {1: "liver", 2: "kidney"}, {1: "kidney", 2: "liver"}
     root = write_mixed(tmp_path / "a", None, liver, kidney)
-    with pytest.raises(InputError, match=r"p0: .* data\.labels\.1=kidney data\.labels\.2=liver"):
+    with pytest.raises(InputError, match=r"p0: .*kidney is 1, kidney is 2.* data\.labels\.1="):
         read_dataset(root)
     assert len(read_dataset(root, opens_files=False).cases) == 3, "a prediction opens no label"
     dataset = read_dataset(root, labels={1: "liver", 2: "kidney"})

@@ -188,11 +188,10 @@ def _refuse_unnamed(
     if dataset.labels or not unnamed or all(values[fold_name(name)] == n for name, n in pairs):
         return []
     numbers = ", ".join(f"{name} is {number}" for name, number in sorted(pairs)[:_MAX_HINTS])
-    example = " ".join(f"data.labels.{value}={name}" for name, value in values.items())
     return [
         f"{_list_names(unnamed)}: the label has values without names, and the "
-        f"files with names do not agree on numbers ({numbers}): say which value is which in the "
-        f"labels without names, as {example}"
+        f"files with names do not agree on numbers ({numbers}): say what each value means in "
+        "the labels without names, as data.labels.1=NAME data.labels.2=NAME"
     ]
 
 

@@ -6,6 +6,7 @@ the right, and the next page. In 2D a plan has a slice axis; sizes are those of 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,7 @@ GPU_STEPS = 10_000
 DEFAULT_ENCODER = "resnet18"
 CPU_FILTERS = 16
 GPU_FILTERS = 32
+LEAST_FILTERS = 8
 MOST_FILTERS = 320
 
 
@@ -197,8 +199,8 @@ def make_plan(
 
 
 def _choose_filters(first: float, levels: int) -> tuple[int, ...]:
-    """Return the channels of each level: multiples of 8, doubling."""
-    start = max(8, round(first / 8) * 8)
+    """Return the channels of each level: multiples of the least, doubling."""
+    start = max(1, round(first / LEAST_FILTERS)) * LEAST_FILTERS
     return tuple(min(MOST_FILTERS, start * 2**level) for level in range(levels))
 
 
@@ -573,7 +575,7 @@ def _choose_encoder_patch(
     median = np.median(shapes, axis=0)
     target = median.copy() if setting == "auto" else np.array(setting, dtype=float)
     while True:
-        size = np.maximum(np.ceil(target / ENCODER_FACTOR) * ENCODER_FACTOR, LEAST_SIDE).astype(int)
+        size = _fit_encoder_patch(target)
         if setting != "auto" or size.prod() <= budget:
             break
         target[np.argmax(target)] *= 0.9
@@ -584,6 +586,12 @@ def _choose_encoder_patch(
         )
     _explain_patch(size, median, budget, "pixels", reasons)
     return tuple(size.tolist())
+
+
+def _fit_encoder_patch(target: NDArray[np.float64]) -> NDArray[np.int_]:
+    """Return the nearest patch size, no smaller, that a network with an encoder takes."""
+    size = np.ceil(target / ENCODER_FACTOR) * ENCODER_FACTOR
+    return size.clip(LEAST_SIDE).astype(int)
 
 
 def _explain_patch(
@@ -635,9 +643,7 @@ def _choose_patch(
         target = np.array(setting, dtype=float)
     most = config.network.depth if config.network.depth != "auto" else _MOST_LEVELS[is_flat, on_gpu]
     while True:
-        strides = _choose_strides(target, np.array(spacing), most)
-        factor = np.prod(np.array(strides), axis=0)
-        size = np.maximum(np.ceil(target / factor) * factor, factor).astype(int)
+        size, strides = _fit_patch(target, spacing, most)
         if setting != "auto" or size.prod() <= budget:
             break
         target[np.argmax(target / np.median(shapes, axis=0) * target)] *= 0.9
@@ -646,6 +652,7 @@ def _choose_patch(
             f"network.depth={config.network.depth}: a patch of {'x'.join(str(n) for n in size)} "
             f"voxels has room for {len(strides)} levels; lower it, or leave it out"
         )
+    factor = np.prod(np.array(strides), axis=0)
     if setting != "auto" and tuple(size) != tuple(setting):
         raise InputError(
             f"plan.patch_size={list(setting)}: with {len(strides)} levels each side must be a "
@@ -659,6 +666,42 @@ def _choose_patch(
     median = np.median(shapes, axis=0)
     _explain_patch(size, median, budget, "pixels" if is_flat else "voxels", reasons)
     return tuple(size.tolist()), strides
+
+
+def _fit_patch(
+    target: NDArray[np.float64], spacing: Sequence[float], most: int
+) -> tuple[NDArray[np.int_], tuple[tuple[int, ...], ...]]:
+    """Return the nearest patch size, no smaller, that a DynUNet takes, and its strides."""
+    strides = _choose_strides(target, np.array(spacing), most)
+    factor = np.prod(np.array(strides), axis=0)
+    return np.maximum(np.ceil(target / factor) * factor, factor).astype(int), strides
+
+
+def suggest_patch(plan: Plan, config: Config, share: float) -> tuple[int, ...] | None:
+    """Return a smaller patch size that the same plan would take, or None if there is none.
+
+    Args:
+        plan: The plan, whose spacing stays.
+        config: Its configuration.
+        share: Of the voxels of the plan's patch, at most.
+    """
+    spacing = [step for step in plan.preprocessing.spacing if step is not None]
+    on_gpu, is_own = plan.device != "cpu", plan.network.name == "dynunet"
+    levels = len(plan.network.strides)
+    target = np.array(plan.patch_size, dtype=float)
+    most = share * target.prod()
+    while target.max() > 1:
+        target[np.argmax(target)] *= 0.9
+        size = _fit_patch(target, spacing, levels)[0] if is_own else _fit_encoder_patch(target)
+        if size.prod() > most:
+            continue
+        section = config.plan.model_copy(update={"patch_size": tuple(size.tolist())})
+        smaller = config.model_copy(update={"plan": section})
+        with contextlib.suppress(InputError):
+            if is_own:
+                return _choose_patch(smaller, size[None], spacing, on_gpu, [])[0]
+            return _choose_encoder_patch(smaller, size[None], on_gpu, [])
+    return None
 
 
 def _find_budget(is_flat: bool, on_gpu: bool) -> int:

@@ -14,7 +14,7 @@ from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.layouts import read_dataset
 from medssl.machine import choose_device, choose_threads
-from medssl.networks.build import build_network
+from medssl.networks.build import NetworkSpec, build_network
 from medssl.plan import (
     Plan,
     _choose_workers,
@@ -22,8 +22,9 @@ from medssl.plan import (
     describe_student,
     list_decisions,
     make_plan,
+    suggest_patch,
 )
-from medssl.rounds.student import check_settings
+from medssl.rounds.student import check_settings, suggest_smaller
 from medssl.runs import read_json, write_json
 from medssl.settings import load_config
 from medssl.sides import find_mirrored
@@ -285,6 +286,45 @@ def test_students_that_see_no_label_or_mix_with_themselves_are_refused(scans, ov
     plan = scans.add().add(labeled=False).plan(*given)
     with pytest.raises(InputError, match=words):
         check_settings(load_config(overrides=given).config, plan, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "offered"),
+    [
+        ([], ["plan.patch_size"]),
+        (["train.batch=4"], ["plan.patch_size", "train.batch=2"]),
+        (["train.unlabeled_ratio=0.5", "train.batch=4"], ["plan.patch_size", "train.batch=3"]),
+        (["train.unlabeled_ratio=[1, 4]"], ["plan.patch_size", "train.unlabeled_ratio=1"]),
+        (["noise.mixing=none"], ["plan.patch_size", "train.batch=1"]),
+        (["plan.dimension=2"], ["plan.patch_size", "train.batch=4"]),
+        (["network.depth=4", "plan.patch_size=[32,8,8]"], ["network.width=0.5"]),
+        (["network.depth=4", "plan.patch_size=[32,8,8]", "network.width=0.5"], []),
+    ],
+)
+def test_each_setting_that_is_offered_for_less_memory_is_accepted(scans, overrides, offered):
+    add_large_scan(scans).add(labeled=False)
+    config = load_config(overrides=overrides).config
+    plan = scans.plan(*overrides)
+    advice = suggest_smaller(config, plan, 1)
+    ways = [way.split() for way in advice.removeprefix("set ").split(", or ") if offered]
+    assert advice.startswith("set " if offered else "use a machine with more memory")
+    assert [way[0].split("=")[0] for way in ways] == [word.split("=")[0] for word in offered]
+    assert all(word in advice for word in offered)
+    for way in ways:
+        smaller = scans.plan(*overrides, *way)
+        check_settings(load_config(overrides=[*overrides, *way]).config, smaller, 0)
+        assert smaller.preprocessing.spacing == plan.preprocessing.spacing
+        if "plan.patch_size" in way[0]:
+            assert np.prod(smaller.patch_size) <= np.prod(plan.patch_size) / 2
+
+
+def test_a_smaller_patch_of_a_network_with_an_encoder_is_one_that_it_takes(tiny_plan):
+    update = {"patch_size": (256, 256), "slice_axis": 2, "network": NetworkSpec(
+        name="unet", in_channels=1, num_classes=3, encoder="resnet18"
+    )}  # fmt: skip
+    plan, config = tiny_plan.model_copy(update=update), load_config().config
+    assert suggest_patch(plan, config, 0.5) == (160, 192)
+    assert suggest_patch(plan.model_copy(update={"patch_size": (64, 64)}), config, 0.5) is None
 
 
 def test_a_fine_tune_of_one_step_is_one(scans):

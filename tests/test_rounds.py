@@ -541,7 +541,7 @@ def test_memory_that_does_not_suffice_is_said_with_the_way_out(start, monkeypatc
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
     monkeypatch.setattr(loop, "train_round", refuse)
-    with pytest.raises(InputError, match=r"out of memory; lower train\.batch"):
+    with pytest.raises(InputError, match=r"out of memory; set plan\.patch_size=.* --restart"):
         start("rounds=0")
 
 

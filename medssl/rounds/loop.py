@@ -44,7 +44,7 @@ from medssl.rounds.deliver import (
 )
 from medssl.rounds.estimate import estimate_run
 from medssl.rounds.run import Run, StopRequested
-from medssl.rounds.student import check_settings, train_round
+from medssl.rounds.student import check_settings, suggest_smaller, train_round
 from medssl.rounds.teacher import label_and_judge
 from medssl.runs import (
     CaseCounter,
@@ -304,8 +304,8 @@ def _run_or_say_why(run: Run, predict_unlabeled: bool) -> Outcome:
     """Run all rounds; where that fails, the state says so."""
     try:
         with explain_out_of_memory(
-            "out of memory; lower train.batch, train.unlabeled_ratio or plan.patch_size, or make "
-            "plan.spacing coarser"
+            f"out of memory; {suggest_smaller(run.config, run.plan, run.num_rounds)}, or, where "
+            "whole scans are too large, a coarser plan.spacing, and --restart to start over"
         ):
             return _run_rounds(run, predict_unlabeled)
     except (Exception, KeyboardInterrupt) as error:

@@ -188,15 +188,6 @@ def test_a_mistake_names_the_key_the_value_and_the_repair(override, words):
     assert override.split("=")[0].split(".")[-1] in message
 
 
-@pytest.mark.parametrize("name", ["none", "free", "soft", "quantile"])
-def test_cases_are_not_drawn_by_a_coverage_that_all_have(name):
-    settings = ["method=noisy_student", f"filter.threshold.name={name}"]
-    assert "filter.case.draw=uniform" in refuse(overrides=settings)
-    unlimited = "filter.uncertainty={source: mc_dropout, start: null}"
-    assert "filter.case.draw=uniform" in refuse(overrides=[*settings, unlimited])
-    load_config(overrides=[*settings, "filter.uncertainty={source: mc_dropout, start: 0.5}"])
-
-
 def test_a_temperature_of_hard_targets_is_refused():
     assert "target.kind=soft" in refuse(overrides=["method=fixmatch", "target.temperature=0.5"])
 

@@ -327,6 +327,20 @@ def test_a_smaller_patch_of_a_network_with_an_encoder_is_one_that_it_takes(tiny_
     assert suggest_patch(plan.model_copy(update={"patch_size": (64, 64)}), config, 0.5) is None
 
 
+@pytest.mark.parametrize("name", ["none", "free", "soft", "quantile"])
+def test_cases_are_not_drawn_by_a_coverage_that_all_have(tiny_plan, name):
+    def check(*more):
+        settings = ["method=noisy_student", f"filter.threshold.name={name}", *more]
+        check_settings(load_config(overrides=settings).config, tiny_plan, 0)
+
+    with pytest.raises(InputError, match=r"filter\.case\.draw=uniform"):
+        check()
+    with pytest.raises(InputError, match=r"filter\.case\.draw=uniform"):
+        check("filter.uncertainty={source: mc_dropout, start: null}")
+    check("filter.uncertainty={source: mc_dropout, start: 0.5}")
+    check("filter.threshold={name: fixed, start: 0.8}")
+
+
 def test_a_fine_tune_of_one_step_is_one(scans):
     given = ["method=classic", "steps=100", "train.schedule=pretrain"]
     plan = scans.add().add(labeled=False).plan(*given, "train.fine_tune.share=0.01")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from medssl import ranks
-from medssl.config import IGNORE, Config, InputError, at_round
+from medssl.config import IGNORE, Config, FilterSection, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
 from medssl.data.pseudo_labels import draw_probs, is_whole, measure_agreement
@@ -34,6 +34,7 @@ from medssl.predict import (
     save_model,
 )
 from medssl.pseudo.label import weigh_cases
+from medssl.pseudo.thresholds import find_rule
 from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
 from medssl.rounds.run import (
     Run,
@@ -85,6 +86,7 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
             "filter.uncertainty.source=flips: this plan mirrors along no axis (plan.flips=[]), so "
             "there is one prediction only; take mc_dropout, ensemble or none"
         )
+    _check_draw(config.filter)
     _check_patches(config, plan)
     tuning, section = config.train.fine_tune, config.losses.pseudo_label
     if tuning.share:
@@ -108,6 +110,18 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
         loss(logits, torch.zeros(1, 1, 2, 2, 2, dtype=torch.uint8))
     except (ValueError, TypeError) as error:
         raise InputError(f"losses.pseudo_label: {error}") from error
+
+
+def _check_draw(section: FilterSection) -> None:
+    """Refuse draws of cases by a coverage that all of them have."""
+    is_bounded = find_rule(section.threshold.name).find_lowest is not None
+    if section.case.draw == "coverage" and not (is_bounded or section.uncertainty.is_limited):
+        raise InputError(
+            "filter.case.draw=coverage draws by the share of accepted voxels, but with "
+            f"filter.threshold.name={section.threshold.name} and no limit of uncertainty all cases "
+            "have the same; set filter.threshold={name: fixed, start: 0.8}, or "
+            "filter.case.draw=uniform"
+        )
 
 
 def _check_patches(config: Config, plan: Plan) -> None:

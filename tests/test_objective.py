@@ -691,6 +691,16 @@ def test_uncertainty_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_l
         assert torch.equal(accepted > 0, uncertainty < limit)
 
 
+@pytest.mark.parametrize(("start", "count"), [("null", 0), ("0.75", 1)])
+def test_no_pass_is_sampled_where_no_limit_of_uncertainty_applies(tiny_spec, start, count):
+    config = configure("uamt", f"filter.uncertainty.start={start}", "filter.threshold.name=fixed")
+    objective, sampled = make_objective(config, tiny_spec), []
+    real = objective._sample
+    objective._sample = lambda *given: sampled.append(1) or real(*given)
+    compute(objective, *make_batch(config))
+    assert len(sampled) == count
+
+
 def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():
     settings = ["noise.mixing=none", "losses.pseudo_label.name=ce", "filter.threshold.name=none"]
     config = configure(FULL, *settings)

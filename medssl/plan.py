@@ -60,6 +60,7 @@ CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
+_LEVEL_OFF = "where few labels level off in what a processor has time for"
 DEFAULT_ENCODER = "resnet18"
 CPU_FILTERS = 16
 GPU_FILTERS = 32
@@ -162,7 +163,8 @@ def make_plan(
     if steps == "auto":
         goes_on = config.train.start == "warm"
         steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
-        reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
+        why = "by default on a GPU, where none was measured" if on_gpu else _LEVEL_OFF
+        reasons.append(f"{describe_steps(steps)}: {why}")
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = machine.choose_threads()
     if threads < machine.TORCH_THREADS:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,7 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
 MOST_FOREGROUND = 10**8  # voxels that the normalization of CT is taken from
 CT_SCANS = 2  # that are looked at
 CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of the tube lower
+LOOKS_LIKE_CT = "it looks like CT, with the air and bone of Hounsfield units"
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
@@ -417,22 +419,13 @@ def _choose_normalization(
 ) -> tuple[Normalization, ...]:
     """Return how each channel is normalized: HU statistics for CT, z-score for all else."""
     channels = dataset.channels or ("",)
-    kinds = [
-        config.plan.normalization
-        if config.plan.normalization != "auto"
-        else ("ct" if name.strip().lower() in ("ct", "computed tomography") else "zscore")
-        for name in channels
-    ]
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     result = []
-    for index, (name, kind) in enumerate(zip(channels, kinds, strict=True)):
-        is_guess = kind == "zscore" and has_spacing and config.plan.normalization == "auto"
-        hint = "" if name or not is_guess else "; for CT in Hounsfield units plan.normalization=ct"
-        if is_guess and _look_like_ct(labeled[:CT_SCANS], index, len(channels)):
-            hint = (
-                "; but it looks like CT, with the air and bone of Hounsfield units: if it is, "
-                "plan.normalization=ct"
-            )
+    for index, name in enumerate(channels):
+        kind, hint = config.plan.normalization, ""
+        if kind == "auto":
+            looks = partial(_look_like_ct, labeled[:CT_SCANS], index, len(channels))
+            kind, hint = _recognize_ct(name, looks if has_spacing else None)
         reasons.append(f"channel {index} ({name or 'unknown'}): normalization {kind}{hint}")
         if kind == "zscore":
             result.append(Normalization(kind="zscore"))
@@ -443,6 +436,26 @@ def _choose_normalization(
         mean, std = float(clipped.mean()), max(float(clipped.std()), 1e-3)
         result.append(Normalization(kind="ct", low=low, high=high, mean=mean, std=std))
     return tuple(result)
+
+
+def _recognize_ct(
+    name: str, look: Callable[[], bool] | None
+) -> tuple[Literal["zscore", "ct"], str]:
+    """Return the normalization of a channel for which none is set, and what to say of it.
+
+    ``look`` tells whether its scans look like CT; None for pictures.
+    """
+    plain = name.strip().lower()
+    if plain in ("ct", "computed tomography"):
+        return "ct", ""
+    if look is None:
+        return "zscore", ""
+    if not look():
+        hint = "; for CT in Hounsfield units plan.normalization=ct"
+        return "zscore", "" if name else hint
+    if re.search(r"(?<![a-z])ct(?![a-z])", plain):
+        return "ct", ": its name says so, and it looks like it; else plan.normalization=zscore"
+    return "zscore", f"; but {LOOKS_LIKE_CT}: if it is, plan.normalization=ct"
 
 
 def _look_like_ct(cases: Sequence[Case], channel: int, num_channels: int) -> bool:

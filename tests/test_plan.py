@@ -243,7 +243,7 @@ def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):
     ("air", "bone", "step", "channel", "says"),
     [
         (-1024, 3071, 1, "", True),
-        (-1000, 900, 1, "CT venous", True),
+        (-1000, 900, 1, "direct", True),
         (-3024, 1500, 1, "image", True),
         (0, 3071, 1, "", False),
         (-1024, 3071, 1.3, "", False),  # no whole numbers
@@ -261,6 +261,19 @@ def test_what_looks_like_ct_is_said_and_not_decided(scans, air, bone, step, chan
     assert plan.preprocessing.normalization[0].kind == "zscore"
     given = scans.plan("plan.normalization=zscore", channels=(channel,))
     assert "looks like CT" not in "\n".join(given.reasons)
+
+
+@pytest.mark.parametrize(
+    ("channel", "air", "kind"),
+    [("CT venous", -1000, "ct"), ("abdomen_CT", -1000, "ct"), ("PET/CT", 0, "zscore")],
+)
+def test_a_channel_that_is_named_ct_and_looks_like_it_is_ct(scans, channel, air, kind):
+    (case,) = scans.add().labeled
+    values = np.rint(np.linspace(air, 900, 20 * 18 * 16)).reshape(20, 18, 16)
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4)), case.images[0])
+    plan = scans.plan(channels=(channel,))
+    assert plan.preprocessing.normalization[0].kind == kind
+    assert scans.plan("plan.normalization=zscore").preprocessing.normalization[0].kind == "zscore"
 
 
 def test_a_patch_that_is_alone_is_mixed_with_none_and_the_plan_says_so(scans):

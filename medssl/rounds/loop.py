@@ -33,7 +33,7 @@ from medssl.data.store import find_url
 from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
 from medssl.networks.sharing import share_steps
-from medssl.plan import Plan, list_decisions, make_plan
+from medssl.plan import LOOKS_LIKE_CT, Plan, list_decisions, make_plan
 from medssl.predict import ModelInfo, describe_model
 from medssl.rounds.deliver import (
     MOST_REJECTED,
@@ -148,6 +148,9 @@ def _make_plan(config: Config, dataset: Dataset, splits: Splits) -> Plan:
         select_cases(dataset, splits, "unlabeled"),
     )
     plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
+    for reason in plan.reasons:
+        if LOOKS_LIKE_CT in reason:
+            print(f"warning: {reason}", file=sys.stderr)
     origins = describe_origins(checked.facts, with_names=False)
     if origins:
         plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})

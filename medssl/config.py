@@ -284,6 +284,11 @@ class UncertaintySection(Section):
     fidelity: Fidelity = "full"
     start: Fraction | None = 0.75
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether an uncertainty is measured, and some voxels have too much of it."""
+        return self.source != "none" and self.start is not None
+
 
 Stable = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -616,16 +621,8 @@ def _check_rest(config: Config) -> Iterator[str]:
 
 def _check_idle(config: Config) -> Iterator[str]:
     """Yield settings without effect, or with one that another setting has switched off."""
-    threshold, draw = config.filter.threshold, config.filter.case.draw
-    uncertainty, target = config.filter.uncertainty, config.target
-    unlimited = uncertainty.source == "none" or uncertainty.start is None
-    unbounded = threshold.name in ("none", "free", "soft", "quantile")
-    if draw == "coverage" and unlimited and unbounded:
-        yield (
-            "filter.case.draw=coverage draws by the share of accepted voxels, but with "
-            f"filter.threshold.name={threshold.name} and no limit of uncertainty all cases have "
-            "the same; set filter.threshold={name: fixed, start: 0.8}, or filter.case.draw=uniform"
-        )
+    threshold, target = config.filter.threshold, config.target
+    unlimited = not config.filter.uncertainty.is_limited
     if target.assignment == "transport" and target.kind != "hard" and target.temperature != 1.0:
         yield (
             f"target.temperature={target.temperature:g} has no effect on soft targets of "

@@ -151,7 +151,8 @@ class Objective(nn.Module):
         """Let the average go on from the weights that the student starts with.
 
         Else it copies the student after its first step and is its plain mean for the first
-        hundred, at the highest learning rate: it would forget the teacher that it came from.
+        1 / (1 - decay) steps, at the highest learning rate: it would forget the teacher that it
+        came from.
         """
         self.teacher.n_averaged.fill_(round(1.0 / (1.0 - self.config.teacher.ema_decay)))
 
@@ -341,8 +342,11 @@ class Objective(nn.Module):
     def _measure_uncertainty(
         self, unlabeled: Mapping[str, Tensor], u_w: Tensor | None
     ) -> Tensor | None:
-        """Return the uncertainty (B, 1, I, J, K) in nats, measured offline or here; or None."""
-        if self.config.filter.uncertainty.source == "none":
+        """Return the uncertainty (B, 1, I, J, K) in nats, measured offline or here.
+
+        None where no limit applies to it.
+        """
+        if not self.config.filter.uncertainty.is_limited:
             return None
         if "uncertainty" in unlabeled:
             return unlabeled["uncertainty"]

@@ -6,9 +6,11 @@ the right, and the next page. In 2D a plan has a slice axis; sizes are those of 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -56,12 +58,15 @@ _MOST_LEVELS = {  # by whether the network is flat, and whether it is on a GPU
 MOST_FOREGROUND = 10**8  # voxels that the normalization of CT is taken from
 CT_SCANS = 2  # that are looked at
 CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of the tube lower
+LOOKS_LIKE_CT = "it looks like CT, with the air and bone of Hounsfield units"
 AXES = ("left-right", "back-front", "feet-head")
 CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
 GPU_STEPS = 10_000
+_LEVEL_OFF = "where few labels level off in what a processor has time for"
 DEFAULT_ENCODER = "resnet18"
 CPU_FILTERS = 16
 GPU_FILTERS = 32
+LEAST_FILTERS = 8
 MOST_FILTERS = 320
 
 
@@ -160,7 +165,8 @@ def make_plan(
     if steps == "auto":
         goes_on = config.train.start == "warm"
         steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
-        reasons.append(f"{describe_steps(steps)}: where few labels level off on this device")
+        why = "by default on a GPU, where none was measured" if on_gpu else _LEVEL_OFF
+        reasons.append(f"{describe_steps(steps)}: {why}")
     precision = _choose_precision(config.train.precision, device, reasons)
     threads = machine.choose_threads()
     if threads < machine.TORCH_THREADS:
@@ -197,8 +203,8 @@ def make_plan(
 
 
 def _choose_filters(first: float, levels: int) -> tuple[int, ...]:
-    """Return the channels of each level: multiples of 8, doubling."""
-    start = max(8, round(first / 8) * 8)
+    """Return the channels of each level: multiples of the least, doubling."""
+    start = max(1, round(first / LEAST_FILTERS)) * LEAST_FILTERS
     return tuple(min(MOST_FILTERS, start * 2**level) for level in range(levels))
 
 
@@ -413,22 +419,13 @@ def _choose_normalization(
 ) -> tuple[Normalization, ...]:
     """Return how each channel is normalized: HU statistics for CT, z-score for all else."""
     channels = dataset.channels or ("",)
-    kinds = [
-        config.plan.normalization
-        if config.plan.normalization != "auto"
-        else ("ct" if name.strip().lower() in ("ct", "computed tomography") else "zscore")
-        for name in channels
-    ]
     ignore = config.data.ignore if config.data.ignore is not None else dataset.ignore
     result = []
-    for index, (name, kind) in enumerate(zip(channels, kinds, strict=True)):
-        is_guess = kind == "zscore" and has_spacing and config.plan.normalization == "auto"
-        hint = "" if name or not is_guess else "; for CT in Hounsfield units plan.normalization=ct"
-        if is_guess and _look_like_ct(labeled[:CT_SCANS], index, len(channels)):
-            hint = (
-                "; but it looks like CT, with the air and bone of Hounsfield units: if it is, "
-                "plan.normalization=ct"
-            )
+    for index, name in enumerate(channels):
+        kind, hint = config.plan.normalization, ""
+        if kind == "auto":
+            looks = partial(_look_like_ct, labeled[:CT_SCANS], index, len(channels))
+            kind, hint = _recognize_ct(name, looks if has_spacing else None)
         reasons.append(f"channel {index} ({name or 'unknown'}): normalization {kind}{hint}")
         if kind == "zscore":
             result.append(Normalization(kind="zscore"))
@@ -439,6 +436,26 @@ def _choose_normalization(
         mean, std = float(clipped.mean()), max(float(clipped.std()), 1e-3)
         result.append(Normalization(kind="ct", low=low, high=high, mean=mean, std=std))
     return tuple(result)
+
+
+def _recognize_ct(
+    name: str, look: Callable[[], bool] | None
+) -> tuple[Literal["zscore", "ct"], str]:
+    """Return the normalization of a channel for which none is set, and what to say of it.
+
+    ``look`` tells whether its scans look like CT; None for pictures.
+    """
+    plain = name.strip().lower()
+    if plain in ("ct", "computed tomography"):
+        return "ct", ""
+    if look is None:
+        return "zscore", ""
+    if not look():
+        hint = "; for CT in Hounsfield units plan.normalization=ct"
+        return "zscore", "" if name else hint
+    if re.search(r"(?<![a-z])ct(?![a-z])", plain):
+        return "ct", ": its name says so, and it looks like it; else plan.normalization=zscore"
+    return "zscore", f"; but {LOOKS_LIKE_CT}: if it is, plan.normalization=ct"
 
 
 def _look_like_ct(cases: Sequence[Case], channel: int, num_channels: int) -> bool:
@@ -573,7 +590,7 @@ def _choose_encoder_patch(
     median = np.median(shapes, axis=0)
     target = median.copy() if setting == "auto" else np.array(setting, dtype=float)
     while True:
-        size = np.maximum(np.ceil(target / ENCODER_FACTOR) * ENCODER_FACTOR, LEAST_SIDE).astype(int)
+        size = _fit_encoder_patch(target)
         if setting != "auto" or size.prod() <= budget:
             break
         target[np.argmax(target)] *= 0.9
@@ -584,6 +601,12 @@ def _choose_encoder_patch(
         )
     _explain_patch(size, median, budget, "pixels", reasons)
     return tuple(size.tolist())
+
+
+def _fit_encoder_patch(target: NDArray[np.float64]) -> NDArray[np.int_]:
+    """Return the nearest patch size, no smaller, that a network with an encoder takes."""
+    size = np.ceil(target / ENCODER_FACTOR) * ENCODER_FACTOR
+    return size.clip(LEAST_SIDE).astype(int)
 
 
 def _explain_patch(
@@ -635,9 +658,7 @@ def _choose_patch(
         target = np.array(setting, dtype=float)
     most = config.network.depth if config.network.depth != "auto" else _MOST_LEVELS[is_flat, on_gpu]
     while True:
-        strides = _choose_strides(target, np.array(spacing), most)
-        factor = np.prod(np.array(strides), axis=0)
-        size = np.maximum(np.ceil(target / factor) * factor, factor).astype(int)
+        size, strides = _fit_patch(target, spacing, most)
         if setting != "auto" or size.prod() <= budget:
             break
         target[np.argmax(target / np.median(shapes, axis=0) * target)] *= 0.9
@@ -646,6 +667,7 @@ def _choose_patch(
             f"network.depth={config.network.depth}: a patch of {'x'.join(str(n) for n in size)} "
             f"voxels has room for {len(strides)} levels; lower it, or leave it out"
         )
+    factor = np.prod(np.array(strides), axis=0)
     if setting != "auto" and tuple(size) != tuple(setting):
         raise InputError(
             f"plan.patch_size={list(setting)}: with {len(strides)} levels each side must be a "
@@ -659,6 +681,42 @@ def _choose_patch(
     median = np.median(shapes, axis=0)
     _explain_patch(size, median, budget, "pixels" if is_flat else "voxels", reasons)
     return tuple(size.tolist()), strides
+
+
+def _fit_patch(
+    target: NDArray[np.float64], spacing: Sequence[float], most: int
+) -> tuple[NDArray[np.int_], tuple[tuple[int, ...], ...]]:
+    """Return the nearest patch size, no smaller, that a DynUNet takes, and its strides."""
+    strides = _choose_strides(target, np.array(spacing), most)
+    factor = np.prod(np.array(strides), axis=0)
+    return np.maximum(np.ceil(target / factor) * factor, factor).astype(int), strides
+
+
+def suggest_patch(plan: Plan, config: Config, share: float) -> tuple[int, ...] | None:
+    """Return a smaller patch size that the same plan would take, or None if there is none.
+
+    Args:
+        plan: The plan, whose spacing stays.
+        config: Its configuration.
+        share: Of the voxels of the plan's patch, at most.
+    """
+    spacing = [step for step in plan.preprocessing.spacing if step is not None]
+    on_gpu, is_own = plan.device != "cpu", plan.network.name == "dynunet"
+    levels = len(plan.network.strides)
+    target = np.array(plan.patch_size, dtype=float)
+    most = share * target.prod()
+    while target.max() > 1:
+        target[np.argmax(target)] *= 0.9
+        size = _fit_patch(target, spacing, levels)[0] if is_own else _fit_encoder_patch(target)
+        if size.prod() > most:
+            continue
+        section = config.plan.model_copy(update={"patch_size": tuple(size.tolist())})
+        smaller = config.model_copy(update={"plan": section})
+        with contextlib.suppress(InputError):
+            if is_own:
+                return _choose_patch(smaller, size[None], spacing, on_gpu, [])[0]
+            return _choose_encoder_patch(smaller, size[None], on_gpu, [])
+    return None
 
 
 def _find_budget(is_flat: bool, on_gpu: bool) -> int:

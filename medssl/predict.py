@@ -521,7 +521,6 @@ def predict_case(
     model: Model,
     images: tuple[Path, ...],
     passes: int = 0,
-    test_time_flips: bool = True,
     probs_in: Path | None = None,
     advance: Advance = int,
     fidelity: Fidelity = "full",
@@ -533,7 +532,6 @@ def predict_case(
         model: A loaded model.
         images: One file per channel, or one 4D file.
         passes: MC dropout passes for the uncertainty map; 0 for none.
-        test_time_flips: Average over the mirrorings that training used.
         probs_in: A folder with room for the probs, which are mapped from a file there that has no
             name; None: they are not kept.
         advance: Is told how many windows have gone through the network.
@@ -550,7 +548,7 @@ def predict_case(
     image, shape, affine = scan.image, scan.native_shape, scan.native_affine
     i, j, k = image.shape[2:]
     way = WayBack((i, j, k), scan.affine, shape, affine)
-    window = info.window if test_time_flips else info.window.plain
+    window = info.window
     mask = np.empty(shape, np.uint8)
     classes = info.network.num_classes
     probs: NDArray[np.float32] | None = None

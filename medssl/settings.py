@@ -500,6 +500,10 @@ _RENAMED = {
 """What stands for a value of 0.1.0 now, and that value."""
 
 
+_PINNED = ("default", "dice_ce")
+"""A preset that named the loss of its students, which was that of round 0, and that loss."""
+
+
 def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """Return the settings that decide the result, by dotted key."""
     values = _flatten(dump(config))
@@ -510,4 +514,7 @@ def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]
     skipped = (*skipped, *(key for key in ignore if key.endswith(".")))
     deciding = {k: v for k, v in values.items() if not k.startswith(skipped) and k not in ignore}
     deciding = {k: v for k, v in deciding.items() if k not in _ADDED or v != _ADDED[k]}
+    key = "losses.supervised.student"
+    if deciding.get(key) == "auto" and (config.method, config.losses.supervised.name) == _PINNED:
+        deciding[key] = config.losses.supervised.name
     return {k: _RENAMED.get((k, str(v)), v) for k, v in deciding.items()}

@@ -306,8 +306,7 @@ def count_online_passes(config: Config) -> int:
     sampled = section.passes if section.online_passes == "auto" else section.online_passes
     if config.teacher.probs == "sampled":
         return sampled
-    has_filter = section.source == "mc_dropout" and not is_offline
-    return 1 + sampled if has_filter else 1
+    return 1 + sampled if section.is_limited and not is_offline else 1
 
 
 def plan_steps(config: Config, plan: Plan) -> int | tuple[int, ...]:

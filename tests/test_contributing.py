@@ -1,6 +1,8 @@
-"""The worked example of CONTRIBUTING does what it says."""
+"""The worked examples of docs/contributing.md do what they say."""
 
 import contextlib
+import importlib.util
+import itertools
 import re
 import shutil
 import sys
@@ -10,9 +12,12 @@ import pytest
 import torch
 
 from medssl.config import InputError
+from medssl.objective import load_objective
+from medssl.settings import load_config
 
 ROOT = Path(__file__).parent.parent
-GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
+LAWS = ROOT / "tests" / "test_robust.py"
+GUIDE = ROOT / "docs" / "contributing.md"
 
 
 def read_blocks(language):
@@ -55,8 +60,24 @@ def copy(tmp_path):
     return tmp_path
 
 
+def check_laws(name):
+    """Run what tests/test_robust.py holds of every loss on one of them, of the copy."""
+    spec = importlib.util.spec_from_file_location("robust_of_the_copy", LAWS)
+    laws = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(laws)
+    loss, count = laws.ROBUST[name], 0
+    for law in vars(laws).values():
+        marks = {m.args[0]: list(m.args[1]) for m in getattr(law, "pytestmark", ())}
+        if loss not in marks.pop("loss", ()):
+            continue
+        count += 1
+        for values in itertools.product(*marks.values()):
+            law(loss=loss, **dict(zip(marks, values, strict=True)))
+    return count
+
+
 def test_the_worked_example_adds_a_loss_with_one_function_and_one_name(copy):
-    (code,) = read_blocks("python")
+    code, _ = read_blocks("python")
     (change,) = read_blocks("diff")
     assert len(code.splitlines()) < 40
     first, body = code.split("\n", 1)
@@ -78,6 +99,26 @@ def test_the_worked_example_adds_a_loss_with_one_function_and_one_name(copy):
         logits, target = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 1, 4, 4, 4))
         torch.testing.assert_close(loss(logits, target, gamma=0.0), ce(logits, target))
         assert loss(logits, target) < ce(logits, target)
+        assert check_laws("focal") > 5
+
+
+def test_the_worked_example_adds_a_term_that_moves_the_student(tmp_path, monkeypatch):
+    _, code = read_blocks("python")
+    first, body = code.split("\n", 1)
+    (tmp_path / first.removeprefix("# ")).write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    (name,) = re.findall(r"`objective=(\S+)`", GUIDE.read_text(encoding="utf-8"))
+    config = load_config(None, [f"objective={name}", "filter.uncertainty.online_passes=2"]).config
+    student = torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3, padding=1), torch.nn.Dropout3d(0.1))
+    objective = load_objective(config.objective)(student, config, ["background", "a", "b"])
+    weak, weight = torch.randn(2, 1, 6, 6, 6), torch.ones(2, 1, 6, 6, 6)
+    labeled = {"image": weak, "label": torch.ones(2, 1, 6, 6, 6).byte(), "weight": weight}
+    unlabeled = {"weak": weak, "strong": weak, "weight": weight}
+    terms = objective(labeled, unlabeled, 0.5, torch.Generator())
+    assert set(terms) > {"supervised", "mirrored"}
+    terms["mirrored"].backward()
+    assert student[0].weight.grad.abs().max() > 0
+    assert set(objective(labeled, None, 0.5, torch.Generator())) == {"supervised"}
 
 
 def test_without_the_name_the_loss_is_refused():

@@ -92,7 +92,8 @@ def test_voxels_that_nobody_annotated_count_nowhere():
     assert found.share == pytest.approx({1: 0.2, 2: 0.1})
     assert found.presence == {1: 1.0, 2: 1.0}
     assert not found.has_empty
-    assert expect_from([nothing], 3) == Expectation({1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0})
+    nothing_known = Expectation({1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}, num_cases=0)
+    assert expect_from([nothing], 3) == nothing_known
 
 
 def test_labels_are_looked_at_one_after_the_other():
@@ -297,6 +298,63 @@ def test_a_model_fails_if_a_class_floods_the_volume():
     gate = judge(replace(review(), share={1: 0.2, 2: 0.3}))
     assert not gate.passed
     assert "lesion covers 30.000% of the volumes, 5.000% in labeled cases" in gate.reasons
+
+
+def judge_by(labels, reviews, voxel_ml=None):
+    """Return the verdict on reviews of what labels lead one to expect."""
+    expectation = expect_from([label.astype(np.uint8) for label in labels], 3, voxel_ml)
+    return judge_model([r(expectation) for r in reviews], expectation, NAMES)
+
+
+def mask(*counts, **given):
+    """Return what reviews a pseudo-label with so many voxels of each class."""
+    return lambda expectation: replace(
+        review(classes_of(*counts), expectation=expectation), **given
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "lacking", "passes"),
+    [(4, 6, True), (4, 7, False), (2, 8, True), (1, 8, True), (1, 9, False), (1, 10, False),
+     (4, 10, False), (6, 5, True), (7, 5, True), (7, 6, False), (30, 6, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("lost", [(20, 0), (0, 0)])
+def test_as_many_scans_may_lack_a_class_as_the_labels_leave_open(num_labels, lacking, passes, lost):
+    reviews = [mask(*lost)] * lacking + [mask(20, 5)] * (10 - lacking)
+    gate = judge_by([classes_of(20, 5)] * num_labels, reviews)
+    assert gate.passed is passes, gate.reasons
+    assert passes or f"{lacking} of 10 pseudo-labels were refused" in gate.reasons[0]
+
+
+def test_scans_without_a_class_excuse_no_other_reason():
+    unsure = mask(20, 5, accepted=False, reason="confidence 0.10 is below 0.3")
+    labels = [classes_of(20, 5)] * 4
+    lost, good = mask(20, 0), mask(20, 5)
+    assert judge_by(labels, [lost] * 5 + [unsure] * 2 + [good] * 3).passed
+    assert not judge_by(labels, [lost] * 5 + [unsure] * 3 + [good] * 2).passed
+    assert not judge_by(labels, [lost] * 6 + [unsure] * 4).passed
+
+
+def test_a_share_is_judged_by_labels_without_the_one_that_is_unlike_the_others():
+    usual, huge = classes_of(20, 1), classes_of(20, 60)
+    assert judge_by([usual, usual, usual, huge], [mask(20, 1)]).passed
+    assert not judge_by([usual, huge, huge, huge], [mask(20, 1)]).passed
+    assert not judge_by([usual] * 40 + [huge] * 40, [mask(20, 1)]).passed
+    assert not judge_by([usual] * 4, [mask(20, 30)]).passed
+
+
+@pytest.mark.parametrize(("voxel_ml", "passes"), [(None, False), ([0.05] * 4, True)])
+def test_a_structure_of_the_usual_volume_may_fill_another_share_of_a_larger_scan(voxel_ml, passes):
+    wide = mask(3, 3)  # in ten times the volume: voxels of 0.5 ml
+    assert judge_by([classes_of(20, 10)] * 4, [wide], voxel_ml).passed is passes
+    assert not judge_by([classes_of(20, 10)] * 4, [mask(1, 90)], voxel_ml).passed
+
+
+def test_labels_of_parts_of_scans_say_nothing_of_a_volume():
+    part = classes_of(20, 10).astype(np.uint8)
+    part[9:] = 255
+    assert expect_from([part], 3, [0.5]).volume_range == {}
+    assert expect_from([classes_of(20, 10)], 3, [0.5]).volume_range == {1: (10, 10), 2: (5, 5)}
 
 
 def test_a_class_that_no_labeled_case_has_is_not_judged():

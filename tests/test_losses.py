@@ -12,15 +12,16 @@ from scipy.spatial.distance import jensenshannon
 from torch.nn import functional as F
 from voxels import SHAPES, draw, gradient, logits_of, soften
 
+from medssl import objective
 from medssl.config import ConsistencySection
-from medssl.losses import consistency, mean_over_valid
+from medssl.losses import consistency, mean_over_valid, supervised
 from medssl.losses.consistency import consistency_loss
 from medssl.losses.entropy import entropy_loss, renyi_entropy
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.losses.supervised import dice as dice_loss
 from medssl.losses.supervised import dice_ce
 
-SUPERVISED = [cross_entropy, dice_loss, dice_ce]
+SUPERVISED = [f for f in objective.LOSSES.values() if f.__module__ == supervised.__name__]
 # f and f''(1) of each f-divergence D_f(q || p) = sum p f(q / p); total variation has a kink at 1.
 GENERATORS = {
     "kl": (lambda u: u * np.log(u), 1.0),

@@ -320,6 +320,37 @@ def test_each_of_two_students_learns_what_the_other_one_says(tiny_spec):
     assert not torch.equal(says[id(first)], says[id(second)])
 
 
+def make_cross(spec, *more):
+    config = configure("cross_pseudo", "filter.threshold={name: free}", *more)
+    return make_objective(config, spec), make_batch(config)
+
+
+def test_each_of_two_students_has_statistics_of_its_own_targets(tiny_spec):
+    objective, (labeled, unlabeled) = make_cross(tiny_spec)
+    compute(objective, labeled, unlabeled)
+    second, first = (
+        objective_module.predict_still(network, unlabeled["weak"]).argmax(1).flatten()
+        for network in (objective.student, objective.second)
+    )
+    counts = [part.bincount(minlength=3).tolist() for part in (first, second)]
+    assert counts[0] != counts[1]
+    assert objective.thresholds.predicted.tolist() == counts[0]
+    assert objective.second_thresholds.predicted.tolist() == counts[1]
+    prior = ("target.assignment=transport", "target.transport.prior=labeled")
+    objective, batch = make_cross(tiny_spec, *prior)
+    compute(objective, *batch)
+    assert not torch.equal(objective.transport.log_v, objective.second_transport.log_v)
+
+
+def test_a_checkpoint_of_two_students_with_one_filter_goes_on(tiny_spec):
+    objective, batch = make_cross(tiny_spec)
+    compute(objective, *batch)
+    before = {k: v for k, v in objective.state_dict().items() if "second_thresholds" not in k}
+    other, _ = make_cross(tiny_spec)
+    other.load_state_dict(before)
+    assert torch.equal(other.second_thresholds.predicted, objective.thresholds.predicted)
+
+
 def test_the_decay_of_the_teacher_rises_to_what_is_set(tiny_spec):
     objective = make_objective(configure(FULL, "teacher.ema_decay=0.75"), tiny_spec)
     (parameter, *_) = objective.student.parameters()
@@ -689,6 +720,16 @@ def test_uncertainty_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_l
         limit = math.log(3) * math.exp(-5 * (1 - progress) ** 2)
         accepted = objective._filter(q, uncertainty, valid, progress)
         assert torch.equal(accepted > 0, uncertainty < limit)
+
+
+@pytest.mark.parametrize(("start", "count"), [("null", 0), ("0.75", 1)])
+def test_no_pass_is_sampled_where_no_limit_of_uncertainty_applies(tiny_spec, start, count):
+    config = configure("uamt", f"filter.uncertainty.start={start}", "filter.threshold.name=fixed")
+    objective, sampled = make_objective(config, tiny_spec), []
+    real = objective._sample
+    objective._sample = lambda *given: sampled.append(1) or real(*given)
+    compute(objective, *make_batch(config))
+    assert len(sampled) == count
 
 
 def test_the_mean_is_over_all_valid_voxels_and_not_over_the_accepted_ones():

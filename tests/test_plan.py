@@ -14,7 +14,7 @@ from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.layouts import read_dataset
 from medssl.machine import choose_device, choose_threads
-from medssl.networks.build import build_network
+from medssl.networks.build import NetworkSpec, build_network
 from medssl.plan import (
     Plan,
     _choose_workers,
@@ -22,8 +22,9 @@ from medssl.plan import (
     describe_student,
     list_decisions,
     make_plan,
+    suggest_patch,
 )
-from medssl.rounds.student import check_settings
+from medssl.rounds.student import check_settings, suggest_smaller
 from medssl.runs import read_json, write_json
 from medssl.settings import load_config
 from medssl.sides import find_mirrored
@@ -242,7 +243,7 @@ def test_ct_without_any_labeled_foreground_is_an_error_with_the_way_out(scans):
     ("air", "bone", "step", "channel", "says"),
     [
         (-1024, 3071, 1, "", True),
-        (-1000, 900, 1, "CT venous", True),
+        (-1000, 900, 1, "direct", True),
         (-3024, 1500, 1, "image", True),
         (0, 3071, 1, "", False),
         (-1024, 3071, 1.3, "", False),  # no whole numbers
@@ -260,6 +261,19 @@ def test_what_looks_like_ct_is_said_and_not_decided(scans, air, bone, step, chan
     assert plan.preprocessing.normalization[0].kind == "zscore"
     given = scans.plan("plan.normalization=zscore", channels=(channel,))
     assert "looks like CT" not in "\n".join(given.reasons)
+
+
+@pytest.mark.parametrize(
+    ("channel", "air", "kind"),
+    [("CT venous", -1000, "ct"), ("abdomen_CT", -1000, "ct"), ("PET/CT", 0, "zscore")],
+)
+def test_a_channel_that_is_named_ct_and_looks_like_it_is_ct(scans, channel, air, kind):
+    (case,) = scans.add().labeled
+    values = np.rint(np.linspace(air, 900, 20 * 18 * 16)).reshape(20, 18, 16)
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4)), case.images[0])
+    plan = scans.plan(channels=(channel,))
+    assert plan.preprocessing.normalization[0].kind == kind
+    assert scans.plan("plan.normalization=zscore").preprocessing.normalization[0].kind == "zscore"
 
 
 def test_a_patch_that_is_alone_is_mixed_with_none_and_the_plan_says_so(scans):
@@ -285,6 +299,59 @@ def test_students_that_see_no_label_or_mix_with_themselves_are_refused(scans, ov
     plan = scans.add().add(labeled=False).plan(*given)
     with pytest.raises(InputError, match=words):
         check_settings(load_config(overrides=given).config, plan, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "offered"),
+    [
+        ([], ["plan.patch_size"]),
+        (["train.batch=4"], ["plan.patch_size", "train.batch=2"]),
+        (["train.unlabeled_ratio=0.5", "train.batch=4"], ["plan.patch_size", "train.batch=3"]),
+        (["train.unlabeled_ratio=[1, 4]"], ["plan.patch_size", "train.unlabeled_ratio=1"]),
+        (["noise.mixing=none"], ["plan.patch_size", "train.batch=1"]),
+        (["plan.dimension=2"], ["plan.patch_size", "train.batch=4"]),
+        (["network.depth=4", "plan.patch_size=[32,8,8]"], ["network.width=0.5"]),
+        (["network.depth=4", "plan.patch_size=[32,8,8]", "network.width=0.5"], []),
+    ],
+)
+def test_each_setting_that_is_offered_for_less_memory_is_accepted(scans, overrides, offered):
+    add_large_scan(scans).add(labeled=False)
+    config = load_config(overrides=overrides).config
+    plan = scans.plan(*overrides)
+    advice = suggest_smaller(config, plan, 1)
+    ways = [way.split() for way in advice.removeprefix("set ").split(", or ") if offered]
+    assert advice.startswith("set " if offered else "use a machine with more memory")
+    assert [way[0].split("=")[0] for way in ways] == [word.split("=")[0] for word in offered]
+    assert all(word in advice for word in offered)
+    for way in ways:
+        smaller = scans.plan(*overrides, *way)
+        check_settings(load_config(overrides=[*overrides, *way]).config, smaller, 0)
+        assert smaller.preprocessing.spacing == plan.preprocessing.spacing
+        if "plan.patch_size" in way[0]:
+            assert np.prod(smaller.patch_size) <= np.prod(plan.patch_size) / 2
+
+
+def test_a_smaller_patch_of_a_network_with_an_encoder_is_one_that_it_takes(tiny_plan):
+    update = {"patch_size": (256, 256), "slice_axis": 2, "network": NetworkSpec(
+        name="unet", in_channels=1, num_classes=3, encoder="resnet18"
+    )}  # fmt: skip
+    plan, config = tiny_plan.model_copy(update=update), load_config().config
+    assert suggest_patch(plan, config, 0.5) == (160, 192)
+    assert suggest_patch(plan.model_copy(update={"patch_size": (64, 64)}), config, 0.5) is None
+
+
+@pytest.mark.parametrize("name", ["none", "free", "soft", "quantile"])
+def test_cases_are_not_drawn_by_a_coverage_that_all_have(tiny_plan, name):
+    def check(*more):
+        settings = ["method=noisy_student", f"filter.threshold.name={name}", *more]
+        check_settings(load_config(overrides=settings).config, tiny_plan, 0)
+
+    with pytest.raises(InputError, match=r"filter\.case\.draw=uniform"):
+        check()
+    with pytest.raises(InputError, match=r"filter\.case\.draw=uniform"):
+        check("filter.uncertainty={source: mc_dropout, start: null}")
+    check("filter.uncertainty={source: mc_dropout, start: 0.5}")
+    check("filter.threshold={name: fixed, start: 0.8}")
 
 
 def test_a_fine_tune_of_one_step_is_one(scans):

@@ -1,4 +1,6 @@
 # Axes: B batch, C classes, I J K voxels (K absent in 2D). Written by hand: p, y are probs.
+import functools
+import inspect
 import math
 from typing import get_args
 
@@ -9,8 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from voxels import SHAPES, draw, gradient, logits_of, soften
 
-from medssl.config import InputError, PseudoLabelSection
-from medssl.losses import mean_over_valid, robust
+from medssl.config import InputError, PseudoLabelSection, Supervised
+from medssl.losses import mean_over_valid, supervised
 from medssl.losses.entropy import renyi_entropy
 from medssl.losses.robust import (
     bootstrapped_ce,
@@ -21,6 +23,7 @@ from medssl.losses.robust import (
     symmetric_ce,
 )
 from medssl.losses.supervised import ce as cross_entropy
+from medssl.objective import LOSSES
 
 # Rows: truth; columns: target. Not symmetric, with a zero, and far from the identity.
 TRANSITION = torch.tensor([[0.8, 0.15, 0.05], [0.3, 0.7, 0.0], [0.25, 0.15, 0.6]])
@@ -30,19 +33,16 @@ def soft_bootstrapped_ce(logits, target, weight=None, valid=None):
     return bootstrapped_ce(logits, target, weight, valid, kind="soft")
 
 
-def forward_ce_of_t(logits, target, weight=None, valid=None):
-    return forward_ce(logits, target, weight, valid, transition=TRANSITION)
+def bind(loss):
+    """Return a loss with what it needs beside the four arguments that all have."""
+    needs_transition = "transition" in inspect.signature(loss).parameters
+    return functools.partial(loss, transition=TRANSITION) if needs_transition else loss
 
 
-ROBUST = [
-    mae,
-    generalized_ce,
-    symmetric_ce,
-    bootstrapped_ce,
-    soft_bootstrapped_ce,
-    forward_ce_of_t,
-]
-all_losses = pytest.mark.parametrize("loss", ROBUST)
+forward_ce_of_t = bind(forward_ce)
+ROBUST = {name: bind(f) for name, f in LOSSES.items() if f.__module__ != supervised.__name__}
+ROBUST["soft_bootstrapped_ce"] = soft_bootstrapped_ce
+all_losses = pytest.mark.parametrize("loss", ROBUST.values(), ids=ROBUST.keys())
 all_targets = pytest.mark.parametrize("as_target", [lambda y: y, lambda y: soften(y, 3)])
 
 
@@ -475,17 +475,10 @@ def test_an_option_out_of_range_is_refused(loss, options, message):
         loss(logits, classes, **options)
 
 
-def test_every_robust_loss_that_a_configuration_can_name_is_here():
+def test_every_loss_has_a_name_that_a_configuration_knows_and_the_reverse():
     choices = get_args(PseudoLabelSection.model_fields["name"].annotation)
-    robust_choices = set(choices) - {"dice_ce", "ce", "dice"}
-    assert robust_choices == {
-        "mae",
-        "generalized_ce",
-        "symmetric_ce",
-        "bootstrapped_ce",
-        "forward_ce",
-    }
-    assert all(callable(getattr(robust, name)) for name in robust_choices)
+    assert sorted(choices) == sorted(LOSSES)
+    assert set(get_args(Supervised)) <= set(choices)
 
 
 # ---------------------------------------------------------------- the estimate of T

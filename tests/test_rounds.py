@@ -20,6 +20,7 @@ from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
 from medssl.data.pseudo_labels import read_pseudo_label
+from medssl.plan import LOOKS_LIKE_CT
 from medssl.predict import load_model, predict_probs
 from medssl.pseudo import label
 from medssl.pseudo.gates import Expectation, Gate, judge_model
@@ -536,12 +537,28 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(start):
         start("rounds=0", name="base", taken=base)
 
 
+def test_scans_that_look_like_ct_and_are_not_taken_for_it_are_warned_of(
+    monkeypatch, tiny_plan, capsys
+):
+    reasons = (f"channel 0 (unknown): normalization zscore; but {LOOKS_LIKE_CT}", "device cpu")
+    checked = SimpleNamespace(
+        raise_problems=lambda: None, warnings=(), labels={}, facts=(), palette={}
+    )
+    for name, value in (
+        ("check_dataset", checked), ("select_cases", ()), ("describe_origins", ""),
+        ("make_plan", tiny_plan.model_copy(update={"reasons": reasons})), ("estimate_run", {}),
+    ):  # fmt: skip
+        monkeypatch.setattr(loop, name, lambda *_, value=value, **__: value)
+    loop._make_plan(load_config().config, None, SimpleNamespace(val=()))
+    assert capsys.readouterr().err.splitlines() == [f"warning: {reasons[0]}"]
+
+
 def test_memory_that_does_not_suffice_is_said_with_the_way_out(start, monkeypatch):
     def refuse(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
     monkeypatch.setattr(loop, "train_round", refuse)
-    with pytest.raises(InputError, match=r"out of memory; lower train\.batch"):
+    with pytest.raises(InputError, match=r"out of memory; set plan\.patch_size=.* --restart"):
         start("rounds=0")
 
 

@@ -407,3 +407,17 @@ def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):
     assert found["mean"] == pytest.approx(0.27)
     assert study.pick_better(arms)[0] == "shadow"
     assert study.average_dice(arms["shadow"][0]) == pytest.approx(0.44)  # alone
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        (["method=default"], 2),
+        (["method=classic"], 0),
+        (["method=uamt"], 1 + 4),
+        (["method=uamt", "filter.uncertainty.start=null", "filter.threshold.name=fixed"], 1),
+        (["method=st_plus_plus"], 0),
+    ],
+)
+def test_passes_of_an_online_teacher_are_those_that_a_step_makes(study, settings, passes):
+    assert study.count_online_passes(load_config(overrides=settings).config) == passes

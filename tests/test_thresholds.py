@@ -1,17 +1,20 @@
 import math
 import typing
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medssl.config import ThresholdSection
+from medssl.config import FilterSection, ThresholdSection
+from medssl.pseudo.gates import trust_voxels
 from medssl.pseudo.thresholds import (
     HIGHEST,
     LEAST_GAP,
     RULES,
     ClassThresholds,
+    Rule,
     find_surface,
     measure_coverage,
 )
@@ -166,6 +169,20 @@ def test_every_name_of_the_configuration_is_a_rule_and_the_reverse():
 def test_an_unknown_name_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'find_surface' is unknown; .*flex, free, soft, quant"):
         ClassThresholds(ThresholdSection.model_construct(name="find_surface"), 3)
+
+
+@pytest.mark.parametrize(("lowest", "trusted"), [(lambda section, n: 0.8, 1), (None, 2)])
+def test_all_that_is_asked_of_a_rule_stands_beside_it(monkeypatch, lowest, trusted):
+    rule = Rule(lambda known, section, t: known.predicted, lowest, find_first=lambda section: 0.5)
+    monkeypatch.setitem(RULES, "count", rule)
+    section = ThresholdSection.model_construct(name="count", start=0.9, end=0.7)
+    thresholds = ClassThresholds(section, 3)
+    assert thresholds.thresholds.tolist() == [0.5] * 3
+    probs = voxels([(0, 0.9), (2, 0.7)])
+    assert update(thresholds, probs) == [1.0, 0.0, 1.0]
+    assert thresholds.histogram.sum() == 0
+    filters = FilterSection().model_copy(update={"threshold": section})
+    assert trust_voxels(probs[0].numpy(), np.zeros((2, 1, 1)), filters).sum() == trusted
 
 
 def spread(chosen, mean, deviation, count):

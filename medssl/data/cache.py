@@ -108,6 +108,11 @@ class CachedCase:
         """The spacing of the cache grid along I, J, K in mm."""
         return grid_spacing(self.affine)
 
+    @property
+    def voxel_ml(self) -> float | None:
+        """Volume of a voxel of the cache grid in ml; None for a picture."""
+        return float(np.prod(self.spacing)) / 1000 if self.has_spacing else None
+
     def image(self) -> NDArray[np.float16]:
         """Map the image (C, I, J, K), float16."""
         return map_array(self.folder / "image.npy")

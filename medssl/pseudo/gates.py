@@ -6,6 +6,8 @@ that the next student would agree with; nothing later would notice. Axes: I J K 
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +26,11 @@ from medssl.transforms.geometry import Box
 
 OFTEN = 0.9  # share of labeled cases above which a case without the class is suspect
 LEAST_ACCEPTED = 0.5  # share of cases
-LEAST_PRIOR = 0.2  # share of the class's labeled voxel share
+DOUBT = 0.01  # chance that so few labels all have what so many other scans lack
+MOST_ABSENT = 0.8  # share of cases without a class beyond which it is the model that lost it
+LEAST_PRIOR = 0.2  # share of the class's labeled voxel share, or volume
 MOST_PRIOR = 5.0
+ABSENT = ("empty", "lost ")  # how reasons begin that a scan without a class may have
 ONE_PIECE = 0.98  # share of a class's voxels in its largest component
 LEAST_AGREEMENT = 0.4  # mean Dice with the pseudo-labels of the round before, or the student
 
@@ -41,6 +46,9 @@ class Expectation:
     it and its mean fraction of their annotated voxels; ``single`` are the classes that are one
     piece in every labeled case; ``has_empty`` says whether some labeled case has no foreground,
     ``is_partial`` whether parts of some are not annotated, such as the slices without the organ.
+    ``num_cases`` labeled cases say so; infinity: it is known for certain. Of the share and of the
+    volume (ml, or pixels) of a class the ranges are from the lowest to the highest mean with any
+    one case left out; volumes, of whole scans alone, are empty where they are not known.
     """
 
     presence: Mapping[int, float]
@@ -48,6 +56,9 @@ class Expectation:
     single: frozenset[int] = frozenset()
     has_empty: bool = False
     is_partial: bool = False
+    num_cases: float = math.inf
+    share_range: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    volume_range: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,18 +96,22 @@ class CaseReview:
         return row | {f"{volume}/{name}": value for name, value in self.volume_ml.items()}
 
 
-def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expectation:
+def expect_from(
+    labels: Iterable[NDArray[np.uint8]], num_classes: int, voxel_ml: Iterable[float] | None = None
+) -> Expectation:
     """Return what the labeled cases lead one to expect, looking at one after the other.
 
     Args:
         labels: Classes (I, J, K) of each case; 255 is not annotated, and counts nowhere.
         num_classes: Number of classes, with background.
+        voxel_ml: Volume of a voxel of each case in ml, 1 for pixels; None if it is not known.
     """
     classes = range(1, num_classes)
-    shares = []
+    shares, volumes = [], []
     single = set(classes)
     is_partial = False
-    for label in labels:
+    sizes = itertools.repeat(0.0) if voxel_ml is None else voxel_ml
+    for label, size in zip(labels, sizes, strict=voxel_ml is not None):
         every = np.zeros(IGNORE + 1, np.int64)
         for plane in label:
             every += np.bincount(plane.ravel(), minlength=IGNORE + 1)
@@ -104,19 +119,32 @@ def expect_from(labels: Iterable[NDArray[np.uint8]], num_classes: int) -> Expect
         counts = np.delete(every, IGNORE)
         if counts.sum():
             shares.append(counts[1:num_classes] / counts.sum())
+            volumes.append(counts[1:num_classes] * size)
             boxes = ndimage.find_objects(label, num_classes - 1)
             single = {c for c in single if not (b := boxes[c - 1]) or _is_single(label[b] == c)}
     if not shares:
         nothing = dict.fromkeys(classes, 0.0)
-        return Expectation(nothing, nothing)
+        return Expectation(nothing, nothing, num_cases=0)
     table = np.array(shares)  # (cases, num_classes - 1)
+    is_known = voxel_ml is not None and not is_partial
     return Expectation(
         presence=dict(zip(classes, (table > 0).mean(0).tolist(), strict=True)),
         share=dict(zip(classes, table.mean(0).tolist(), strict=True)),
         single=frozenset(single),
         has_empty=bool((table.sum(1) == 0).any()),
         is_partial=is_partial,
+        num_cases=len(table),
+        share_range=_range_means(table),
+        volume_range=_range_means(np.array(volumes)) if is_known else {},
     )
+
+
+def _range_means(table: NDArray[np.float64]) -> dict[int, tuple[float, float]]:
+    """Return, by class, the lowest and highest mean of (cases, classes) with one case left out."""
+    others = len(table) - 1
+    means = (table.sum(0) - table) / others if others else table
+    ranges = zip(means.min(0).clip(0.0).tolist(), means.max(0).tolist(), strict=True)
+    return dict(enumerate(ranges, start=1))
 
 
 def _is_single(mask: NDArray[np.bool_]) -> bool:
@@ -326,8 +354,9 @@ def judge_model(
     """Judge a model by its pseudo-labels.
 
     It fails if most of its pseudo-labels were refused, if a class covers under a fifth (where the
-    labels are of whole scans) or over five times of its labeled share, if it contradicts the
-    round before, or if the student that it is the average of contradicts it.
+    labels are of whole scans) or over five times of its labeled share and volume, if it contradicts
+    the round before, or if the student that it is the average of contradicts it. Of masks that are
+    empty or lost a class only so many count as refused as the labels speak against.
 
     Args:
         reviews: Of its pseudo-labels.
@@ -339,26 +368,61 @@ def judge_model(
         return Gate(True, ("no unlabeled case to judge it by",))
     reasons = []
     accepted = [review for review in reviews if review.accepted]
-    if len(accepted) < LEAST_ACCEPTED * len(reviews):
+    judged = [review for review in reviews if not review.reason.startswith(ABSENT)]
+    if len(judged) < (1.0 - find_most_absent(expectation.num_cases)) * len(reviews):
+        judged = list(reviews)
+    if not accepted or len(accepted) < LEAST_ACCEPTED * len(judged):
         kinds = Counter(_name_kind(review.reason) for review in reviews if not review.accepted)
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         reasons.append(
             f"{len(reviews) - len(accepted)} of {len(reviews)} pseudo-labels were refused "
             f"({listed}){_advise(kinds.most_common(1)[0][0])}"
         )
-    for index, prior in expectation.share.items():
-        share = float(np.mean([review.share[index] for review in reviews]))
-        least = 0.0 if expectation.is_partial else LEAST_PRIOR * prior
-        if prior > 0 and not least <= share <= MOST_PRIOR * prior:
-            reasons.append(
-                f"{names[index]} covers {share:.3%} of the volumes, {prior:.3%} in labeled cases"
-            )
+    reasons += _list_misfits(judged, expectation, names)
     agreement = mean_known(review.agreement for review in reviews)
     if agreement is not None and agreement < LEAST_AGREEMENT:
         reasons.append(f"mean Dice {agreement:.2f} with the pseudo-labels of the round before")
     if with_student is not None and with_student < LEAST_AGREEMENT:
         reasons.append(f"mean Dice {with_student:.2f} of student and average: it did not settle")
     return Gate(not reasons, tuple(reasons))
+
+
+def find_most_absent(num_cases: float) -> float:
+    """Return the share of cases that may lack a class which all of so many labeled cases have.
+
+    With a share p of scans without it, n labels miss all of them with the chance (1 - p)^n: p is
+    where that is `DOUBT`, 68 % for four labels. It is 0, and such masks are refused as others are,
+    from seven labels on, where p is under half.
+
+    Example:
+        >>> [round(find_most_absent(n), 2) for n in (1, 2, 3, 4, 6, 7, math.inf)]
+        [0.8, 0.8, 0.78, 0.68, 0.54, 0.0, 0.0]
+
+    Source: the binomial bound whose approximation is the rule of three (Hanley and Lippman-Hand
+        1983).
+    """
+    most = 1.0 - DOUBT ** (1.0 / num_cases) if num_cases else 1.0
+    return min(most, MOST_ABSENT) if most > 1.0 - LEAST_ACCEPTED else 0.0
+
+
+def _list_misfits(
+    reviews: Sequence[CaseReview], expectation: Expectation, names: Mapping[int, str]
+) -> list[str]:
+    """Name the classes that fit neither the share nor the volume that they have in labels."""
+    least, misfits = 0.0 if expectation.is_partial else LEAST_PRIOR, []
+    for index, prior in expectation.share.items():
+        share = float(np.mean([review.share[index] for review in reviews]))
+        volume = float(np.mean([review.volume_ml[names[index]] for review in reviews]))
+        sizes = [(share, expectation.share_range.get(index, (prior, prior)))]
+        if index in expectation.volume_range:
+            sizes.append((volume, expectation.volume_range[index]))
+        if prior > 0 and not any(
+            least * low <= size <= MOST_PRIOR * high for size, (low, high) in sizes
+        ):
+            misfits.append(
+                f"{names[index]} covers {share:.3%} of the volumes, {prior:.3%} in labeled cases"
+            )
+    return misfits
 
 
 def _name_kind(reason: str) -> str:

@@ -144,9 +144,9 @@ def _finish_case(
     target = folder / "pseudo_labels" / case.case_id
     classes = read_classes(target)
     agreement = _compare(classes, before / case.case_id, names) if before else {}
-    voxel_ml = float(np.prod(case.spacing)) / 1000 if case.has_spacing else None
     slabs = iterate_pseudo_label(target)
-    review = review_case(case.case_id, slabs, agreement, voxel_ml, names, expectation, section)
+    about = (case.voxel_ml, names, expectation, section)
+    review = review_case(case.case_id, slabs, agreement, *about)
     _write_mask(folder, case, iterate_pseudo_label(target), label_values, section)
     if has_overlay:
         write_overlay(

@@ -2,8 +2,8 @@
 
 Counted over all voxels, background would drown the foreground: with 2 % of it the published
 formulas give thresholds that filter nothing. A rule is a function of (statistics, section,
-progress); ``RULES`` has the name that a configuration gives it. Axes: B batch, C classes, I J K
-voxel axes (K is absent in 2D), N voxels of a batch that count.
+progress); ``RULES`` has the name that a configuration gives it, and what else it asks for. Axes: B
+batch, C classes, I J K voxel axes (K is absent in 2D), N voxels of a batch that count.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ NUM_BINS = 200  # of confidence; a bin is under 6 % of 1 - confidence wide
 LEAST_GAP = 1e-5  # 1 - confidence of the highest bin; about the resolution of a softmax
 DEVIATIONS = 2.0  # n of soft: the sd of its Gaussian is that of the confidence, divided by n
 NARROWEST = 1e-4  # width of a Gaussian of soft, in confidence
-UNCOUNTED = ("none", "fixed", "curriculum")  # rules that ask for no statistics
-WITHOUT_HISTOGRAM = ("flex", "free", "soft")  # rules that ask for the others alone
 HALF_WIDTH = math.sqrt(2 * math.log(2))  # of a Gaussian at half its maximum, in its sd
 FARTHEST = 13.0  # widths under the mean beyond which float32 has no Gaussian above 0
 
@@ -39,7 +37,7 @@ class ClassStatistics:
         reached: (C,) running count of those that reach the threshold of the curriculum.
         mean: (C,) of the confidence.
         variance: (C,) of the confidence.
-        histogram: (C, bins) running count of voxels; 0 for the rules of `WITHOUT_HISTOGRAM`.
+        histogram: (C, bins) running count of voxels; 0 for rules that do not ask for it.
         edges: (bins,) lower edge of each bin, in confidence; the first is 0.
         last: (C,) thresholds of the step before.
         floor: Lowest threshold of the rules that clamp.
@@ -75,7 +73,26 @@ class ClassStatistics:
         return settled
 
 
-Rule = Callable[[ClassStatistics, ThresholdSection, float], Tensor]
+@dataclass(frozen=True)
+class Rule:
+    """A rule, and what it asks for.
+
+    Args:
+        propose: Returns the thresholds (C,) of (statistics, section, progress in [0, 1]).
+        find_lowest: Returns, of (section, number of classes), the lowest threshold that a round may
+            have; None where confidences alone decide it, or where there is none.
+        counts: Whether it asks for the statistics of voxels.
+        needs_histogram: Whether for their histogram too.
+        find_first: Returns the threshold of (section,) until a class has enough voxels.
+        is_soft: Whether its weights are Gaussian, not 1 and 0.
+    """
+
+    propose: Callable[[ClassStatistics, ThresholdSection, float], Tensor]
+    find_lowest: Callable[[ThresholdSection, int], float] | None
+    counts: bool = True
+    needs_histogram: bool = False
+    find_first: Callable[[ThresholdSection], float] = lambda section: HIGHEST
+    is_soft: bool = False
 
 
 def interpolate(section: ThresholdSection, progress: float) -> float:
@@ -168,24 +185,28 @@ def find_floor(num_classes: int) -> float:
     return 0.6 if num_classes == 2 else min(HIGHEST, 1 / num_classes + 0.2)
 
 
-def find_lowest(section: ThresholdSection, num_classes: int) -> float:
-    """Return the lowest threshold that a round may have; 0 where confidences alone decide it."""
-    lowest = {
-        "fixed": section.start,
-        "curriculum": min(section.start, section.end),
-        "flex": find_floor(num_classes),
-    }
-    return lowest.get(section.name, 0.0)
-
-
 RULES: dict[str, Rule] = {
-    "none": none,
-    "fixed": fixed,
-    "curriculum": curriculum,
-    "flex": flex,
-    "free": free,
-    "soft": soft,
-    "quantile": quantile,
+    "none": Rule(none, None, counts=False, find_first=lambda section: 0.0),
+    "fixed": Rule(
+        fixed,
+        lambda section, num_classes: section.start,
+        counts=False,
+        find_first=lambda section: section.start,
+    ),
+    "curriculum": Rule(
+        curriculum,
+        lambda section, num_classes: min(section.start, section.end),
+        counts=False,
+        find_first=lambda section: section.start,
+    ),
+    "flex": Rule(
+        flex,
+        lambda section, num_classes: find_floor(num_classes),
+        find_first=lambda section: section.start,
+    ),
+    "free": Rule(free, None),
+    "soft": Rule(soft, None, is_soft=True),
+    "quantile": Rule(quantile, None, needs_histogram=True),
 }
 
 
@@ -198,6 +219,12 @@ def find_rule(name: str) -> Rule:
     if name not in RULES:
         raise ValueError(f"threshold {name!r} is unknown; there are {', '.join(RULES)}")
     return RULES[name]
+
+
+def find_lowest(section: ThresholdSection, num_classes: int) -> float:
+    """Return the lowest threshold that a round may have; 0 where confidences alone decide it."""
+    find = find_rule(section.name).find_lowest
+    return 0.0 if find is None else find(section, num_classes)
 
 
 class ClassThresholds(nn.Module):
@@ -235,8 +262,7 @@ class ClassThresholds(nn.Module):
         self.register_buffer("mean", torch.zeros(num_classes))
         self.register_buffer("squares", torch.zeros(num_classes))  # sum of (confidence - mean)^2
         self.register_buffer("histogram", torch.zeros(num_classes, NUM_BINS))
-        by_class = section.name in ("free", "soft", "quantile")
-        first = 0.0 if section.name == "none" else HIGHEST if by_class else section.start
+        first = self.rule.find_first(section)
         self.register_buffer("thresholds", torch.full((num_classes,), first))
         # Until a class has enough voxels: a weight of 1 at confidence 1, and of 1/2 at HIGHEST.
         self.register_buffer("widths", torch.full((num_classes,), (1 - HIGHEST) / HALF_WIDTH))
@@ -254,7 +280,7 @@ class ClassThresholds(nn.Module):
             valid: (B, 1, I, J, K) bool, voxels that count.
             progress: In [0, 1].
         """
-        if self.section.name not in UNCOUNTED:
+        if self.rule.counts:
             confidence, classes = probs.float().max(dim=1, keepdim=True)
             tau = interpolate(self.section, progress)
             self._count(confidence.flatten(), classes.flatten(), valid.flatten(), tau)
@@ -268,7 +294,7 @@ class ClassThresholds(nn.Module):
             last=self.thresholds,
             floor=self.floor,
         )
-        self.thresholds.copy_(self.rule(statistics, self.section, progress))
+        self.thresholds.copy_(self.rule.propose(statistics, self.section, progress))
         self.widths.copy_(torch.where(statistics.has_enough, statistics.width, self.widths))
         self.widths[0] = self.widths[1:].take(self.thresholds[1:].argmin())
 
@@ -288,7 +314,7 @@ class ClassThresholds(nn.Module):
         self.mean.add_(step * predicted / joint)
         self.predicted.add_(predicted)
         self.reached.mul_(MEMORY).add_(reached)
-        if self.section.name not in WITHOUT_HISTOGRAM:
+        if self.rule.needs_histogram:
             bins = torch.bucketize(confidence, self.edges, right=True) - 1
             places = torch.zeros(self.histogram.numel(), dtype=torch.long, device=classes.device)
             places.scatter_add_(0, classes * NUM_BINS + bins, valid.long())
@@ -304,7 +330,7 @@ class ClassThresholds(nn.Module):
 
     def weigh(self, probs: Tensor) -> Tensor:
         """Return (B, 1, I, J, K) float32: accepted voxels as 1 and 0, or with ``soft`` (0, 1]."""
-        if self.section.name != "soft":
+        if not self.rule.is_soft:
             return self.accept(probs).float()
         confidence, classes = probs.float().max(dim=1, keepdim=True)
         under = (self.thresholds[classes] - confidence) / self.widths[classes] + HALF_WIDTH

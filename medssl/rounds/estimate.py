@@ -28,6 +28,7 @@ from medssl.rounds.student import (
     choose_sampling,
     count_label_passes,
     find_patch_flips,
+    suggest_smaller,
 )
 from medssl.runs import Journal, StopFlag
 from medssl.train import train_model
@@ -99,14 +100,16 @@ def measure_step(plan: Plan, config: Config, index: int) -> float:
         InputError: The step needs more memory than there is.
     """
     size = f"patches of {'x'.join(map(str, plan.patch_size))}"
-    keys = "train.unlabeled_ratio, train.batch" if index else "train.batch"
     whose = " of a student's step" if index else ""
     most = _find_largest_round(plan, config) if index else 0
     count = count_patches(plan, config, most)
-    refusal = f"{keys}, plan.patch_size: {count} {size}{whose} do not fit the memory; lower one"
-    limit = read_memory_limit() / 1e9 if plan.device == "cpu" else math.inf
-    if count * math.prod(plan.patch_size) * LEAST_BYTES / 1e9 > limit:
-        raise InputError(f"{refusal} ({limit:.1f} GB)")
+    refusal = f"{count} {size}{whose} do not fit the memory; "
+    limit = read_memory_limit() if plan.device == "cpu" else math.inf
+    need = count * math.prod(plan.patch_size) * LEAST_BYTES
+    if need > limit:
+        advice = suggest_smaller(config, plan, index, min(0.5, limit / need))
+        raise InputError(f"{refusal}{advice} ({limit / 1e9:.1f} GB)")
+    refusal += suggest_smaller(config, plan, index)
     with tempfile.TemporaryDirectory() as folder, explain_out_of_memory(refusal):
         return _try_steps(plan, config, index, Path(folder))
 

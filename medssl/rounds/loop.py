@@ -33,7 +33,7 @@ from medssl.data.store import find_url
 from medssl.data.trained import write_trained_on
 from medssl.machine import choose_device, choose_threads, explain_out_of_memory
 from medssl.networks.sharing import share_steps
-from medssl.plan import Plan, list_decisions, make_plan
+from medssl.plan import LOOKS_LIKE_CT, Plan, list_decisions, make_plan
 from medssl.predict import ModelInfo, describe_model
 from medssl.rounds.deliver import (
     MOST_REJECTED,
@@ -44,7 +44,7 @@ from medssl.rounds.deliver import (
 )
 from medssl.rounds.estimate import estimate_run
 from medssl.rounds.run import Run, StopRequested
-from medssl.rounds.student import check_settings, train_round
+from medssl.rounds.student import check_settings, suggest_smaller, train_round
 from medssl.rounds.teacher import label_and_judge
 from medssl.runs import (
     CaseCounter,
@@ -148,6 +148,9 @@ def _make_plan(config: Config, dataset: Dataset, splits: Splits) -> Plan:
         select_cases(dataset, splits, "unlabeled"),
     )
     plan = make_plan(config, dataset, checked.labels, labeled, unlabeled)
+    for reason in plan.reasons:
+        if LOOKS_LIKE_CT in reason:
+            print(f"warning: {reason}", file=sys.stderr)
     origins = describe_origins(checked.facts, with_names=False)
     if origins:
         plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})
@@ -305,8 +308,8 @@ def _run_or_say_why(run: Run, predict_unlabeled: bool) -> Outcome:
     """Run all rounds; where that fails, the state says so."""
     try:
         with explain_out_of_memory(
-            "out of memory; lower train.batch, train.unlabeled_ratio or plan.patch_size, or make "
-            "plan.spacing coarser"
+            f"out of memory; {suggest_smaller(run.config, run.plan, run.num_rounds)}, or, where "
+            "whole scans are too large, a coarser plan.spacing, and --restart to start over"
         ):
             return _run_rounds(run, predict_unlabeled)
     except (Exception, KeyboardInterrupt) as error:

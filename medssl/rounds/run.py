@@ -159,8 +159,10 @@ def average_validation(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def derive_expectation(run: Run) -> Expectation:
     """Return how often and how large each class is in the labeled cases, to judge others by."""
-    labels = (label for case in run.labeled if (label := case.label()) is not None)
-    return expect_from(labels, run.plan.num_classes)
+    cases = [case for case in run.labeled if case.label_folder is not None]
+    labels = (label for case in cases if (label := case.label()) is not None)
+    sizes = (1.0 if case.voxel_ml is None else case.voxel_ml for case in cases)
+    return expect_from(labels, run.plan.num_classes, sizes)
 
 
 def load_image(case: CachedCase, device: str) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from medssl import ranks
-from medssl.config import IGNORE, Config, InputError, at_round
+from medssl.config import IGNORE, Config, FilterSection, InputError, at_round
 from medssl.data.cache import CachedCase
 from medssl.data.loaders import PatchDataset, Sampling, UnlabeledCase
 from medssl.data.pseudo_labels import draw_probs, is_whole, measure_agreement
@@ -23,7 +23,7 @@ from medssl.metrics import mean_known
 from medssl.networks.build import SegmentationNetwork, build_network
 from medssl.networks.noise import freeze_encoder
 from medssl.objective import Objective, build_loss, list_options, load_objective
-from medssl.plan import Plan, count_unlabeled, describe_student
+from medssl.plan import LEAST_FILTERS, Plan, count_unlabeled, describe_student, suggest_patch
 from medssl.predict import (
     WEIGHTS,
     Model,
@@ -34,6 +34,7 @@ from medssl.predict import (
     save_model,
 )
 from medssl.pseudo.label import weigh_cases
+from medssl.pseudo.thresholds import find_rule
 from medssl.pseudo.transport import fit_potentials, shrink_prior, spare_rare
 from medssl.rounds.run import (
     Run,
@@ -85,6 +86,7 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
             "filter.uncertainty.source=flips: this plan mirrors along no axis (plan.flips=[]), so "
             "there is one prediction only; take mc_dropout, ensemble or none"
         )
+    _check_draw(config.filter)
     _check_patches(config, plan)
     tuning, section = config.train.fine_tune, config.losses.pseudo_label
     if tuning.share:
@@ -110,16 +112,26 @@ def check_settings(config: Config, plan: Plan, num_val: int) -> None:
         raise InputError(f"losses.pseudo_label: {error}") from error
 
 
+def _check_draw(section: FilterSection) -> None:
+    """Refuse draws of cases by a coverage that all of them have."""
+    is_bounded = find_rule(section.threshold.name).find_lowest is not None
+    if section.case.draw == "coverage" and not (is_bounded or section.uncertainty.is_limited):
+        raise InputError(
+            "filter.case.draw=coverage draws by the share of accepted voxels, but with "
+            f"filter.threshold.name={section.threshold.name} and no limit of uncertainty all cases "
+            "have the same; set filter.threshold={name: fixed, start: 0.8}, or "
+            "filter.case.draw=uniform"
+        )
+
+
 def _check_patches(config: Config, plan: Plan) -> None:
     """Refuse steps that have too few patches to mix, and students that never see a label."""
     later = range(1, config.train.rounds + 1)
-    fewest = min(count_unlabeled(config, plan.batch, index) for index in later)
-    alone = config.train.schedule == "pretrain"  # without labeled patches to mix with
-    mixing = config.noise.mixing
-    if fewest < 2 and (mixing == "cutmix" or (alone and mixing != "none")):
+    alone = config.train.schedule == "pretrain"
+    if not _has_enough(config, plan.batch):
         raise InputError(
-            f"noise.mixing={mixing} mixes unlabeled patches, and a step has one; set train.batch=2 "
-            "or train.unlabeled_ratio=2"
+            f"noise.mixing={config.noise.mixing} mixes unlabeled patches, and a step has one; set "
+            "train.batch=2 or train.unlabeled_ratio=2"
         )
     share = config.train.fine_tune.share
     for index in later:
@@ -130,6 +142,54 @@ def _check_patches(config: Config, plan: Plan) -> None:
                 "none, and with train.schedule=pretrain labels are seen in the fine-tune only; set "
                 f"train.fine_tune.share={max(0.2, 1 / steps):g} or give more steps"
             )
+
+
+def _has_enough(config: Config, batch: int) -> bool:
+    """Return whether every student step of so many labeled patches has unlabeled ones to mix."""
+    alone = config.train.schedule == "pretrain"  # without labeled patches to mix with
+    mixing = config.noise.mixing
+    if mixing != "cutmix" and not (alone and mixing != "none"):
+        return True
+    later = range(1, config.train.rounds + 1)
+    return all(count_unlabeled(config, batch, index) > 1 for index in later)
+
+
+def suggest_smaller(config: Config, plan: Plan, index: int, share: float = 0.5) -> str:
+    """Return settings that are accepted in place of those of a plan, and take less memory.
+
+    Args:
+        config: The configuration.
+        plan: Its plan.
+        index: The round whose steps are too large.
+        share: Of their voxels that may stay.
+
+    Returns:
+        Alternatives, the best one first: ``set plan.patch_size=[32,40,32], or train.batch=2``.
+    """
+    ways = []
+    size = suggest_patch(plan, config, share)
+    if size is not None:
+        steps = [step for step in plan.preprocessing.spacing if step is not None]
+        spacing = f" plan.spacing={_write_list(steps)}" if plan.has_spacing else ""
+        ways.append(f"plan.patch_size={_write_list(size)}{spacing}")
+    wanted = max(1, int(plan.batch * share))
+    batch = next(n for n in range(wanted, plan.batch + 1) if _has_enough(config, n))
+    if batch < plan.batch:
+        ways.append(f"train.batch={batch}")
+    ratios = config.train.unlabeled_ratio
+    most = max(ratios) if isinstance(ratios, tuple) else ratios
+    even = config.train.model_copy(update={"unlabeled_ratio": 1.0})
+    if index and most > 1 and _has_enough(config.model_copy(update={"train": even}), plan.batch):
+        ways.append("train.unlabeled_ratio=1")
+    width = config.network.width
+    if not size and isinstance(width, float) and plan.network.filters[:1] > (LEAST_FILTERS,):
+        ways.append(f"network.width={width / 2:g}")
+    return f"set {', or '.join(ways)}" if ways else "use a machine with more memory"
+
+
+def _write_list(values: Sequence[float]) -> str:
+    """Return numbers as a list of the command line, without spaces."""
+    return f"[{','.join(f'{value:g}' for value in values)}]"
 
 
 def train_round(run: Run, index: int, teacher: int | None) -> None:

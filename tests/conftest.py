@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # else the load of the machine would decide it
 
+import hypothesis
 import nibabel as nib  # after the number of threads
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from PIL import Image
 from medssl.config import Config
 
 REAL_DATA = "MEDSSL_DATA"
+hypothesis.settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_configure(config):

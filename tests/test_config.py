@@ -428,7 +428,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), m
 
 
 @given(st.lists(st.one_of(words, st.tuples(words, words).map("=".join)), max_size=4))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_argument_ends_in_a_traceback(overrides):
     with contextlib.suppress(InputError):
         assert isinstance(load_config(None, overrides).config, Config)

@@ -42,7 +42,6 @@ def world_corners(shape, affine):
     return (affine[:3, :3] @ ends + affine[:3, 3:]).T
 
 
-@settings(deadline=None)
 @given(shape=shapes, affine=affines, spacing=st.tuples(*[st.floats(0.3, 5)] * 3))
 def test_the_cache_grid_covers_the_scan_from_the_same_center(shape, affine, spacing):
     grid_shape, grid = cache_grid(shape, affine, spacing)
@@ -64,7 +63,6 @@ def test_the_axes_of_the_cache_grid_point_right_anterior_superior(order, signs):
     assert nib.aff2axcodes(grid) == ("R", "A", "S")
 
 
-@settings(deadline=None)
 @given(shape=shapes, affine=affines, seed=st.integers(0, 9))
 def test_the_own_spacing_moves_voxels_there_and_back_without_changing_a_bit(shape, affine, seed):
     array = np.random.default_rng(seed).random((2, *shape), dtype=np.float32)
@@ -76,7 +74,7 @@ def test_the_own_spacing_moves_voxels_there_and_back_without_changing_a_bit(shap
     np.testing.assert_array_equal(to_native(there, grid, shape, affine), array)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     affine=affines,
     gradient=st.tuples(*[st.floats(-1, 1)] * 3),

@@ -314,7 +314,7 @@ def test_no_valid_voxel_and_no_weight_give_zero_with_a_zero_gradient(loss):
 
 @all_losses
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_order_of_voxels_does_not_matter(loss, seed):
     logits, classes, weight, valid = (x.detach().flatten(2) for x in draw(SHAPES[1], seed))
     order = torch.randperm(logits.shape[2], generator=torch.Generator().manual_seed(seed))
@@ -324,7 +324,7 @@ def test_the_order_of_voxels_does_not_matter(loss, seed):
 
 @all_losses
 @given(seed=st.integers(0, 2**20), shift=st.floats(-50, 50))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_constant_added_to_all_logits_of_a_voxel_does_not_matter(loss, seed, shift):
     logits, classes, weight, valid = (x.detach() for x in draw(SHAPES[0], seed))
     torch.testing.assert_close(
@@ -420,7 +420,7 @@ def test_a_false_class_in_the_prediction_is_pushed_down():
 
 
 @given(seed=st.integers(0, 2**20), keep=st.floats(0, 1), scale=st.floats(1e-3, 1e3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_few_accepted_voxels_cannot_make_a_huge_dice_gradient(seed, keep, scale):
     logits, classes, weight, _ = draw(SHAPES[1], seed)
     weight = scale * (weight < keep)
@@ -430,7 +430,7 @@ def test_few_accepted_voxels_cannot_make_a_huge_dice_gradient(seed, keep, scale)
 
 
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_dice_loss_is_a_fraction(seed):
     logits, classes, weight, valid = draw(SHAPES[0], seed)
     assert 0 <= dice_loss(logits, classes, weight, valid).item() <= 1

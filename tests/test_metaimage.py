@@ -283,7 +283,7 @@ def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):
     ]
 
     @seed(2)
-    @settings(max_examples=200, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(max_examples=200, database=None, suppress_health_check=HealthCheck)
     @given(st.sampled_from(samples).flatmap(lambda content: change(content, b"LOCAL\n")))
     def try_one(content):
         path.write_bytes(content)

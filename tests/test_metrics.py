@@ -222,7 +222,7 @@ def brute_force(
     return float(hd95), float(close / (len(there) + len(back)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(a=st.integers(0, 10_000), b=st.integers(0, 10_000))
 def test_cropping_changes_no_value(a: int, b: int) -> None:
     shape = (15, 13, 11)
@@ -236,7 +236,7 @@ def test_cropping_changes_no_value(a: int, b: int) -> None:
             assert (m.hd95_mm, m.surface_dice) == pytest.approx(expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(a=st.integers(0, 10_000), b=st.integers(0, 10_000), thin=st.sampled_from([None, 0, 2]))
 def test_a_class_in_its_box_has_the_values_of_the_whole_to_the_bit(
     a: int, b: int, thin: int | None
@@ -298,7 +298,7 @@ def test_monai_agrees_where_it_is_defined(seed: int) -> None:
 SEEDS = st.integers(0, 10_000)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(a=SEEDS, b=SEEDS)
 def test_metrics_are_symmetric_but_for_missed(a: int, b: int) -> None:
     there = case_metrics(blobs(a), blobs(b), SPACING, 3)
@@ -313,7 +313,7 @@ def test_metrics_are_symmetric_but_for_missed(a: int, b: int) -> None:
         )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(a=SEEDS, b=SEEDS)
 def test_metrics_stay_within_their_bounds(a: int, b: int) -> None:
     prediction = blobs(a)
@@ -329,7 +329,7 @@ def test_metrics_stay_within_their_bounds(a: int, b: int) -> None:
         assert m.missed == 0 or m.hd95_mm == diagonal
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(a=SEEDS)
 def test_a_prediction_equal_to_the_reference_is_perfect(a: int) -> None:
     for m in case_metrics(blobs(a), blobs(a), SPACING, 3).values():
@@ -339,7 +339,7 @@ def test_a_prediction_equal_to_the_reference_is_perfect(a: int) -> None:
         ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(a=SEEDS, b=SEEDS, order=st.permutations(range(3)), flipped=st.sets(st.integers(0, 2)))
 def test_turning_the_volume_with_its_spacing_changes_nothing(
     a: int, b: int, order: list[int], flipped: set[int]
@@ -356,7 +356,7 @@ def test_turning_the_volume_with_its_spacing_changes_nothing(
         assert turned[c].surface_dice == pytest.approx(straight[c].surface_dice)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(a=SEEDS, b=SEEDS, factor=st.floats(0.1, 10))
 def test_hd95_scales_with_the_spacing(a: int, b: int, factor: float) -> None:
     once = case_metrics(blobs(a), blobs(b), SPACING, 2 + 1)
@@ -466,7 +466,7 @@ def test_the_block_size_of_the_resampling_changes_no_shape() -> None:
 CASES = st.lists(st.floats(0, 1, width=32), min_size=2, max_size=20)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(values=CASES)
 def test_the_mean_lies_in_its_interval_and_the_interval_in_the_range(values: list[float]) -> None:
     estimate = bootstrap_mean(values)
@@ -476,7 +476,7 @@ def test_the_mean_lies_in_its_interval_and_the_interval_in_the_range(values: lis
     assert min(values) - 1e-9 <= estimate["low"] <= estimate["high"] <= max(values) + 1e-9
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(values=CASES, shift=st.floats(-1, 1, width=32))
 def test_the_paired_difference_sees_no_spread_between_cases(
     values: list[float], shift: float

@@ -81,7 +81,7 @@ def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):
     samples = [(name, (tmp_path / name).read_bytes()) for name in ("a.mgh", "a.mgz")]
 
     @seed(3)
-    @settings(max_examples=200, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(max_examples=200, database=None, suppress_health_check=HealthCheck)
     @given(st.sampled_from(samples), st.data())
     def try_one(sample, data):
         name, content = sample

@@ -13,7 +13,7 @@ def generator(seed=0):
 
 
 @given(st.integers(0, 1000), st.tuples(*[st.integers(1, 15)] * 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_cube_has_two_thirds_of_each_side_and_lies_in_the_patch(seed, size):
     (cube,) = draw_cubes(1, size, generator(seed), probability=1.0)
     expected = 1
@@ -77,7 +77,7 @@ def test_cubes_are_squares_in_2d():
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(1, 12), min_size=2, max_size=3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_box_is_full_and_has_the_same_fraction_of_each_side(seed, size):
     (box,) = draw_boxes(1, tuple(size), generator(seed), probability=1.0)
     sides = measure_sides(box[0])

@@ -398,7 +398,7 @@ def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):
     path = tmp_path / "damaged.nrrd"
 
     @seed(1)
-    @settings(max_examples=200, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(max_examples=200, database=None, suppress_health_check=HealthCheck)
     @given(st.sampled_from(samples).flatmap(change))
     def try_one(content):
         path.write_bytes(content)

@@ -167,7 +167,7 @@ def test_only_errors_of_the_input_come_of_damaged_files(tmp_path):
     samples = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     @seed(4)
-    @settings(max_examples=200, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @settings(max_examples=200, database=None, suppress_health_check=HealthCheck)
     @given(st.sampled_from(files), st.data())
     def try_one(file, data):
         name, suffix = file

@@ -176,7 +176,7 @@ spacings = st.tuples(*[st.floats(0.3, 8.0)] * 3)
 
 
 @given(shapes, spacings)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_shape_and_spacing_gets_a_patch_that_fits_the_network_and_the_budget(shape, spacing):
     from medssl import plan as module
 

@@ -45,7 +45,7 @@ def make_patch(num_axes=3, num_channels=2, size=16):
 
 
 @given(st.integers(0, 10_000), st.integers(0, 15), st.floats(0, 30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_operation_is_drawn_twice_and_values_stay_in_their_range(seed, count, magnitude):
     operations = draw(seed, count, magnitude)
     assert len({operation.name for operation in operations}) == count
@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_bits_and_the_patch_is_left_as_it_is(name):
     st.integers(1, 2),
     st.floats(0, 30),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_operations_keep_shape_and_dtype_and_stay_finite(seed, size, channels, magnitude):
     source = torch.Generator().manual_seed(seed)
     patch = torch.randn((channels, *size), generator=source)

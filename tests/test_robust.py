@@ -126,7 +126,7 @@ def test_weights_scale_but_do_not_enter_the_denominator(loss):
 
 
 @given(seed=st.integers(0, 2**20), log_zero=st.floats(-10, -0.1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_mae_and_reverse_ce_are_symmetric(seed, log_zero):
     logits, _, _, _ = draw(SHAPES[0], seed, scale=5.0)
     total = sum(mae(logits, y) for y in every_class(logits))
@@ -182,7 +182,7 @@ def test_generalized_ce_with_q_1_is_half_of_mae_on_a_class_map():
 
 
 @given(st.integers(0, 2**20), st.floats(0.01, 1), st.floats(0.01, 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_generalized_ce_falls_with_q_and_is_bounded(seed, a, b):
     logits, classes, _, _ = draw(SHAPES[0], seed, scale=10.0)
     low, high = sorted((a, b))
@@ -266,7 +266,7 @@ def test_forward_ce_is_ce_of_the_noisy_probs():
 
 
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_clean_posterior_is_stationary_under_noise_of_the_given_transition(seed):
     logits, _, _, _ = draw(SHAPES[0], seed)
     clean = logits.detach().softmax(1)
@@ -282,7 +282,7 @@ def test_the_clean_posterior_is_stationary_under_noise_of_the_given_transition(s
 
 
 @given(seed=st.integers(0, 2**20), scale=st.floats(0.1, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_no_student_has_a_lower_loss_on_noisy_targets_than_the_clean_posterior(seed, scale):
     logits, _, _, _ = draw(SHAPES[0], seed)
     noisy = torch.einsum("ij,bi...->bj...", TRANSITION, logits.detach().softmax(1))
@@ -384,7 +384,7 @@ def test_no_valid_voxel_and_no_weight_give_zero_with_a_zero_gradient(loss):
 @all_losses
 @all_targets
 @given(seed=st.integers(0, 2**20))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_the_order_of_voxels_does_not_matter(loss, as_target, seed):
     logits, classes, weight, valid = (x.detach().flatten(2) for x in draw(SHAPES[1], seed))
     order = torch.randperm(logits.shape[2], generator=torch.Generator().manual_seed(seed))
@@ -519,7 +519,7 @@ def test_cases_of_different_shapes_add_up_voxel_by_voxel(is_soft):
 
 
 @given(seed=st.integers(0, 2**20), smoothing=st.floats(1e-3, 1e3))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_an_estimate_is_a_transition_without_zeros(seed, smoothing):
     logits, classes, _, _ = draw((2, 3, 4, 4, 4), seed)
     for said in (logits.softmax(1), classes, 0 * classes):

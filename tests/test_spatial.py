@@ -22,7 +22,7 @@ def draw(seed, shape=SHAPE, patch=PATCH, target=None, flips=(0, 1, 2), **options
 
 
 @given(st.integers(0, 10_000), sizes, sizes)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_without_augmentation_a_patch_is_a_copy_of_voxels(seed, shape, patch):
     found = draw(seed, shape, patch, strength=0.0)
     assert torch.equal(found.coordinates, found.coordinates.round())
@@ -35,7 +35,7 @@ def test_without_augmentation_a_patch_is_a_copy_of_voxels(seed, shape, patch):
 
 
 @given(st.integers(0, 10_000), st.floats(0.0, 1.5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_image_and_label_of_a_patch_see_the_same_geometry(seed, strength):
     found = draw(seed, strength=strength)
     inside = found.find_inside(SHAPE)[0].bool()
@@ -48,7 +48,7 @@ def test_image_and_label_of_a_patch_see_the_same_geometry(seed, strength):
 
 
 @given(st.integers(0, 10_000), st.tuples(*[st.integers(0, n - 1) for n in SHAPE]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_patch_without_augmentation_contains_its_target(seed, target):
     found = draw(seed, target=target, strength=0.0)
     distance = (found.coordinates - torch.tensor(target, dtype=torch.float32)).norm(dim=-1)
@@ -144,7 +144,7 @@ def test_only_the_part_of_a_volume_that_a_patch_needs_is_read(tmp_path):
 
 
 @given(st.integers(0, 10_000), st.floats(0.0, 1.5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_an_extra_that_moves_nothing_leaves_every_bit(seed, strength):
     still = (np.eye(3), np.zeros(3))
     found = draw(seed, strength=strength, extra=still)

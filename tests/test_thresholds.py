@@ -126,7 +126,7 @@ def test_voxels_that_do_not_count_change_nothing():
     st.lists(st.tuples(st.integers(0, 2), st.floats(0.34, 1.0)), min_size=30, max_size=80),
     st.floats(0.0, 1.0),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_flex_thresholds_stay_between_the_floor_and_the_highest(pairs, progress):
     thresholds = make(start=1.0, end=0.0)
     thresholds.thresholds.fill_(0.7)
@@ -136,7 +136,7 @@ def test_flex_thresholds_stay_between_the_floor_and_the_highest(pairs, progress)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.floats(0.34, 1.0)), min_size=30, max_size=60))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_the_order_of_voxels_plays_no_part(pairs):
     assert update(make(), voxels(pairs)) == update(make(), voxels(pairs[::-1]))
 
@@ -242,7 +242,7 @@ def test_soft_accepts_where_the_weight_is_a_half():
 
 
 @given(pairs_of_voxels, pairs_of_voxels)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_weights_of_soft_are_above_zero_and_do_not_fall_with_confidence(seen, pairs):
     thresholds = make("soft")
     update(thresholds, voxels(seen))
@@ -363,7 +363,7 @@ def test_until_a_class_has_enough_voxels_it_is_judged_strictly(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(pairs=pairs_of_voxels)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_no_rule_minds_the_order_of_voxels(name, pairs):
     one, other = make(name), make(name)
     found = update(one, voxels(pairs))

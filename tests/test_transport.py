@@ -137,7 +137,7 @@ def test_a_prior_that_the_probs_have_changes_nothing():
     st.sampled_from([0.0, 0.3, 1.0, 10.0, math.inf]),
     st.floats(0.0, 30.0),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_q_is_on_the_simplex(seed, epsilon, rho, scale):
     probs = draw_probs(30, 3, seed=seed, scale=scale).float()
     found = transport(probs, PRIOR.float(), epsilon, rho)
@@ -153,7 +153,7 @@ def test_the_number_of_voxels_plays_no_part():
 
 
 @given(st.integers(0, 1000), st.permutations(range(3)), st.permutations(range(20)))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_permuted_classes_or_voxels_are_permuted_in_q(seed, classes, voxels):
     probs = draw_probs(20, 3, seed=seed)
     found = transport(probs)

@@ -208,7 +208,7 @@ def find_trained_on(
     files = {image.resolve() for case in cases for image in case.images}
     hashes, voxels, patients = _read_record(runs[0])
     patients = {
-        **{case_id: guess_patient(case_id) for case_id in trained},
+        **{case_id: guess_patient(case_id) or case_id for case_id in trained},
         **{case.case_id: case.patient_id for case in cases},
         **patients,
     }

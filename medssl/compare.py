@@ -308,13 +308,12 @@ def _find_difference(pairs: Sequence[Sequence[Side]], patients: Sequence[str]) -
         for side in zip(*pairs, strict=True)
     )
     difference = paired_difference(ours, theirs, patients=patients)
-    filled = [fill_absent(pair) for pair in pairs]
-    table = [
-        [None if a is None or b is None else a - b for a, b in zip(*pair, strict=True)]
-        for pair in filled
-    ]
     if len(pairs) == 1 or difference["mean"] is None:
         return difference
+    table = [
+        [None if a is None or b is None else a - b for a, b in zip(*fill_absent(pair), strict=True)]
+        for pair in pairs
+    ]
     over_runs = draw_difference(table, patients)
     return {
         **difference,

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from medssl import __version__, ranks
 from medssl.config import DataSection, InputError
 from medssl.costs import forecast_costs
-from medssl.data.cases import Case, Dataset
+from medssl.data.cases import Case, Dataset, shorten
 from medssl.data.files import hash_source
 from medssl.data.io import (
     STRAIGHTEN,
@@ -52,7 +52,6 @@ from medssl.data.trained import (
     hash_voxels,
     open_test_cases,
     refuse_run_folder,
-    shorten,
     split_by_label,
 )
 from medssl.formats.pictures import compare_colors

@@ -269,6 +269,13 @@ def raise_all(problems: Sequence[str], place: str) -> None:
         raise InputError(escape_text("\n".join(lines)))
 
 
+def shorten(names: Iterable[str], most: int = 5) -> str:
+    """Return names with commas between them, and how many there are beyond the first few."""
+    texts = list(names)
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def escape_text(text: str) -> str:
     """Return a text that can be printed: what is not UTF-8 in a file name is written out."""
     return text.encode("utf-8", "backslashreplace").decode()

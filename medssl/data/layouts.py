@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError, hide_password, is_url
-from medssl.data.cases import PARTS, Case, Dataset, raise_all
+from medssl.data.cases import PARTS, Case, Dataset, raise_all, shorten
 from medssl.data.files import (
     describe_unknown,
     find_scan,
@@ -189,7 +189,7 @@ def _refuse_unnamed(
         return []
     numbers = ", ".join(f"{name} is {number}" for name, number in sorted(pairs)[:_MAX_HINTS])
     return [
-        f"{_list_names(unnamed)}: the label has values without names, and the "
+        f"{shorten(unnamed, _MAX_HINTS)}: the label has values without names, and the "
         f"files with names do not agree on numbers ({numbers}): say what each value means in "
         "the labels without names, as data.labels.1=NAME data.labels.2=NAME"
     ]
@@ -230,12 +230,11 @@ def _find_left_out(dataset: Dataset) -> list[str]:
         if has_spacing(path) == are_scans and os.path.realpath(path) not in known
     )
     if counts:
-        places = [f"{place} ({count})" for place, count in counts.most_common(_MAX_HINTS)]
-        more = f" and {len(counts) - _MAX_HINTS} more" if len(counts) > _MAX_HINTS else ""
+        places = (f"{place} ({count})" for place, count in counts.most_common())
         notes.append(
             f"{counts.total()} scans are not read, as the layout does not name them, in the "
-            f"folders {', '.join(places)}{more}; to use them, move them to the others, or make a "
-            f"list: medssl check {root} --draft FILE.csv"
+            f"folders {shorten(places, _MAX_HINTS)}; to use them, move them to the others, or make "
+            f"a list: medssl check {root} --draft FILE.csv"
         )
     return notes
 
@@ -456,8 +455,8 @@ def _note_unnamed_patients(cases: Sequence[Case], has_names: bool, path: Path) -
         if has_names and not case.patient_id and find_reader(case.images[0]) is not DICOM
     ]
     return [
-        f"{path.name}: patient_id is empty for {_list_names(unnamed)}: each counts as a patient of "
-        "its own, so that one may be trained on and another test: fill it in"
+        f"{path.name}: patient_id is empty for {shorten(unnamed, _MAX_HINTS)}: each counts as a "
+        "patient of its own, so that one may be trained on and another test: fill it in"
     ] * bool(unnamed)
 
 
@@ -980,31 +979,26 @@ def _find_shared_files(cases: Sequence[Case]) -> tuple[list[str], list[str]]:
     for text, names in images.items():
         if len(names) > 1:
             file = text.split("\n")[0]
-            problems.append(f"{_list_names(names)}: the same image {file}: keep one of them")
+            problems.append(
+                f"{shorten(names, _MAX_HINTS)}: the same image {file}: keep one of them"
+            )
     for file, names in labels.items():
         if file in channels:
             problems.append(
-                f"{_list_names(names)}: the label {file} is an image too: name the label"
+                f"{shorten(names, _MAX_HINTS)}: the label {file} is an image too: name the label"
             )
         elif len(names) > 1:
             notes.append(
-                f"{_list_names(names)}: have one label, {file}: name that of each, unless these "
-                "are images of one scan"
+                f"{shorten(names, _MAX_HINTS)}: have one label, {file}: name that of each, unless "
+                "these are images of one scan"
             )
     notes += [
-        f"{_list_names(names)}: have one file for a channel, {file}: name that of each, if this is "
-        "a slip"
+        f"{shorten(names, _MAX_HINTS)}: have one file for a channel, {file}: name that of each, if "
+        "this is a slip"
         for file, names in channels.items()
         if len(names) > 1
     ]
     return problems, notes
-
-
-def _list_names(names: Iterable[str]) -> str:
-    """Join names, the first of them."""
-    texts = list(names)
-    more = f" and {len(texts) - _MAX_HINTS} more" if len(texts) > _MAX_HINTS else ""
-    return ", ".join(texts[:_MAX_HINTS]) + more
 
 
 def _find_other_kinds(cases: Sequence[Case]) -> list[str]:

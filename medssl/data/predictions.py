@@ -19,6 +19,7 @@ from typing import Any
 
 from medssl import __version__, ranks
 from medssl.config import InputError
+from medssl.data.cases import shorten
 from medssl.data.files import (
     find_scan,
     find_unread,
@@ -192,7 +193,8 @@ def protect_files(
             foreign.append(name)
     if inputs:
         raise InputError(
-            f"{out}: would replace what is a scan or a folder: {_list(inputs)}; name another folder"
+            f"{out}: would replace what is a scan or a folder: "
+            f"{shorten(sorted(inputs), _NUM_SHOWN)}; name another folder"
         )
     if (out / RECORD).exists() and not _is_record(out):
         foreign.append(RECORD)
@@ -200,7 +202,8 @@ def protect_files(
         count = "1 file" if len(foreign) == 1 else f"{len(foreign)} files"
         raise InputError(
             f"{out}: nothing was computed, for it would replace {count} that no prediction wrote, "
-            f"or that were changed after it: {_list(foreign)}; name another folder, or give "
+            f"or that were changed after it: {shorten(sorted(foreign), _NUM_SHOWN)}; name another "
+            "folder, or give "
             f"{OVERWRITE} to replace them"
         )
 
@@ -236,12 +239,6 @@ def _identify(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _list(names: Sequence[str]) -> str:
-    """Return the first few of some names."""
-    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    return ", ".join(sorted(names)[:_NUM_SHOWN]) + more
 
 
 def _read_record(out: Path) -> dict[str, Any]:
@@ -458,7 +455,7 @@ def _list_files(path: Path, problems: list[str], notes: list[str]) -> list[Path]
         notes.append(f"{path}: folders below it are not read, such as {below[0].parent}")
     previews = [file for file in visible if strip_suffix(file.name) and file not in files]
     if previews:
-        names = _list([file.name for file in previews])
+        names = shorten(sorted([file.name for file in previews]), _NUM_SHOWN)
         notes.append(f"{path}: pictures beside scans are left out: {names}")
     notes += [f"{path}: {note}" for note in note_masks(files, files)]
     return files

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from medssl.config import DataSection, InputError
-from medssl.data.cases import Case, Dataset, Splits, select_test_with_labels
+from medssl.data.cases import Case, Dataset, Splits, select_test_with_labels, shorten
 from medssl.data.files import guess_patient, hash_source
 from medssl.data.layouts import read_dataset
 from medssl.runs import (
@@ -285,12 +285,6 @@ def _read_record(run_dir: Path) -> tuple[set[str], set[str], dict[str, str]]:
         ) from error
     names = {key: str(scan["patient_id"]) for key, scan in scans.items() if "patient_id" in scan}
     return sources, voxels, names
-
-
-def shorten(case_ids: Sequence[str]) -> str:
-    """Return the first few of many case_ids."""
-    more = f" and {len(case_ids) - 5} more" if len(case_ids) > 5 else ""
-    return ", ".join(case_ids[:5]) + more
 
 
 def find_rounds(run_dir: Path) -> list[str]:

@@ -486,6 +486,7 @@ def list_changes(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[s
 _ADDED = {
     "data.unlabeled": "all",
     "teacher.probs": "clean",
+    "teacher.geometry": "shared",
     "filter.uncertainty.online_passes": "auto",
     "filter.uncertainty.fidelity": "full",
     "train.student_lr": "auto",

@@ -101,6 +101,7 @@ LEVERS = {
         *("losses.pseudo_label.weight=2", "losses.pseudo_label.ramp.name=constant"),
         *("losses.consistency.weight=2", "losses.consistency.ramp.name=constant"),
     ],
+    "plain_teacher": ["teacher.geometry=plain"],
     "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
     "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],

@@ -713,7 +713,7 @@ def test_uncertainty_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_l
     uncertainty = objective._measure_uncertainty(unlabeled, None)
     assert uncertainty.shape == unlabeled["weight"].shape
     assert 0 <= uncertainty.min() < uncertainty.max() <= math.log(3) + 1e-6
-    q, passes = objective._teach(unlabeled["weak"], torch.Generator())
+    q, passes = objective._teach(unlabeled, torch.Generator())
     assert passes is None
     valid = torch.ones_like(uncertainty, dtype=torch.bool)
     for progress in (0.0, 0.5, 1.0):
@@ -850,7 +850,7 @@ def test_without_offline_labels_the_potentials_follow_the_batches():
     objective = make_objective(config, None, student=VoxelNetwork())
     _, unlabeled = make_batch(config)
     before = objective.transport.log_v.clone()
-    probs, _ = objective._teach(unlabeled["weak"], torch.Generator())
+    probs, _ = objective._teach(unlabeled, torch.Generator())
     objective._assign(probs, unlabeled["weight"] > 0)
     assert not torch.equal(objective.transport.log_v, before)
 
@@ -862,7 +862,7 @@ def sample_teacher(spec, *overrides, flips=(), seed=0):
     objective = load_objective(config.objective)(build_network(spec), config, NAMES, flips=flips)
     weak = make_batch(config)[1]["weak"]
     torch.manual_seed(1)
-    probs, doubt = objective._teach(weak, torch.Generator().manual_seed(2))
+    probs, doubt = objective._teach({"weak": weak}, torch.Generator().manual_seed(2))
     return objective.train(), weak, probs, doubt
 
 
@@ -909,7 +909,7 @@ def test_a_pass_under_a_mirroring_is_brought_back(dropout_spec):
     student = Dropping()
     objective = load_objective(config.objective)(student, config, NAMES, flips=(0, 2))
     weak = make_batch(config)[1]["weak"]
-    probs, doubt = objective._teach(weak, torch.Generator().manual_seed(2))
+    probs, doubt = objective._teach({"weak": weak}, torch.Generator().manual_seed(2))
     alone = objective_module.predict_still(objective.teacher, weak)
     assert torch.allclose(probs, alone, atol=1e-6)  # whatever the mirroring, voxel by voxel
     assert torch.allclose(doubt, entropy_of(alone), atol=1e-5)

@@ -11,6 +11,7 @@ from torch import nn
 
 from medssl import objective as objective_module
 from medssl.config import IGNORE, InputError
+from medssl.cross_pseudo import add_probs
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.networks.noise import sample_dropout
@@ -891,6 +892,24 @@ def test_a_sampled_teacher_says_the_mean_of_its_passes(dropout_spec):
     entropy = -(mean * mean.clamp(min=1e-12).log()).sum(1, keepdim=True)
     assert torch.allclose(doubt, entropy, atol=1e-5)
     assert not probs.requires_grad
+
+
+@pytest.mark.parametrize("probs", ["clean", "sampled"])
+def test_a_teacher_that_sees_patches_as_they_lie_says_what_is_where_the_views_are(tiny_spec, probs):
+    """The views are a patch mirrored along I: of them it says the mirror image of what it sees."""
+    config = configure("uamt", f"teacher.probs={probs}")
+    objective = make_objective(config, tiny_spec.model_copy(update={"dropout": 1e-6}))
+    unlabeled = make_batch(config)[1]
+    plain = unlabeled["weak"].flip(2)
+    mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0]))  # grid_sample wants K, J, I
+    theta = torch.cat([mirror, torch.zeros(3, 1)], dim=1).expand(len(plain), 3, 4)
+    grid = nn.functional.affine_grid(theta, list(plain.shape), align_corners=True)
+    batch = {**unlabeled, "weak": torch.zeros_like(plain), "plain": plain, "grid": grid}
+    expected = objective_module.predict_still(objective.teacher, plain).flip(2)
+    assert torch.allclose(objective._teach(batch, torch.Generator())[0], expected, atol=1e-4)
+    assert torch.allclose(add_probs(objective.teacher, batch)["probs"], expected, atol=1e-4)
+    uncertainty = objective._measure_uncertainty(batch, None)
+    assert torch.allclose(uncertainty, entropy_of(expected), atol=1e-3)
 
 
 def test_a_pass_under_a_mirroring_is_brought_back(dropout_spec):

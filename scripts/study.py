@@ -102,6 +102,7 @@ LEVERS = {
         *("losses.consistency.weight=2", "losses.consistency.ramp.name=constant"),
     ],
     "plain_teacher": ["teacher.geometry=plain"],
+    "plain_places": ["teacher.geometry=plain", "train.unlabeled_foreground=0.5"],
     "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
     "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],

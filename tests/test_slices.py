@@ -73,7 +73,7 @@ def make_loader(slice_axis=2, **changes):
 
 def cut(dataset, seed):
     case = Ramp()
-    return dataset._draw(seed, case, case.class_voxels())
+    return dataset._draw(seed, case, case.class_voxels(), dataset.sampling.foreground)
 
 
 def test_a_batch_in_2d_has_the_axes_of_the_plane():

@@ -51,13 +51,15 @@ LEAST_SHARE_PATCHES = 4  # of each labeled case, however large they are
 class UnlabeledCase:
     """An unlabeled case and its pseudo-label.
 
-    ``folder`` holds probs.npy (num_classes, I, J, K) uint8, uncertainty.npy (I, J, K) float16 and
-    class_voxels.npz, all on the cache grid; None for a method whose targets are made online.
+    ``folder`` holds probs.npy (num_classes, I, J, K) uint8 and uncertainty.npy (I, J, K) float16 on
+    the cache grid; None for a method whose targets are made online. ``places`` holds
+    class_voxels.npz, voxels of each class around which patches are cut; None for patches anywhere.
     ``weight`` is how often patches are cut from it, relative to the others.
     """
 
     cached: CachedCase
     folder: Path | None
+    places: Path | None = None
     weight: float = 1.0
 
 
@@ -65,7 +67,8 @@ class UnlabeledCase:
 class Sampling:
     """What decides the patches of a round besides the cases.
 
-    ``foreground`` is the share of patches around a foreground voxel; ``strong`` scales the strong
+    ``foreground`` and ``unlabeled_foreground`` are the shares of patches around a voxel of a
+    structure, as labels or a teacher say; ``strong`` scales the strong
     views, of which ``views`` names the ones that are made. With ``plain`` there is one for an
     online teacher too, cut as the scan lies. ``flips`` are the axes of the volume that may be
     mirrored; ``num_unlabeled`` counts unlabeled patches per step. ``slice_axis`` is the axis along
@@ -84,6 +87,7 @@ class Sampling:
     flips: tuple[int, ...]
     views: tuple[str, ...] = ("strong",)
     plain: bool = False
+    unlabeled_foreground: float = 0.0
     randaugment: RandAugmentSection = field(default_factory=RandAugmentSection)
     fine_tune_from: int | None = None
     pretrain: bool = False
@@ -154,12 +158,14 @@ class PatchDataset(Dataset[Batch]):
         most = min(SHARE_PATCHES, SHARE_VOXELS / math.prod(self.sampling.patch_size))
         each = max(LEAST_SHARE_PATCHES, round(most / len(self.labeled)))
         counts = torch.zeros(num_classes, dtype=torch.float64)
+        share = self.sampling.unlabeled_foreground
         with _draw_alike():
             for index in range(each * len(self.labeled)):
                 case = self.labeled[index % len(self.labeled)]
                 seed = self._seed(index, 0, "share")
                 operations = self._draw_operations(np.random.default_rng(seed + 1))
-                draw = self._draw(seed, case, {}, operations)
+                voxels = case.class_voxels() if self.unlabeled[0].places else {}
+                draw = self._draw(seed, case, voxels, share, operations)
                 classes = draw.sample(_open_label(case)[None], nearest=True)
                 counted = (draw.find_inside(case.shape) > 0) & (classes != IGNORE)
                 counts += torch.bincount(classes[counted].long(), minlength=num_classes)
@@ -170,7 +176,7 @@ class PatchDataset(Dataset[Batch]):
         case = self.labeled[self._choose(len(self.labeled), "labeled", step, index)]
         label = _open_label(case)
         seed = self._seed(step, index, "labeled")
-        draw = self._draw(seed, case, case.class_voxels(), plain=plain)
+        draw = self._draw(seed, case, case.class_voxels(), self.sampling.foreground, plain=plain)
         image = draw.sample(case.image(), nearest=False)
         if not plain:
             image = apply_seeded(self._weak, image, seed)
@@ -183,15 +189,16 @@ class PatchDataset(Dataset[Batch]):
         """Cut one unlabeled patch with its weak and strong views and its pseudo-label."""
         case = self.unlabeled[self._choose(len(self.unlabeled), "unlabeled", step, index)]
         seed = self._seed(step, index, "unlabeled")
-        voxels = read_class_voxels(case.folder) if case.folder else {}
+        voxels = read_class_voxels(case.places) if case.places else {}
         rng = np.random.default_rng(seed + 1)
         operations = self._draw_operations(rng)
-        draw = self._draw(seed, case.cached, voxels, operations)
+        share = self.sampling.unlabeled_foreground
+        draw = self._draw(seed, case.cached, voxels, share, operations)
         weak = draw.sample(case.cached.image(), nearest=False)
         inside = draw.find_inside(case.cached.shape)
         patch = {"weak": weak * inside, "weight": inside}
         if self.sampling.plain:
-            plain = self._draw(seed, case.cached, voxels, plain=True)
+            plain = self._draw(seed, case.cached, voxels, share, plain=True)
             image = plain.sample(case.cached.image(), nearest=False)
             patch["plain"] = image * plain.find_inside(case.cached.shape)
             patch["grid"], covered = draw.draw.locate(plain.draw)
@@ -227,6 +234,7 @@ class PatchDataset(Dataset[Batch]):
         seed: int,
         case: CachedCase,
         voxels: Mapping[int, object],
+        foreground: float,
         operations: Sequence[Operation] = (),
         plain: bool = False,
     ) -> Cut:
@@ -238,7 +246,7 @@ class PatchDataset(Dataset[Batch]):
         wants_foreground, which = rng.random(2)
         classes = [c for c, candidates in voxels.items() if c > 0 and len(np.asarray(candidates))]
         target = None
-        if classes and wants_foreground < self.sampling.foreground:
+        if classes and wants_foreground < foreground:
             candidates = np.asarray(voxels[classes[int(which * len(classes))]])
             target = candidates[rng.integers(len(candidates))]
         spacing = np.linalg.norm(case.affine[:3, :3], axis=0)

@@ -10,7 +10,8 @@ have a hash of the settings, and none are added to those of others. Arms of a dr
 processes may work on one CSV, each on its own draws or arms; to the tasks of an array of
 scripts/slurm/study.sbatch the arms of all draws are dealt. As many tasks as draws have a draw each,
 twice as many halve its arms, and so on; whoever comes first to a draw trains its round 0, for which
-the others wait. All arms train on the same labels:
+the others wait. What labels alone reach does not change with the recipe: --controls takes their
+rows from the CSV of a study of an earlier one. All arms train on the same labels:
 
     round_0    labels alone, the steps of round 0
     labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
@@ -123,6 +124,9 @@ METHODS = tuple(name for name in list_methods() if name not in ("default", "labe
 FORMER_LEVERS = ("filtered_target",)
 """Levers whose setting is gone, since it cost more than it brought; their rows stand."""
 
+ALONE = ("round_0", "labels", "all")
+"""Arms without a student."""
+
 MAIN_ARMS = ("round_0", "labels", "shadow", "recipe")
 FIRST_STUDENTS = {"recipe": "first_round", "shadow": "shadow_first_round"}
 ONE_STUDENT = {*PARTS, *LEVERS} - {"no_second_round"}  # as long as the recipe's first student
@@ -137,8 +141,8 @@ FORWARD = 1 / 3  # of a pass
 class Study:
     """What all arms of a study share.
 
-    ``settings`` are the key=value of all runs, ``work`` the folder of their run folders, ``steps``
-    those of the arm ``all``.
+    ``settings`` are the key=value of all runs, ``work`` the folder of their run folders,
+    ``plateau`` the steps of the arm ``all``, ``controls`` another CSV with labels alone.
     """
 
     data: str
@@ -146,6 +150,7 @@ class Study:
     csv: Path
     work: Path
     plateau: int
+    controls: Path | None = None
 
 
 def run_command(*arguments: str) -> None:
@@ -182,6 +187,8 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
     refuse_mixture(study)
     if is_finished(study, draw, arm):
         return
+    if arm == "all" and take_over(study, draw, arm, study.plateau):
+        return
     folder = study.work / f"draw_{draw}_{arm}"
     settings = [*study.settings, f"draw={draw}"]
     if arm == "all":
@@ -191,8 +198,7 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         return
     first = study.work / f"draw_{draw}_round_0"
     if arm == "labels" and is_finished(study, draw, "round_0") and find_plans(study):
-        settings += ["rounds=0", f"steps={count_labels_steps(study, settings)}"]
-        add_rows(study, draw, arm, folder, finish_run(study.data, folder, settings))
+        run_labels(study, draw, folder, settings)
         return
     with hold_lock(first.with_suffix(".lock")):  # the tasks of an array may share a draw
         summary = finish_run(study.data, first, [*settings, "rounds=0"])
@@ -200,9 +206,7 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
     if arm == "round_0":
         return
     if arm == "labels":
-        steps = count_labels_steps(study, settings)
-        summary = finish_run(study.data, folder, [*settings, "rounds=0", f"steps={steps}"])
-        add_rows(study, draw, arm, folder, summary)
+        run_labels(study, draw, folder, settings)
     else:
         changes = {"shadow": OFF, "first_round": ["rounds=1"], **PARTS, **LEVERS}.get(arm, [])
         if arm in PARTS or arm in LEVERS:
@@ -216,6 +220,41 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         add_rows(study, draw, arm, folder, summary)
         if first_student := FIRST_STUDENTS.get(arm):
             add_rows(study, draw, first_student, folder, summary, last=1)
+
+
+def run_labels(study: Study, draw: int, folder: Path, settings: Sequence[str]) -> None:
+    """Train labels alone as long as the whole recipe, or take over what a study of before has."""
+    steps = count_labels_steps(study, settings)
+    if not take_over(study, draw, "labels", steps):
+        longer = [*settings, "rounds=0", f"steps={steps}"]
+        add_rows(study, draw, "labels", folder, finish_run(study.data, folder, longer))
+
+
+def take_over(study: Study, draw: int, arm: str, steps: int) -> bool:
+    """Add the rows that the study of ``controls`` has of an arm without students.
+
+    Args:
+        study: The study.
+        draw: Of the labeled cases.
+        arm: Its name.
+        steps: As many as it has here.
+
+    Returns:
+        Whether there are any.
+
+    Raises:
+        InputError: They were made with other settings, or other steps.
+    """
+    rows = read_rows(study.controls) if study.controls else []
+    rows = [row for row in rows if has_arm([row], draw, arm)]
+    ours = {(hash_settings(study, arm), str(steps))}
+    if rows and {(row.get("settings"), row["steps"]) for row in rows} != ours:
+        raise InputError(
+            f"--controls {study.controls}: {arm} of draw {draw} has other settings or steps than "
+            f"here ({steps}); leave the option out, and it is trained anew"
+        )
+    append_lines(study.csv, draw, arm, rows)
+    return bool(rows)
 
 
 def shares_round_0(settings: Sequence[str], changes: Sequence[str]) -> bool:
@@ -360,16 +399,21 @@ def add_rows(
         "minutes": round(sum(r["seconds"] for r in rounds) / 60, 1),
         "revision": str(read_json(folder / "provenance.json")["revision"])[:10],
         "precision": read_record(folder / "plan.json", Plan).precision,
-        "settings": hash_settings(study),
+        "settings": hash_settings(study, arm),
         "round_0": hash_files(folder / "round_0" / "model", WEIGHTS)[WEIGHTS][:10],
     }
     append_rows(study.csv, draw, arm, about, read_table(place / "per_case.csv"))
 
 
-def hash_settings(study: Study) -> str:
-    """Return a hash of what all arms and draws of a study have in common, wherever its data lie."""
+def hash_settings(study: Study, arm: str) -> str:
+    """Return a hash of what all draws of an arm have in common, wherever its data lie.
+
+    Of labels alone, what is set for students is no part of it.
+    """
     config = load_config(study.data, list(study.settings)).config
-    return hash_config(config, ("data.root", "data.draw"))[:10]
+    steps = ("train.rounds", "train.steps")
+    others = [key for key in STUDENT_KEYS if key not in steps] if arm in ALONE else []
+    return hash_config(config, ("data.root", "data.draw", *others))[:10]
 
 
 def refuse_mixture(study: Study) -> None:
@@ -378,8 +422,8 @@ def refuse_mixture(study: Study) -> None:
     Raises:
         InputError: It has such rows.
     """
-    theirs = {row.get("settings", "") for row in read_rows(study.csv)}
-    if theirs - {hash_settings(study)}:
+    theirs = {(row["arm"] in ALONE, row.get("settings", "")) for row in read_rows(study.csv)}
+    if theirs - {(arm in ALONE, hash_settings(study, arm)) for arm in ("labels", "recipe")}:
         raise InputError(
             f"{study.csv}: its rows were made with other settings, or with other defaults of an "
             "older version; give another --csv, or the settings that they were made with"
@@ -408,6 +452,11 @@ def append_rows(
         ids = {k: case[k] for k in ("case_id", "patient_id")}
         cells = {k: "" if v is None else f"{float(v):.5f}" for k, v in dice.items()}
         rows.append({"draw": draw, "arm": arm, **about, **ids, **cells})
+    append_lines(path, draw, arm, rows)
+
+
+def append_lines(path: Path, draw: int, arm: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows of an arm to the CSV, unless it stands there."""
     with hold_lock(path.with_suffix(".lock")):
         before = read_rows(path)
         if not has_arm(before, draw, arm):
@@ -581,7 +630,8 @@ def make_parser(about: str) -> argparse.ArgumentParser:
 def read_study(options: argparse.Namespace, plateau: int = 0) -> Study:
     """Return the study that was asked for: each CSV has a folder of its own."""
     work = options.out or Path("runs") / options.csv.stem
-    return Study(options.data, tuple(options.settings), options.csv, work, plateau)
+    controls = getattr(options, "controls", None)
+    return Study(options.data, tuple(options.settings), options.csv, work, plateau, controls)
 
 
 def make_measuring_parser(about: str, cases: str) -> argparse.ArgumentParser:
@@ -650,6 +700,7 @@ def main() -> None:
     parser.add_argument(
         "--arms", type=split_arms, default=["round_0", "labels", "shadow", "recipe"]
     )
+    parser.add_argument("--controls", type=Path, help="CSV of an earlier study with labels alone")
     parser.add_argument("--plateau", type=int, default=7000, help="steps of the arm `all`")
     parser.add_argument("--table", action="store_true", help="print the table, run nothing")
     options = parser.parse_intermixed_args()

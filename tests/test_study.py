@@ -1,6 +1,7 @@
 """What `scripts/study.py` does with its CSV; the trainings are stood in for."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,8 @@ def trained(study, monkeypatch, tiny_plan):
             bonus = 0.1 if "recipe" in folder.name else 0.0
             rows = [f"c{i},p{i},{dice + bonus + 0.01 * i}" for i in range(3)]
             path.write_text("\n".join(["case_id,patient_id,dice", *rows]) + "\n")
-        rounds = [{"round": index, "steps": 5, "seconds": 45.0} for index in range(3)]
+        steps = [int(s[6:]) for s in settings if s.startswith("steps=") and s[6:].isdigit()] or [5]
+        rounds = [{"round": index, "steps": steps[0], "seconds": 45.0} for index in range(3)]
         return {"rounds": rounds[: 1 if "rounds=0" in settings else 3]}
 
     monkeypatch.setattr(study, "finish_run", finish)
@@ -257,6 +259,29 @@ def test_rows_of_other_settings_are_not_added_to(study, trained, tmp_path):
     with pytest.raises(InputError, match="older version"):
         study.run_arm(run, 1, "round_0")
     assert len(trained) == count
+
+
+def test_labels_alone_are_taken_from_the_study_of_an_earlier_recipe(study, trained, tmp_path):
+    run = make_study(study, tmp_path, "labeled=6", "teacher.probs=clean")
+    for arm in ("labels", "all", "recipe"):
+        study.run_arm(run, 0, arm)
+    later = replace(run, settings=("labeled=6",), csv=tmp_path / "l.csv", work=tmp_path / "later")
+    longer = replace(later, controls=run.csv)
+    trained.clear()
+    with pytest.raises(InputError, match="other settings or steps"):  # its teacher has one pass
+        study.run_arm(longer, 0, "labels")
+    same = ("labeled=6", "teacher.probs=clean", "losses.entropy.weight=0.1")
+    later = replace(later, settings=same, controls=run.csv)
+    for arm in ("recipe", "labels", "all"):
+        study.run_arm(later, 0, arm)
+    assert {name for name, *_ in trained} == {"draw_0_round_0", "draw_0_recipe"}
+    rows = [
+        [row for row in read(path) if row["arm"] in ("labels", "all")]
+        for path in (run.csv, later.csv)
+    ]
+    assert rows[0] == rows[1] != []
+    study.run_arm(later, 1, "labels")
+    assert trained[-1][0] == "draw_1_labels"
 
 
 def test_an_arm_from_another_round_0_is_named(study, trained, tmp_path):

@@ -215,7 +215,7 @@ class TeacherSection(Section):
     source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = ("ema",)
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     probs: Literal["clean", "sampled"] = "sampled"
-    geometry: Literal["shared", "plain"] = "shared"
+    geometry: Literal["shared", "plain", "both"] = "shared"
     ensemble: Annotated[int, Field(ge=1, le=16)] = 1
 
 

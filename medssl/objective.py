@@ -320,14 +320,20 @@ class Objective(nn.Module):
         section = self.config.filter.uncertainty
         count = section.passes if section.online_passes == "auto" else section.online_passes
         turns = draw_mirrorings(count, self.flips, generator)
-        image = unlabeled.get("plain", unlabeled["weak"])
-        views = torch.cat([image.flip(turn) for turn in turns])
+        geometry = self.config.teacher.geometry
+        is_plain = [
+            "plain" in unlabeled and (number % 2 or geometry == "plain") for number in range(count)
+        ]
+        images = [unlabeled["plain" if plain else "weak"] for plain in is_plain]
+        views = torch.cat([image.flip(turn) for image, turn in zip(images, turns, strict=True)])
         with sample_dropout(network):
             probs = predict_probs(network, views).chunk(count)
-        passes = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
-        mean, entropy, information, _ = combine_slab(passes)
-        measure = information if section.measure == "mutual_information" else entropy
-        return move_to_views(mean, unlabeled), move_to_views(measure, unlabeled)
+        passes = [part.flip(turn) for part, turn in zip(probs, turns, strict=True)]
+        mean, entropy, information, _ = combine_slab(
+            map_patch(part, unlabeled["grid"]) if plain else part
+            for part, plain in zip(passes, is_plain, strict=True)
+        )
+        return mean, information if section.measure == "mutual_information" else entropy
 
     def assign(self, probs: Tensor) -> Tensor:
         """Return probs with the transport potentials as they are; probs themselves without any."""

@@ -350,12 +350,18 @@ def _train(
         outcome = run_training(
             prepared, folder, stop, restart, predict_unlabeled, round_0, finish=finish
         )
-    if outcome.delivered is None:
-        print(f"\n{outcome.message}")
-        return outcome
     print(f"\n{outcome.message}")
     if folds is not None:
         print(f"measured:  {folds['statement']}")
+    if outcome.delivered is not None:
+        _print_next_steps(outcome, prepared, folder)
+    return outcome
+
+
+def _print_next_steps(outcome: Outcome, prepared: Any, folder: Path) -> None:
+    """Print what may be done with a model that was delivered."""
+    if outcome.status == "stopped_by_gate":
+        print(f"look at:   {folder / 'round_*' / 'pseudo_masks'}, the masks that the gate judged")
     print(f"report:    {folder / 'report.html'}")
     scan = "SCAN.nii.gz" if prepared.plan.has_spacing else "PICTURE.png"
     print(f"predict:   medssl predict {folder} {scan} --out masks")
@@ -363,8 +369,7 @@ def _train(
         print(f"evaluate:  medssl evaluate {folder}")
     else:
         print(f"evaluate:  medssl evaluate {folder} OTHER_LABELED_DATA --out evaluation")
-    print(f"compare:   medssl ui {folder.parent}")
-    return outcome
+    print(f"MLflow:    medssl ui {folder.parent}")
 
 
 def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) -> Path:

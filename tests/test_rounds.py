@@ -444,6 +444,7 @@ def test_a_model_of_three_steps_does_not_pass_the_gate(start, monkeypatch):
     assert gate["reasons"]
     assert not (folder / "round_1").exists()
     assert read_json(folder / "state.json")["status"] == "stopped_by_gate"
+    assert "delivered for want of a better one" in read_json(folder / "summary.json")["exit"]
 
 
 @pytest.mark.parametrize(("num_rounds", "status"), [(1, "stopped_by_gate"), (2, "delivered")])

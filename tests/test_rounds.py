@@ -520,10 +520,14 @@ def test_a_restart_that_is_refused_deletes_nothing(start):
     assert (base / "run.json").stat().st_mtime_ns > stamp
 
 
-def test_a_folder_of_another_run_is_refused_with_what_differs(start):
+def test_a_folder_of_another_run_is_refused_with_what_differs(start, monkeypatch):
     base = start("rounds=0", name="base")
     with pytest.raises(InputError, match=r"another run: train\.seed is 0 there and 5 here; give"):
         start("rounds=0", "seed=5", name="base")
+    with monkeypatch.context() as patch:  # before its plan is shown and its scans are looked up
+        patch.setattr(loop, "run_training", lambda *_, **__: pytest.fail("not refused"))
+        with pytest.raises(InputError, match="seed is 0 there and 5 here; give another --run"):
+            start("rounds=0", "seed=5", name="base", taken=base)
     splits = read_json(base / "splits.json")
     write_json(base / "splits.json", {**splits, "unlabeled": []})
     write_json(base / "run.json", {"hash": "of other data"})

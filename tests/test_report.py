@@ -31,6 +31,7 @@ from medssl.names import Names, choose_names
 from medssl.overlays import CLASS_COLORS, render_overlay, write_overlay
 from medssl.report import figures, scans, write_report
 from medssl.report.figures import _spread, pair_dice, plot_pairs
+from medssl.report.page import _describe_origin
 from medssl.report.sentences import (
     EVIDENCE,
     count_steps,
@@ -397,7 +398,7 @@ def test_directions_of_the_body_are_named_for_scans_and_not_for_pictures(run: Pa
 @pytest.mark.usefixtures("unseen")
 def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     text = report(run).text
-    assert "trained on 4 labeled and 6 unlabeled scans of phantoms" in text
+    assert "trained on 4 labeled and 6 unlabeled scans of the set phantoms" in text
     assert "organ and lesion" in text
     assert "1,200 steps" in text
     assert "95 % interval +0.0" in text
@@ -408,7 +409,7 @@ def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     (run / "plan.json").write_text(json.dumps(plan))  # a student's step has 2 + 3 patches
     assert f"rounds=0 steps={400 + round(2.5 * 800)}" in report(run).text
     assert "Validation labels count as labels" in text
-    assert "no patient ids" in text
+    assert "Each scan counts as a patient" in text
     assert "A missed structure counts as dice 0." in text
 
 
@@ -601,7 +602,9 @@ def test_the_study_is_recalled_where_a_student_of_its_recipe_is_delivered(
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "method": method}))
     summary = json.loads((run / "summary.json").read_text())
     dump(run / "summary.json", {**summary, "delivered": delivered})
-    verdict = write_verdict(read_folder_with_tables(run), "")
+    folder = read_folder_with_tables(run)
+    verdict = write_verdict(folder, "")
+    assert _describe_origin(folder, Names(shared=False))["evaluate"].endswith("--out evaluation")
     assert verdict.word == "Not measured here"
     assert (EVIDENCE in verdict.sentence) is is_recalled
     assert ("learned from labels only" in verdict.sentence) is (delivered == "round_0")

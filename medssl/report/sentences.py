@@ -64,7 +64,7 @@ def count_steps(run: RunFolder) -> int | None:
 def write_headline(run: RunFolder, names: Names) -> str:
     """Return one sentence: what was trained on what."""
     dataset = run.splits.get("dataset") or {}
-    where = "" if names.shared or not dataset.get("name") else f" of {dataset['name']}"
+    where = "" if names.shared or not dataset.get("name") else f" of the set {dataset['name']}"
     labeled, unlabeled = (len(run.list_part(part)) for part in ("labeled", "unlabeled"))
     classes = list_classes(run)
     what = f" to find {_join(classes)}" if classes else ""

@@ -23,7 +23,7 @@ import typer
 from medssl import __version__, ranks
 from medssl.config import DataSection, Fidelity, InputError, is_url
 from medssl.formats.readers import FORMATS
-from medssl.runs import FULL_DISK_ERRORS, describe_full_disk, list_rounds
+from medssl.runs import FULL_DISK_ERRORS, check_writable, describe_full_disk, list_rounds
 from medssl.settings import (
     Resolved,
     describe_terms,
@@ -316,14 +316,16 @@ def _train(
     from medssl.runs import StopFlag, lock_run
 
     root = _check_training(resolved, cross_check, round_0)
+    place = root.resolve()
+    folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
+    if not dry_run:
+        check_writable(folder, "--run")
     from medssl.cross_check import (
         cross_check_run as check_folds,  # slow to import: after the mistakes
     )
     from medssl.cross_check import list_folds
     from medssl.rounds.loop import prepare_run, run_training
 
-    place = root.resolve()
-    folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
     prepared = prepare_run(resolved, reload, None if restart or dry_run else folder)
     if cross_check:
         list_folds(prepared, cross_check)
@@ -647,6 +649,7 @@ def _check_evaluation(
     settings = load_config(None, overrides).config.data
     resolve_model(model)
     refuse_run_folder(out)
+    check_writable(out, "--out")
     read_dataset(data, settings.format, settings.labels)
     return settings
 

@@ -970,6 +970,29 @@ MISTAKES = [
     ("compare RUN DATA", "has not been evaluated"),
     ("report DATA", "is no run folder"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train DATA --run new/run", "--run"),
+        ("predict RUN DATA/images --out new", "--out"),
+        ("evaluate RUN DATA --out new", "--out"),
+    ],
+)
+def test_a_read_only_place_is_refused_before_anything_is_computed(
+    data: Path, make_run: RunMaker, monkeypatch: pytest.MonkeyPatch, command: str, option: str
+) -> None:
+    run = make_run([1, 0])
+    (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
+    monkeypatch.chdir(data.parent)
+    monkeypatch.setattr("medssl.runs.os.access", lambda path, mode: path != data.parent)
+    words = command.replace("RUN", str(run)).replace("DATA", str(data)).split()
+    with pytest.raises(InputError, match=rf"is read-only; name another folder by {option}$"):
+        app(words, standalone_mode=False)
+    assert not (data.parent / "new").exists()
+
+
 ANSWER = """
 import sys
 from medssl.cli import main

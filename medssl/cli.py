@@ -58,7 +58,7 @@ First = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1 steps=2000 train.lr=1e-3"),
+    typer.Argument(metavar="KEY=VALUE", help="Such as seed=1 steps=2000 train.lr=1e-3"),
 ]
 RunOrModel = Annotated[
     Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, a model folder or zip.")
@@ -202,7 +202,7 @@ def check(
     overrides: Overrides = None,
     draft: Annotated[
         Path | None,
-        typer.Option(help="Only write a CSV of the cases as their names suggest them."),
+        typer.Option(help="Only write a CSV of the cases, as understood, to look through."),
     ] = None,
 ) -> None:
     """Show a data set as a table, every file of it, and everything that is wrong with it."""
@@ -235,7 +235,7 @@ def check(
 
 @app.command("config")
 def show_config(
-    first: Annotated[str | None, typer.Argument(metavar="[DATA_OR_CONFIG]")] = None,
+    first: Annotated[str | None, typer.Argument(metavar="DATA_OR_CONFIG")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration, and where each value came from."""
@@ -277,7 +277,8 @@ def train(
         bool, typer.Option("--predict-unlabeled", help="Write masks of the unlabeled cases.")
     ] = False,
     cross_check: Annotated[
-        int, typer.Option("--cross-check", help="Measure by as many folds of the labeled scans.")
+        int,
+        typer.Option("--cross-check", help="Measure by as many more trainings."),
     ] = 0,
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
@@ -452,7 +453,7 @@ def _write_report(folder: Path, share: bool = False) -> Path:
 def predict(
     model: RunOrModel,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Scans, folders, lists, URLs of them.")
+        list[str], typer.Argument(metavar="INPUT", help="Scans, folders, lists, URLs of them.")
     ],
     out: Annotated[Path, typer.Option(parser=_parse_output, help="Folder of the masks.")],
     probs: Annotated[bool, typer.Option("--probs", help="Write class probabilities.")] = False,
@@ -537,10 +538,12 @@ def _predict(
 @app.command()
 def evaluate(
     model: RunOrModel,
-    data: Annotated[str | None, typer.Argument(help="Labeled data; default: own test.")] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Labeled scans; default: a run's test.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[data.KEY=VALUE]...", help="How to read DATA: data.ignore=255"),
+        typer.Argument(metavar="data.KEY=VALUE", help="How to read DATA: data.ignore=255"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(parser=_parse_output, help="Folder of the tables.")
@@ -551,7 +554,7 @@ def evaluate(
     ] = None,
     round_index: Annotated[
         str | None,
-        typer.Option("--round", help="A round of a run, on its own test cases: 0, 1, ... or all."),
+        typer.Option("--round", help="0, 1, ... or all: of a run, on its own test cases."),
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -693,7 +696,7 @@ def _resolve_round(
 @app.command()
 def compare(
     paths: Annotated[
-        list[str], typer.Argument(metavar="A B...", help="Runs, rounds, evaluations; arm=A,B")
+        list[str], typer.Argument(metavar="A B", help="Runs, rounds, evaluations; arm=A,B")
     ],
 ) -> None:
     """Compare runs, rounds or evaluations case by case, with intervals."""
@@ -770,7 +773,7 @@ def _sync_quietly(run: Path) -> None:
 def doctor(
     store: Annotated[
         str,
-        typer.Argument(metavar="[RUNS_OR_STORE]", help="A folder of runs, or a tracking.uri."),
+        typer.Argument(metavar="RUNS_OR_STORE", help="A folder of runs, or a tracking.uri."),
     ] = "runs",
 ) -> None:
     """Say what is wrong with this machine and how to mend it, and what medssl sees of it."""

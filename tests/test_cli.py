@@ -2,10 +2,12 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 
 from medssl import cli
 from medssl.settings import load_config
@@ -81,3 +83,10 @@ def test_a_full_disk_is_told_by_the_command_line_too(monkeypatch, capsys, tmp_pa
         cli.main()
     assert caught.value.code == 2
     assert f"free space on {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(cli.app).commands))
+def test_a_usage_line_marks_what_may_be_left_out_or_repeated_once(name):
+    command = typer.main.get_command(cli.app).commands[name]
+    usage = " ".join(command.collect_usage_pieces(typer.Context(command)))
+    assert not re.search(r"\[\[|\]\]|\.\.\.\W*\.\.\.", usage), usage

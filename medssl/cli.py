@@ -416,14 +416,15 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
+    minutes = round(trainings * estimate.get("hours", 0) * 60)
     folds = f" with {trainings - 1} folds" if trainings > 1 else ""
     is_new = not (folder / "plan.json").exists()  # later much of it is there
     is_full = is_new and estimate["disk_mb"] / 1000 > free
     warning = f"\nwarning: the disk has only {free:.0f} GB left" if is_full else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
-        f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
-        f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
+        f"  - round 0 on labels alone and {rounds} round{'s' * (rounds != 1)} of students, "
+        f"{steps}: about {minutes} minute{'s' * (minutes != 1)}{folds}, "
         f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
         f"{_describe_sharing(plan)}run folder: {folder}{warning}"
     )
@@ -617,7 +618,7 @@ def _evaluate(
         print(reason)
         return
     if data is not None:
-        _finish_evaluation(render_summary(summary), summary)
+        _finish_evaluation(f"{render_summary(summary)}\ntables: {out}", summary)
         return
     if round_index == "all":
         for folder in list_rounds(model / "evaluation").values():

@@ -948,6 +948,17 @@ def test_any_damaged_file_of_a_run_is_an_error_of_the_input(
         evaluate_run(run, report=quiet)
 
 
+def test_the_folder_of_the_tables_is_said(
+    data: Path, make_run: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([1, 0])
+    (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
+    monkeypatch.setattr(evaluate, "evaluate_data", lambda *_, **__: {})
+    monkeypatch.setattr(evaluate, "render_summary", lambda _: "0.8")
+    done = CliRunner().invoke(app, ["evaluate", str(run), str(data), "--out", str(tmp_path / "x")])
+    assert done.output == f"0.8\ntables: {tmp_path / 'x'}\n"
+
+
 MISTAKES = [
     ("evaluate RUN --out x", "--out is for other scans"),
     ("evaluate RUN --round 7", "round 7 is not done; done are: 0, 1"),

@@ -23,7 +23,7 @@ import typer
 from medssl import __version__, ranks
 from medssl.config import DataSection, Fidelity, InputError, is_url
 from medssl.formats.readers import FORMATS
-from medssl.runs import FULL_DISK_ERRORS, describe_full_disk, list_rounds
+from medssl.runs import FULL_DISK_ERRORS, check_writable, describe_full_disk, list_rounds
 from medssl.settings import (
     Resolved,
     describe_terms,
@@ -58,7 +58,7 @@ First = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1 steps=2000 train.lr=1e-3"),
+    typer.Argument(metavar="KEY=VALUE", help="Such as seed=1 steps=2000 train.lr=1e-3"),
 ]
 RunOrModel = Annotated[
     Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run, RUN/round_0, a model folder or zip.")
@@ -202,7 +202,7 @@ def check(
     overrides: Overrides = None,
     draft: Annotated[
         Path | None,
-        typer.Option(help="Only write a CSV of the cases as their names suggest them."),
+        typer.Option(help="Only write a CSV of the cases, as understood, to look through."),
     ] = None,
 ) -> None:
     """Show a data set as a table, every file of it, and everything that is wrong with it."""
@@ -235,7 +235,7 @@ def check(
 
 @app.command("config")
 def show_config(
-    first: Annotated[str | None, typer.Argument(metavar="[DATA_OR_CONFIG]")] = None,
+    first: Annotated[str | None, typer.Argument(metavar="DATA_OR_CONFIG")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration, and where each value came from."""
@@ -277,7 +277,8 @@ def train(
         bool, typer.Option("--predict-unlabeled", help="Write masks of the unlabeled cases.")
     ] = False,
     cross_check: Annotated[
-        int, typer.Option("--cross-check", help="Measure by as many folds of the labeled scans.")
+        int,
+        typer.Option("--cross-check", help="Measure by as many more trainings."),
     ] = 0,
 ) -> None:
     """Train: labels alone first, then students on pseudo-labels; the same command resumes."""
@@ -316,14 +317,16 @@ def _train(
     from medssl.runs import StopFlag, lock_run
 
     root = _check_training(resolved, cross_check, round_0)
+    place = root.resolve()
+    folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
+    if not dry_run:
+        check_writable(folder, "--run")
     from medssl.cross_check import (
         cross_check_run as check_folds,  # slow to import: after the mistakes
     )
     from medssl.cross_check import list_folds
     from medssl.rounds.loop import prepare_run, run_training
 
-    place = root.resolve()
-    folder = run or Path("runs") / ((place.name if place.is_dir() else place.stem) or "run")
     prepared = prepare_run(resolved, reload, None if restart or dry_run else folder)
     if cross_check:
         list_folds(prepared, cross_check)
@@ -350,12 +353,18 @@ def _train(
         outcome = run_training(
             prepared, folder, stop, restart, predict_unlabeled, round_0, finish=finish
         )
-    if outcome.delivered is None:
-        print(f"\n{outcome.message}")
-        return outcome
     print(f"\n{outcome.message}")
     if folds is not None:
         print(f"measured:  {folds['statement']}")
+    if outcome.delivered is not None:
+        _print_next_steps(outcome, prepared, folder)
+    return outcome
+
+
+def _print_next_steps(outcome: Outcome, prepared: Any, folder: Path) -> None:
+    """Print what may be done with a model that was delivered."""
+    if outcome.status == "stopped_by_gate":
+        print(f"look at:   {folder / 'round_*' / 'pseudo_masks'}, the masks that the gate judged")
     print(f"report:    {folder / 'report.html'}")
     scan = "SCAN.nii.gz" if prepared.plan.has_spacing else "PICTURE.png"
     print(f"predict:   medssl predict {folder} {scan} --out masks")
@@ -363,8 +372,7 @@ def _train(
         print(f"evaluate:  medssl evaluate {folder}")
     else:
         print(f"evaluate:  medssl evaluate {folder} OTHER_LABELED_DATA --out evaluation")
-    print(f"compare:   medssl ui {folder.parent}")
-    return outcome
+    print(f"MLflow:    medssl ui {folder.parent}")
 
 
 def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) -> Path:
@@ -408,14 +416,15 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
+    minutes = round(trainings * estimate.get("hours", 0) * 60)
     folds = f" with {trainings - 1} folds" if trainings > 1 else ""
     is_new = not (folder / "plan.json").exists()  # later much of it is there
     is_full = is_new and estimate["disk_mb"] / 1000 > free
     warning = f"\nwarning: the disk has only {free:.0f} GB left" if is_full else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
-        f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
-        f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
+        f"  - round 0 on labels alone and {rounds} round{'s' * (rounds != 1)} of students, "
+        f"{steps}: about {minutes} minute{'s' * (minutes != 1)}{folds}, "
         f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
         f"{_describe_sharing(plan)}run folder: {folder}{warning}"
     )
@@ -445,7 +454,7 @@ def _write_report(folder: Path, share: bool = False) -> Path:
 def predict(
     model: RunOrModel,
     inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="Scans, folders, lists, URLs of them.")
+        list[str], typer.Argument(metavar="INPUT", help="Scans, folders, lists, URLs of them.")
     ],
     out: Annotated[Path, typer.Option(parser=_parse_output, help="Folder of the masks.")],
     probs: Annotated[bool, typer.Option("--probs", help="Write class probabilities.")] = False,
@@ -530,10 +539,12 @@ def _predict(
 @app.command()
 def evaluate(
     model: RunOrModel,
-    data: Annotated[str | None, typer.Argument(help="Labeled data; default: own test.")] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="Labeled scans; default: a run's test.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[data.KEY=VALUE]...", help="How to read DATA: data.ignore=255"),
+        typer.Argument(metavar="data.KEY=VALUE", help="How to read DATA: data.ignore=255"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(parser=_parse_output, help="Folder of the tables.")
@@ -544,7 +555,7 @@ def evaluate(
     ] = None,
     round_index: Annotated[
         str | None,
-        typer.Option("--round", help="A round of a run, on its own test cases: 0, 1, ... or all."),
+        typer.Option("--round", help="0, 1, ... or all: of a run, on its own test cases."),
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
@@ -607,7 +618,7 @@ def _evaluate(
         print(reason)
         return
     if data is not None:
-        _finish_evaluation(render_summary(summary), summary)
+        _finish_evaluation(f"{render_summary(summary)}\ntables: {out}", summary)
         return
     if round_index == "all":
         for folder in list_rounds(model / "evaluation").values():
@@ -642,6 +653,7 @@ def _check_evaluation(
     settings = load_config(None, overrides).config.data
     resolve_model(model)
     refuse_run_folder(out)
+    check_writable(out, "--out")
     read_dataset(data, settings.format, settings.labels)
     return settings
 
@@ -685,7 +697,7 @@ def _resolve_round(
 @app.command()
 def compare(
     paths: Annotated[
-        list[str], typer.Argument(metavar="A B...", help="Runs, rounds, evaluations; arm=A,B")
+        list[str], typer.Argument(metavar="A B", help="Runs, rounds, evaluations; arm=A,B")
     ],
 ) -> None:
     """Compare runs, rounds or evaluations case by case, with intervals."""
@@ -762,7 +774,7 @@ def _sync_quietly(run: Path) -> None:
 def doctor(
     store: Annotated[
         str,
-        typer.Argument(metavar="[RUNS_OR_STORE]", help="A folder of runs, or a tracking.uri."),
+        typer.Argument(metavar="RUNS_OR_STORE", help="A folder of runs, or a tracking.uri."),
     ] = "runs",
 ) -> None:
     """Say what is wrong with this machine and how to mend it, and what medssl sees of it."""

@@ -370,7 +370,8 @@ def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Seque
         text, p = "", ""
         if difference is not None:
             text = format_estimate(difference, "+")
-            p = "" if difference["p"] is None else f"{difference['p']:.4f}"
+            is_judged = difference["p"] is not None and row["verdict"] != "not measured"
+            p = f"{difference['p']:.4f}" if is_judged else ""
         lines.append(
             f"{_label(row):<{NAME_WIDTH}}  {row['n']:>4}  {format_estimate(row['dice']):<20}"
             f"  {text:<23}  {p:>6}  {row['verdict'] or ''}"

@@ -50,7 +50,8 @@ class Costs:
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         free, disk = count_free_memory(), shutil.disk_usage(place).free
         minutes = self.seconds / 60
-        duration = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
+        duration = f"{self.seconds:.0f} seconds" if self.seconds >= 1.5 else "a second"
+        duration = f"{minutes:.0f} minutes" if minutes >= 2 else duration
         scans = "1 scan" if num_scans == 1 else f"{num_scans} scans"
         return (
             f"{scans}, {self.num_windows} windows: about {duration}; {self.peak / 1e9:.1f} GB of "

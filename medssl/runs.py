@@ -187,6 +187,25 @@ def write_file(path: Path, write: Callable[[Path], object], mode: int | None = N
             temporary.unlink()
 
 
+class FullDiskError(InputError):
+    """A disk is full: what else would be written there fails as well."""
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Refuse a folder that cannot be made or written to, before anything is computed for it.
+
+    Args:
+        folder: The folder; it need not exist.
+        option: What names another one on the command line.
+
+    Raises:
+        InputError: It, or the nearest folder above that exists, is read-only for this user.
+    """
+    home = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if home.is_dir() and not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {home} is read-only; name another folder by {option}")
+
+
 @contextlib.contextmanager
 def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Turn what comes of a full disk into one sentence.
@@ -197,7 +216,7 @@ def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
             of their own; then the disk is asked again, by a few more bytes of this file.
 
     Raises:
-        InputError: The disk is full.
+        FullDiskError: The disk is full.
     """
     try:
         yield
@@ -208,7 +227,7 @@ def tell_full_disk(path: Path, temporary: Path | None = None) -> Iterator[None]:
             reason = _ask_disk(temporary)
         if reason not in FULL_DISK_ERRORS:
             raise
-        raise InputError(describe_full_disk(reason, path, temporary)) from error
+        raise FullDiskError(describe_full_disk(reason, path, temporary)) from error
 
 
 def reserve_space(file: IO[bytes], size: int) -> None:

@@ -27,7 +27,7 @@ from medssl.data.cache import (
 from medssl.data.cases import Case
 from medssl.data.io import write_mask
 from medssl.rounds import loop
-from medssl.runs import write_file
+from medssl.runs import FullDiskError, write_file
 from medssl.transforms.geometry import to_native
 from medssl.transforms.preprocess import Normalization, Preprocessing
 
@@ -416,6 +416,17 @@ def test_all_bad_cases_stand_in_one_message(tmp_path):
         assert part in message
     assert "../up: " in message
     assert not (tmp_path / "up").exists()
+
+
+def test_a_full_disk_is_said_once_and_not_of_each_case(tmp_path, monkeypatch):
+    cases = [write_case(tmp_path / "data", name) for name in ("a", "b", "c")]
+
+    def fill(*_):
+        raise FullDiskError("the disk is full: 0.0 MiB free")
+
+    monkeypatch.setattr(cache, "_make_image", fill)
+    with pytest.raises(FullDiskError, match=r"^the disk is full: 0\.0 MiB free$"):
+        build(cases, tmp_path)
 
 
 def test_a_label_off_by_a_hair_is_taken_voxel_by_voxel(tmp_path):

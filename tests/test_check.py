@@ -190,7 +190,12 @@ def test_fractions_are_problems_and_rounding_is_noted(scans):
 def test_an_image_in_place_of_a_label_is_recognized(scans):
     values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
     scans.add("labeled", label=values)
-    assert "is it an image?" in only(scans.check(None).problems)
+    scans.add("labeled")
+    result = scans.check(None)
+    assert "is it an image?" in only(result.problems)
+    assert not result.warnings, "of values that are no classes"
+    assert len(result.labels) < 5
+    assert "in the 1 label opened" in result.render()
 
 
 def test_non_finite_voxels_are_counted(scans):

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import typer
 
 from medssl import cli
 from medssl.settings import load_config
@@ -81,3 +84,27 @@ def test_a_full_disk_is_told_by_the_command_line_too(monkeypatch, capsys, tmp_pa
         cli.main()
     assert caught.value.code == 2
     assert f"free space on {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(cli.app).commands))
+def test_a_usage_line_marks_what_may_be_left_out_or_repeated_once(name):
+    command = typer.main.get_command(cli.app).commands[name]
+    usage = " ".join(command.collect_usage_pieces(typer.Context(command)))
+    assert not re.search(r"\[\[|\]\]|\.\.\.\W*\.\.\.", usage), usage
+
+
+@pytest.mark.parametrize(
+    ("rounds", "hours", "words"),
+    [
+        (1, 0.02, "1 round of students, 9 steps a round: about 1 minute, "),
+        (2, 0.5, "2 rounds of students, 9 steps a round: about 30 minutes, "),
+    ],
+)
+def test_one_round_and_one_minute_are_not_several(tmp_path, rounds, hours, words):
+    splits = SimpleNamespace(labeled=("a",), unlabeled=("b",), val=(), test=())
+    estimate = {"hours": hours, "disk_mb": 1.0}
+    plan = SimpleNamespace(estimate=estimate, labels={1: "organ"}, reasons=(), steps=9)
+    config = SimpleNamespace(train=SimpleNamespace(rounds=rounds))
+    resolved, dataset = SimpleNamespace(config=config), SimpleNamespace(name="scans")
+    prepared = SimpleNamespace(dataset=dataset, splits=splits, plan=plan, resolved=resolved)
+    assert words in cli._describe_plan(prepared, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ def test_only_common_cases_are_compared_and_the_others_counted(tmp_path: Path) -
     assert rows[1]["difference"]["mean"] == pytest.approx(0.2)
     assert "6 cases, evaluated in all 2 arms; 6 others only in some are left out" in text
     assert rows[1]["verdict"] == "not measured"
+    assert re.search(r"\+0\.200 \[.*\] +not measured$", text, re.MULTILINE), "no p of six cases"
     assert "a verdict needs 8 patients" in text
 
 

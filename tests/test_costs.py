@@ -63,6 +63,8 @@ def test_costs_are_told_beside_what_there_is(tmp_path):
     told = Costs(peak=2.5e9, seconds=600, disk=3e7, num_windows=70).describe(3, tmp_path / "new")
     assert told.startswith("3 scans, 70 windows: about 10 minutes; 2.5 GB of memory, ")
     assert "at most 0.03 GB of disk" in told
+    told = Costs(peak=2.5e9, seconds=1.2, disk=3e7, num_windows=1).describe(1, tmp_path / "new")
+    assert told.startswith("1 scan, 1 windows: about a second; ")
 
 
 @pytest.fixture

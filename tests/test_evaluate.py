@@ -948,6 +948,17 @@ def test_any_damaged_file_of_a_run_is_an_error_of_the_input(
         evaluate_run(run, report=quiet)
 
 
+def test_the_folder_of_the_tables_is_said(
+    data: Path, make_run: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run([1, 0])
+    (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
+    monkeypatch.setattr(evaluate, "evaluate_data", lambda *_, **__: {})
+    monkeypatch.setattr(evaluate, "render_summary", lambda _: "0.8")
+    done = CliRunner().invoke(app, ["evaluate", str(run), str(data), "--out", str(tmp_path / "x")])
+    assert done.output == f"0.8\ntables: {tmp_path / 'x'}\n"
+
+
 MISTAKES = [
     ("evaluate RUN --out x", "--out is for other scans"),
     ("evaluate RUN --round 7", "round 7 is not done; done are: 0, 1"),
@@ -970,6 +981,29 @@ MISTAKES = [
     ("compare RUN DATA", "has not been evaluated"),
     ("report DATA", "is no run folder"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train DATA --run new/run", "--run"),
+        ("predict RUN DATA/images --out new", "--out"),
+        ("evaluate RUN DATA --out new", "--out"),
+    ],
+)
+def test_a_read_only_place_is_refused_before_anything_is_computed(
+    data: Path, make_run: RunMaker, monkeypatch: pytest.MonkeyPatch, command: str, option: str
+) -> None:
+    run = make_run([1, 0])
+    (run / "model" / "model.json").write_text('{"channels": ["MRI"]}')
+    monkeypatch.chdir(data.parent)
+    monkeypatch.setattr("medssl.runs.os.access", lambda path, mode: path != data.parent)
+    words = command.replace("RUN", str(run)).replace("DATA", str(data)).split()
+    with pytest.raises(InputError, match=rf"is read-only; name another folder by {option}$"):
+        app(words, standalone_mode=False)
+    assert not (data.parent / "new").exists()
+
+
 ANSWER = """
 import sys
 from medssl.cli import main

@@ -286,7 +286,7 @@ def test_reasons_that_differ_in_a_number_alone_are_counted_as_one():
     ]
     lost = review(classes_of(0, 5))
     gate = judge(review(), *unsure, lost)
-    assert "(3 confidence is below 0.3, 1 lost organ)" in gate.reasons[0]
+    assert "(3 with a confidence below 0.3, 1 lost organ); give it more" in gate.reasons[0]
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.03, False), (0.05, True), (0.9, True)])

@@ -31,13 +31,16 @@ from medssl.names import Names, choose_names
 from medssl.overlays import CLASS_COLORS, render_overlay, write_overlay
 from medssl.report import figures, scans, write_report
 from medssl.report.figures import _spread, pair_dice, plot_pairs
+from medssl.report.page import _describe_origin
 from medssl.report.sentences import (
+    EVIDENCE,
     count_steps,
     explain_row,
     write_verdict,
 )
-from medssl.run_folder import read_folder_with_tables
+from medssl.run_folder import read_folder, read_folder_with_tables
 from medssl.runs import Journal, hash_record
+from medssl.tracking.note import write_note
 
 VALUES = (0, 1, 4)
 CLASSES = {0: "background", 1: "organ", 2: "lesion"}
@@ -395,7 +398,7 @@ def test_directions_of_the_body_are_named_for_scans_and_not_for_pictures(run: Pa
 @pytest.mark.usefixtures("unseen")
 def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     text = report(run).text
-    assert "trained on 4 labeled and 6 unlabeled scans of phantoms" in text
+    assert "trained on 4 labeled and 6 unlabeled scans of the set phantoms" in text
     assert "organ and lesion" in text
     assert "1,200 steps" in text
     assert "95 % interval +0.0" in text
@@ -406,7 +409,7 @@ def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     (run / "plan.json").write_text(json.dumps(plan))  # a student's step has 2 + 3 patches
     assert f"rounds=0 steps={400 + round(2.5 * 800)}" in report(run).text
     assert "Validation labels count as labels" in text
-    assert "no patient ids" in text
+    assert "Each scan counts as a patient" in text
     assert "A missed structure counts as dice 0." in text
 
 
@@ -576,12 +579,35 @@ def test_a_round_0_that_failed_its_gate_is_not_called_good(tmp_path: Path) -> No
     dump(run / "round_0" / "done.json", done)
     dump(run / "state.json", {"status": "stopped_by_gate", "round": 0, "step": 400})
     text = report(run).text
-    assert "kept for want of a better one" in text
+    assert "kept for want of a better one; look at its masks" in text
     assert "last good" not in text
+    note = write_note(read_folder(run), Names(shared=False))
+    assert "no better model to keep" in note
+    assert "Labels only: a baseline" in note
     assert "is delivered" not in text
     assert "Not measured" in text
     assert "before and after are one" in text
     assert "so far" not in text
+
+
+@pytest.mark.parametrize(
+    ("delivered", "method", "is_recalled"),
+    [("round_2", "default", True), ("round_0", "default", False), ("round_2", "uamt", False)],
+)
+def test_the_study_is_recalled_where_a_student_of_its_recipe_is_delivered(
+    tmp_path: Path, delivered: str, method: str, is_recalled: bool
+) -> None:
+    run = write_run(tmp_path, num_test=0, shape=(8, 8, 8), evaluated=False)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "method": method}))
+    summary = json.loads((run / "summary.json").read_text())
+    dump(run / "summary.json", {**summary, "delivered": delivered})
+    folder = read_folder_with_tables(run)
+    verdict = write_verdict(folder, "")
+    assert _describe_origin(folder, Names(shared=False))["evaluate"].endswith("--out evaluation")
+    assert verdict.word == "Not measured here"
+    assert (EVIDENCE in verdict.sentence) is is_recalled
+    assert ("learned from labels only" in verdict.sentence) is (delivered == "round_0")
 
 
 @pytest.mark.usefixtures("unseen")

@@ -444,6 +444,7 @@ def test_a_model_of_three_steps_does_not_pass_the_gate(start, monkeypatch):
     assert gate["reasons"]
     assert not (folder / "round_1").exists()
     assert read_json(folder / "state.json")["status"] == "stopped_by_gate"
+    assert "delivered for want of a better one" in read_json(folder / "summary.json")["exit"]
 
 
 @pytest.mark.parametrize(("num_rounds", "status"), [(1, "stopped_by_gate"), (2, "delivered")])
@@ -519,10 +520,14 @@ def test_a_restart_that_is_refused_deletes_nothing(start):
     assert (base / "run.json").stat().st_mtime_ns > stamp
 
 
-def test_a_folder_of_another_run_is_refused_with_what_differs(start):
+def test_a_folder_of_another_run_is_refused_with_what_differs(start, monkeypatch):
     base = start("rounds=0", name="base")
     with pytest.raises(InputError, match=r"another run: train\.seed is 0 there and 5 here; give"):
         start("rounds=0", "seed=5", name="base")
+    with monkeypatch.context() as patch:  # before its plan is shown and its scans are looked up
+        patch.setattr(loop, "run_training", lambda *_, **__: pytest.fail("not refused"))
+        with pytest.raises(InputError, match="seed is 0 there and 5 here; give another --run"):
+            start("rounds=0", "seed=5", name="base", taken=base)
     splits = read_json(base / "splits.json")
     write_json(base / "splits.json", {**splits, "unlabeled": []})
     write_json(base / "run.json", {"hash": "of other data"})

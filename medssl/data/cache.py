@@ -40,6 +40,7 @@ from medssl.data.trained import hash_voxels
 from medssl.formats.readers import has_spacing, name_mask_suffix
 from medssl.machine import count_cores, count_free_memory, explain_out_of_memory
 from medssl.runs import (
+    FullDiskError,
     find_changed,
     hash_files,
     hash_json,
@@ -256,7 +257,7 @@ def _make_all(
             thread.start()
         for done in range(1, len(cases) + 1):
             case_id, result = made.get()
-            if isinstance(result, Exception) and not isinstance(result, InputError):
+            if isinstance(result, FullDiskError) or not isinstance(result, CachedCase | InputError):
                 raise result
             results[case_id] = result
             if report is not None:

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,7 @@ def check_dataset(
             facts.append(entry)
             if report is not None:
                 report(index + 1, len(tasks))
+    facts = [_pass_over_image(entry, dataset.labels) for entry in facts]
     labels = _name_labels(dataset, facts, ignore)
     problems = [problem for entry in facts for problem in entry.problems]
     problems += _check_classes(facts, labels, ignore, dataset.labels is not None)
@@ -360,26 +361,30 @@ def _check_classes(
     return []
 
 
+def _pass_over_image(entry: CaseFacts, declared: Mapping[int, str] | None) -> CaseFacts:
+    """Return a case whose label is an image with that as its problem, and no values of classes."""
+    values = entry.num_voxels or {}
+    if len(set(values) - set(declared or ())) <= _MAX_CLASSES:
+        return entry
+    problem = (
+        f"{entry.case_id}: its label holds {len(values)} different values, from "
+        f"{min(values)} to {max(values)}: is it an image? Give the label in its place"
+    )
+    return replace(
+        entry, volumes_ml=None, num_voxels=None, colors={}, problems=(*entry.problems, problem)
+    )
+
+
 def _check_values(
     dataset: Dataset, facts: Iterable[CaseFacts], labels: Mapping[int, str], ignore: int | None
 ) -> list[str]:
-    """Name the label values that nobody declared, with their cases, and labels that are images."""
-    declared = set(dataset.labels or ())
+    """Name the label values that nobody declared, with their cases."""
     where: dict[int, list[str]] = defaultdict(list)
-    images = []
     for entry in facts:
-        values = entry.num_voxels or {}
-        if len(set(values) - declared) > _MAX_CLASSES:
-            images.append(
-                f"{entry.case_id}: its label holds {len(values)} different values, from "
-                f"{min(values)} to {max(values)}: is it an image? Give the label in its place"
-            )
-            continue
-        for value, count in values.items():
+        for value, count in (entry.num_voxels or {}).items():
             where[value].append(f"{entry.case_id} ({count} voxels)")
     if dataset.labels is None and len(where) > _MAX_CLASSES:
         return [
-            *images,
             f"the labels hold {len(where)} different values, from {min(where)} to {max(where)}: "
             f"are they images? Check the paths, or name the classes (at most {IGNORE - 1} beside "
             "the background) by data.labels",
@@ -387,7 +392,7 @@ def _check_values(
     known = set(labels) | {0, ignore}
     if dataset.labels is None:  # 255 and negative values mean something else in half of all sets
         known -= {value for value in where if (value == IGNORE or value < 0) and value != ignore}
-    return images + [
+    return [
         f"label value {value} is not declared: {', '.join(cases)}; "
         f"{_offer(value, set(where), known - {None})}"
         for value, cases in sorted(where.items())
@@ -783,7 +788,7 @@ def _render_classes(result: CheckResult) -> list[str]:
     opened = [entry.volumes_ml for entry in result.facts if entry.volumes_ml is not None]
     if not opened:
         return []
-    title = f"in the {len(opened)} labels opened"
+    title = f"in the {len(opened)} label{'' if len(opened) == 1 else 's'} opened"
     unit = "ml" if all(entry.has_spacing for entry in result.facts) else "px"
     columns = ("value", "labels", f"min {unit}", f"median {unit}", f"max {unit}")
     lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]

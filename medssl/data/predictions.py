@@ -43,7 +43,7 @@ from medssl.formats.readers import (
     name_scan,
     strip_suffix,
 )
-from medssl.runs import hash_file, hold_lock, read_json, tell_full_disk, write_json
+from medssl.runs import check_writable, hash_file, hold_lock, read_json, tell_full_disk, write_json
 
 RECORD = "predictions.json"
 AUDIT = "predictions.jsonl"
@@ -137,7 +137,8 @@ def _name_output_suffix(image: Path) -> str:
 
 
 def _refuse_folder_of_scans(out: Path, scans: Scans) -> None:
-    """Refuse to write masks where scans lie."""
+    """Refuse to write masks where scans lie, or where nothing can be written."""
+    check_writable(out, "--out")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder for the masks")
     folders = {path.parent for images in scans.values() for path in images}

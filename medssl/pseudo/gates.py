@@ -427,11 +427,13 @@ def _list_misfits(
 
 def _name_kind(reason: str) -> str:
     """Return a reason without the number that is each scan's own."""
-    return re.sub(r"^confidence [\d.]+", "confidence", reason)
+    return re.sub(r"^confidence [\d.]+ is", "with a confidence", reason)
 
 
 def _advise(reason: str) -> str:
-    """Return what to do if a reason is none, since such scans are as they should be."""
+    """Return what to do about a reason, or if such scans are as they should be."""
+    if reason.startswith("with a confidence"):
+        return "; give it more train.steps, or label more scans"
     if reason == "empty":
         return "; if scans without any structure are to be expected, label one of them"
     if reason.startswith("lost"):

@@ -447,6 +447,7 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
     command = str(provenance.get("command") or "")
     folder = "RUN" if names.shared else shlex.quote(str(run.path))
     scan = "SCAN.nii.gz" if run.plan.get("has_spacing", True) else "PICTURE.png"
+    data = "" if run.list_part("test") else " OTHER_LABELED_DATA --out evaluation"
     return {
         "reasons": [names.clean_text(str(reason)) for reason in run.plan.get("reasons") or ()],
         "command": _hide_arguments(command) if names.shared else command,
@@ -454,7 +455,7 @@ def _describe_origin(run: RunFolder, names: Names) -> dict[str, Any]:
         "config": text,
         "has_model": (run.path / "model" / "model.json").is_file(),
         "predict": f"medssl predict {folder} {scan} --out OUT",
-        "evaluate": f"medssl evaluate {folder}",
+        "evaluate": f"medssl evaluate {folder}{data}",
         "dataset": "" if names.shared else str(about.get("url") or about.get("root") or ""),
     }
 

@@ -83,8 +83,8 @@ def describe_patients(run: RunFolder, sources: Sources) -> str:
         )
     if all(case.patient_id == case.case_id for case in test):
         return (
-            "The data has no patient ids, so each scan counts as a patient of its own: if some "
-            "are of the same patient, the interval is a little narrow."
+            "Each scan counts as a patient of its own: if some are of the same patient, the "
+            "interval is a little narrow."
         )
     return ""
 

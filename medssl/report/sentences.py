@@ -64,7 +64,7 @@ def count_steps(run: RunFolder) -> int | None:
 def write_headline(run: RunFolder, names: Names) -> str:
     """Return one sentence: what was trained on what."""
     dataset = run.splits.get("dataset") or {}
-    where = "" if names.shared or not dataset.get("name") else f" of {dataset['name']}"
+    where = "" if names.shared or not dataset.get("name") else f" of the set {dataset['name']}"
     labeled, unlabeled = (len(run.list_part(part)) for part in ("labeled", "unlabeled"))
     classes = list_classes(run)
     what = f" to find {_join(classes)}" if classes else ""
@@ -94,6 +94,7 @@ def describe_status(run: RunFolder) -> str:
         last = f": {_spell(run.delivered)} is the last good one" if run.delivered else ""
         if run.delivered_in_spite:
             last = f": {_spell(run.delivered)} did not pass it and is kept for want of a better one"
+            last += "; look at its masks before you use it"
         return f"The run was stopped by its gate{last}."
     known = {
         "running": f"The run is not finished: its last checkpoint is step {step} of round {index}.",
@@ -194,10 +195,10 @@ def _say_why_not_measured(run: RunFolder) -> str:
     if num_test == 0:
         return (
             "All labels were trained on, so no case says how good the model is on new scans."
-            f"{EVIDENCE} For a figure of your own: `medssl evaluate` on labeled scans "
-            "that are new to it, a run with test=N, or the same command with `--cross-check 3`, "
-            "which trains three times more and measures every labeled scan by models that have "
-            "not seen it."
+            f"{_say_what_to_expect(run)} For a figure of your own: `medssl evaluate` on labeled "
+            "scans that are new to it, a run with test=N, or the same command with "
+            "`--cross-check 3`, which trains three times more and measures every labeled scan by "
+            "models that have not seen it."
         )
     if not run.summary:
         return (
@@ -208,6 +209,13 @@ def _say_why_not_measured(run: RunFolder) -> str:
         f"The {format_count(num_test, 'test case')} of the run have not been looked at yet: "
         "`medssl evaluate` on this run folder measures the model on them."
     )
+
+
+def _say_what_to_expect(run: RunFolder) -> str:
+    """Return what is known of a model that nobody measured: the study was of the recipe alone."""
+    if run.delivered == "round_0":
+        return " It learned from labels only, so there is no gain to look for."
+    return EVIDENCE if run.config.get("method") == "default" else ""
 
 
 def _list_caveats(run: RunFolder, patients: str) -> list[str]:

@@ -52,7 +52,10 @@ def deliver_model(
     if not passed:
         reasons = read_json(run.find_round_folder(0) / "done.json", RoundMark)["gate"]["reasons"]
         _copy_model(run, 0)
-        message = f"the labels-only model did not pass its gate: {'; '.join(reasons)}"
+        message = (
+            "the labels-only model did not pass its gate, so no student learned from it; it is "
+            f"delivered for want of a better one: {'; '.join(reasons)}"
+        )
         if predict_unlabeled:
             message += (
                 "; so --predict-unlabeled has written no masks: if you want them all the same, "

@@ -106,7 +106,7 @@ def prepare_run(
         run_dir: A run folder whose plan is taken over if it has one, or None.
 
     Raises:
-        InputError: All problems of the data at once.
+        InputError: All problems of the data at once, or the folder holds a run of other settings.
     """
     config = resolved.config
     if config.data.root is None:
@@ -123,7 +123,12 @@ def prepare_run(
     else:
         made = ranks.share(lambda: _make_plan(config, dataset, splits).model_dump(mode="json"))
         plan = _renew(Plan.model_validate(made), config)
-    return PreparedRun(dataset, splits, plan, reload(list_decisions(plan)))
+    prepared = PreparedRun(dataset, splits, plan, reload(list_decisions(plan)))
+    if is_old and run_dir is not None:
+        settings = read_json(run_dir / "run.json").get("settings")  # 0.1.0 did not keep them
+        if settings not in (None, hash_config(prepared.resolved.config)):
+            raise _name_difference(prepared, run_dir)
+    return prepared
 
 
 def _renew(plan: Plan, config: Config) -> Plan:
@@ -413,10 +418,7 @@ def _open_folder(prepared: PreparedRun, run_dir: Path, run_hash: str) -> None:
     if is_new and not is_remnant(run_dir):
         raise InputError(f"{run_dir} is not empty and holds no run; give another --run")
     if not is_new and read_json(path).get("hash") != run_hash:
-        raise InputError(
-            f"{run_dir} holds another run: {_find_difference(prepared, run_dir)}; give another "
-            "--run, or --restart to delete it and start over"
-        )
+        raise _name_difference(prepared, run_dir)
     run_dir.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
     splits, dataset, plan = prepared.splits, prepared.dataset, prepared.plan
     source = prepared.resolved.config.data.root or dataset.root
@@ -444,10 +446,19 @@ def _open_folder(prepared: PreparedRun, run_dir: Path, run_hash: str) -> None:
             write(run_dir / name)
             is_new = is_new or name == "plan.json"
     if is_new:
-        write_json(path, {"hash": run_hash, **hash_record(run_dir)})
+        settings = hash_config(prepared.resolved.config)
+        write_json(path, {"hash": run_hash, "settings": settings, **hash_record(run_dir)})
     state = run_dir / "state.json"
     if not state.is_file() or read_json(state, State)["status"] != "delivered":
         set_status(run_dir, "running")
+
+
+def _name_difference(prepared: PreparedRun, run_dir: Path) -> InputError:
+    """Return the error of a folder whose run is not that of the command."""
+    return InputError(
+        f"{run_dir} holds another run: {_find_difference(prepared, run_dir)}; give another --run, "
+        "or --restart to delete it and start over"
+    )
 
 
 def _find_difference(prepared: PreparedRun, run_dir: Path) -> str:

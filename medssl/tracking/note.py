@@ -64,6 +64,8 @@ def _say_outcome(folder: RunFolder) -> str:
         "interrupted": "It was interrupted; the same command resumes it.",
         "failed": "It failed; the terminal and the run folder say why.",
     }
+    if folder.delivered_in_spite:
+        words["stopped_by_gate"] = "A gate stopped it; there was no better model to keep."
     sentences = [words.get(folder.status, "")]
     delivered, summary = folder.summary.get("delivered"), folder.summary
     if delivered:
@@ -75,7 +77,7 @@ def _say_outcome(folder: RunFolder) -> str:
         )
     if folder.evaluation.get("statement"):
         sentences.append(f"On the test cases: {folder.evaluation['statement']}.")
-    elif folder.is_finished and folder.config.get("train", {}).get("rounds") == 0:
+    elif folder.is_finished and delivered == "round_0":
         sentences.append("Labels only: a baseline for others.")
     elif folder.is_finished:
         sentences.append("Whether it beats labels only has not been measured.")

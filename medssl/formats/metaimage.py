@@ -13,10 +13,10 @@ Source: MetaIO, https://itk.org/Wiki/ITK/MetaIO/Documentation, and what ITK read
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from medssl.config import InputError
 from medssl.formats.scan import (
     START_BYTES,
     Scan,
+    Values,
     check_channels,
     check_label,
     check_own_grid,
@@ -32,14 +33,7 @@ from medssl.formats.scan import (
     explain_start,
     guard,
 )
-from medssl.formats.streams import (
-    check_size,
-    find_beside,
-    iterate_bytes,
-    iterate_numbers,
-    iterate_planes,
-    split_channels,
-)
+from medssl.formats.streams import find_beside, iterate_planes, open_numbers, split_channels
 from medssl.runs import write_file
 from medssl.transforms.geometry import Affine, Header, Shape
 
@@ -62,16 +56,6 @@ _PLACING = (
 _SIZE = "?" * 20  # in the place of the size that is not known yet
 _MOST_LINES = 10_000
 _LONGEST_LINE = 2**16
-
-
-class _Data(NamedTuple):
-    """Where the numbers of a file are, and what they are."""
-
-    path: Path
-    offset: int
-    encoding: str
-    dtype: np.dtype[Any]
-    num_values: int
 
 
 def open_image(path: Path, num_channels: int | None) -> Scan:
@@ -198,8 +182,7 @@ def _open(path: Path) -> Scan:
     if num_axes == 4:
         header = _drop_fourth(header)
     header["contradictions"] = _find_contradictions(header)
-    data = _find_data(path, fields, end, math.prod(sizes) * together)
-    values = partial(_iterate, data)
+    values = _open_values(path, fields, end, math.prod(sizes) * together)
     if together > 1:
         values = partial(split_channels, values, 1, together)
     num_channels = sizes[3] if num_axes == 4 else together
@@ -301,8 +284,8 @@ def _drop_fourth(header: Header) -> Header:
     return fields
 
 
-def _find_data(path: Path, fields: dict[str, str], end: int, num_values: int) -> _Data:
-    """Return where the data of an opened file are, if they can be all there."""
+def _open_values(path: Path, fields: dict[str, str], end: int, num_values: int) -> Values:
+    """Return what yields all numbers of an opened file in its own order."""
     kind = _get(path, fields, "ElementType")
     code = _TYPES.get(kind.removesuffix("_ARRAY"))
     if fields.get("ObjectType", "Image") != "Image" or code is None:
@@ -334,13 +317,4 @@ def _find_data(path: Path, fields: dict[str, str], end: int, num_values: int) ->
     packed = int(fields.get("CompressedDataSize", size - offset))
     if encoding == "zlib" and packed != size - offset:
         raise ValueError(f"{size - offset} bytes are there, and CompressedDataSize is {packed}")
-    check_size(num_values, dtype, encoding, size - offset)
-    return _Data(source, offset, encoding, dtype, num_values)
-
-
-def _iterate(data: _Data) -> Iterator[NDArray[Any]]:
-    """Yield all numbers of a file in its own order."""
-    with data.path.open("rb") as file:
-        file.seek(data.offset)
-        blocks = iterate_bytes(file, data.encoding, data.dtype)
-        yield from iterate_numbers(blocks, data.dtype, data.num_values)
+    return open_numbers(source, dtype, num_values, encoding=encoding, offset=offset)

@@ -25,14 +25,14 @@ from medssl.config import InputError
 from medssl.formats import nifti
 from medssl.formats.scan import (
     Scan,
+    Values,
     check_channels,
     check_label,
     check_place,
     explain_start,
     guard,
-    read_nothing,
 )
-from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers
+from medssl.formats.streams import open_numbers
 from medssl.transforms.geometry import Affine, Header, Shape
 
 _LARGEST_MAT = 2**16  # bytes
@@ -91,9 +91,9 @@ def _open(path: Path) -> Scan:
     num_values, offset = math.prod(sizes), int(header.get_data_offset())
     if offset < 0:
         raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")
-    check_size(num_values, dtype, "raw", data.stat().st_size - offset, has_more=True)
+    values = open_numbers(data, dtype, num_values, offset=offset, has_more=True)
     if not isinstance(header, Spm99AnalyzeHeader):
-        return nifti.describe_scan(data, header)._replace(read_note=read_nothing)
+        return nifti.describe_scan(data, header)._replace(read_note=str)
     if not 2 <= len(sizes) <= 5 or min(sizes) < 1:
         raise InputError(f"{head}: shape {sizes} is not that of a scan (I, J, K[, channels])")
     if dtype.fields is not None or dtype.kind not in "iuf":
@@ -103,7 +103,8 @@ def _open(path: Path) -> Scan:
     affine, contradictions = _find_place(head, header)
     check_place(head, shape, affine, "mm")
     slope, _ = header.get_slope_inter()
-    values = partial(_iterate, data, offset, dtype, num_values, slope)
+    if slope not in (None, 1):
+        values = partial(_scale, values, slope)
     described: Header = {"contradictions": contradictions}
     return Scan(shape, affine, math.prod(sizes[3:]), values, described)
 
@@ -162,12 +163,7 @@ def _read_mat(path: Path) -> Affine:
     return affine
 
 
-def _iterate(
-    path: Path, offset: int, dtype: np.dtype[Any], num_values: int, slope: float | None
-) -> Iterator[NDArray[Any]]:
-    """Yield the values (n,) of a file in its own order, scaled as its header says."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        blocks = iterate_bytes(file, "raw", dtype)
-        for values in iterate_numbers(blocks, dtype, num_values, has_more=True):
-            yield values if slope in (None, 1) else values.astype(np.float64) * slope
+def _scale(iterate: Values, slope: float) -> Iterator[NDArray[np.float64]]:
+    """Yield numbers (n,) multiplied by a slope."""
+    for values in iterate():
+        yield values.astype(np.float64) * slope

@@ -25,6 +25,9 @@ PIECE = 2**16
 START_BYTES = 540
 """Of a file, that tell what it is: as many as a header of NIfTI has."""
 
+Values = Callable[[], Iterator[NDArray[Any]]]
+"""Yields numbers in pieces (n,), from the first one anew with each call."""
+
 Color = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
 
@@ -50,16 +53,6 @@ _UNREADABLE = (
 )
 
 
-def read_nothing() -> str:
-    """Return the empty note of a file without one."""
-    return ""
-
-
-def name_no_color() -> dict[int, Color]:
-    """Return the empty colors of a file without any."""
-    return {}
-
-
 class Scan(NamedTuple):
     """An opened file: its header has been read and checked, no voxel yet.
 
@@ -71,17 +64,17 @@ class Scan(NamedTuple):
         iterate_values: Yields all numbers in pieces (n,): along I fastest, then J, K, C. The file
             is read to its end, where a checksum tells that no bit of it has changed.
         header: What a mask needs to repeat the geometry, in what JSON can hold.
-        read_note: Returns the text that a writer of this project left in the file.
-        read_colors: Returns the color of each value of a label, where values have one.
+        read_note: Returns the text that a writer of this project left in the file; empty if none.
+        read_colors: Returns the color of each value of a label; empty where values have none.
     """
 
     shape: Shape
     affine: Affine
     num_channels: int
-    iterate_values: Callable[[], Iterator[NDArray[Any]]]
+    iterate_values: Values
     header: Header | None = None
-    read_note: Callable[[], str] = read_nothing
-    read_colors: Callable[[], dict[int, Color]] = name_no_color
+    read_note: Callable[[], str] = str
+    read_colors: Callable[[], dict[int, Color]] = dict
 
 
 def explain_start(path: Path, start: bytes) -> None:

@@ -189,7 +189,7 @@ def test_a_single_slice_lies_in_space(tmp_path):
     expected = [[0, 0, 1, 5], [2, 0, 0, 6], [0, 3, 0, 7], [0, 0, 0, 1]]
     np.testing.assert_array_equal(scan.affine, expected)
     mask = np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
-    nrrd.write(tmp_path / "b.nrrd", mask, scan.affine, scan.header, "")
+    nrrd.write(tmp_path / "b.nrrd", mask, scan.affine, scan.header, "", {})
     again = nrrd.open_label(tmp_path / "b.nrrd")
     assert again.header["nrrd sizes"] == [4, 6]
     np.testing.assert_array_equal(read(again)[..., 0], mask)

@@ -117,7 +117,7 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
     for path, scan in zip(paths[1:], scans[1:], strict=True):
         _compare_grids(paths[0], scans[0], path, scan)
     shape = (num_channels, *scans[0].shape)
-    array: NDArray[np.float32] = guard(paths[0], lambda: np.empty(shape, np.float32))
+    array = guard(paths[0], lambda: np.empty(shape, np.float32))
     for index, (path, scan) in enumerate(zip(paths, scans, strict=True)):
         guard(path, partial(_fill, array[index * each : (index + 1) * each], scan.iterate_values))
     header, *others = (scan.header for scan in scans)
@@ -186,7 +186,7 @@ def read_label(
         _fill(classes[None], lambda: map(find_indices, scan.iterate_values()))
         return classes
 
-    classes: NDArray[np.uint8] = guard(path, read)
+    classes = guard(path, read)
     if unknown:
         some = sorted(unknown)[:12]
         more = f" and {len(unknown) - len(some)} more" if len(unknown) > len(some) else ""
@@ -239,8 +239,7 @@ def read_label_values(
             scan.header,
         )
 
-    facts: LabelFacts = guard(path, count)
-    return facts
+    return guard(path, count)
 
 
 def read_origin(path: Path, case: Case | None = None, ignore: int | None = None) -> str:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.readers import START, split_series, starts_dicom
-from medssl.formats.scan import Scan, check_place, guard, keep_quiet
+from medssl.formats.scan import Result, Scan, check_place, guard, keep_quiet
 from medssl.transforms.geometry import MAX_SHEAR, Affine, Header, Shape
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -42,7 +42,6 @@ Place = Path | zipfile.Path
 
 Source = TypeVar("Source", Path, Place)
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 _EXTRA = "pip install 'medssl[dicom]'"
 _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may differ
@@ -177,10 +176,10 @@ def load_package(name: str) -> Any:
         ) from error
 
 
-def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:
+def guard_dicom(place: Place, read: Callable[[], Result]) -> Result:
     """Run a read; whatever pydicom raises of a damaged file becomes an InputError that names it."""
 
-    def attempt() -> Any:
+    def attempt() -> Result:
         try:
             return read()
         except (InputError, MemoryError, OSError):
@@ -205,8 +204,7 @@ def refuse_damaged(
     @functools.wraps(read)
     def attempt(source: Source, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with keep_quiet():
-            result: Result = guard_dicom(source, lambda: read(source, *args, **kwargs))
-        return result
+            return guard_dicom(source, lambda: read(source, *args, **kwargs))
 
     return attempt
 

@@ -30,12 +30,13 @@ from medssl.formats.scan import (
     check_label,
     check_own_grid,
     check_place,
+    complete_shape,
     explain_start,
     guard,
 )
 from medssl.formats.streams import find_beside, iterate_planes, open_numbers, split_channels
 from medssl.runs import write_file
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import Affine, Header
 
 _TYPES = {
     **{"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2"},
@@ -64,8 +65,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
     Raises:
         InputError: The file cannot be read, is not understood, or has other channels than declared.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_channels(path, scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -74,8 +74,7 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file cannot be read, is not understood, or has channels.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_label(path, scan)
+    return check_label(path, guard(path, lambda: _open(path)))
 
 
 def write(
@@ -84,18 +83,11 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), compressed, atomically.
+    """Write (I, J, K) or (I, J, K, C), compressed, to one .mha; names are not kept.
 
-    Args:
-        path: Ends in .mha.
-        array: Integers or floats.
-        affine: Of the grid.
-        header: Of the scan (`Scan.header`), if it is on this grid and a MetaImage: the new file
-            repeats its geometry, field by field.
-        note: A text for `Scan.read_note`.
-        names: Of label values, which this kind does not keep.
+    See `medssl.formats.readers.Format`.
 
     Raises:
         ValueError: The header is that of another grid.
@@ -176,8 +168,7 @@ def _open(path: Path) -> Scan:
     header: Header = {"DimSize": sizes[:3]}
     header |= {name: fields[name] for name in _PLACING if name in fields}
     affine, unit = _find_place(path, header, num_axes)
-    i, j, k = (*sizes, 1)[:3]
-    shape: Shape = (i, j, k)
+    shape = complete_shape(sizes)
     check_place(path, shape, affine, unit or "mm")
     if num_axes == 4:
         header = _drop_fourth(header)

@@ -38,8 +38,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
     Raises:
         InputError: The file cannot be read, or has other frames than declared channels.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_channels(path, scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -48,8 +47,7 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file cannot be read, or has several frames.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_label(path, scan)
+    return check_label(path, guard(path, lambda: _open(path)))
 
 
 def _open(path: Path) -> Scan:

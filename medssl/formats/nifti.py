@@ -33,6 +33,7 @@ from medssl.formats.scan import (
     check_label,
     check_own_grid,
     check_place,
+    complete_shape,
     explain_start,
     guard,
 )
@@ -88,7 +89,7 @@ def describe_scan(path: Path, header: Any) -> Scan:
         InputError: The header places no voxels, or they are no numbers.
     """
     shape, affine = _find_grid(path, header)
-    _refuse_records(path, header)
+    refuse_records(path, header)
     return Scan(
         shape,
         affine,
@@ -105,18 +106,9 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), atomically.
-
-    Args:
-        path: Ends in .nii or .nii.gz.
-        array: Integers or float32.
-        affine: Of the grid.
-        header: Of the scan (`Scan.header`), if it is on this grid and a NIfTI file: the new file
-            repeats its geometry, field by field.
-        note: A text for `Scan.read_note`.
-        names: Of label values, which this kind does not keep.
+    """Write (I, J, K) or (I, J, K, C), see `medssl.formats.readers.Format`; names are not kept.
 
     Raises:
         ValueError: The header is that of another grid.
@@ -167,7 +159,7 @@ def find_contradictions(header: Header) -> dict[str, str]:
     if unequal[: len(header["dim"])].any():
         contradictions["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
     elif header["qform_code"] > 0:
-        shape = _complete(header["dim"])
+        shape = complete_shape(header["dim"])
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 distance = measure_displacement(sform, image.get_qform(), shape)
@@ -262,10 +254,10 @@ def _explain_start(path: Path, start: bytes) -> None:
 
 def _find_grid(path: Path, header: Any) -> tuple[Shape, Affine]:
     """Return shape and affine of an open header."""
-    shape = _find_shape(path, header)
+    shape = find_shape(path, header)
     if header["sform_code"] <= 0:
         check_sizes(path, header)
-    affine: Affine = guard(path, lambda: _find_affine(header))
+    affine = guard(path, lambda: _find_affine(header))
     unit, _ = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
     check_place(path, shape, affine, unit)
     return shape, affine
@@ -279,23 +271,21 @@ def _find_affine(header: Any) -> Affine:
     return affine
 
 
-def _find_shape(path: Path, header: Any) -> Shape:
-    """Return (I, J, K); a missing third axis is one voxel, axes after the third are channels."""
+def find_shape(path: Path, header: Any) -> Shape:
+    """Return (I, J, K); a missing third axis is one voxel, axes after the third are channels.
+
+    Raises:
+        InputError: The open header has too few axes or too many, or an empty one.
+    """
     shape = _list_axes(header)
     if not 2 <= len(shape) <= 5 or min(shape) < 1:
         raise InputError(f"{path}: shape {shape} is not that of a scan (I, J, K[, channels])")
-    return _complete(shape)
+    return complete_shape(shape)
 
 
 def _list_axes(header: Any) -> tuple[int, ...]:
     """Return the shape that an open header declares."""
     return tuple(int(size) for size in header.get_data_shape())
-
-
-def _complete(shape: Sequence[int]) -> Shape:
-    """Return the first three axes of a shape; a missing one has one voxel."""
-    i, j, k = (*shape, 1)[:3]
-    return i, j, k
 
 
 def _describe_header(header: Any) -> Header:
@@ -354,8 +344,12 @@ def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
             raise OSError("behind the compressed data stands what does not belong to it") from error
 
 
-def _refuse_records(path: Path, header: Any) -> None:
-    """Refuse color and complex voxels."""
+def refuse_records(path: Path, header: Any) -> None:
+    """Refuse color and complex voxels of an open header.
+
+    Raises:
+        InputError: With their type.
+    """
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf":
         raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to gray values")

@@ -35,12 +35,13 @@ from medssl.formats.scan import (
     check_label,
     check_own_grid,
     check_place,
+    complete_shape,
     explain_start,
     guard,
 )
 from medssl.formats.streams import find_beside, iterate_planes, open_numbers, split_channels
 from medssl.runs import write_file
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import Affine, Header
 
 _TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -120,8 +121,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
     Raises:
         InputError: The file cannot be read, is not understood, or has other channels than declared.
     """
-    opened: _Opened = guard(path, lambda: _open(path))
-    return check_channels(path, opened.scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)).scan, num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -131,7 +131,7 @@ def open_label(path: Path) -> Scan:
         InputError: The file cannot be read or is not understood; and, while it is read, segments
             that overlap.
     """
-    opened: _Opened = guard(path, lambda: _open(path))
+    opened = guard(path, lambda: _open(path))
     scan = opened.scan
     segments = guard(path, lambda: _list_segments(path, opened.keys))
     if scan.num_channels == 1 or not segments:
@@ -161,18 +161,12 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), gzipped, atomically.
+    """Write (I, J, K) or (I, J, K, C), gzipped, to one .nrrd.
 
-    Args:
-        path: Ends in .nrrd.
-        array: Integers or floats.
-        affine: Of the grid.
-        header: Of the scan (`Scan.header`), if it is on this grid and an NRRD file: the new file
-            repeats its geometry, field by field.
-        note: A text for `Scan.read_note`.
-        names: Of label values: a file that ends in .seg.nrrd has a segment for each but 0.
+    See `medssl.formats.readers.Format`. A file that ends in .seg.nrrd has a segment for each name
+    but that of 0.
 
     Raises:
         ValueError: The header is that of another grid.
@@ -199,7 +193,7 @@ def write(
             lines.append(f"{name}: {' '.join([*axes[name], *[filler] * len(channels)])}")
     keys = {_NOTE: note} if note else {}
     if path.name.lower().endswith(".seg.nrrd"):
-        keys |= _describe_segments(names or {}, expected)
+        keys |= _describe_segments(names, expected)
     for key, text in keys.items():
         escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
         lines.append(f"{key}:={escaped}")
@@ -245,7 +239,7 @@ def _describe_segments(names: Mapping[int, str], shape: Sequence[int]) -> dict[s
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
-    extent = " ".join(f"0 {size - 1}" for size in (*shape, 1)[:3])
+    extent = " ".join(f"0 {size - 1}" for size in complete_shape(shape))
     for index, value in enumerate(value for value in names if value):
         color = colorsys.hsv_to_rgb(index * _GOLDEN % 1, 0.6, 0.9)
         segment = {
@@ -286,8 +280,7 @@ def _open(path: Path) -> _Opened:
     for name, texts in axes.items():
         header[name] = [text for text, where in zip(texts, is_space, strict=True) if where]
     affine, unit = _find_place(path, header)
-    i, j, k = (*in_space, 1)[:3]
-    shape: Shape = (i, j, k)
+    shape = complete_shape(in_space)
     check_place(path, shape, affine, unit or "mm")
     header["contradictions"] = _find_contradictions(header)
     num_channels = sizes[others[0]] if others else 1

@@ -33,7 +33,7 @@ from medssl.formats.scan import (
     guard,
 )
 from medssl.formats.streams import open_numbers
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import Affine, Header
 
 _LARGEST_MAT = 2**16  # bytes
 _ORIENT = 252  # byte of a header of Analyze
@@ -46,8 +46,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
         InputError: A file of the pair cannot be read, is not there, or has other channels than
             declared.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_channels(path, scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -56,8 +55,7 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: A file of the pair cannot be read, is not there, or has channels.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_label(path, scan)
+    return check_label(path, guard(path, lambda: _open(path)))
 
 
 def find_pair(path: Path) -> tuple[Path, Path]:
@@ -94,12 +92,8 @@ def _open(path: Path) -> Scan:
     values = open_numbers(data, dtype, num_values, offset=offset, has_more=True)
     if not isinstance(header, Spm99AnalyzeHeader):
         return nifti.describe_scan(data, header)._replace(read_note=str)
-    if not 2 <= len(sizes) <= 5 or min(sizes) < 1:
-        raise InputError(f"{head}: shape {sizes} is not that of a scan (I, J, K[, channels])")
-    if dtype.fields is not None or dtype.kind not in "iuf":
-        raise InputError(f"{head}: voxels are {dtype}, not numbers: convert it to gray values")
-    i, j, k = (*sizes, 1)[:3]
-    shape: Shape = (i, j, k)
+    shape = nifti.find_shape(head, header)
+    nifti.refuse_records(head, header)
     affine, contradictions = _find_place(head, header)
     check_place(head, shape, affine, "mm")
     slope, _ = header.get_slope_inter()

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.transforms.geometry import Affine, Header, Shape, check_grid
+
+Result = TypeVar("Result")
 
 PIECE = 2**16
 """Voxels, or bytes, that are read at once."""
@@ -114,6 +116,12 @@ def check_place(path: Path, shape: Shape, affine: Affine, unit: str) -> None:
         ) from error
 
 
+def complete_shape(sizes: Sequence[int]) -> Shape:
+    """Return the first three axes of a file; a missing third one has one voxel."""
+    i, j, k = (*sizes, 1)[:3]
+    return i, j, k
+
+
 def check_own_grid(
     array: NDArray[Any], affine: Affine, sizes: Sequence[int], place: Affine, header: Header
 ) -> None:
@@ -130,7 +138,7 @@ def check_own_grid(
         ValueError: Shape or affine differ.
     """
     on_grid = np.allclose(place, affine, rtol=1e-6, atol=1e-6)
-    if (*sizes, 1)[:3] != (*array.shape, 1)[:3] or not on_grid:
+    if complete_shape(sizes) != complete_shape(array.shape) or not on_grid:
         raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
 
 
@@ -187,7 +195,7 @@ def keep_quiet() -> Iterator[None]:
                 _quiet_stack.close()
 
 
-def guard(path: Path, read: Callable[[], Any]) -> Any:
+def guard(path: Path, read: Callable[[], Result]) -> Result:
     """Run a read; an unreadable file becomes an InputError that names it."""
     try:
         return read()

@@ -28,18 +28,13 @@ from medssl.data.io import (
     find_largest_value,
     read_image,
     read_label_values,
+    refuse_other_grid,
 )
 from medssl.data.trained import hash_voxels
 from medssl.formats.pictures import compare_colors
 from medssl.formats.readers import get_reader, has_spacing
 from medssl.formats.scan import Color
-from medssl.transforms.geometry import (
-    MAX_DISPLACEMENT,
-    Shape,
-    Spacing,
-    Volume,
-    measure_displacement,
-)
+from medssl.transforms.geometry import Shape, Spacing, Volume
 from medssl.transforms.preprocess import MOST_VOXELS, is_ct_moved
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -297,6 +292,13 @@ def _look_at_label(
         label = read_label_values(path, case, ignore)
     except InputError as error:
         return {"problems": (f"{case.case_id}: {error}",)}
+    problems = []
+    if volume:
+        grids = (label.shape, label.affine, "the image", volume.shape, volume.affine)
+        try:
+            refuse_other_grid(path, *grids)
+        except InputError as error:
+            problems.append(f"{case.case_id}: {error}")
     size = abs(float(np.linalg.det(label.affine[:3, :3])))
     voxel_ml = size / 1000 if has_spacing(path) else 1.0
     return {
@@ -306,35 +308,8 @@ def _look_at_label(
         "label_origin": label.origin,
         "colors": label.colors,
         "contradictions": find_contradictions(volume, label.header) if volume else {},
-        "problems": (
-            _compare_grids(case, path, volume, label.shape, label.affine) if volume else ()
-        ),
+        "problems": problems,
     }
-
-
-def _compare_grids(
-    case: Case, path: Path, volume: Volume, shape: Shape, affine: NDArray[np.float64]
-) -> tuple[str, ...]:
-    """Return how the grid of a label differs from that of the image."""
-    if shape != volume.shape:
-        return (
-            f"{case.case_id}: the image has shape {volume.shape}, its label {path} {shape}: bring "
-            "the label to the grid of the image (nearest neighbor)",
-        )
-    distance = measure_displacement(volume.affine, affine, shape)
-    if distance <= MAX_DISPLACEMENT:
-        return ()
-    return (
-        f"{case.case_id}: the label {path} lies up to {distance:.2f} voxels beside the image: "
-        f"affine of the image {_show_affine(volume.affine)}, of the label {_show_affine(affine)}; "
-        "copy the image's header to the label if the voxels agree, else resample the label",
-    )
-
-
-def _show_affine(affine: NDArray[np.float64]) -> str:
-    """Return the three rows of an affine that say something."""
-    rows = [", ".join(f"{value:.6g}" for value in row) for row in affine[:3]]
-    return f"[{'; '.join(rows)}]"
 
 
 def _check_classes(

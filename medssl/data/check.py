@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases
+from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases, shorten, show_count
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
@@ -34,7 +34,7 @@ from medssl.data.trained import hash_voxels
 from medssl.formats.pictures import compare_colors
 from medssl.formats.readers import get_reader, has_spacing
 from medssl.formats.scan import Color
-from medssl.transforms.geometry import Shape, Spacing, Volume
+from medssl.transforms.geometry import Shape, Spacing, Volume, show_sizes
 from medssl.transforms.preprocess import MOST_VOXELS, is_ct_moved
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -134,7 +134,7 @@ class CheckResult:
         for text in self.problems:
             case_id, _, reason = text.partition(": ")
             case = cases.get(case_id)
-            for path in (*case.images, *([case.label] if case.label else [])) if case else ():
+            for path in case.files if case else ():
                 reason = reason.replace(str(path), "")
             groups[reason if case else text].append((case_id, text))
         lines = []
@@ -145,7 +145,7 @@ class CheckResult:
 
     def _count_problems(self) -> str:
         """Return `1 problem`, `2 problems`."""
-        return f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        return show_count(len(self.problems), "problem")
 
 
 def check_dataset(
@@ -594,8 +594,8 @@ def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:
     sizes = {entry.case_id: math.prod(entry.spacing or ()) for entry in scans}
     usual = float(np.median(list(sizes.values()))) if sizes else 1.0
     return [
-        f"{entry.case_id}: {_show_numbers(entry.shape or ())} voxels of "
-        f"{_show_numbers(entry.spacing or ())} mm become {_show(counts[entry.case_id] * size)} of "
+        f"{entry.case_id}: {show_sizes(entry.shape or ())} voxels of "
+        f"{show_sizes(entry.spacing or ())} mm become {_show(counts[entry.case_id] * size)} of "
         "the size that most scans have: repair the voxel size in the header, or leave the scan out"
         for entry in scans
         if (size := sizes[entry.case_id] / usual) * counts[entry.case_id]
@@ -660,7 +660,7 @@ def _list(facts: Iterable[CaseFacts], kind: str) -> list[str]:
 
 def _size(facts: Iterable[CaseFacts]) -> list[str]:
     """Return cases with their spacing."""
-    return [f"{entry.case_id} ({_show_numbers(entry.spacing or ())})" for entry in facts]
+    return [f"{entry.case_id} ({show_sizes(entry.spacing or ())})" for entry in facts]
 
 
 def _find_unusual(facts: Sequence[CaseFacts]) -> list[CaseFacts]:
@@ -695,9 +695,8 @@ def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts])
 
 def _shorten(names: Sequence[str]) -> str:
     """Join names, and count those beyond the first twelve."""
-    listed = ", ".join(names[:_NUM_SHOWN])
-    num_more = len(names) - _NUM_SHOWN
-    return f"{len(names)} cases: {listed} and {num_more} more" if num_more > 0 else listed
+    count = f"{len(names)} cases: " if len(names) > _NUM_SHOWN else ""
+    return count + shorten(names, _NUM_SHOWN)
 
 
 def _render_parts(result: CheckResult) -> list[str]:
@@ -775,8 +774,3 @@ def _render_classes(result: CheckResult) -> list[str]:
 def _show(value: float) -> str:
     """Return a number with four digits, without an exponent where people expect none."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def _show_numbers(values: Iterable[float]) -> str:
-    """Return numbers as `1 x 1 x 2.5`."""
-    return " x ".join(f"{value:.4g}" for value in values)

@@ -19,7 +19,7 @@ from typing import Any
 
 from medssl import __version__, ranks
 from medssl.config import InputError
-from medssl.data.cases import shorten
+from medssl.data.cases import shorten, show_count
 from medssl.data.files import (
     find_scan,
     find_unread,
@@ -196,15 +196,14 @@ def protect_files(
             f"{out}: would replace what is a scan or a folder: "
             f"{shorten(sorted(inputs), _NUM_SHOWN)}; name another folder"
         )
-    if (out / RECORD).exists() and not _is_record(out):
+    if (out / RECORD).exists() and not _read_record(out):
         foreign.append(RECORD)
     if foreign and not overwrite:
-        count = "1 file" if len(foreign) == 1 else f"{len(foreign)} files"
         raise InputError(
-            f"{out}: nothing was computed, for it would replace {count} that no prediction wrote, "
-            f"or that were changed after it: {shorten(sorted(foreign), _NUM_SHOWN)}; name another "
-            "folder, or give "
-            f"{OVERWRITE} to replace them"
+            f"{out}: nothing was computed, for it would replace {show_count(len(foreign), 'file')} "
+            "that no prediction wrote, or that were changed after it: "
+            f"{shorten(sorted(foreign), _NUM_SHOWN)}; name another folder, or give {OVERWRITE} to "
+            "replace them"
         )
 
 
@@ -250,11 +249,6 @@ def _read_record(out: Path) -> dict[str, Any]:
         return {}
     parts = (content.get(key, {}) for key in ("labels", "flags", "files", "scans"))
     return content if all(isinstance(part, dict) for part in parts) else {}
-
-
-def _is_record(out: Path) -> bool:
-    """Tell whether the record of a folder was written by a prediction."""
-    return bool(_read_record(out))
 
 
 def read_files(out: Path) -> dict[str, str]:

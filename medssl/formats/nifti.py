@@ -45,6 +45,7 @@ from medssl.transforms.geometry import (
     Shape,
     grid_spacing,
     measure_displacement,
+    show_sizes,
 )
 
 _SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
@@ -132,8 +133,8 @@ def check_sizes(path: Path, header: Any) -> None:
     axes = zip(sizes, _list_axes(header), strict=False)
     if any(size <= 0 for size, count in axes if count > 1):
         raise InputError(
-            f"{path}: the voxel size in its header (pixdim) is {_show(sizes)}, which programs read "
-            "differently: correct it, or convert the scan again"
+            f"{path}: the voxel size in its header (pixdim) is {show_sizes(sizes)}, which programs "
+            "read differently: correct it, or convert the scan again"
         )
 
 
@@ -157,7 +158,7 @@ def find_contradictions(header: Header) -> dict[str, str]:
     with np.errstate(invalid="ignore"):
         unequal = ~(np.abs(sizes - pixdim) <= _SAME_SIZE * sizes)
     if unequal[: len(header["dim"])].any():
-        contradictions["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
+        contradictions["size"] = f"{show_sizes(sizes)} {unit} against {show_sizes(pixdim)} {unit}"
     elif header["qform_code"] > 0:
         shape = complete_shape(header["dim"])
         try:
@@ -378,8 +379,3 @@ def _place(array: NDArray[Any], affine: Affine) -> Any:
     if not np.allclose(image.get_qform(), affine, atol=1e-3):
         image.set_qform(None)  # a sheared grid: no quaternion says it, the sform does
     return image
-
-
-def _show(sizes: NDArray[Any]) -> str:
-    """Return lengths as `1 x 1 x 2.5`."""
-    return " x ".join(f"{size:.4g}" for size in sizes)

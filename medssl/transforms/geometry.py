@@ -104,7 +104,7 @@ def check_grid(shape: Shape, affine: Affine) -> None:
     """
     check_affine(affine)
     spacing = grid_spacing(affine)
-    text = f"{' x '.join(f'{size:.4g}' for size in spacing)} mm"
+    text = f"{show_sizes(spacing)} mm"
     low, high = _SPACINGS
     if not all(low <= size <= high for size in spacing):
         raise ValueError(f"the spacing is {text}, outside of {low:g} to {high:g} mm")
@@ -128,6 +128,11 @@ def grid_spacing(affine: Affine) -> Spacing:
     """
     i, j, k = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
     return i, j, k
+
+
+def show_sizes(sizes: Iterable[float]) -> str:
+    """Return lengths or counts as `1 x 1 x 2.5`."""
+    return " x ".join(f"{size:.4g}" for size in sizes)
 
 
 def measure_shear(shape: Shape, affine: Affine) -> float:

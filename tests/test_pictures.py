@@ -228,7 +228,7 @@ def test_a_label_of_another_size_is_a_problem_of_the_check(tmp_path):
     save(tmp_path / "labels" / "organs_000.png", np.zeros((28, 24), np.uint8))
     dataset = read_dataset(tmp_path)
     result = check_dataset(dataset, split_cases(dataset, DataSection(), "auto"))
-    assert "(24, 28, 1), its label" in result.problems[0]
+    assert "shape (28, 24, 1) differs from (24, 28, 1) of the image" in result.problems[0]
 
 
 def test_a_picture_is_cached_as_one_slice_on_the_identity_with_no_spacing(tmp_path):

@@ -738,18 +738,8 @@ def _render_grids(result: CheckResult) -> list[str]:
         for index, percent in enumerate(PERCENTILES):
             title = f"{name or f'channel {channel}'}, {percent:g} % of voxels below"
             rows.append((title, [entry.percentiles[channel][index] for entry in facts]))
-    return _render_table(f"over {len(facts)} cases", ("min", "median", "max"), rows)
-
-
-def _render_table(
-    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
-) -> list[str]:
-    """Return rows of min, median and max."""
-    lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
-    for name, values in rows:
-        numbers = (min(values), float(np.median(values)), max(values))
-        lines.append("  " + f"{name:<34}" + "".join(f"{_show(value):>11}" for value in numbers))
-    return [*lines, ""]
+    title = _render_row(f"over {len(facts)} cases", ("min", "median", "max"))
+    return [title, *(_render_row(name, _summarize(values)) for name, values in rows), ""]
 
 
 def _render_classes(result: CheckResult) -> list[str]:
@@ -757,18 +747,25 @@ def _render_classes(result: CheckResult) -> list[str]:
     opened = [entry.volumes_ml for entry in result.facts if entry.volumes_ml is not None]
     if not opened:
         return []
-    title = f"in the {len(opened)} labels opened"
     unit = "ml" if all(entry.has_spacing for entry in result.facts) else "px"
     columns = ("value", "labels", f"min {unit}", f"median {unit}", f"max {unit}")
-    lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
+    lines = [_render_row(f"in the {len(opened)} labels opened", columns)]
     for value, name in result.labels.items():
         volumes = [by_value[value] for by_value in opened if value in by_value]
-        if value == 0:
-            continue
-        numbers = (min(volumes), float(np.median(volumes)), max(volumes)) if volumes else ()
-        cells = "".join(f"{_show(number):>11}" for number in numbers)
-        lines.append("  " + f"{name:<34}{value:>11}{len(volumes):>11}" + cells)
+        if value:
+            lines.append(_render_row(name, [value, len(volumes), *_summarize(volumes)]))
     return [*lines, ""]
+
+
+def _render_row(name: str, cells: Iterable[object]) -> str:
+    """Return a line of a table."""
+    return f"  {name:<34}" + "".join(f"{cell!s:>11}" for cell in cells)
+
+
+def _summarize(values: Sequence[float]) -> list[str]:
+    """Return min, median and max; nothing of no value."""
+    numbers = (min(values), float(np.median(values)), max(values)) if values else ()
+    return [_show(number) for number in numbers]
 
 
 def _show(value: float) -> str:

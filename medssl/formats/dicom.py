@@ -387,28 +387,30 @@ def _read(place: Place, **options: Any) -> Any:
     return guard_dicom(place, read)
 
 
+def _iterate_headers(path: Path) -> Iterator[tuple[Place, Any]]:
+    """Yield all DICOM files at a path, whatever their series, with their headers."""
+    path, _ = split_series(path)
+    for place in guard(path, partial(_list_files, path)):
+        if guard_dicom(place, partial(_is_dicom, place)):
+            yield place, _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
+
+
 def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
     """Return the headers of all DICOM files at a path, by SeriesInstanceUID."""
-    path, _ = split_series(path)
     groups = defaultdict(list)
-    files = guard(path, partial(_list_files, path))
-    for place in files:
-        if guard_dicom(place, partial(_is_dicom, place)):
-            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
-            if "SeriesInstanceUID" in header or "Rows" in header:
-                groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
+    for place, header in _iterate_headers(path):
+        if "SeriesInstanceUID" in header or "Rows" in header:
+            groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
     return dict(groups)
 
 
 def _read_first(path: Path) -> Any:
     """Return the header of the first image of a series; empty if there is none."""
-    source, uid = split_series(path)
-    for place in guard(path, partial(_list_files, source)):
-        if guard_dicom(place, partial(_is_dicom, place)):
-            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
-            is_named = str(header.get("SeriesInstanceUID", "")).startswith(uid)
-            if is_named and not _name_other(header):
-                return header
+    _, uid = split_series(path)
+    for _, header in _iterate_headers(path):
+        is_named = str(header.get("SeriesInstanceUID", "")).startswith(uid)
+        if is_named and not _name_other(header):
+            return header
     return {}
 
 

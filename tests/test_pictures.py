@@ -245,7 +245,7 @@ def test_a_picture_is_cached_as_one_slice_on_the_identity_with_no_spacing(tmp_pa
 def test_numbered_pictures_in_color_are_scans_of_their_own(tmp_path):
     for name in ("frame_0000", "frame_0001"):
         save(tmp_path / f"{name}.png", draw((8, 8, 3)))
-    assert sorted(find_scans([tmp_path], 3)) == ["frame_0000", "frame_0001"]
+    assert sorted(find_scans([tmp_path], 3, [], [])) == ["frame_0000", "frame_0001"]
 
 
 def test_pictures_of_phantoms_show_the_slice_whose_classes_their_labels_hold(tmp_path):

@@ -350,10 +350,7 @@ def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:
 
 
 def find_scans(
-    inputs: Sequence[Path],
-    num_channels: int,
-    problems: list[str] | None = None,
-    notes: list[str] | None = None,
+    inputs: Sequence[Path], num_channels: int, problems: list[str], notes: list[str]
 ) -> Scans:
     """Return the image files of each scan by its name.
 
@@ -364,27 +361,25 @@ def find_scans(
     Args:
         inputs: Scans, folders of scans, data sets or lists of cases.
         num_channels: Channels of the model.
-        problems: Gets what is wrong with single scans or inputs; None: it is an error.
+        problems: Gets what is wrong with single scans or inputs.
         notes: Gets what is left out.
 
     Raises:
         InputError: There is no scan at all.
     """
-    errors: list[str] = [] if problems is None else problems
-    notes = [] if notes is None else notes
     scans: Scans = {}
     files: list[Path] = []
     for path in inputs:
         try:
             if _is_dataset(path):
-                notes += _add_cases(path, num_channels, scans, errors)
+                notes += _add_cases(path, num_channels, scans, problems)
             else:
-                files += _list_files(path, errors, notes)
+                files += _list_files(path, problems, notes)
         except InputError as error:
-            errors.append(str(error))
-    _group_files(files, num_channels, scans, errors)
-    if not scans or (errors and problems is None):
-        raise InputError("\n".join(errors))
+            problems.append(str(error))
+    _group_files(files, num_channels, scans, problems)
+    if not scans:
+        raise InputError("\n".join(problems))
     return scans
 
 

@@ -506,7 +506,7 @@ def find_planes(place: Place, header: Any) -> list[Plane]:
         raise InputError(
             f"{place}: {count} frames, but functional groups of {len(frames)}: export it again"
         )
-    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    shared = get_shared(header)
     return [
         _find_plane(
             f"{place}, frame {index + 1}",
@@ -517,6 +517,11 @@ def find_planes(place: Place, header: Any) -> list[Plane]:
         )
         for index, frame in enumerate(frames)
     ]
+
+
+def get_shared(header: Any) -> Any:
+    """Return the functional groups that all frames of a file share; empty if there are none."""
+    return (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
 
 
 def _read_groups(groups: Any) -> dict[str, Any]:

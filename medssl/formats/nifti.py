@@ -89,7 +89,11 @@ def describe_scan(path: Path, header: Any) -> Scan:
     Raises:
         InputError: The header places no voxels, or they are no numbers.
     """
-    shape, affine = _find_grid(path, header)
+    shape = find_shape(path, header)
+    if header["sform_code"] <= 0:
+        check_sizes(path, header)
+    affine = guard(path, lambda: _find_affine(header))
+    check_place(path, shape, affine, _find_unit(header)[0])
     refuse_records(path, header)
     return Scan(
         shape,
@@ -145,7 +149,7 @@ def find_contradictions(header: Header) -> dict[str, str]:
     """
     contradictions = {}
     image = _restore(header, header["dim"])
-    unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))
+    unit, _ = _find_unit(header)
     if unit != "mm":
         contradictions["unit"] = unit
     if header["sform_code"] <= 0 and header["qform_code"] <= 0:
@@ -253,22 +257,15 @@ def _explain_start(path: Path, start: bytes) -> None:
         )
 
 
-def _find_grid(path: Path, header: Any) -> tuple[Shape, Affine]:
-    """Return shape and affine of an open header."""
-    shape = find_shape(path, header)
-    if header["sform_code"] <= 0:
-        check_sizes(path, header)
-    affine = guard(path, lambda: _find_affine(header))
-    unit, _ = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
-    check_place(path, shape, affine, unit)
-    return shape, affine
+def _find_unit(header: Any) -> tuple[str, float]:
+    """Return the unit of the lengths in a header, and how many mm it has."""
+    return _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
 
 
 def _find_affine(header: Any) -> Affine:
     """Return the affine (4, 4) of an open header in mm: sform, else qform, else voxel size."""
-    _, size = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
     affine: Affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-    affine[:3] *= size
+    affine[:3] *= _find_unit(header)[1]
     return affine
 
 

@@ -21,6 +21,7 @@ from medssl.formats.dicom import (
     Plane,
     decode_frames,
     find_planes,
+    get_shared,
     open_scan,
     read_dataset,
     read_fields,
@@ -200,7 +201,7 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         )
     _refuse_other_slices(path, dataset, source)
     planes = find_planes(path, dataset)
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    shared = get_shared(dataset)
     numbers = [
         _read_number(frame) or _read_number(shared)
         for frame in dataset.PerFrameFunctionalGroupsSequence
@@ -271,8 +272,7 @@ def _read_number(groups: Any) -> int:
 
 def _refuse_other_slices(path: Path, dataset: Any, source: Scan) -> None:
     """Refuse a SEG whose slices lie at another distance than those of the scan."""
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
-    measures = shared.get("PixelMeasuresSequence")
+    measures = get_shared(dataset).get("PixelMeasuresSequence")
     step = measures[0].get("SpacingBetweenSlices") if measures else None
     spacing = grid_spacing(source.affine)
     if step and source.shape[2] > 1 and np.abs(np.array(spacing) / float(step) - 1).min() > _OFF:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError, hide_password, is_url
-from medssl.data.cases import PARTS, Case, Dataset, raise_all, shorten
+from medssl.data.cases import PARTS, Case, Dataset, escape_text, raise_all, shorten
 from medssl.data.files import (
     describe_unknown,
     find_scan,
@@ -938,7 +938,8 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
                 f"case_id {case.case_id!r}: names a folder of the run, so it may not start with a "
                 "dot or hold a slash, backslash or colon"
             )
-        if not _is_utf8("".join(map(str, (case.case_id, *case.images, case.label)))):
+        names = "".join(map(str, (case.case_id, *case.files)))
+        if escape_text(names) != names:
             problems.append(
                 f"case_id {case.case_id!r}: the name of a file or folder is not UTF-8: rename it"
             )
@@ -1009,15 +1010,6 @@ def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
         "in this data set; make two of it"
         for case_id in fewer
     ]
-
-
-def _is_utf8(text: str) -> bool:
-    """Tell whether a text can be written as UTF-8; bytes of a file name may not be."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _explain_file(path: Path) -> str:

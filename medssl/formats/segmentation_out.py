@@ -47,9 +47,7 @@ _CHANGES = {"Cyst", "Edema", "Hemorrhage", "Lesion", "Necrosis", "Neoplasm", "No
 _OTHER_WORDS = {
     "adrenal": "AdrenalGland",
     "brainstem": "BrainStem",
-    "gallbladder": "Gallbladder",
     "gall bladder": "Gallbladder",
-    "hemorrhage": "Hemorrhage",
     "haemorrhage": "Hemorrhage",
     "ivc": "InferiorVenaCava",
     **{f"l{number}": f"L{number}Vertebra" for number in range(1, 6)},

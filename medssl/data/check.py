@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
     except InputError as error:
         problems = [f"{case.case_id}: {error}"]
         if case.label is not None:
-            problems += _look_at_label(case, case.label, None, ignore)["problems"]
+            problems += _look_at_label(case, case.label, None, ignore)[1]
         return CaseFacts(case.case_id, part, problems=tuple(problems))
     hashes = (_hash_voxels(volume.array), " ".join(hash_voxels(volume.array, volume.affine)))
     problems = []
@@ -237,34 +237,28 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
             f"{case.case_id}: {sum(num_bad)} of {volume.array.size} voxels are NaN or infinite in "
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
-    is_blank = all(bool((channel == channel.flat[0]).all()) for channel in volume.array)
-    if part == "test":
-        return CaseFacts(
-            case.case_id,
-            part,
-            *hashes,
-            is_blank=is_blank,
-            contradictions=find_contradictions(volume),
-            problems=tuple(problems),
-        )
-    label_facts: dict[str, Any] = {
-        "problems": (),
-        "contradictions": find_contradictions(volume),
-    }
-    if case.label:
-        label_facts |= _look_at_label(case, case.label, volume, ignore)
-    return CaseFacts(
+    facts = CaseFacts(
         case.case_id,
         part,
         *hashes,
-        volume.shape,
-        volume.spacing,
-        tuple(_measure_percentiles(channel) for channel in volume.array),
+        is_blank=all(bool((channel == channel.flat[0]).all()) for channel in volume.array),
+        contradictions=find_contradictions(volume),
+        problems=tuple(problems),
+    )
+    if part == "test":
+        return facts
+    facts = replace(
+        facts,
+        shape=volume.shape,
+        spacing=volume.spacing,
+        percentiles=tuple(_measure_percentiles(channel) for channel in volume.array),
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
         has_spacing=volume.has_spacing,
-        is_blank=is_blank,
-        **{**label_facts, "problems": (*problems, *label_facts["problems"])},
     )
+    if case.label is None:
+        return facts
+    of_label, faults = _look_at_label(case, case.label, volume, ignore)
+    return replace(facts, **of_label, problems=(*problems, *faults))
 
 
 def _hash_voxels(array: NDArray[np.float32]) -> str:
@@ -286,12 +280,12 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
 
 def _look_at_label(
     case: Case, path: Path, volume: Volume | None, ignore: int | None
-) -> dict[str, Any]:
-    """Return the facts that a label adds: volumes, values, its faults beside the image."""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the facts that a label adds, and its faults, of its own or beside the image."""
     try:
         label = read_label_values(path, case, ignore)
     except InputError as error:
-        return {"problems": (f"{case.case_id}: {error}",)}
+        return {}, [f"{case.case_id}: {error}"]
     problems = []
     if volume:
         grids = (label.shape, label.affine, "the image", volume.shape, volume.affine)
@@ -301,15 +295,15 @@ def _look_at_label(
             problems.append(f"{case.case_id}: {error}")
     size = abs(float(np.linalg.det(label.affine[:3, :3])))
     voxel_ml = size / 1000 if has_spacing(path) else 1.0
-    return {
+    facts = {
         "volumes_ml": {value: count * voxel_ml for value, count in label.counts.items()},
         "num_voxels": label.counts,
         "has_rounded_label": label.has_rounded,
         "label_origin": label.origin,
         "colors": label.colors,
         "contradictions": find_contradictions(volume, label.header) if volume else {},
-        "problems": problems,
     }
+    return facts, problems
 
 
 def _check_classes(

@@ -35,6 +35,7 @@ from medssl.data.io import (
     read_label,
     read_label_values,
     read_origin,
+    refuse_other_grid,
     write_mask,
 )
 from medssl.data.layouts import fold_name, read_dataset
@@ -93,10 +94,8 @@ from medssl.runs import (
     write_text,
 )
 from medssl.transforms.geometry import (
-    MAX_DISPLACEMENT,
     MAX_SHEAR,
     grid_spacing,
-    measure_displacement,
     measure_shear,
 )
 
@@ -723,17 +722,7 @@ def _read_label(
     assert case.label is not None, "cases without a label were left out"
     label, affine = read_label(case.label, label_values, ignore, case)
     shape, image_affine = read_geometry(case.images[0])
-    if label.shape != shape:
-        raise InputError(
-            f"{case.label}: shape {label.shape} differs from {shape} of {case.images[0]}; "
-            "resample the label to the grid of its scan"
-        )
-    distance = measure_displacement(image_affine, affine, shape)
-    if distance > MAX_DISPLACEMENT:
-        raise InputError(
-            f"{case.label}: lies up to {distance:.2f} voxels beside {case.images[0]}; correct the "
-            "header or resample the label"
-        )
+    refuse_other_grid(case.label, label.shape, affine, str(case.images[0]), shape, image_affine)
     shear = measure_shear(shape, affine)
     if shear > MAX_SHEAR:
         raise InputError(

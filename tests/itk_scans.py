@@ -61,7 +61,7 @@ def check_writing(module, path, num_channels, is_left_handed, note, expected_not
     for dtype in ("uint8", "int16", "int32", "float32"):
         array = rng.integers(0, 100, shape).astype(dtype)
         affine = turn(rng, is_left_handed)
-        module.write(path, array, affine, None, note)
+        module.write(path, array, affine, None, note, {})
         voxels, place = read_by_itk(path)
         np.testing.assert_array_equal(voxels.reshape(shape), array)
         assert voxels.dtype == dtype
@@ -76,7 +76,7 @@ def check_writing(module, path, num_channels, is_left_handed, note, expected_not
 def check_mask_of(module, image, path, lines):
     """The mask of an image has these lines of its header, its place, and no name."""
     scan = module.open_image(image, 1)
-    module.write(path, np.ones((2, 3, 4), np.uint8), scan.affine, scan.header, "")
+    module.write(path, np.ones((2, 3, 4), np.uint8), scan.affine, scan.header, "", {})
     text = path.read_bytes()
     for line in lines:
         assert line.encode() in text
@@ -86,9 +86,9 @@ def check_mask_of(module, image, path, lines):
     assert again.header["contradictions"] == scan.header["contradictions"]
     np.testing.assert_array_equal(read_by_itk(path)[1], read_by_itk(image)[1])
     with pytest.raises(ValueError, match="is not the grid"):
-        module.write(path, np.ones((2, 3, 3), np.uint8), scan.affine, scan.header, "")
+        module.write(path, np.ones((2, 3, 3), np.uint8), scan.affine, scan.header, "", {})
     with pytest.raises(ValueError, match="is not the grid"):
-        module.write(path, np.ones((2, 3, 4), np.uint8), 2 * scan.affine, scan.header, "")
+        module.write(path, np.ones((2, 3, 4), np.uint8), 2 * scan.affine, scan.header, "", {})
 
 
 ODD = [b"0", b"-1", b"nan", b"inf", b"1e999", b"99999999999", b"none", b"(", b"", b"x", b"\xff"]

@@ -309,7 +309,7 @@ BAD_LABELS = [
 ]
 
 
-def fill(root: Path, scans: list[Row], labels: list[Row]) -> Path:
+def fill(root: Path, scans: list[Row], labels: list[Row]) -> None:
     """Write a sound set with odd scans, which are unlabeled, and odd labels of sound scans."""
     make_set(root)
     for row in scans:
@@ -317,7 +317,6 @@ def fill(root: Path, scans: list[Row], labels: list[Row]) -> Path:
     for number, row in enumerate(labels):
         save(root / "images" / f"{row.name}.nii.gz", draw(100 + number)[0])
         row.write(root / "labels" / f"{row.name}.nii.gz")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -329,23 +328,25 @@ def model(tmp_path_factory):
     return root / "run"
 
 
+def run_commands(root, settings, model=None):
+    """What check, train and predict said of root/data, which none may change."""
+    data, run, out = root / "data", root / "run", root / "masks"
+    before = snapshot(data)
+    said = {
+        "check": medssl("check", data),
+        "train": medssl("train", data, *settings, "--run", run),
+        "predict": medssl("predict", model or run, data / "images", "--out", out),
+    }
+    assert snapshot(data) == before
+    return {**said, "data": data, "run": run, "out": out}
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, model):
     """What the three commands said of odd but good scans, and where the masks are."""
     root = tmp_path_factory.mktemp("good")
-    data = fill(root / "data", GOOD_SCANS, GOOD_LABELS)
-    before = snapshot(data)
-    checked = medssl("check", data)
-    trained = medssl("train", data, *TINY, "--run", root / "run")
-    predicted = medssl("predict", model, data / "images", "--out", root / "masks")
-    assert snapshot(data) == before
-    return {
-        "data": data,
-        "check": checked,
-        "train": trained,
-        "predict": predicted,
-        "out": root / "masks",
-    }
+    fill(root / "data", GOOD_SCANS, GOOD_LABELS)
+    return run_commands(root, TINY, model)
 
 
 def test_odd_but_good_scans_pass_check_train_and_predict(good):
@@ -369,19 +370,8 @@ def test_a_mask_lies_on_its_scan_and_what_is_odd_is_said(good, row):
 def bad(tmp_path_factory, model):
     """What the three commands said of bad scans and labels among good ones."""
     root = tmp_path_factory.mktemp("bad")
-    data = fill(root / "data", BAD_SCANS, BAD_LABELS)
-    before = snapshot(data)
-    checked = medssl("check", data)
-    trained = medssl("train", data, *TINY, "--run", root / "run")
-    predicted = medssl("predict", model, data / "images", "--out", root / "masks")
-    assert snapshot(data) == before
-    return {
-        "check": checked,
-        "train": trained,
-        "predict": predicted,
-        "out": root / "masks",
-        "run": root / "run",
-    }
+    fill(root / "data", BAD_SCANS, BAD_LABELS)
+    return run_commands(root, TINY, model)
 
 
 def test_bad_scans_stop_check_and_train_and_not_the_others_in_predict(bad):
@@ -509,7 +499,7 @@ BAD_PICTURE_LABELS = [
 ]
 
 
-def fill_pictures(root: Path, pictures: list[Row], labels: list[Row]) -> Path:
+def fill_pictures(root: Path, pictures: list[Row], labels: list[Row]) -> None:
     """Write a sound set of pictures with odd ones among them."""
     for part in ("images", "labels"):
         (root / part).mkdir(parents=True)
@@ -525,26 +515,14 @@ def fill_pictures(root: Path, pictures: list[Row], labels: list[Row]) -> Path:
         size = draw_picture(70 + number)[0]
         Image.fromarray(size).save(root / "images" / f"{stem}.png")
         row.write(root / "labels" / row.name)
-    return root
 
 
 @pytest.fixture(scope="module")
 def good_pictures(tmp_path_factory):
     """What the three commands said of odd but good pictures."""
     root = tmp_path_factory.mktemp("good_pictures")
-    data = fill_pictures(root / "data", GOOD_PICTURES, [])
-    before = snapshot(data)
-    checked = medssl("check", data)
-    trained = medssl("train", data, *TINY_2D, "--run", root / "run")
-    predicted = medssl("predict", root / "run", data / "images", "--out", root / "masks")
-    assert snapshot(data) == before
-    return {
-        "check": checked,
-        "train": trained,
-        "predict": predicted,
-        "out": root / "masks",
-        "run": root / "run",
-    }
+    fill_pictures(root / "data", GOOD_PICTURES, [])
+    return run_commands(root, TINY_2D)
 
 
 def test_odd_but_good_pictures_pass_check_train_and_predict(good_pictures):
@@ -564,13 +542,8 @@ def test_a_mask_has_the_size_of_its_picture(good_pictures, row):
 def bad_pictures(tmp_path_factory, good_pictures):
     """What the three commands said of bad pictures among good ones."""
     root = tmp_path_factory.mktemp("bad_pictures")
-    data = fill_pictures(root / "data", BAD_PICTURES, BAD_PICTURE_LABELS)
-    before = snapshot(data)
-    checked = medssl("check", data)
-    trained = medssl("train", data, *TINY_2D, "--run", root / "run")
-    predicted = medssl("predict", good_pictures["run"], data / "images", "--out", root / "masks")
-    assert snapshot(data) == before
-    return {"check": checked, "train": trained, "predict": predicted, "out": root / "masks"}
+    fill_pictures(root / "data", BAD_PICTURES, BAD_PICTURE_LABELS)
+    return run_commands(root, TINY_2D, good_pictures["run"])
 
 
 def test_bad_pictures_stop_check_and_train_and_not_the_others_in_predict(bad_pictures):

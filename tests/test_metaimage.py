@@ -155,7 +155,7 @@ def test_a_fourth_axis_is_the_channels_and_masks_have_three(tmp_path):
     np.testing.assert_array_equal(read(scan), array)
     expected = [[0, 2, 0, -5], [-1, 0, 0, -6], [0, 0, 3, 7], [0, 0, 0, 1]]
     np.testing.assert_array_equal(scan.affine, expected)
-    metaimage.write(tmp_path / "b.mha", array[..., 0], scan.affine, scan.header, "")
+    metaimage.write(tmp_path / "b.mha", array[..., 0], scan.affine, scan.header, "", {})
     np.testing.assert_array_equal(read_by_itk(tmp_path / "b.mha")[1], expected)
 
 
@@ -165,7 +165,7 @@ def test_a_single_slice_is_read_and_its_mask_is_one(tmp_path):
     assert scan.shape == (4, 6, 1)
     np.testing.assert_array_equal(scan.affine[:2], [[0, 3, 0, -5], [-2, 0, 0, -6]])
     mask = np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
-    metaimage.write(tmp_path / "b.mha", mask, scan.affine, scan.header, "")
+    metaimage.write(tmp_path / "b.mha", mask, scan.affine, scan.header, "", {})
     again = metaimage.open_label(tmp_path / "b.mha")
     assert again.header == scan.header
     np.testing.assert_array_equal(read(again)[..., 0], mask)

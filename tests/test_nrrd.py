@@ -189,7 +189,7 @@ def test_a_single_slice_lies_in_space(tmp_path):
     expected = [[0, 0, 1, 5], [2, 0, 0, 6], [0, 3, 0, 7], [0, 0, 0, 1]]
     np.testing.assert_array_equal(scan.affine, expected)
     mask = np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
-    nrrd.write(tmp_path / "b.nrrd", mask, scan.affine, scan.header, "")
+    nrrd.write(tmp_path / "b.nrrd", mask, scan.affine, scan.header, "", {})
     again = nrrd.open_label(tmp_path / "b.nrrd")
     assert again.header["nrrd sizes"] == [4, 6]
     np.testing.assert_array_equal(read(again)[..., 0], mask)
@@ -363,17 +363,17 @@ def test_the_layers_of_slicer_become_one_label(tmp_path, boxes, segments, names,
     assert scan.affine[0, 0] == 1
 
 
-def test_segments_that_overlap_are_refused_by_their_names(tmp_path):
-    layers = make_layers((0, 1, slice(0, 2)), (1, 1, slice(1, 3)))
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ((1, 1, slice(1, 3)), "'liver' and 'tumor' overlap"),
+        ((1, 9, slice(3, 4)), "values that no segment has"),
+    ],
+)
+def test_segments_that_overlap_and_values_of_none_are_refused(tmp_path, second, message):
+    layers = make_layers((0, 1, slice(0, 2)), second)
     path = save_segments(tmp_path / "a.seg.nrrd", layers, [("liver", 0, 1), ("tumor", 1, 1)])
-    with pytest.raises(InputError, match="'liver' and 'tumor' overlap"):
-        read(nrrd.open_label(path))
-
-
-def test_values_that_no_segment_has_are_refused(tmp_path):
-    layers = make_layers((0, 1, slice(0, 2)), (1, 9, slice(3, 4)))
-    path = save_segments(tmp_path / "a.seg.nrrd", layers, [("liver", 0, 1), ("tumor", 1, 1)])
-    with pytest.raises(InputError, match="values that no segment has"):
+    with pytest.raises(InputError, match=message):
         read(nrrd.open_label(path))
 
 

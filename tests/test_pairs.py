@@ -48,7 +48,7 @@ def test_a_pair_of_nifti_is_read_where_itk_and_nibabel_have_it(tmp_path, kind, s
         np.testing.assert_array_equal(read(scan)[..., 0], expected.get_fdata())
         assert nifti.find_contradictions(scan.header) == {}
         mask = np.ones(COUNT.shape, np.uint8)
-        nifti.write(tmp_path / "b.nii.gz", mask, scan.affine, scan.header, "")
+        nifti.write(tmp_path / "b.nii.gz", mask, scan.affine, scan.header, "", {})
         np.testing.assert_array_equal(nib.load(tmp_path / "b.nii.gz").affine, expected.affine)
         if kind is nib.Nifti1Pair:  # ITK reads no NIfTI-2
             array, place = read_by_itk(tmp_path / "a.hdr")

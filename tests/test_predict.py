@@ -815,7 +815,7 @@ def touch(folder, *names):
 
 def test_channels_of_a_scan_are_found_by_their_endings_in_order(tmp_path):
     names = [f"{case}_{channel:04d}.nii.gz" for case, channel in itertools.product("ab", (1, 0))]
-    found = find_scans(touch(tmp_path, *names, ".hidden.nii.gz"), 2)
+    found = find_scans(touch(tmp_path, *names, ".hidden.nii.gz"), 2, [], [])
     assert {case: [p.name for p in files] for case, files in found.items()} == {
         "a": ["a_0000.nii.gz", "a_0001.nii.gz"],
         "b": ["b_0000.nii.gz", "b_0001.nii.gz"],
@@ -823,7 +823,7 @@ def test_channels_of_a_scan_are_found_by_their_endings_in_order(tmp_path):
 
 
 def test_a_file_with_all_channels_is_one_scan(tmp_path):
-    assert list(find_scans(touch(tmp_path, "a.nii.gz", "b.nii"), 2)) == ["a", "b"]
+    assert list(find_scans(touch(tmp_path, "a.nii.gz", "b.nii"), 2, [], [])) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -844,12 +844,12 @@ def test_files_that_make_no_scan_are_refused(tmp_path, names, num_channels, word
         (tmp_path / name).touch()
     folders = sorted({(tmp_path / name).parent for name in names}) or [tmp_path]
     with pytest.raises(InputError, match=words):
-        find_scans(folders, num_channels)
+        find_scans(folders, num_channels, [], [])
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match=r"nothing\.nii: no such file"):
-        find_scans([tmp_path / "nothing.nii"], 1)
+        find_scans([tmp_path / "nothing.nii"], 1, [], [])
 
 
 class DroppingOracle(Oracle):

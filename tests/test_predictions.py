@@ -210,18 +210,18 @@ def test_a_model_of_two_channels_takes_the_list_and_the_tree_that_it_was_trained
     write_list(data / "cases.csv", "mr")
     expected = {f"p{i}": tuple(data / "mr" / f"p{i}_t{n}.nii.gz" for n in (1, 2)) for i in range(2)}
     for given in (data / "my scans.csv", data):
-        assert find_scans([given], 2) == expected
+        assert find_scans([given], 2, [], []) == expected
     with pytest.raises(InputError, match=r"p0: the model wants 1 channels, the data set has 2"):
-        find_scans([data], 1)
+        find_scans([data], 1, [], [])
 
 
 def test_the_images_of_a_data_set_are_scans_and_its_labels_are_none(tmp_path):
     data = tmp_path / "data"
     touch(data / "images" / "a.nii.gz", data / "images" / "b.nii.gz", data / "labels" / "a.nii.gz")
-    scans = find_scans([data], 1)
+    scans = find_scans([data], 1, [], [])
     assert [path.parent.name for (path,) in scans.values()] == ["images", "images"]
     shutil.rmtree(data / "labels")
-    assert list(find_scans([data / "images"], 1)) == ["a", "b"]
+    assert list(find_scans([data / "images"], 1, [], [])) == ["a", "b"]
 
 
 def test_a_folder_that_is_called_like_a_scan_and_the_other_form_of_a_name_are_read(tmp_path):
@@ -230,8 +230,8 @@ def test_a_folder_that_is_called_like_a_scan_and_the_other_form_of_a_name_are_re
     problems, notes = [], []
     found = find_scans([folder], 1, problems, notes)
     assert (sorted(found), problems, notes) == (["a", "b", "cœur é"], [], [])
-    assert list(find_scans([folder / "cœur e\u0301.nii.gz"], 1)) == ["cœur é"]
-    assert list(find_scans([folder / "a.nii.gz"], 1)) == ["a"]
+    assert list(find_scans([folder / "cœur e\u0301.nii.gz"], 1, [], [])) == ["cœur é"]
+    assert list(find_scans([folder / "a.nii.gz"], 1, [], [])) == ["a"]
 
 
 def test_a_mask_that_a_kill_left_unrecorded_is_known_by_its_own_mark(scans, tmp_path):

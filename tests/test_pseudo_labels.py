@@ -14,7 +14,6 @@ from medssl.data.pseudo_labels import (
     has_pseudo_label,
     is_whole,
     measure_agreement,
-    read_pseudo_label,
     write_pseudo_label,
 )
 from medssl.pseudo.gates import sum_classes
@@ -31,6 +30,11 @@ def write(folder, probs, uncertainty, teacher):
     write_pseudo_label(folder, probs.shape, iter(said + doubt), teacher)
 
 
+def read(folder):
+    probs, uncertainty = zip(*pseudo_labels.iterate_pseudo_label(folder), strict=True)
+    return np.concatenate(probs, 1), np.concatenate(uncertainty)
+
+
 def draw(seed=0):
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.ones(3), SHAPE).astype(np.float32)
@@ -40,7 +44,7 @@ def draw(seed=0):
 def test_a_pseudo_label_comes_back_within_its_precision(tmp_path):
     probs, uncertainty = draw()
     write(tmp_path / "a", probs, uncertainty, "t")
-    found, doubt = read_pseudo_label(tmp_path / "a")
+    found, doubt = read(tmp_path / "a")
     assert found.dtype == doubt.dtype == np.float32
     assert np.abs(found - probs).max() <= 0.5 / 255 + 1e-6
     assert np.abs(doubt - uncertainty).max() < 1e-3
@@ -101,7 +105,7 @@ def test_a_pseudo_label_of_another_grid_is_not_whole_even_without_hashes(tmp_pat
 
 def test_a_pseudo_label_that_is_gone_is_named_with_its_repair(tmp_path):
     with pytest.raises(InputError, match=r"probs\.npy: cannot be read.*done\.json"):
-        read_pseudo_label(tmp_path / "a")
+        read(tmp_path / "a")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -124,7 +128,7 @@ def test_a_pseudo_label_in_parts_has_the_bytes_of_the_whole(tmp_path, monkeypatc
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / name).read_bytes()
     stored = np.load(tmp_path / "probs.npy")
     np.testing.assert_array_equal(pseudo_labels.read_classes(tmp_path / "a"), stored.argmax(0))
-    found, doubt = read_pseudo_label(tmp_path / "a")
+    found, doubt = read(tmp_path / "a")
     np.testing.assert_array_equal(found, stored.astype(np.float32) / np.float32(255))
     np.testing.assert_array_equal(doubt, np.load(tmp_path / "uncertainty.npy"))
 
@@ -178,7 +182,7 @@ def test_the_voxels_to_place_patches_on_are_voxels_of_their_class(tmp_path, monk
     monkeypatch.setattr(pseudo_labels, "MOST_VOXELS", 4)
     probs, uncertainty = draw()
     write(tmp_path / "a", probs, uncertainty, "t")
-    classes = read_pseudo_label(tmp_path / "a")[0].argmax(0)
+    classes = read(tmp_path / "a")[0].argmax(0)
     with np.load(tmp_path / "a" / "class_voxels.npz", allow_pickle=False) as found:
         assert set(found.files) == {"1", "2"}
         for name in found.files:

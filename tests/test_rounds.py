@@ -19,7 +19,7 @@ from medssl.config import InputError
 from medssl.data.io import read_label, write_mask
 from medssl.data.layouts import read_dataset
 from medssl.data.phantoms import write_phantoms
-from medssl.data.pseudo_labels import read_pseudo_label
+from medssl.data.pseudo_labels import map_pseudo_label
 from medssl.plan import LOOKS_LIKE_CT
 from medssl.predict import load_model, predict_probs
 from medssl.pseudo import label
@@ -224,12 +224,12 @@ def test_an_ensemble_labels_by_its_mean_and_the_last_round_has_one_model(start):
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     models = [teachers.load_model(p) for p in (folder / "round_0", second)]
     (case_id, *_) = sorted(p.name for p in (folder / "round_0" / "pseudo_labels").iterdir())
-    probs, doubt = read_pseudo_label(folder / "round_0" / "pseudo_labels" / case_id)
+    probs, doubt = map_pseudo_label(folder / "round_0" / "pseudo_labels" / case_id)
     (image,) = (folder.parent / "cache").glob(f"**/{case_id}*/*/image.npy")
     tensor = torch.from_numpy(np.load(image).astype(np.float32))[None]
     window = Window((16, 16, 16), models[0].info.precision)
     own = [predict_probs(m.network, tensor, window)[0].numpy() for m in models]
-    assert np.abs(probs - (own[0] + own[1]) / 2).max() < 0.02
+    assert np.abs(probs / 255 - (own[0] + own[1]) / 2).max() < 0.02
     assert np.abs(own[0] - own[1]).max() > 0.02
     mean = (own[0] + own[1]) / 2
     assert np.allclose(doubt, -(mean * np.log(mean)).sum(0), atol=0.02)

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pictures import write_pictures
 from PIL import Image
 from torch import nn
 
@@ -17,7 +18,6 @@ from medssl.config import InputError
 from medssl.data.cases import Case, Dataset
 from medssl.data.io import read_label
 from medssl.data.loaders import PatchDataset, Sampling
-from medssl.data.phantoms import write_pictures
 from medssl.evaluate import evaluate_model
 from medssl.networks.build import PLANE_NETWORKS, NetworkSpec, build_network
 from medssl.networks.noise import DROPOUTS, DropBranch, sample_dropout

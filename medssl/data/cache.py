@@ -35,7 +35,7 @@ from medssl import ranks
 from medssl.config import IGNORE, InputError
 from medssl.data.cases import Case
 from medssl.data.files import hash_source
-from medssl.data.io import read_geometry, read_image, read_label
+from medssl.data.io import read_geometry, read_image, read_label, refuse_other_grid
 from medssl.data.trained import hash_voxels
 from medssl.formats.readers import has_spacing, name_mask_suffix
 from medssl.machine import count_cores, count_free_memory, explain_out_of_memory
@@ -51,7 +51,6 @@ from medssl.runs import (
     write_json,
 )
 from medssl.transforms.geometry import (
-    MAX_DISPLACEMENT,
     Affine,
     Header,
     Shape,
@@ -59,7 +58,6 @@ from medssl.transforms.geometry import (
     Volume,
     cache_grid,
     grid_spacing,
-    measure_displacement,
 )
 from medssl.transforms.preprocess import (
     Preprocessing,
@@ -402,7 +400,7 @@ def _open_label(
     with room.take(2 * math.prod(shape) + 11 * math.prod(grid_shape), case.case_id):
         classes, affine = read_label(path, label_values, ignore, case)
         native = np.asarray(meta["native_affine"])
-        _compare(path, classes.shape, affine, shape, native)
+        refuse_other_grid(path, classes.shape, affine, "its scan", shape, native)
         # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
         label = preprocess_label(classes, native, grid_shape, np.asarray(meta["affine"]))
     (folder / "label.json").unlink(missing_ok=True)
@@ -411,23 +409,6 @@ def _open_label(
     write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **voxels))
     _write_mark(folder / "label.json", made_from, "label.npy", "class_voxels.npz")
     return folder
-
-
-def _compare(
-    path: Path, shape: tuple[int, ...], affine: Affine, native_shape: Shape, native: Affine
-) -> None:
-    """Refuse a label that does not lie on the grid of its scan."""
-    if shape != native_shape:
-        raise InputError(
-            f"{path}: shape {shape} differs from the scan's {native_shape}: "
-            "resample the label to the scan (nearest neighbor), or find the label that belongs"
-        )
-    distance = measure_displacement(native, affine, native_shape)
-    if distance > MAX_DISPLACEMENT:
-        raise InputError(
-            f"{path}: lies up to {distance:.2f} voxels beside its scan: affine {affine.tolist()} "
-            f"against {native.tolist()}; correct the header of the wrong one"
-        )
 
 
 def _describe(

@@ -36,6 +36,11 @@ class Case:
     split: str = ""
     segments: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The images and, if there is one, the label."""
+        return self.images if self.label is None else (*self.images, self.label)
+
     def without_label(self) -> "Case":
         """Return the case with no way to its label."""
         return replace(self, label=None)
@@ -264,7 +269,7 @@ def raise_all(problems: Sequence[str], place: str) -> None:
         InputError: There is a problem.
     """
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = show_count(len(problems), "problem")
         lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
         raise InputError(escape_text("\n".join(lines)))
 
@@ -274,6 +279,11 @@ def shorten(names: Iterable[str], most: int = 5) -> str:
     texts = list(names)
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def show_count(number: int, noun: str) -> str:
+    """Return `1 case`, `2 cases`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def escape_text(text: str) -> str:

@@ -21,25 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases
+from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases, shorten, show_count
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
     find_largest_value,
     read_image,
     read_label_values,
+    refuse_other_grid,
 )
 from medssl.data.trained import hash_voxels
 from medssl.formats.pictures import compare_colors
 from medssl.formats.readers import get_reader, has_spacing
 from medssl.formats.scan import Color
-from medssl.transforms.geometry import (
-    MAX_DISPLACEMENT,
-    Shape,
-    Spacing,
-    Volume,
-    measure_displacement,
-)
+from medssl.transforms.geometry import Shape, Spacing, Volume, show_sizes
 from medssl.transforms.preprocess import MOST_VOXELS, is_ct_moved
 
 PERCENTILES = (0.5, 50.0, 99.5)
@@ -139,7 +134,7 @@ class CheckResult:
         for text in self.problems:
             case_id, _, reason = text.partition(": ")
             case = cases.get(case_id)
-            for path in (*case.images, *([case.label] if case.label else [])) if case else ():
+            for path in case.files if case else ():
                 reason = reason.replace(str(path), "")
             groups[reason if case else text].append((case_id, text))
         lines = []
@@ -150,7 +145,7 @@ class CheckResult:
 
     def _count_problems(self) -> str:
         """Return `1 problem`, `2 problems`."""
-        return f"{len(self.problems)} problem{'' if len(self.problems) == 1 else 's'}"
+        return show_count(len(self.problems), "problem")
 
 
 def check_dataset(
@@ -233,7 +228,7 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
     except InputError as error:
         problems = [f"{case.case_id}: {error}"]
         if case.label is not None:
-            problems += _look_at_label(case, case.label, None, ignore)["problems"]
+            problems += _look_at_label(case, case.label, None, ignore)[1]
         return CaseFacts(case.case_id, part, problems=tuple(problems))
     hashes = (_hash_voxels(volume.array), " ".join(hash_voxels(volume.array, volume.affine)))
     problems = []
@@ -243,34 +238,28 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
             f"{case.case_id}: {sum(num_bad)} of {volume.array.size} voxels are NaN or infinite in "
             f"{', '.join(str(path) for path in case.images)}; replace them by a background value"
         )
-    is_blank = all(bool((channel == channel.flat[0]).all()) for channel in volume.array)
-    if part == "test":
-        return CaseFacts(
-            case.case_id,
-            part,
-            *hashes,
-            is_blank=is_blank,
-            contradictions=find_contradictions(volume),
-            problems=tuple(problems),
-        )
-    label_facts: dict[str, Any] = {
-        "problems": (),
-        "contradictions": find_contradictions(volume),
-    }
-    if case.label:
-        label_facts |= _look_at_label(case, case.label, volume, ignore)
-    return CaseFacts(
+    facts = CaseFacts(
         case.case_id,
         part,
         *hashes,
-        volume.shape,
-        volume.spacing,
-        tuple(_measure_percentiles(channel) for channel in volume.array),
+        is_blank=all(bool((channel == channel.flat[0]).all()) for channel in volume.array),
+        contradictions=find_contradictions(volume),
+        problems=tuple(problems),
+    )
+    if part == "test":
+        return facts
+    facts = replace(
+        facts,
+        shape=volume.shape,
+        spacing=volume.spacing,
+        percentiles=tuple(_measure_percentiles(channel) for channel in volume.array),
         has_identity_affine=bool(np.array_equal(volume.affine, np.eye(4))),
         has_spacing=volume.has_spacing,
-        is_blank=is_blank,
-        **{**label_facts, "problems": (*problems, *label_facts["problems"])},
     )
+    if case.label is None:
+        return facts
+    of_label, faults = _look_at_label(case, case.label, volume, ignore)
+    return replace(facts, **of_label, problems=(*problems, *faults))
 
 
 def _hash_voxels(array: NDArray[np.float32]) -> str:
@@ -292,50 +281,30 @@ def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
 
 def _look_at_label(
     case: Case, path: Path, volume: Volume | None, ignore: int | None
-) -> dict[str, Any]:
-    """Return the facts that a label adds: volumes, values, its faults beside the image."""
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the facts that a label adds, and its faults, of its own or beside the image."""
     try:
         label = read_label_values(path, case, ignore)
     except InputError as error:
-        return {"problems": (f"{case.case_id}: {error}",)}
+        return {}, [f"{case.case_id}: {error}"]
+    problems = []
+    if volume:
+        grids = (label.shape, label.affine, "the image", volume.shape, volume.affine)
+        try:
+            refuse_other_grid(path, *grids)
+        except InputError as error:
+            problems.append(f"{case.case_id}: {error}")
     size = abs(float(np.linalg.det(label.affine[:3, :3])))
     voxel_ml = size / 1000 if has_spacing(path) else 1.0
-    return {
+    facts = {
         "volumes_ml": {value: count * voxel_ml for value, count in label.counts.items()},
         "num_voxels": label.counts,
         "has_rounded_label": label.has_rounded,
         "label_origin": label.origin,
         "colors": label.colors,
         "contradictions": find_contradictions(volume, label.header) if volume else {},
-        "problems": (
-            _compare_grids(case, path, volume, label.shape, label.affine) if volume else ()
-        ),
     }
-
-
-def _compare_grids(
-    case: Case, path: Path, volume: Volume, shape: Shape, affine: NDArray[np.float64]
-) -> tuple[str, ...]:
-    """Return how the grid of a label differs from that of the image."""
-    if shape != volume.shape:
-        return (
-            f"{case.case_id}: the image has shape {volume.shape}, its label {path} {shape}: bring "
-            "the label to the grid of the image (nearest neighbor)",
-        )
-    distance = measure_displacement(volume.affine, affine, shape)
-    if distance <= MAX_DISPLACEMENT:
-        return ()
-    return (
-        f"{case.case_id}: the label {path} lies up to {distance:.2f} voxels beside the image: "
-        f"affine of the image {_show_affine(volume.affine)}, of the label {_show_affine(affine)}; "
-        "copy the image's header to the label if the voxels agree, else resample the label",
-    )
-
-
-def _show_affine(affine: NDArray[np.float64]) -> str:
-    """Return the three rows of an affine that say something."""
-    rows = [", ".join(f"{value:.6g}" for value in row) for row in affine[:3]]
-    return f"[{'; '.join(rows)}]"
+    return facts, problems
 
 
 def _check_classes(
@@ -624,8 +593,8 @@ def _find_huge(facts: Iterable[CaseFacts]) -> list[str]:
     sizes = {entry.case_id: math.prod(entry.spacing or ()) for entry in scans}
     usual = float(np.median(list(sizes.values()))) if sizes else 1.0
     return [
-        f"{entry.case_id}: {_show_numbers(entry.shape or ())} voxels of "
-        f"{_show_numbers(entry.spacing or ())} mm become {_show(counts[entry.case_id] * size)} of "
+        f"{entry.case_id}: {show_sizes(entry.shape or ())} voxels of "
+        f"{show_sizes(entry.spacing or ())} mm become {_show(counts[entry.case_id] * size)} of "
         "the size that most scans have: repair the voxel size in the header, or leave the scan out"
         for entry in scans
         if (size := sizes[entry.case_id] / usual) * counts[entry.case_id]
@@ -690,7 +659,7 @@ def _list(facts: Iterable[CaseFacts], kind: str) -> list[str]:
 
 def _size(facts: Iterable[CaseFacts]) -> list[str]:
     """Return cases with their spacing."""
-    return [f"{entry.case_id} ({_show_numbers(entry.spacing or ())})" for entry in facts]
+    return [f"{entry.case_id} ({show_sizes(entry.spacing or ())})" for entry in facts]
 
 
 def _find_unusual(facts: Sequence[CaseFacts]) -> list[CaseFacts]:
@@ -725,9 +694,8 @@ def _collect_notes(dataset: Dataset, splits: Splits, facts: Sequence[CaseFacts])
 
 def _shorten(names: Sequence[str]) -> str:
     """Join names, and count those beyond the first twelve."""
-    listed = ", ".join(names[:_NUM_SHOWN])
-    num_more = len(names) - _NUM_SHOWN
-    return f"{len(names)} cases: {listed} and {num_more} more" if num_more > 0 else listed
+    count = f"{len(names)} cases: " if len(names) > _NUM_SHOWN else ""
+    return count + shorten(names, _NUM_SHOWN)
 
 
 def _render_parts(result: CheckResult) -> list[str]:
@@ -769,18 +737,8 @@ def _render_grids(result: CheckResult) -> list[str]:
         for index, percent in enumerate(PERCENTILES):
             title = f"{name or f'channel {channel}'}, {percent:g} % of voxels below"
             rows.append((title, [entry.percentiles[channel][index] for entry in facts]))
-    return _render_table(f"over {len(facts)} cases", ("min", "median", "max"), rows)
-
-
-def _render_table(
-    title: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
-) -> list[str]:
-    """Return rows of min, median and max."""
-    lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
-    for name, values in rows:
-        numbers = (min(values), float(np.median(values)), max(values))
-        lines.append("  " + f"{name:<34}" + "".join(f"{_show(value):>11}" for value in numbers))
-    return [*lines, ""]
+    title = _render_row(f"over {len(facts)} cases", ("min", "median", "max"))
+    return [title, *(_render_row(name, _summarize(values)) for name, values in rows), ""]
 
 
 def _render_classes(result: CheckResult) -> list[str]:
@@ -788,25 +746,27 @@ def _render_classes(result: CheckResult) -> list[str]:
     opened = [entry.volumes_ml for entry in result.facts if entry.volumes_ml is not None]
     if not opened:
         return []
-    title = f"in the {len(opened)} label{'' if len(opened) == 1 else 's'} opened"
     unit = "ml" if all(entry.has_spacing for entry in result.facts) else "px"
     columns = ("value", "labels", f"min {unit}", f"median {unit}", f"max {unit}")
-    lines = ["  " + f"{title:<34}" + "".join(f"{column:>11}" for column in columns)]
+    lines = [_render_row(f"in the {show_count(len(opened), 'label')} opened", columns)]
     for value, name in result.labels.items():
         volumes = [by_value[value] for by_value in opened if value in by_value]
-        if value == 0:
-            continue
-        numbers = (min(volumes), float(np.median(volumes)), max(volumes)) if volumes else ()
-        cells = "".join(f"{_show(number):>11}" for number in numbers)
-        lines.append("  " + f"{name:<34}{value:>11}{len(volumes):>11}" + cells)
+        if value:
+            lines.append(_render_row(name, [value, len(volumes), *_summarize(volumes)]))
     return [*lines, ""]
+
+
+def _render_row(name: str, cells: Iterable[object]) -> str:
+    """Return a line of a table."""
+    return f"  {name:<34}" + "".join(f"{cell!s:>11}" for cell in cells)
+
+
+def _summarize(values: Sequence[float]) -> list[str]:
+    """Return min, median and max; nothing of no value."""
+    numbers = (min(values), float(np.median(values)), max(values)) if values else ()
+    return [_show(number) for number in numbers]
 
 
 def _show(value: float) -> str:
     """Return a number with four digits, without an exponent where people expect none."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def _show_numbers(values: Iterable[float]) -> str:
-    """Return numbers as `1 x 1 x 2.5`."""
-    return " x ".join(f"{value:.4g}" for value in values)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medssl.config import InputError
-from medssl.data.cases import Case, escape_text
+from medssl.data.cases import Case, escape_text, shorten, show_count
 from medssl.formats.readers import (
     DICOM,
     KINDS,
@@ -178,9 +178,10 @@ def name_patients(cases: Sequence[Case]) -> tuple[list[Case], list[str]]:
         first, unclear = group_by_patient([case.images[0] for case in series])
         patients |= {case.case_id: series[i].case_id for case, i in zip(series, first, strict=True)}
         if unclear:
+            names = shorten((series[index].case_id for index in unclear), _NUM_SHOWN)
             notes.append(
                 "the headers do not tell the patients of DICOM apart (PatientID is empty, a "
-                f"placeholder, or one in all scans): {_join(series[i].case_id for i in unclear)}; "
+                f"placeholder, or one in all scans): {names}; "
                 "each study counts as a patient of its own: make a list with the column patient_id "
                 "if some are of one patient, or it may be trained on and another test"
             )
@@ -357,10 +358,11 @@ def _show_folders(paths: Sequence[Path], root: Path) -> str:
     folders: dict[Path, list[Path]] = defaultdict(list)
     for path in paths:
         folders[path.parent].append(path)
-    return _join(
+    texts = (
         _show(same[0], root) + (f" and {len(same) - 1} more there" if len(same) > 1 else "")
         for same in folders.values()
     )
+    return shorten(texts, _NUM_SHOWN)
 
 
 def is_mask(path: Path, root: Path) -> bool:
@@ -390,8 +392,8 @@ def note_masks(images: Sequence[Path], suspects: Iterable[Path]) -> list[str]:
         if path in masks and (are_few or _bare_stem(path) in stems)
     ]
     return [
-        f"read as scans, though by their names they are masks: {_join(names)}; move them out of "
-        "the folder or list, or rename them if they are scans"
+        f"read as scans, though by their names they are masks: {shorten(names, _NUM_SHOWN)}; move "
+        "them out of the folder or list, or rename them if they are scans"
     ] * bool(names)
 
 
@@ -544,19 +546,22 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
     num_masks = sum(case.label is not None for case in cases)
     num_patients = len({case.patient_id for case in cases})
     lines = [
-        f"As understood by file names: {_count(num_patients, 'patient')}, "
-        f"{_count(len(cases), 'case')}, {num_masks} with a mask"
+        f"As understood by file names: {show_count(num_patients, 'patient')}, "
+        f"{show_count(len(cases), 'case')}, {num_masks} with a mask"
     ]
     lines += [f"  {_describe_case(case, root)}" for case in cases[:_NUM_SHOWN]]
     if len(cases) > _NUM_SHOWN:
         lines.append(f"  ... and {len(cases) - _NUM_SHOWN} more")
     if unmatched:
-        lines.append("Masks that fit to no scan: " + _join(_show(m, root) for m in unmatched))
+        names = shorten((_show(mask, root) for mask in unmatched), _NUM_SHOWN)
+        lines.append(f"Masks that fit to no scan: {names}")
     counts = Counter(len(case.images) for case in cases)
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         odd = [f"{c.case_id} ({len(c.images)})" for c in cases if len(c.images) != usual]
-        lines.append(f"Most cases have {_count(usual, 'image')}, but not: {_join(odd)}")
+        lines.append(
+            f"Most cases have {show_count(usual, 'image')}, but not: {shorten(odd, _NUM_SHOWN)}"
+        )
     lines += [*_describe_channels([case for case in cases if len(case.images) > 1]), *notes]
     if not cases:
         return lines
@@ -579,7 +584,9 @@ def _describe_channels(cases: Sequence[Case]) -> list[str]:
         odd = [f"{name} in {case_id}" for case_id, name in names.items() if name != usual]
         if odd and len(odd) < len(names) / 2:
             column = f"image_{index}" if index else "image"
-            lines.append(f"Column {column} is {usual} in most cases, but {_join(odd)}")
+            lines.append(
+                f"Column {column} is {usual} in most cases, but {shorten(odd, _NUM_SHOWN)}"
+            )
     return lines
 
 
@@ -628,7 +635,7 @@ def write_draft(root: Path, file: Path) -> str:
     with file.open("x", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         stream.write(text.getvalue())
     return (
-        f"a draft of {_count(len(cases), 'case')} was written: {file}\n"
+        f"a draft of {show_count(len(cases), 'case')} was written: {file}\n"
         "Look through it, mend what is wrong (label empty = unlabeled; patient_id keeps scans of\n"
         "one patient together; split may be empty, labeled, unlabeled, val or test), then run:\n"
         f"  medssl check {shlex.quote(str(file))}" + "".join(f"\nnote: {note}" for note in notes)
@@ -648,7 +655,7 @@ def _describe_dicom(root: Path, files: Sequence[Path]) -> list[str]:
     from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
 
     series = list_series(root)
-    lines = [f"DICOM: {_count(len(files), 'file')} of {len(series)} series:"]
+    lines = [f"DICOM: {show_count(len(files), 'file')} of {len(series)} series:"]
     lines += [f"  {one} in {_show(one.folder, root)}" for one in series[:_NUM_SHOWN]]
     if len(series) > _NUM_SHOWN:
         lines.append(f"  ... and {len(series) - _NUM_SHOWN} more")
@@ -666,15 +673,3 @@ def _describe_case(case: Case, root: Path) -> str:
 def _show(path: Path, root: Path) -> str:
     """Return a path relative to the root, `.` for the root itself."""
     return str(path.relative_to(root))
-
-
-def _join(items: Iterable[str]) -> str:
-    """Join items by commas, the first twelve of them."""
-    texts = list(items)
-    more = [f"... {len(texts) - _NUM_SHOWN} more"] if len(texts) > _NUM_SHOWN else []
-    return ", ".join(texts[:_NUM_SHOWN] + more)
-
-
-def _count(number: int, noun: str) -> str:
-    """Return `1 case`, `2 cases`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

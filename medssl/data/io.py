@@ -115,9 +115,11 @@ def read_image(paths: Sequence[Path], num_channels: int) -> Volume:
         reader.format.open_image(path, each) for reader, path in zip(readers, paths, strict=True)
     ]
     for path, scan in zip(paths[1:], scans[1:], strict=True):
-        _compare_grids(paths[0], scans[0], path, scan)
+        refuse_other_grid(
+            *(path, scan.shape, scan.affine), str(paths[0]), scans[0].shape, scans[0].affine
+        )
     shape = (num_channels, *scans[0].shape)
-    array: NDArray[np.float32] = guard(paths[0], lambda: np.empty(shape, np.float32))
+    array = guard(paths[0], lambda: np.empty(shape, np.float32))
     for index, (path, scan) in enumerate(zip(paths, scans, strict=True)):
         guard(path, partial(_fill, array[index * each : (index + 1) * each], scan.iterate_values))
     header, *others = (scan.header for scan in scans)
@@ -186,7 +188,7 @@ def read_label(
         _fill(classes[None], lambda: map(find_indices, scan.iterate_values()))
         return classes
 
-    classes: NDArray[np.uint8] = guard(path, read)
+    classes = guard(path, read)
     if unknown:
         some = sorted(unknown)[:12]
         more = f" and {len(unknown) - len(some)} more" if len(unknown) > len(some) else ""
@@ -239,8 +241,7 @@ def read_label_values(
             scan.header,
         )
 
-    facts: LabelFacts = guard(path, count)
-    return facts
+    return guard(path, count)
 
 
 def read_origin(path: Path, case: Case | None = None, ignore: int | None = None) -> str:
@@ -454,17 +455,42 @@ def _round(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
     return integers
 
 
-def _compare_grids(first: Path, scan: Scan, second: Path, other: Scan) -> None:
-    """Refuse two files of one case that do not lie on one grid."""
-    if scan.shape != other.shape:
+def refuse_other_grid(
+    path: Path,
+    shape: tuple[int, ...],
+    affine: Affine,
+    what: str,
+    other_shape: Shape,
+    other_affine: Affine,
+) -> None:
+    """Refuse a file that does not lie on the grid of another one of its case.
+
+    Args:
+        path: The file, a label or a channel.
+        shape: Its shape (I, J, K).
+        affine: Its affine (4, 4).
+        what: What the other one is, for the message.
+        other_shape: Shape of the other one.
+        other_affine: Affine of the other one, whose voxels are the unit.
+
+    Raises:
+        InputError: They differ in shape, or are more than `MAX_DISPLACEMENT` apart.
+    """
+    if shape != other_shape:
         raise InputError(
-            f"{second}: shape {other.shape} differs from {scan.shape} of {first}: "
-            "resample them to one grid"
+            f"{path}: shape {shape} differs from {other_shape} of {what}: resample it to that grid "
+            "(a label by nearest neighbor), or find the file that belongs there"
         )
-    distance = measure_displacement(scan.affine, other.affine, scan.shape)
+    distance = measure_displacement(other_affine, affine, other_shape)
     if distance > MAX_DISPLACEMENT:
         raise InputError(
-            f"{second}: lies up to {distance:.2f} voxels beside {first}: "
-            f"affine {other.affine.tolist()} against {scan.affine.tolist()}; register or correct "
-            "the header"
+            f"{path}: lies up to {distance:.2f} voxels beside {what}: affine "
+            f"{_show_affine(affine)} against {_show_affine(other_affine)}; correct the header of "
+            "the wrong one if the voxels agree, else resample it"
         )
+
+
+def _show_affine(affine: Affine) -> str:
+    """Return the three rows of an affine that say something."""
+    rows = [", ".join(f"{value:.6g}" for value in row) for row in affine[:3]]
+    return f"[{'; '.join(rows)}]"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from medssl.config import InputError, hide_password, is_url
-from medssl.data.cases import PARTS, Case, Dataset, raise_all, shorten
+from medssl.data.cases import PARTS, Case, Dataset, escape_text, raise_all, shorten
 from medssl.data.files import (
     describe_unknown,
     find_scan,
@@ -202,11 +202,7 @@ def fold_name(name: str) -> str:
 
 def list_files(dataset: Dataset) -> list[Path]:
     """Return the files of all cases: images and labels."""
-    return [
-        path
-        for case in dataset.cases
-        for path in (*case.images, *([case.label] if case.label else []))
-    ]
+    return [path for case in dataset.cases for path in case.files]
 
 
 def _find_left_out(dataset: Dataset) -> list[str]:
@@ -897,7 +893,7 @@ def _names_scan(value: str) -> bool:
 def _are_scans(values: Iterable[str], root: Path) -> bool:
     """Tell whether one of the first values is a scan that is there."""
     some = sorted(filter(_names_scan, values))[:_MAX_HINTS]
-    return any(not _is_bad(find_scan(root / value)) for value in some)
+    return any(is_scan(find_scan(root / value)) for value in some)
 
 
 def _read_row(
@@ -942,7 +938,8 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
                 f"case_id {case.case_id!r}: names a folder of the run, so it may not start with a "
                 "dot or hold a slash, backslash or colon"
             )
-        if not _is_utf8("".join(map(str, (case.case_id, *case.images, case.label)))):
+        names = "".join(map(str, (case.case_id, *case.files)))
+        if escape_text(names) != names:
             problems.append(
                 f"case_id {case.case_id!r}: the name of a file or folder is not UTF-8: rename it"
             )
@@ -953,7 +950,7 @@ def _find_case_problems(cases: Sequence[Case]) -> list[str]:
                 f"for which {_MAX_ID_BYTES} are left: rename the scan, or give it a short case_id "
                 "in a list"
             )
-        bad = [*filter(_is_bad, (*case.images, *([case.label] if case.label else [])))]
+        bad = [path for path in case.files if not is_scan(path)]
         sound += [] if bad else [case]
         for path in bad:
             num_hints -= 1
@@ -1005,8 +1002,7 @@ def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
     """Name the cases of the rarer kind where NIfTI files and pictures are mixed."""
     kinds: dict[bool, list[str]] = {True: [], False: []}
     for case in cases:
-        paths = (*case.images, *([case.label] if case.label else []))
-        for kind in {reader.has_spacing for reader in map(find_reader, paths) if reader}:
+        for kind in {reader.has_spacing for reader in map(find_reader, case.files) if reader}:
             kinds[kind].append(case.case_id)
     fewer = min(kinds.values(), key=len)
     return [
@@ -1014,20 +1010,6 @@ def _find_other_kinds(cases: Sequence[Case]) -> list[str]:
         "in this data set; make two of it"
         for case_id in fewer
     ]
-
-
-def _is_bad(path: Path) -> bool:
-    """Tell whether a path is no scan."""
-    return not is_scan(path)
-
-
-def _is_utf8(text: str) -> bool:
-    """Tell whether a text can be written as UTF-8; bytes of a file name may not be."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _explain_file(path: Path) -> str:

@@ -347,7 +347,6 @@ def iterate_batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=_PREFETCH if num_workers else None,
-        persistent_workers=False,
     )
     try:
         yield from loader

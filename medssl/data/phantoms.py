@@ -1,4 +1,4 @@
-"""Seeded phantoms, volumes or pictures: data sets for anywhere, hard in the way of real ones.
+"""Seeded phantoms: data sets for anywhere, hard in the way of real ones.
 
 Legend: I J K voxel axes. A phantom is a list of structures, painted one over the other; each is
 a field of signed distances (mm inside of a reference box, positive inside the structure), so
@@ -20,14 +20,12 @@ from typing import Literal
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from scipy import ndimage
 from scipy.interpolate import make_interp_spline
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from medssl.data.io import write_mask
-from medssl.formats.readers import name_mask_suffix
 from medssl.runs import write_file, write_text
 
 Family = Literal["organs", "vessels"]
@@ -74,7 +72,8 @@ def write_phantoms(
         family: Which anatomy.
     """
     rows = []
-    for index, part in enumerate(_list_parts(num_labeled, num_unlabeled, num_test)):
+    parts = ["labeled"] * num_labeled + ["unlabeled"] * num_unlabeled + ["test"] * num_test
+    for index, part in enumerate(parts):
         image, label = make_phantom(seed, index, shape, family)
         affine = _place(shape, index % 3 == 2)
         if index % 3 == 2:
@@ -87,55 +86,6 @@ def write_phantoms(
             write_mask(label_path, label, affine, (0, *LABEL_NAMES[family]))
         rows.append((case_id, image_path, label_path, part))
     _write_list(folder, rows)
-
-
-def write_pictures(
-    folder: Path,
-    num_labeled: int = 4,
-    num_unlabeled: int = 16,
-    num_test: int = 12,
-    seed: int = 0,
-    shape: tuple[int, int] = (96, 112),
-    family: Family = "organs",
-    suffix: str = ".png",
-    label_values: tuple[int, ...] = (0, 1, 2, 3),
-    has_colors: bool = False,
-) -> None:
-    """Write a data set of pictures, each the slice of a phantom with most foreground.
-
-    Args:
-        folder: Folder of the data set.
-        num_labeled: Number of labeled cases.
-        num_unlabeled: Number of unlabeled cases.
-        num_test: Number of test cases, with labels.
-        seed: Seed of all draws.
-        shape: Rows I and columns J of each picture.
-        family: Which anatomy.
-        suffix: Of the images: .png, .jpg, .tif; labels are PNG, or TIFF beside TIFF.
-        label_values: Value of each class in the label files.
-        has_colors: Make color pictures, in which no channel alone holds all that gray does.
-    """
-    rows = []
-    for index, part in enumerate(_list_parts(num_labeled, num_unlabeled, num_test)):
-        scan, classes = make_phantom(seed, index, (*shape, 12), family)
-        k = int(np.argmax((classes > 0).sum((0, 1))))
-        gray = np.rint(scan[..., k] * (255.0 / scan.max())).astype(np.uint8)
-        case_id = f"{family}_{index:03d}"
-        image_path = folder / "images" / f"{case_id}{suffix}"
-        label_path = folder / "labels" / f"{case_id}{name_mask_suffix(image_path)}"
-        pixels = np.stack([gray, 255 - gray, gray // 2], -1) if has_colors else gray
-        picture = Image.fromarray(pixels)
-        image_path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(image_path)
-        if part != "unlabeled":
-            write_mask(label_path, classes[..., k : k + 1], np.eye(4), label_values)
-        rows.append((case_id, image_path, label_path, part))
-    _write_list(folder, rows)
-
-
-def _list_parts(num_labeled: int, num_unlabeled: int, num_test: int) -> list[str]:
-    """Return the part of each case."""
-    return ["labeled"] * num_labeled + ["unlabeled"] * num_unlabeled + ["test"] * num_test
 
 
 def _write_list(folder: Path, cases: Sequence[tuple[str, Path, Path, str]]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from medssl import __version__, ranks
 from medssl.config import InputError
-from medssl.data.cases import shorten
+from medssl.data.cases import shorten, show_count
 from medssl.data.files import (
     find_scan,
     find_unread,
@@ -197,15 +197,14 @@ def protect_files(
             f"{out}: would replace what is a scan or a folder: "
             f"{shorten(sorted(inputs), _NUM_SHOWN)}; name another folder"
         )
-    if (out / RECORD).exists() and not _is_record(out):
+    if (out / RECORD).exists() and not _read_record(out):
         foreign.append(RECORD)
     if foreign and not overwrite:
-        count = "1 file" if len(foreign) == 1 else f"{len(foreign)} files"
         raise InputError(
-            f"{out}: nothing was computed, for it would replace {count} that no prediction wrote, "
-            f"or that were changed after it: {shorten(sorted(foreign), _NUM_SHOWN)}; name another "
-            "folder, or give "
-            f"{OVERWRITE} to replace them"
+            f"{out}: nothing was computed, for it would replace {show_count(len(foreign), 'file')} "
+            "that no prediction wrote, or that were changed after it: "
+            f"{shorten(sorted(foreign), _NUM_SHOWN)}; name another folder, or give {OVERWRITE} to "
+            "replace them"
         )
 
 
@@ -251,11 +250,6 @@ def _read_record(out: Path) -> dict[str, Any]:
         return {}
     parts = (content.get(key, {}) for key in ("labels", "flags", "files", "scans"))
     return content if all(isinstance(part, dict) for part in parts) else {}
-
-
-def _is_record(out: Path) -> bool:
-    """Tell whether the record of a folder was written by a prediction."""
-    return bool(_read_record(out))
 
 
 def read_files(out: Path) -> dict[str, str]:
@@ -357,10 +351,7 @@ def record_predictions(out: Path, files: Iterable[Path], **about: Any) -> None:
 
 
 def find_scans(
-    inputs: Sequence[Path],
-    num_channels: int,
-    problems: list[str] | None = None,
-    notes: list[str] | None = None,
+    inputs: Sequence[Path], num_channels: int, problems: list[str], notes: list[str]
 ) -> Scans:
     """Return the image files of each scan by its name.
 
@@ -371,27 +362,25 @@ def find_scans(
     Args:
         inputs: Scans, folders of scans, data sets or lists of cases.
         num_channels: Channels of the model.
-        problems: Gets what is wrong with single scans or inputs; None: it is an error.
+        problems: Gets what is wrong with single scans or inputs.
         notes: Gets what is left out.
 
     Raises:
         InputError: There is no scan at all.
     """
-    errors: list[str] = [] if problems is None else problems
-    notes = [] if notes is None else notes
     scans: Scans = {}
     files: list[Path] = []
     for path in inputs:
         try:
             if _is_dataset(path):
-                notes += _add_cases(path, num_channels, scans, errors)
+                notes += _add_cases(path, num_channels, scans, problems)
             else:
-                files += _list_files(path, errors, notes)
+                files += _list_files(path, problems, notes)
         except InputError as error:
-            errors.append(str(error))
-    _group_files(files, num_channels, scans, errors)
-    if not scans or (errors and problems is None):
-        raise InputError("\n".join(errors))
+            problems.append(str(error))
+    _group_files(files, num_channels, scans, problems)
+    if not scans:
+        raise InputError("\n".join(problems))
     return scans
 
 

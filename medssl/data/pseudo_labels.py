@@ -29,6 +29,7 @@ from medssl.runs import (
 from medssl.transforms.geometry import Box
 
 MOST_VOXELS = 5_000  # per class, kept to place patches on
+_NUM_DRAWN = 100_000
 _PIECE = 2**21  # probs that are looked at at once
 _GONE = (
     "cannot be read: damaged, or removed while it was used; delete the done.json of its round: the "
@@ -185,12 +186,6 @@ def iterate_pseudo_label(folder: Path) -> Iterator[tuple[NDArray[np.float32], ND
         yield probs.astype(np.float32) / np.float32(255), uncertainty.astype(np.float32)
 
 
-def read_pseudo_label(folder: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return probs (num_classes, I, J, K) and uncertainty (I, J, K) of a pseudo-label."""
-    probs, uncertainty = zip(*iterate_pseudo_label(folder), strict=True)
-    return np.concatenate(probs, 1), np.concatenate(uncertainty)
-
-
 def read_classes(folder: Path) -> Classes:
     """Return the classes (I, J, K) of a pseudo-label."""
     return np.concatenate([p.argmax(0).astype(np.uint8) for _, p, _ in read_slabs(folder)])
@@ -202,9 +197,9 @@ def read_stability(folder: Path) -> float | None:
     return value
 
 
-def draw_probs(folders: Sequence[Path], num_voxels: int = 100_000) -> Tensor:
-    """Return (N, num_classes) probs of voxels drawn from pseudo-labels, as many from each."""
-    each = max(1, num_voxels // len(folders))
+def draw_probs(folders: Sequence[Path]) -> Tensor:
+    """Return (N, num_classes) probs of 100,000 voxels of pseudo-labels, as many from each."""
+    each = max(1, _NUM_DRAWN // len(folders))
     drawn = []
     for folder in folders:
         probs, _ = map_pseudo_label(folder)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.readers import START, split_series, starts_dicom
-from medssl.formats.scan import Scan, check_place, guard, keep_quiet
+from medssl.formats.scan import Result, Scan, check_place, guard, keep_quiet
 from medssl.transforms.geometry import MAX_SHEAR, Affine, Header, Shape
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -42,7 +42,6 @@ Place = Path | zipfile.Path
 
 Source = TypeVar("Source", Path, Place)
 Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 _EXTRA = "pip install 'medssl[dicom]'"
 _EQUAL = 1e-3  # by which two direction cosines, or two spacings as a share, may differ
@@ -177,10 +176,10 @@ def load_package(name: str) -> Any:
         ) from error
 
 
-def guard_dicom(place: Place, read: Callable[[], Any]) -> Any:
+def guard_dicom(place: Place, read: Callable[[], Result]) -> Result:
     """Run a read; whatever pydicom raises of a damaged file becomes an InputError that names it."""
 
-    def attempt() -> Any:
+    def attempt() -> Result:
         try:
             return read()
         except (InputError, MemoryError, OSError):
@@ -205,8 +204,7 @@ def refuse_damaged(
     @functools.wraps(read)
     def attempt(source: Source, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with keep_quiet():
-            result: Result = guard_dicom(source, lambda: read(source, *args, **kwargs))
-        return result
+            return guard_dicom(source, lambda: read(source, *args, **kwargs))
 
     return attempt
 
@@ -389,28 +387,30 @@ def _read(place: Place, **options: Any) -> Any:
     return guard_dicom(place, read)
 
 
+def _iterate_headers(path: Path) -> Iterator[tuple[Place, Any]]:
+    """Yield all DICOM files at a path, whatever their series, with their headers."""
+    path, _ = split_series(path)
+    for place in guard(path, partial(_list_files, path)):
+        if guard_dicom(place, partial(_is_dicom, place)):
+            yield place, _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
+
+
 def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
     """Return the headers of all DICOM files at a path, by SeriesInstanceUID."""
-    path, _ = split_series(path)
     groups = defaultdict(list)
-    files = guard(path, partial(_list_files, path))
-    for place in files:
-        if guard_dicom(place, partial(_is_dicom, place)):
-            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
-            if "SeriesInstanceUID" in header or "Rows" in header:
-                groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
+    for place, header in _iterate_headers(path):
+        if "SeriesInstanceUID" in header or "Rows" in header:
+            groups[str(header.get("SeriesInstanceUID", ""))].append((place, header))
     return dict(groups)
 
 
 def _read_first(path: Path) -> Any:
     """Return the header of the first image of a series; empty if there is none."""
-    source, uid = split_series(path)
-    for place in guard(path, partial(_list_files, source)):
-        if guard_dicom(place, partial(_is_dicom, place)):
-            header = _read(place, stop_before_pixels=True, specific_tags=list(_TAGS))
-            is_named = str(header.get("SeriesInstanceUID", "")).startswith(uid)
-            if is_named and not _name_other(header):
-                return header
+    _, uid = split_series(path)
+    for _, header in _iterate_headers(path):
+        is_named = str(header.get("SeriesInstanceUID", "")).startswith(uid)
+        if is_named and not _name_other(header):
+            return header
     return {}
 
 
@@ -506,7 +506,7 @@ def find_planes(place: Place, header: Any) -> list[Plane]:
         raise InputError(
             f"{place}: {count} frames, but functional groups of {len(frames)}: export it again"
         )
-    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    shared = get_shared(header)
     return [
         _find_plane(
             f"{place}, frame {index + 1}",
@@ -517,6 +517,11 @@ def find_planes(place: Place, header: Any) -> list[Plane]:
         )
         for index, frame in enumerate(frames)
     ]
+
+
+def get_shared(header: Any) -> Any:
+    """Return the functional groups that all frames of a file share; empty if there are none."""
+    return (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
 
 
 def _read_groups(groups: Any) -> dict[str, Any]:

@@ -93,15 +93,10 @@ def write(
     note: str,
     names: Mapping[int, str],
 ) -> None:
-    """Write a mask (I, J, K) as a SEG, or as what its name says, atomically.
+    """Write a mask (I, J, K) as a SEG, or as what its name says.
 
-    Args:
-        path: Ends in .dcm.
-        array: Label values, 0 = background.
-        affine: Of the grid; that of the header counts.
-        header: Of the scan, which must be a DICOM series that is still there.
-        note: A text for `Scan.read_note`.
-        names: Of the label values.
+    See `medssl.formats.readers.Format`. The grid is that of the header, whose scan must be a DICOM
+    series that is still there.
 
     Raises:
         InputError: The scan is no DICOM series, or has changed since it was read.

@@ -13,10 +13,10 @@ Source: MetaIO, https://itk.org/Wiki/ITK/MetaIO/Documentation, and what ITK read
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,23 +25,18 @@ from medssl.config import InputError
 from medssl.formats.scan import (
     START_BYTES,
     Scan,
+    Values,
     check_channels,
     check_label,
     check_own_grid,
     check_place,
+    complete_shape,
     explain_start,
     guard,
 )
-from medssl.formats.streams import (
-    check_size,
-    find_beside,
-    iterate_bytes,
-    iterate_numbers,
-    iterate_planes,
-    split_channels,
-)
+from medssl.formats.streams import find_beside, iterate_planes, open_numbers, split_channels
 from medssl.runs import write_file
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import Affine, Header
 
 _TYPES = {
     **{"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2"},
@@ -64,24 +59,13 @@ _MOST_LINES = 10_000
 _LONGEST_LINE = 2**16
 
 
-class _Data(NamedTuple):
-    """Where the numbers of a file are, and what they are."""
-
-    path: Path
-    offset: int
-    encoding: str
-    dtype: np.dtype[Any]
-    num_values: int
-
-
 def open_image(path: Path, num_channels: int | None) -> Scan:
     """Open an image; a fourth axis, or the numbers of an element, are its channels.
 
     Raises:
         InputError: The file cannot be read, is not understood, or has other channels than declared.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_channels(path, scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -90,8 +74,7 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file cannot be read, is not understood, or has channels.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_label(path, scan)
+    return check_label(path, guard(path, lambda: _open(path)))
 
 
 def write(
@@ -100,18 +83,11 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), compressed, atomically.
+    """Write (I, J, K) or (I, J, K, C), compressed, to one .mha; names are not kept.
 
-    Args:
-        path: Ends in .mha.
-        array: Integers or floats.
-        affine: Of the grid.
-        header: Of the scan (`Scan.header`), if it is on this grid and a MetaImage: the new file
-            repeats its geometry, field by field.
-        note: A text for `Scan.read_note`.
-        names: Of label values, which this kind does not keep.
+    See `medssl.formats.readers.Format`.
 
     Raises:
         ValueError: The header is that of another grid.
@@ -192,14 +168,12 @@ def _open(path: Path) -> Scan:
     header: Header = {"DimSize": sizes[:3]}
     header |= {name: fields[name] for name in _PLACING if name in fields}
     affine, unit = _find_place(path, header, num_axes)
-    i, j, k = (*sizes, 1)[:3]
-    shape: Shape = (i, j, k)
+    shape = complete_shape(sizes)
     check_place(path, shape, affine, unit or "mm")
     if num_axes == 4:
         header = _drop_fourth(header)
     header["contradictions"] = _find_contradictions(header)
-    data = _find_data(path, fields, end, math.prod(sizes) * together)
-    values = partial(_iterate, data)
+    values = _open_values(path, fields, end, math.prod(sizes) * together)
     if together > 1:
         values = partial(split_channels, values, 1, together)
     num_channels = sizes[3] if num_axes == 4 else together
@@ -301,8 +275,8 @@ def _drop_fourth(header: Header) -> Header:
     return fields
 
 
-def _find_data(path: Path, fields: dict[str, str], end: int, num_values: int) -> _Data:
-    """Return where the data of an opened file are, if they can be all there."""
+def _open_values(path: Path, fields: dict[str, str], end: int, num_values: int) -> Values:
+    """Return what yields all numbers of an opened file in its own order."""
     kind = _get(path, fields, "ElementType")
     code = _TYPES.get(kind.removesuffix("_ARRAY"))
     if fields.get("ObjectType", "Image") != "Image" or code is None:
@@ -334,13 +308,4 @@ def _find_data(path: Path, fields: dict[str, str], end: int, num_values: int) ->
     packed = int(fields.get("CompressedDataSize", size - offset))
     if encoding == "zlib" and packed != size - offset:
         raise ValueError(f"{size - offset} bytes are there, and CompressedDataSize is {packed}")
-    check_size(num_values, dtype, encoding, size - offset)
-    return _Data(source, offset, encoding, dtype, num_values)
-
-
-def _iterate(data: _Data) -> Iterator[NDArray[Any]]:
-    """Yield all numbers of a file in its own order."""
-    with data.path.open("rb") as file:
-        file.seek(data.offset)
-        blocks = iterate_bytes(file, data.encoding, data.dtype)
-        yield from iterate_numbers(blocks, data.dtype, data.num_values)
+    return open_numbers(source, dtype, num_values, encoding=encoding, offset=offset)

@@ -8,15 +8,11 @@ Source: https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/MghFormat, by nibab
 
 import gzip
 import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.freesurfer.mghformat import MGHHeader
-from numpy.typing import NDArray
 
 from medssl.config import InputError
 from medssl.formats.scan import (
@@ -28,7 +24,7 @@ from medssl.formats.scan import (
     explain_start,
     guard,
 )
-from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers
+from medssl.formats.streams import open_numbers
 from medssl.transforms.geometry import Shape
 
 _START = 284  # byte of the first voxel
@@ -42,8 +38,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
     Raises:
         InputError: The file cannot be read, or has other frames than declared channels.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_channels(path, scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -52,8 +47,7 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: The file cannot be read, or has several frames.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_label(path, scan)
+    return check_label(path, guard(path, lambda: _open(path)))
 
 
 def _open(path: Path) -> Scan:
@@ -89,19 +83,14 @@ def _open(path: Path) -> Scan:
         affine = np.asarray(header.get_affine(), np.float64)
     i, j, k, num_channels = sizes
     shape: Shape = (i, j, k)
-    dtype, num_values = np.dtype(_TYPES[code]).newbyteorder(">"), math.prod(sizes)
-    encoding = "gzip" if is_packed else "raw"
-    held = path.stat().st_size - (0 if is_packed else _START)
-    check_size(num_values, dtype, encoding, held, has_more=True)
+    values = open_numbers(
+        path,
+        np.dtype(_TYPES[code]).newbyteorder(">"),
+        math.prod(sizes),
+        encoding="gzip" if is_packed else "raw",
+        offset=0 if is_packed else _START,
+        skip=_START if is_packed else 0,
+        has_more=True,  # times of the scanner and a history
+    )
     check_place(path, shape, affine, "mm")
-    values = partial(_iterate, path, encoding, dtype, num_values)
     return Scan(shape, affine, num_channels, values)
-
-
-def _iterate(
-    path: Path, encoding: str, dtype: np.dtype[Any], num_values: int
-) -> Iterator[NDArray[Any]]:
-    """Yield the numbers of a file; behind them stand times of the scanner and a history."""
-    with path.open("rb") as file:
-        blocks = iterate_bytes(file, encoding, dtype)
-        yield from iterate_numbers(blocks, dtype, num_values, _START, has_more=True)

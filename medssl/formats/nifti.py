@@ -33,6 +33,7 @@ from medssl.formats.scan import (
     check_label,
     check_own_grid,
     check_place,
+    complete_shape,
     explain_start,
     guard,
 )
@@ -44,6 +45,7 @@ from medssl.transforms.geometry import (
     Shape,
     grid_spacing,
     measure_displacement,
+    show_sizes,
 )
 
 _SAME_SIZE = 0.01  # share by which two voxel sizes of one header may differ
@@ -87,8 +89,12 @@ def describe_scan(path: Path, header: Any) -> Scan:
     Raises:
         InputError: The header places no voxels, or they are no numbers.
     """
-    shape, affine = _find_grid(path, header)
-    _refuse_records(path, header)
+    shape = find_shape(path, header)
+    if header["sform_code"] <= 0:
+        check_sizes(path, header)
+    affine = guard(path, lambda: _find_affine(header))
+    check_place(path, shape, affine, _find_unit(header)[0])
+    refuse_records(path, header)
     return Scan(
         shape,
         affine,
@@ -105,18 +111,9 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), atomically.
-
-    Args:
-        path: Ends in .nii or .nii.gz.
-        array: Integers or float32.
-        affine: Of the grid.
-        header: Of the scan (`Scan.header`), if it is on this grid and a NIfTI file: the new file
-            repeats its geometry, field by field.
-        note: A text for `Scan.read_note`.
-        names: Of label values, which this kind does not keep.
+    """Write (I, J, K) or (I, J, K, C), see `medssl.formats.readers.Format`; names are not kept.
 
     Raises:
         ValueError: The header is that of another grid.
@@ -140,8 +137,8 @@ def check_sizes(path: Path, header: Any) -> None:
     axes = zip(sizes, _list_axes(header), strict=False)
     if any(size <= 0 for size, count in axes if count > 1):
         raise InputError(
-            f"{path}: the voxel size in its header (pixdim) is {_show(sizes)}, which programs read "
-            "differently: correct it, or convert the scan again"
+            f"{path}: the voxel size in its header (pixdim) is {show_sizes(sizes)}, which programs "
+            "read differently: correct it, or convert the scan again"
         )
 
 
@@ -152,7 +149,7 @@ def find_contradictions(header: Header) -> dict[str, str]:
     """
     contradictions = {}
     image = _restore(header, header["dim"])
-    unit, _ = _UNITS.get(header["xyzt_units"], ("mm", 1.0))
+    unit, _ = _find_unit(header)
     if unit != "mm":
         contradictions["unit"] = unit
     if header["sform_code"] <= 0 and header["qform_code"] <= 0:
@@ -165,9 +162,9 @@ def find_contradictions(header: Header) -> dict[str, str]:
     with np.errstate(invalid="ignore"):
         unequal = ~(np.abs(sizes - pixdim) <= _SAME_SIZE * sizes)
     if unequal[: len(header["dim"])].any():
-        contradictions["size"] = f"{_show(sizes)} {unit} against {_show(pixdim)} {unit}"
+        contradictions["size"] = f"{show_sizes(sizes)} {unit} against {show_sizes(pixdim)} {unit}"
     elif header["qform_code"] > 0:
-        shape = _complete(header["dim"])
+        shape = complete_shape(header["dim"])
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 distance = measure_displacement(sform, image.get_qform(), shape)
@@ -260,42 +257,33 @@ def _explain_start(path: Path, start: bytes) -> None:
         )
 
 
-def _find_grid(path: Path, header: Any) -> tuple[Shape, Affine]:
-    """Return shape and affine of an open header."""
-    shape = _find_shape(path, header)
-    if header["sform_code"] <= 0:
-        check_sizes(path, header)
-    affine: Affine = guard(path, lambda: _find_affine(header))
-    unit, _ = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
-    check_place(path, shape, affine, unit)
-    return shape, affine
+def _find_unit(header: Any) -> tuple[str, float]:
+    """Return the unit of the lengths in a header, and how many mm it has."""
+    return _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
 
 
 def _find_affine(header: Any) -> Affine:
     """Return the affine (4, 4) of an open header in mm: sform, else qform, else voxel size."""
-    _, size = _UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
     affine: Affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-    affine[:3] *= size
+    affine[:3] *= _find_unit(header)[1]
     return affine
 
 
-def _find_shape(path: Path, header: Any) -> Shape:
-    """Return (I, J, K); a missing third axis is one voxel, axes after the third are channels."""
+def find_shape(path: Path, header: Any) -> Shape:
+    """Return (I, J, K); a missing third axis is one voxel, axes after the third are channels.
+
+    Raises:
+        InputError: The open header has too few axes or too many, or an empty one.
+    """
     shape = _list_axes(header)
     if not 2 <= len(shape) <= 5 or min(shape) < 1:
         raise InputError(f"{path}: shape {shape} is not that of a scan (I, J, K[, channels])")
-    return _complete(shape)
+    return complete_shape(shape)
 
 
 def _list_axes(header: Any) -> tuple[int, ...]:
     """Return the shape that an open header declares."""
     return tuple(int(size) for size in header.get_data_shape())
-
-
-def _complete(shape: Sequence[int]) -> Shape:
-    """Return the first three axes of a shape; a missing one has one voxel."""
-    i, j, k = (*shape, 1)[:3]
-    return i, j, k
 
 
 def _describe_header(header: Any) -> Header:
@@ -354,8 +342,12 @@ def _iterate_values(path: Path, header: Any) -> Iterator[NDArray[Any]]:
             raise OSError("behind the compressed data stands what does not belong to it") from error
 
 
-def _refuse_records(path: Path, header: Any) -> None:
-    """Refuse color and complex voxels."""
+def refuse_records(path: Path, header: Any) -> None:
+    """Refuse color and complex voxels of an open header.
+
+    Raises:
+        InputError: With their type.
+    """
     dtype = header.get_data_dtype()
     if dtype.fields is not None or dtype.kind not in "iuf":
         raise InputError(f"{path}: voxels are {dtype}, not numbers: convert it to gray values")
@@ -384,8 +376,3 @@ def _place(array: NDArray[Any], affine: Affine) -> Any:
     if not np.allclose(image.get_qform(), affine, atol=1e-3):
         image.set_qform(None)  # a sheared grid: no quaternion says it, the sform does
     return image
-
-
-def _show(sizes: NDArray[Any]) -> str:
-    """Return lengths as `1 x 1 x 2.5`."""
-    return " x ".join(f"{size:.4g}" for size in sizes)

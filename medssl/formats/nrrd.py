@@ -18,10 +18,10 @@ import colorsys
 import gzip
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,23 +30,18 @@ from medssl.config import InputError
 from medssl.formats.scan import (
     START_BYTES,
     Scan,
+    Values,
     check_channels,
     check_label,
     check_own_grid,
     check_place,
+    complete_shape,
     explain_start,
     guard,
 )
-from medssl.formats.streams import (
-    check_size,
-    find_beside,
-    iterate_bytes,
-    iterate_numbers,
-    iterate_planes,
-    split_channels,
-)
+from medssl.formats.streams import find_beside, iterate_planes, open_numbers, split_channels
 from medssl.runs import write_file
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.transforms.geometry import Affine, Header
 
 _TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -111,24 +106,12 @@ class _Header(NamedTuple):
     end: int
 
 
-class _Data(NamedTuple):
-    """Where the numbers of a file are, and what they are."""
-
-    path: Path
-    offset: int
-    lines: int
-    skip: int
-    encoding: str
-    dtype: np.dtype[Any]
-    num_values: int
-
-
 class _Opened(NamedTuple):
     """An opened file: scan, keys, all numbers in its own order, and those before a channel."""
 
     scan: Scan
     keys: dict[str, str]
-    iterate: Callable[[], Iterator[NDArray[Any]]]
+    iterate: Values
     num_before: int
 
 
@@ -138,8 +121,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
     Raises:
         InputError: The file cannot be read, is not understood, or has other channels than declared.
     """
-    opened: _Opened = guard(path, lambda: _open(path))
-    return check_channels(path, opened.scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)).scan, num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -149,7 +131,7 @@ def open_label(path: Path) -> Scan:
         InputError: The file cannot be read or is not understood; and, while it is read, segments
             that overlap.
     """
-    opened: _Opened = guard(path, lambda: _open(path))
+    opened = guard(path, lambda: _open(path))
     scan = opened.scan
     segments = guard(path, lambda: _list_segments(path, opened.keys))
     if scan.num_channels == 1 or not segments:
@@ -179,18 +161,12 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), gzipped, atomically.
+    """Write (I, J, K) or (I, J, K, C), gzipped, to one .nrrd.
 
-    Args:
-        path: Ends in .nrrd.
-        array: Integers or floats.
-        affine: Of the grid.
-        header: Of the scan (`Scan.header`), if it is on this grid and an NRRD file: the new file
-            repeats its geometry, field by field.
-        note: A text for `Scan.read_note`.
-        names: Of label values: a file that ends in .seg.nrrd has a segment for each but 0.
+    See `medssl.formats.readers.Format`. A file that ends in .seg.nrrd has a segment for each name
+    but that of 0.
 
     Raises:
         ValueError: The header is that of another grid.
@@ -217,7 +193,7 @@ def write(
             lines.append(f"{name}: {' '.join([*axes[name], *[filler] * len(channels)])}")
     keys = {_NOTE: note} if note else {}
     if path.name.lower().endswith(".seg.nrrd"):
-        keys |= _describe_segments(names or {}, expected)
+        keys |= _describe_segments(names, expected)
     for key, text in keys.items():
         escaped = text.replace("\\", "\\\\").replace("\n", "\\n")
         lines.append(f"{key}:={escaped}")
@@ -263,7 +239,7 @@ def _describe_segments(names: Mapping[int, str], shape: Sequence[int]) -> dict[s
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
-    extent = " ".join(f"0 {size - 1}" for size in (*shape, 1)[:3])
+    extent = " ".join(f"0 {size - 1}" for size in complete_shape(shape))
     for index, value in enumerate(value for value in names if value):
         color = colorsys.hsv_to_rgb(index * _GOLDEN % 1, 0.6, 0.9)
         segment = {
@@ -304,13 +280,11 @@ def _open(path: Path) -> _Opened:
     for name, texts in axes.items():
         header[name] = [text for text, where in zip(texts, is_space, strict=True) if where]
     affine, unit = _find_place(path, header)
-    i, j, k = (*in_space, 1)[:3]
-    shape: Shape = (i, j, k)
+    shape = complete_shape(in_space)
     check_place(path, shape, affine, unit or "mm")
     header["contradictions"] = _find_contradictions(header)
     num_channels = sizes[others[0]] if others else 1
-    data = _find_data(path, head, math.prod(sizes))
-    iterate = partial(_iterate, data)
+    iterate = _open_values(path, head, math.prod(sizes))
     num_before = math.prod(sizes[: others[0]]) if others else 1
     is_apart = num_channels == 1 or num_before == math.prod(shape)
     values = iterate if is_apart else partial(split_channels, iterate, num_before, num_channels)
@@ -484,8 +458,8 @@ def _find_unit(header: Header) -> str:
     return " and ".join(sorted({text.strip() for text in units}))
 
 
-def _find_data(path: Path, head: _Header, num_values: int) -> _Data:
-    """Return where the data of an opened file are, if they can be all there."""
+def _open_values(path: Path, head: _Header, num_values: int) -> Values:
+    """Return what yields all numbers of an opened file in its own order."""
     fields = head.fields
     kind = _get(path, fields, "type").lower()
     encoding = _ENCODINGS.get(_get(path, fields, "encoding").lower())
@@ -505,35 +479,22 @@ def _find_data(path: Path, head: _Header, num_values: int) -> _Data:
         raise InputError(f"{path}: line skip {lines} and byte skip {skip} are not understood")
     name = fields.get("data file")
     source, offset = (path, head.end) if name is None else (find_beside(path, name), 0)
-    data = _Data(source, offset, lines, skip, encoding, dtype, num_values)
-    with source.open("rb") as file:
-        first, size = _find_start(file, data), source.stat().st_size
-    check_size(num_values, dtype, encoding, size - first)
-    return data
+    inner = 0
+    if encoding in ("gzip", "bzip2"):  # there the bytes of the content are skipped
+        skip, inner = 0, skip
+    start = _find_start(source, offset, lines, skip, num_values * dtype.itemsize)
+    return open_numbers(source, dtype, num_values, encoding=encoding, offset=start, skip=inner)
 
 
-def _find_start(file: IO[bytes], data: _Data) -> int:
-    """Go to the first byte of the encoded numbers, and return its place."""
-    file.seek(data.offset)
-    for _ in range(data.lines):
-        if not file.readline():
-            raise EOFError(f"`line skip` is {data.lines}, and the data file has fewer lines")
-    if data.encoding not in ("gzip", "bzip2"):  # there the bytes of the content are skipped
-        if data.skip < 0:
-            size = data.path.stat().st_size
-            file.seek(max(file.tell(), size - data.num_values * data.dtype.itemsize))
-        else:
-            file.seek(data.skip, 1)
-    return file.tell()
-
-
-def _iterate(data: _Data) -> Iterator[NDArray[Any]]:
-    """Yield all numbers of a file in its own order."""
-    skip = data.skip if data.encoding in ("gzip", "bzip2") else 0
-    with data.path.open("rb") as file:
-        _find_start(file, data)
-        blocks = iterate_bytes(file, data.encoding, data.dtype)
-        yield from iterate_numbers(blocks, data.dtype, data.num_values, skip)
+def _find_start(path: Path, offset: int, lines: int, skip: int, num_bytes: int) -> int:
+    """Return where the encoded numbers begin; a skip of -1 says that they end with the file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for _ in range(lines):
+            if not file.readline():
+                raise EOFError(f"`line skip` is {lines}, and the data file has fewer lines")
+        start = file.tell()
+    return max(start, path.stat().st_size - num_bytes) if skip < 0 else start + skip
 
 
 def _list_segments(path: Path, keys: dict[str, str]) -> list[tuple[int, int, int, str]]:
@@ -562,7 +523,7 @@ def _list_segments(path: Path, keys: dict[str, str]) -> list[tuple[int, int, int
 
 def _merge_layers(
     path: Path,
-    iterate: Callable[[], Iterator[NDArray[Any]]],
+    iterate: Values,
     num_layers: int,
     segments: Sequence[tuple[int, int, int, str]],
 ) -> Iterator[NDArray[np.int64]]:

@@ -25,15 +25,15 @@ from medssl.config import InputError
 from medssl.formats import nifti
 from medssl.formats.scan import (
     Scan,
+    Values,
     check_channels,
     check_label,
     check_place,
     explain_start,
     guard,
-    read_nothing,
 )
-from medssl.formats.streams import check_size, iterate_bytes, iterate_numbers
-from medssl.transforms.geometry import Affine, Header, Shape
+from medssl.formats.streams import open_numbers
+from medssl.transforms.geometry import Affine, Header
 
 _LARGEST_MAT = 2**16  # bytes
 _ORIENT = 252  # byte of a header of Analyze
@@ -46,8 +46,7 @@ def open_image(path: Path, num_channels: int | None) -> Scan:
         InputError: A file of the pair cannot be read, is not there, or has other channels than
             declared.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_channels(path, scan, num_channels)
+    return check_channels(path, guard(path, lambda: _open(path)), num_channels)
 
 
 def open_label(path: Path) -> Scan:
@@ -56,8 +55,7 @@ def open_label(path: Path) -> Scan:
     Raises:
         InputError: A file of the pair cannot be read, is not there, or has channels.
     """
-    scan: Scan = guard(path, lambda: _open(path))
-    return check_label(path, scan)
+    return check_label(path, guard(path, lambda: _open(path)))
 
 
 def find_pair(path: Path) -> tuple[Path, Path]:
@@ -91,19 +89,16 @@ def _open(path: Path) -> Scan:
     num_values, offset = math.prod(sizes), int(header.get_data_offset())
     if offset < 0:
         raise InputError(f"{head}: its voxels begin at byte {offset}: correct vox_offset")
-    check_size(num_values, dtype, "raw", data.stat().st_size - offset, has_more=True)
+    values = open_numbers(data, dtype, num_values, offset=offset, has_more=True)
     if not isinstance(header, Spm99AnalyzeHeader):
-        return nifti.describe_scan(data, header)._replace(read_note=read_nothing)
-    if not 2 <= len(sizes) <= 5 or min(sizes) < 1:
-        raise InputError(f"{head}: shape {sizes} is not that of a scan (I, J, K[, channels])")
-    if dtype.fields is not None or dtype.kind not in "iuf":
-        raise InputError(f"{head}: voxels are {dtype}, not numbers: convert it to gray values")
-    i, j, k = (*sizes, 1)[:3]
-    shape: Shape = (i, j, k)
+        return nifti.describe_scan(data, header)._replace(read_note=str)
+    shape = nifti.find_shape(head, header)
+    nifti.refuse_records(head, header)
     affine, contradictions = _find_place(head, header)
     check_place(head, shape, affine, "mm")
     slope, _ = header.get_slope_inter()
-    values = partial(_iterate, data, offset, dtype, num_values, slope)
+    if slope not in (None, 1):
+        values = partial(_scale, values, slope)
     described: Header = {"contradictions": contradictions}
     return Scan(shape, affine, math.prod(sizes[3:]), values, described)
 
@@ -162,12 +157,7 @@ def _read_mat(path: Path) -> Affine:
     return affine
 
 
-def _iterate(
-    path: Path, offset: int, dtype: np.dtype[Any], num_values: int, slope: float | None
-) -> Iterator[NDArray[Any]]:
-    """Yield the values (n,) of a file in its own order, scaled as its header says."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        blocks = iterate_bytes(file, "raw", dtype)
-        for values in iterate_numbers(blocks, dtype, num_values, has_more=True):
-            yield values if slope in (None, 1) else values.astype(np.float64) * slope
+def _scale(iterate: Values, slope: float) -> Iterator[NDArray[np.float64]]:
+    """Yield numbers (n,) multiplied by a slope."""
+    for values in iterate():
+        yield values.astype(np.float64) * slope

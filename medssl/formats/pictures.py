@@ -229,20 +229,16 @@ def write(
     affine: Affine,
     header: Header | None,
     note: str,
-    names: Mapping[int, str] | None = None,
+    names: Mapping[int, str],
 ) -> None:
-    """Write (I, J, K) or (I, J, K, C), atomically: a PNG holds one slice, a TIFF the pages (C, K).
+    """Write (I, J, K) or (I, J, K, C): a PNG holds one slice, a TIFF the pages (C, K).
 
-    Args:
-        path: Ends in .png, .tif or .tiff.
-        array: uint8, uint16 (both), int32 or float32 (TIFF only).
-        affine: Of the grid; a picture keeps none.
-        header: Of the scan; a picture keeps none.
-        note: A text for `Scan.read_note`: a chunk of a PNG, the tag Software of a TIFF.
-        names: Of label values, which this kind does not keep.
+    See `medssl.formats.readers.Format`. Of affine, header and names a picture keeps nothing; the
+    note goes to a chunk of a PNG, or the tag Software of a TIFF.
 
     Raises:
-        ValueError: The format cannot hold this array without a change.
+        ValueError: The format cannot hold this array without a change: uint8 and uint16 are held,
+            by a TIFF also int32 and float32.
     """
     if array.ndim == 4:
         i, j, k, c = array.shape

@@ -37,9 +37,16 @@ class Format(Protocol):
         note: str,
         names: "Mapping[int, str]",
     ) -> None:
-        """Write (I, J, K) or (I, J, K, C), atomically, with a note for `Scan.read_note`.
+        """Write an array, atomically.
 
-        The names are those of label values, in kinds that keep them.
+        Args:
+            path: Its suffix is one of this kind.
+            array: (I, J, K) or (I, J, K, C), integers or floats.
+            affine: Of the grid.
+            header: Of the scan (`Scan.header`), if it is on this grid: the new file repeats its
+                geometry, field by field, if it is of this kind.
+            note: A text for `Scan.read_note`.
+            names: Of label values, in kinds that keep them.
         """
 
     def read_names(self, path: Path) -> dict[int, str]:

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
@@ -19,11 +19,16 @@ from numpy.typing import NDArray
 from medssl.config import InputError
 from medssl.transforms.geometry import Affine, Header, Shape, check_grid
 
+Result = TypeVar("Result")
+
 PIECE = 2**16
 """Voxels, or bytes, that are read at once."""
 
 START_BYTES = 540
 """Of a file, that tell what it is: as many as a header of NIfTI has."""
+
+Values = Callable[[], Iterator[NDArray[Any]]]
+"""Yields numbers in pieces (n,), from the first one anew with each call."""
 
 Color = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
@@ -50,16 +55,6 @@ _UNREADABLE = (
 )
 
 
-def read_nothing() -> str:
-    """Return the empty note of a file without one."""
-    return ""
-
-
-def name_no_color() -> dict[int, Color]:
-    """Return the empty colors of a file without any."""
-    return {}
-
-
 class Scan(NamedTuple):
     """An opened file: its header has been read and checked, no voxel yet.
 
@@ -71,17 +66,17 @@ class Scan(NamedTuple):
         iterate_values: Yields all numbers in pieces (n,): along I fastest, then J, K, C. The file
             is read to its end, where a checksum tells that no bit of it has changed.
         header: What a mask needs to repeat the geometry, in what JSON can hold.
-        read_note: Returns the text that a writer of this project left in the file.
-        read_colors: Returns the color of each value of a label, where values have one.
+        read_note: Returns the text that a writer of this project left in the file; empty if none.
+        read_colors: Returns the color of each value of a label; empty where values have none.
     """
 
     shape: Shape
     affine: Affine
     num_channels: int
-    iterate_values: Callable[[], Iterator[NDArray[Any]]]
+    iterate_values: Values
     header: Header | None = None
-    read_note: Callable[[], str] = read_nothing
-    read_colors: Callable[[], dict[int, Color]] = name_no_color
+    read_note: Callable[[], str] = str
+    read_colors: Callable[[], dict[int, Color]] = dict
 
 
 def explain_start(path: Path, start: bytes) -> None:
@@ -121,6 +116,12 @@ def check_place(path: Path, shape: Shape, affine: Affine, unit: str) -> None:
         ) from error
 
 
+def complete_shape(sizes: Sequence[int]) -> Shape:
+    """Return the first three axes of a file; a missing third one has one voxel."""
+    i, j, k = (*sizes, 1)[:3]
+    return i, j, k
+
+
 def check_own_grid(
     array: NDArray[Any], affine: Affine, sizes: Sequence[int], place: Affine, header: Header
 ) -> None:
@@ -137,7 +138,7 @@ def check_own_grid(
         ValueError: Shape or affine differ.
     """
     on_grid = np.allclose(place, affine, rtol=1e-6, atol=1e-6)
-    if (*sizes, 1)[:3] != (*array.shape, 1)[:3] or not on_grid:
+    if complete_shape(sizes) != complete_shape(array.shape) or not on_grid:
         raise ValueError(f"{array.shape} on {affine.tolist()} is not the grid of {header}")
 
 
@@ -194,7 +195,7 @@ def keep_quiet() -> Iterator[None]:
                 _quiet_stack.close()
 
 
-def guard(path: Path, read: Callable[[], Any]) -> Any:
+def guard(path: Path, read: Callable[[], Result]) -> Result:
     """Run a read; an unreadable file becomes an InputError that names it."""
     try:
         return read()

@@ -21,13 +21,14 @@ from medssl.formats.dicom import (
     Plane,
     decode_frames,
     find_planes,
+    get_shared,
     open_scan,
     read_dataset,
     read_fields,
     refuse_damaged,
 )
 from medssl.formats.scan import Scan
-from medssl.transforms.geometry import Shape
+from medssl.transforms.geometry import Shape, grid_spacing, show_sizes
 
 _OFF = 0.1  # voxels that a voxel of a SEG may lie off one of the scan
 _BETWEEN = 0.2  # slices that a contour may lie off one
@@ -200,7 +201,7 @@ def _find_segments(path: Path, dataset: Any, source: Scan) -> list[Region]:
         )
     _refuse_other_slices(path, dataset, source)
     planes = find_planes(path, dataset)
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    shared = get_shared(dataset)
     numbers = [
         _read_number(frame) or _read_number(shared)
         for frame in dataset.PerFrameFunctionalGroupsSequence
@@ -271,14 +272,13 @@ def _read_number(groups: Any) -> int:
 
 def _refuse_other_slices(path: Path, dataset: Any, source: Scan) -> None:
     """Refuse a SEG whose slices lie at another distance than those of the scan."""
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
-    measures = shared.get("PixelMeasuresSequence")
+    measures = get_shared(dataset).get("PixelMeasuresSequence")
     step = measures[0].get("SpacingBetweenSlices") if measures else None
-    spacing = np.linalg.norm(source.affine[:3, :3], axis=0)
-    if step and source.shape[2] > 1 and np.abs(spacing / float(step) - 1).min() > _OFF:
+    spacing = grid_spacing(source.affine)
+    if step and source.shape[2] > 1 and np.abs(np.array(spacing) / float(step) - 1).min() > _OFF:
         raise InputError(
             f"{path}: its slices are {float(step):.4g} mm apart, the voxels of the scan are "
-            f"{' x '.join(f'{size:.4g}' for size in spacing)} mm: save it on the grid of the scan"
+            f"{show_sizes(spacing)} mm: save it on the grid of the scan"
         )
 
 

@@ -47,9 +47,7 @@ _CHANGES = {"Cyst", "Edema", "Hemorrhage", "Lesion", "Necrosis", "Neoplasm", "No
 _OTHER_WORDS = {
     "adrenal": "AdrenalGland",
     "brainstem": "BrainStem",
-    "gallbladder": "Gallbladder",
     "gall bladder": "Gallbladder",
-    "hemorrhage": "Hemorrhage",
     "haemorrhage": "Hemorrhage",
     "ivc": "InferiorVenaCava",
     **{f"l{number}": f"L{number}Vertebra" for number in range(1, 6)},
@@ -84,7 +82,6 @@ def write_seg(
     header: Header,
     names: Mapping[int, str],
     note: str = "",
-    model: str = "",
     as_labelmap: bool = False,
 ) -> None:
     """Write a mask as a DICOM segmentation object, one segment a class, atomically.
@@ -96,7 +93,6 @@ def write_seg(
         names: Name of each label value but 0; the segments are numbered in the order of the values.
             Values without a name are called by their number.
         note: What `medssl.formats.segmentation.read_note` is to return.
-        model: Which model made the mask, for its algorithm identification.
         as_labelmap: Write a label map with run-length compression, a seventh of the size, which few
             other programs read yet.
 
@@ -124,7 +120,6 @@ def write_seg(
         name="medssl",
         version=__version__,
         family=load_package("pydicom.sr.codedict").codes.cid7162.ArtificialIntelligence,
-        parameters={"model": model} if model else None,
     )
     uid = load_package("pydicom.uid").generate_uid
     make = partial(
@@ -166,7 +161,6 @@ def write_rtstruct(
     header: Header,
     names: Mapping[int, str],
     note: str = "",
-    model: str = "",
 ) -> None:
     """Write a mask as an RT structure set, one region of interest a class, atomically.
 
@@ -220,7 +214,7 @@ def write_rtstruct(
             ReferencedFrameOfReferenceUID=source.FrameOfReferenceUID,
             ROIName=_name(value, names.get(value)),
             ROIGenerationAlgorithm="AUTOMATIC",
-            ROIGenerationDescription=_clean(f"medssl {__version__} {model}".strip()),
+            ROIGenerationDescription=f"medssl {__version__}",
         )
         for number, value in enumerate(values, 1)
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.scan import PIECE
+from medssl.formats.scan import PIECE, Values
 
 _MOST_HELD = {"raw": 1.0, "gzip": 1032.0, "zlib": 1032.0, "bzip2": 1.5e6, "hex": 0.5}
 _LONGEST = 1000  # characters of one number in text
@@ -39,21 +39,33 @@ def find_beside(path: Path, name: str) -> Path:
     return beside
 
 
-def check_size(
-    num_values: int, dtype: np.dtype[Any], encoding: str, held: int, has_more: bool = False
-) -> None:
-    """Refuse a header that declares more than there are bytes for, before anything is allocated.
+def open_numbers(
+    path: Path,
+    dtype: np.dtype[Any],
+    num_values: int,
+    *,
+    encoding: str = "raw",
+    offset: int = 0,
+    skip: int = 0,
+    has_more: bool = False,
+) -> Values:
+    """Return a function that yields the numbers of a file in pieces (n,), and reads it to its end.
+
+    A file that is damaged or cut is refused there, by any error that `guard` explains.
 
     Args:
-        num_values: What the header declares.
-        dtype: Of one value.
+        path: The file.
+        dtype: Of the numbers.
+        num_values: How many the header declares.
         encoding: See the module.
-        held: Bytes of the file from the first value on.
-        has_more: Whether other things may stand behind the last value.
+        offset: Byte of the file from which on they are encoded.
+        skip: Decoded bytes before the first number.
+        has_more: Whether other things may stand behind the last one.
 
     Raises:
-        EOFError: Saying both numbers; also where raw bytes are left over.
+        EOFError: There are not as many bytes, before anything is allocated; or more raw ones.
     """
+    held = path.stat().st_size - offset
     declared = num_values * dtype.itemsize
     most = (held + 1) // 2 if encoding == "ascii" else int(held * _MOST_HELD[encoding])
     is_more = encoding == "raw" and declared < held and not has_more
@@ -63,18 +75,17 @@ def check_size(
             f"{held} bytes ({encoding}) are there for them"
         )
 
+    def iterate() -> Iterator[NDArray[Any]]:
+        with path.open("rb") as file:
+            file.seek(offset)
+            blocks = _iterate_bytes(file, encoding, dtype)
+            yield from _iterate_numbers(blocks, dtype, num_values, skip, has_more)
 
-def iterate_bytes(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """Yield the decoded bytes of a file, from its current position to its end.
+    return iterate
 
-    Args:
-        file: Open, at the first encoded byte.
-        encoding: See the module.
-        dtype: What numbers in text become.
 
-    Raises:
-        OSError, EOFError, ValueError, ArithmeticError, zlib.error: The file is damaged or cut.
-    """
+def _iterate_bytes(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """Yield the decoded bytes of a file, from its current position to its end."""
     if encoding == "zlib":
         yield from _unpack(file)
         return
@@ -133,26 +144,10 @@ def _read_text(file: IO[bytes], encoding: str, dtype: np.dtype[Any]) -> Iterator
             return
 
 
-def iterate_numbers(
-    blocks: Iterable[bytes],
-    dtype: np.dtype[Any],
-    num_values: int,
-    skip: int = 0,
-    has_more: bool = False,
+def _iterate_numbers(
+    blocks: Iterable[bytes], dtype: np.dtype[Any], num_values: int, skip: int, has_more: bool
 ) -> Iterator[NDArray[Any]]:
-    """Yield numbers in pieces (n,), and take all blocks, also those behind the last number.
-
-    Args:
-        blocks: Of `iterate_bytes`.
-        dtype: Of the numbers.
-        num_values: How many there are.
-        skip: Bytes before the first one.
-        has_more: Whether other things may stand behind the last one.
-
-    Raises:
-        EOFError: There are fewer.
-        ValueError: There are more.
-    """
+    """Yield numbers in pieces (n,), and take all blocks, also those behind the last number."""
     rest = b""
     for block in blocks:
         content = rest + block[skip:]
@@ -169,9 +164,7 @@ def iterate_numbers(
         raise ValueError("there are more values than the header declares")
 
 
-def split_channels(
-    iterate: Callable[[], Iterator[NDArray[Any]]], num_before: int, num_channels: int
-) -> Iterator[NDArray[Any]]:
+def split_channels(iterate: Values, num_before: int, num_channels: int) -> Iterator[NDArray[Any]]:
     """Yield numbers channel by channel where the file has them together, in a pass for each.
 
     Args:

@@ -104,7 +104,7 @@ def check_grid(shape: Shape, affine: Affine) -> None:
     """
     check_affine(affine)
     spacing = grid_spacing(affine)
-    text = f"{' x '.join(f'{size:.4g}' for size in spacing)} mm"
+    text = f"{show_sizes(spacing)} mm"
     low, high = _SPACINGS
     if not all(low <= size <= high for size in spacing):
         raise ValueError(f"the spacing is {text}, outside of {low:g} to {high:g} mm")
@@ -128,6 +128,11 @@ def grid_spacing(affine: Affine) -> Spacing:
     """
     i, j, k = (float(length) for length in np.linalg.norm(affine[:3, :3], axis=0))
     return i, j, k
+
+
+def show_sizes(sizes: Iterable[float]) -> str:
+    """Return lengths or counts as `1 x 1 x 2.5`."""
+    return " x ".join(f"{size:.4g}" for size in sizes)
 
 
 def measure_shear(shape: Shape, affine: Affine) -> float:
@@ -206,15 +211,13 @@ def resample(
     Returns:
         Values (C, I, J, K), of ``to_shape``.
     """
-    matrix: Affine = (
-        np.linalg.inv(affine) @ to_affine
-    )  # voxel of the new grid -> voxel of the old one
-    reordered = _reorder(array, matrix, to_shape)
-    if reordered is not None and out is None:
-        return reordered
+    matrix: Affine = np.linalg.inv(affine) @ to_affine  # new voxel -> old voxel
+    exact = _find_order(matrix, array.shape[1:], to_shape)
+    if exact is not None and out is None:
+        return _turn(array, exact)
     result = np.empty((array.shape[0], *to_shape), dtype=array.dtype) if out is None else out
-    if reordered is not None:
-        result[:] = reordered
+    if exact is not None:
+        result[:] = _turn(array, exact)
         return result
     for source, target in zip(array, result, strict=True):
         ndimage.affine_transform(
@@ -408,7 +411,7 @@ def measure_displacement(first: Affine, second: Affine, shape: Shape) -> float:
     return float(np.linalg.norm(moved[:3] - corners[:3], axis=0).max())
 
 
-def _find_order(matrix: Affine, shape: Shape, to_shape: Shape) -> Affine | None:
+def _find_order(matrix: Affine, shape: tuple[int, ...], to_shape: Shape) -> Affine | None:
     """Return `matrix` free of rounding if all that it does is to reorder and flip axes, or None."""
     turn = np.rint(matrix[:3, :3])
     is_permutation = (np.abs(turn).sum(0) == 1).all() and (np.abs(turn).sum(1) == 1).all()
@@ -421,13 +424,6 @@ def _find_order(matrix: Affine, shape: Shape, to_shape: Shape) -> Affine | None:
     exact[:3, 3] = np.where(turn.sum(1) < 0, np.asarray(shape) - 1, 0)
     ends = np.asarray([*to_shape, 1.0]) * np.abs(matrix - exact)
     return exact if old_shape == to_shape and ends.sum(1).max() <= _EXACT else None
-
-
-def _reorder(array: NDArray[Any], matrix: Affine, to_shape: Shape) -> NDArray[Any] | None:
-    """Copy with axes reordered and flipped if that is all that `matrix` does, else None."""
-    i, j, k = array.shape[1:]
-    exact = _find_order(matrix, (i, j, k), to_shape)
-    return None if exact is None else _turn(array, exact)
 
 
 def _turn(array: NDArray[Any], exact: Affine) -> NDArray[Any]:

@@ -20,6 +20,7 @@ from medssl.transforms.geometry import (
     cache_grid,
     grid_spacing,
     resample,
+    show_sizes,
 )
 from medssl.transforms.normalize import HIGH, LOW, normalize
 
@@ -146,10 +147,7 @@ def _refuse_huge(volume: Volume, shape: Shape, affine: Affine) -> None:
     most = max(MOST_VOXELS, math.prod(volume.shape))
     if num_voxels <= most and needed <= count_free_memory():
         return
-    old, new = (
-        " x ".join(f"{size:.4g}" for size in sizes)
-        for sizes in (volume.spacing, grid_spacing(affine))
-    )
+    old, new = show_sizes(volume.spacing), show_sizes(grid_spacing(affine))
     raise InputError(
         f"{volume.shape} voxels of {old} mm become {shape} of {new} mm, {needed / 2**30:.3g} GiB, "
         "more than can be computed here: is the voxel size in its header right? If so, cut the "

@@ -55,6 +55,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.runs import seed_from
+from medssl.transforms.spatial import build_turn
 
 LARGEST_MAGNITUDE = 30.0
 LARGEST_VALUES = {
@@ -166,11 +167,9 @@ def _build_matrix(operation: Operation, num_axes: int) -> NDArray[np.float64]:
     axes = range(num_axes)
     if operation.name == "rotate":
         planes = [(a, b) for a in axes for b in axes if a < b]
-        first, second = planes[int(operation.place * len(planes))]
-        angle = math.radians(operation.value)
-        matrix[first, first] = matrix[second, second] = math.cos(angle)
-        matrix[first, second], matrix[second, first] = -math.sin(angle), math.sin(angle)
-    elif operation.name == "scale":
+        plane = planes[int(operation.place * len(planes))]
+        return build_turn(num_axes, plane, math.radians(operation.value))
+    if operation.name == "scale":
         matrix *= 1.0 + operation.value
     elif operation.name == "shear":
         pairs = [(a, b) for a in axes for b in axes if a != b]

@@ -178,6 +178,15 @@ def _measure_offsets(patch_size: tuple[int, ...]) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) - center
 
 
+def build_turn(num_axes: int, plane: tuple[int, int], angle: float) -> NDArray[np.float64]:
+    """Return the matrix (num_axes, num_axes) of a turn in the plane of two axes, by radians."""
+    matrix = np.eye(num_axes)
+    first, second = plane
+    matrix[first, first] = matrix[second, second] = np.cos(angle)
+    matrix[first, second], matrix[second, first] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
 def draw_turn(
     rng: np.random.Generator, flips: Sequence[int], slice_axis: int | None, spacing: Sequence[float]
 ) -> NDArray[np.float64]:
@@ -195,12 +204,9 @@ def draw_turn(
     angles = np.deg2rad(rng.uniform(-1, 1, 3) * TURN_DEGREES)
     scale = float(np.exp(rng.uniform(-1, 1) * np.log(TURN_SCALE)))
     matrix = np.eye(3)
-    for fixed, ((first, second), angle) in enumerate(zip(PLANES, angles, strict=True)):
+    for fixed, (plane, angle) in enumerate(zip(PLANES, angles, strict=True)):
         if slice_axis in (None, fixed):
-            turn = np.eye(3)
-            turn[first, first] = turn[second, second] = np.cos(angle)
-            turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-            matrix = matrix @ turn
+            matrix = matrix @ build_turn(3, plane, angle)
     scales = np.where(np.arange(3) == slice_axis, 1.0, scale)
     sides = np.array(spacing, dtype=float)
     matrix = np.diag(1 / sides) @ (matrix * scales) @ np.diag(sides)
@@ -271,11 +277,8 @@ def _draw_matrix(
     exponents = rng.uniform(np.log(SCALES[0]), np.log(SCALES[1]), 3)
     rotated, scaled, anisotropic = rng.random(3)
     if rotated < 0.5 * min(strength, 1.0):
-        for (first, second), angle in zip(planes, angles, strict=False):
-            turn = np.eye(dimension)
-            turn[first, first] = turn[second, second] = np.cos(angle)
-            turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-            matrix = matrix @ turn
+        for plane, angle in zip(planes, angles, strict=False):
+            matrix = matrix @ build_turn(dimension, plane, angle)
     if scaled < 0.5 * min(strength, 1.0):
         together = anisotropic < 0.5
         factors = np.exp((np.repeat(exponents[:1], 3) if together else exponents) * strength)

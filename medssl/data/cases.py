@@ -269,7 +269,7 @@ def raise_all(problems: Sequence[str], place: str) -> None:
         InputError: There is a problem.
     """
     if problems:
-        count = show_count(len(problems), "problem")
+        count = format_count(len(problems), "problem")
         lines = [f"{place}: {count}", *(f"  {text}" for text in problems)]
         raise InputError(escape_text("\n".join(lines)))
 
@@ -281,9 +281,9 @@ def shorten(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def show_count(number: int, noun: str) -> str:
-    """Return `1 case`, `2 cases`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def format_count(number: int, noun: str) -> str:
+    """Return "1 scan", "2 scans" or "1,200 steps"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def escape_text(text: str) -> str:

@@ -21,7 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import IGNORE, InputError
-from medssl.data.cases import PARTS, Case, Dataset, Part, Splits, select_cases, shorten, show_count
+from medssl.data.cases import (
+    PARTS,
+    Case,
+    Dataset,
+    Part,
+    Splits,
+    format_count,
+    select_cases,
+    shorten,
+)
 from medssl.data.io import (
     CONTRADICTIONS,
     find_contradictions,
@@ -145,7 +154,7 @@ class CheckResult:
 
     def _count_problems(self) -> str:
         """Return `1 problem`, `2 problems`."""
-        return show_count(len(self.problems), "problem")
+        return format_count(len(self.problems), "problem")
 
 
 def check_dataset(
@@ -748,7 +757,7 @@ def _render_classes(result: CheckResult) -> list[str]:
         return []
     unit = "ml" if all(entry.has_spacing for entry in result.facts) else "px"
     columns = ("value", "labels", f"min {unit}", f"median {unit}", f"max {unit}")
-    lines = [_render_row(f"in the {show_count(len(opened), 'label')} opened", columns)]
+    lines = [_render_row(f"in the {format_count(len(opened), 'label')} opened", columns)]
     for value, name in result.labels.items():
         volumes = [by_value[value] for by_value in opened if value in by_value]
         if value:

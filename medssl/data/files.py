@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medssl.config import InputError
-from medssl.data.cases import Case, escape_text, shorten, show_count
+from medssl.data.cases import Case, escape_text, format_count, shorten
 from medssl.formats.readers import (
     DICOM,
     KINDS,
@@ -546,8 +546,8 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
     num_masks = sum(case.label is not None for case in cases)
     num_patients = len({case.patient_id for case in cases})
     lines = [
-        f"As understood by file names: {show_count(num_patients, 'patient')}, "
-        f"{show_count(len(cases), 'case')}, {num_masks} with a mask"
+        f"As understood by file names: {format_count(num_patients, 'patient')}, "
+        f"{format_count(len(cases), 'case')}, {num_masks} with a mask"
     ]
     lines += [f"  {_describe_case(case, root)}" for case in cases[:_NUM_SHOWN]]
     if len(cases) > _NUM_SHOWN:
@@ -560,7 +560,7 @@ def _describe_scans(root: Path, scans: Sequence[Path]) -> list[str]:
         usual = counts.most_common(1)[0][0]
         odd = [f"{c.case_id} ({len(c.images)})" for c in cases if len(c.images) != usual]
         lines.append(
-            f"Most cases have {show_count(usual, 'image')}, but not: {shorten(odd, _NUM_SHOWN)}"
+            f"Most cases have {format_count(usual, 'image')}, but not: {shorten(odd, _NUM_SHOWN)}"
         )
     lines += [*_describe_channels([case for case in cases if len(case.images) > 1]), *notes]
     if not cases:
@@ -635,7 +635,7 @@ def write_draft(root: Path, file: Path) -> str:
     with file.open("x", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         stream.write(text.getvalue())
     return (
-        f"a draft of {show_count(len(cases), 'case')} was written: {file}\n"
+        f"a draft of {format_count(len(cases), 'case')} was written: {file}\n"
         "Look through it, mend what is wrong (label empty = unlabeled; patient_id keeps scans of\n"
         "one patient together; split may be empty, labeled, unlabeled, val or test), then run:\n"
         f"  medssl check {shlex.quote(str(file))}" + "".join(f"\nnote: {note}" for note in notes)
@@ -655,7 +655,7 @@ def _describe_dicom(root: Path, files: Sequence[Path]) -> list[str]:
     from medssl.formats.dicom import list_series  # heavy: only where there is DICOM
 
     series = list_series(root)
-    lines = [f"DICOM: {show_count(len(files), 'file')} of {len(series)} series:"]
+    lines = [f"DICOM: {format_count(len(files), 'file')} of {len(series)} series:"]
     lines += [f"  {one} in {_show(one.folder, root)}" for one in series[:_NUM_SHOWN]]
     if len(series) > _NUM_SHOWN:
         lines.append(f"  ... and {len(series) - _NUM_SHOWN} more")

@@ -19,7 +19,7 @@ from typing import Any
 
 from medssl import __version__, ranks
 from medssl.config import InputError
-from medssl.data.cases import shorten, show_count
+from medssl.data.cases import format_count, shorten
 from medssl.data.files import (
     find_scan,
     find_unread,
@@ -201,10 +201,10 @@ def protect_files(
         foreign.append(RECORD)
     if foreign and not overwrite:
         raise InputError(
-            f"{out}: nothing was computed, for it would replace {show_count(len(foreign), 'file')} "
-            "that no prediction wrote, or that were changed after it: "
-            f"{shorten(sorted(foreign), _NUM_SHOWN)}; name another folder, or give {OVERWRITE} to "
-            "replace them"
+            f"{out}: nothing was computed, for it would replace "
+            f"{format_count(len(foreign), 'file')} that no prediction wrote, or that were changed "
+            f"after it: {shorten(sorted(foreign), _NUM_SHOWN)}; name another folder, or give "
+            f"{OVERWRITE} to replace them"
         )
 
 

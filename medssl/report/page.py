@@ -15,6 +15,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
+from medssl.data.cases import format_count
 from medssl.metrics import mean_known
 from medssl.names import Names, choose_names
 from medssl.overlays import CLASS_COLORS
@@ -225,7 +226,7 @@ def _show_pairs(run: RunFolder, names: Names) -> Picture:
         average = mean_known([after[case_id] for case_id in shared])
         why = (
             f"The delivered model is round 0 itself, so before and after are one: mean Dice "
-            f"{average:.3f} on {sentences.format_count(len(shared), 'test case')}."
+            f"{average:.3f} on {format_count(len(shared), 'test case')}."
         )
         return Picture(title, "", "", why)
     if not shared:
@@ -234,7 +235,7 @@ def _show_pairs(run: RunFolder, names: Names) -> Picture:
     better = sum(after[case_id] > before[case_id] for case_id in shared)
     worse = sum(after[case_id] < before[case_id] for case_id in shared)
     caption = (
-        f"{better} of {sentences.format_count(len(shared), 'test case')} are better than with "
+        f"{better} of {format_count(len(shared), 'test case')} are better than with "
         f"labels only, {worse} worse. Mean Dice {mean_known(before.values()):.3f} with labels "
         f"only, {mean_known(after.values()):.3f} delivered."
     )
@@ -412,7 +413,7 @@ def _show_annotate(cache: FigureCache, names: Names) -> dict[str, Any]:
     shared = {row["why"] for row in rows}
     note = (
         f"From the review of round {last.index}: {len(rows)} of "
-        f"{sentences.format_count(len(ranked), 'unlabeled scan')}, the most uncertain first."
+        f"{format_count(len(ranked), 'unlabeled scan')}, the most uncertain first."
     )
     if len(shared) == 1 and len(rows) > 1:  # what all have in common is said once
         note += f" Of all of them: {shared.pop()}."

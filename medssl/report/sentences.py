@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from medssl.data.cases import format_count
 from medssl.metrics import MIN_CASES_FOR_VERDICT, mean_known
 from medssl.names import Names
 from medssl.run_folder import RoundFolder, RunFolder, parse_number
@@ -18,11 +19,6 @@ EVIDENCE = (
     "+0.063] (docs/evidence.md)."
 )
 """What the recipe gained in docs/confirm_acdc_3.csv; a test holds it against that."""
-
-
-def format_count(amount: int, noun: str) -> str:
-    """Return "1 scan", "2 scans" or "1,200 steps"."""
-    return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
 def format_seconds(value: object) -> str:

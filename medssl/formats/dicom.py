@@ -20,7 +20,7 @@ import importlib
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -786,6 +786,17 @@ def _refuse_more(place: Place, dataset: Any) -> None:
         )
 
 
+def _unpack_bits(dataset: Any, indices: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+    """Yield frames (J, I) of one bit a pixel that begin within a byte, which pydicom cuts short."""
+    count = int(dataset.Rows) * int(dataset.Columns)
+    packed = np.frombuffer(dataset.PixelData, np.uint8)
+    for index in indices:
+        first, skipped = divmod(index * count, 8)
+        last = first + -(-(skipped + count) // 8)
+        bits = np.unpackbits(packed[first:last], bitorder="little")[skipped : skipped + count]
+        yield bits.reshape(int(dataset.Rows), int(dataset.Columns))
+
+
 def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
     """Yield the stored values (J, I) of some frames of a file.
 
@@ -794,7 +805,13 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
     """
     pixels = load_package("pydicom.pixels")
     guard_dicom(place, partial(_refuse_more, place, dataset))
-    frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
+    indices = [plane.frame for plane in planes]
+    count = int(dataset.Rows) * int(dataset.Columns)
+    is_split = dataset.get("BitsAllocated") == 1 and count % 8 > 0  # a byte is of two frames
+    if is_split and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        frames = _unpack_bits(dataset, indices)
+    else:
+        frames = pixels.iter_pixels(dataset, indices=indices)
     for plane in planes:
         try:
             array: NDArray[Any] = next(frames)

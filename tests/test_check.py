@@ -444,6 +444,17 @@ def test_blank_scans_are_no_copies_of_each_other_and_are_named(scans):
     assert only(result.warnings).endswith(f": {', '.join(names)}")
 
 
+@pytest.mark.parametrize("part", ["labeled", "unlabeled", "test"])
+def test_an_image_of_as_few_values_as_a_mask_is_named_unless_most_are_so(scans, part):
+    other = scans.add("labeled")
+    mask = scans.add(part, image=3.0 * make_label())
+    text = only([t for t in scans.check().warnings if "as masks have" in t])
+    assert f"{mask} (2 values, " in text
+    assert other not in text
+    scans.add("unlabeled", image=1.0 * make_label())
+    assert not [t for t in scans.check().warnings if "as masks have" in t]
+
+
 def make_ct(rise: float, has_air: bool = True) -> np.ndarray:
     """Return air, soft tissue and bone, in HU and so much above."""
     image = np.full(SHAPE, -1000.0 if has_air else -80.0)

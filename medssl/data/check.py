@@ -65,12 +65,12 @@ _NUM_THREADS = 2  # each holds one scan in memory
 class CaseFacts:
     """What is known of one case; of a test case only its hashes and problems.
 
-    `percentiles` has one tuple per channel, at `PERCENTILES`. `num_values` counts the values of each
-    channel; 17 stands for more. `volumes_ml` maps label values to volumes, None if no label was
-    opened; for a picture, which has no spacing, they are areas in pixels, and `colors` are those of
-    its label values. `label_origin` says which output of a model the label is (`pseudo-mask`), if
-    nobody has changed it since. A blank scan has one value in each channel. `contradictions` are
-    those of the headers (`find_contradictions`), also of the label.
+    `percentiles` has one tuple per channel, at `PERCENTILES`. `num_values` counts the values of
+    each channel; 17 stands for more. `volumes_ml` maps label values to volumes, None if no label
+    was opened; for a picture, which has no spacing, they are areas in pixels, and `colors` are
+    those of its label values. `label_origin` says which output of a model the label is
+    (`pseudo-mask`), if nobody has changed it since. A blank scan has one value in each channel.
+    `contradictions` are those of the headers (`find_contradictions`), also of the label.
     """
 
     case_id: str

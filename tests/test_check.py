@@ -585,6 +585,20 @@ def test_a_value_that_one_label_has_is_not_made_a_class_without_a_word(scans):
     assert scans.check(labels={**LABELS, 205: "cyst"}).warnings == ()
 
 
+def test_values_that_never_stand_in_one_label_may_be_those_of_two_sites(scans):
+    both = make_label()
+    both[0, 0, 0] = 2
+    for label in (both, both, 127 * both, 127 * both):
+        scans.add("labeled", label=label)
+    text = only(scans.check(labels=None).warnings)
+    assert "either the values 1, 2 (2 labels) or 127, 254 (2 labels)" in text
+    named = {**LABELS, 2: "cyst", 127: "kidney", 254: "stone"}
+    assert scans.check(labels=named).warnings == ()
+    both[0, 0, 1] = 127
+    scans.add("labeled", label=both)
+    assert scans.check(labels=None).warnings == ()
+
+
 def test_scans_that_may_be_of_one_patient_are_asked_about(scans):
     names = ("P01_pre", "P01_post", "P02_pre")
     for _ in names:

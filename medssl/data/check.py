@@ -599,6 +599,16 @@ def _warn_of_labels(
             f"label values that hardly any label has: {', '.join(rare)}; every value found is a "
             "class: name the classes that are meant, as data.labels.1=liver, if this is a slip"
         )
+    groups = {} if declared else _group_values(opened, ignore)
+    if len(groups) > 1 and min(groups.values()) > 1:
+        listed = " or ".join(
+            f"{', '.join(map(str, sorted(values)))} ({count} labels)"
+            for values, count in groups.items()
+        )
+        warnings.append(
+            f"labels hold either the values {listed}, never those of both: if they are the same "
+            "structures under other values, as from another site, give them one value"
+        )
     lost = [f"{name} ({value})" for value, name in labels.items() if value and value not in counts]
     if lost and opened:
         warnings.append(
@@ -606,6 +616,18 @@ def _warn_of_labels(
             "class cannot be learned"
         )
     return warnings
+
+
+def _group_values(facts: Iterable[CaseFacts], ignore: int | None) -> dict[frozenset[int], int]:
+    """Return the values that stand in labels together, directly or by others, and of how many."""
+    groups: dict[frozenset[int], int] = {}
+    for entry in facts:
+        values, count = frozenset(entry.num_voxels or ()) - {0, ignore}, 1
+        for group in [group for group in groups if group & values]:
+            values, count = values | group, count + groups.pop(group)
+        if values:
+            groups[values] = count
+    return groups
 
 
 def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str:

@@ -376,6 +376,21 @@ def test_an_empty_patient_among_others_is_noted(tmp_path, column):
     )
 
 
+@pytest.mark.parametrize(
+    ("patients", "words"),
+    [
+        (("nan", "nan"), "patient_id is 'nan' (2 cases)"),
+        (("1.23457E+12", "1.23457E+12"), "patient_id is '1.23457E+12' (2 cases)"),
+        (("unknown", "P1"), ""),
+        (("0", "0"), ""),
+    ],
+)
+def test_a_patient_id_that_stands_for_none_is_noted_where_cases_share_it(tmp_path, patients, words):
+    rows = "x,a.nii.gz,{}\ny,b.nii.gz,{}\n".format(*patients)
+    notes = read_dataset(write_list(tmp_path, f"case_id,image,patient_id\n{rows}")).notes
+    assert words in "".join(notes) if words else not notes
+
+
 def test_an_empty_patient_of_a_dataset_json_is_noted_and_0_is_a_patient(tmp_path):
     touch(tmp_path, *(f"{name}.nii.gz" for name in "ab"))
     entries = [{"image": "a.nii.gz", "patient_id": 0}, {"image": "b.nii.gz"}]

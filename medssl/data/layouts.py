@@ -38,6 +38,7 @@ from medssl.formats.readers import (
     DICOM,
     KINDS,
     NIFTI,
+    PLACEHOLDER,
     explain_kind,
     find_reader,
     has_spacing,
@@ -472,16 +473,28 @@ def _read_decathlon(path: Path) -> Dataset:
 
 
 def _note_unnamed_patients(cases: Sequence[Case], has_names: bool, path: Path) -> list[str]:
-    """Name the cases of a list that say no patient where others do; headers of DICOM may."""
+    """Name the cases of a list that say no patient where others do; headers of DICOM may.
+
+    So do those whose patient is a word that stands for none, as they count as one.
+    """
     unnamed = [
         case.case_id
         for case in cases
         if has_names and not case.patient_id and find_reader(case.images[0]) is not DICOM
     ]
+    counts = Counter(case.patient_id for case in cases)
+    shared = [
+        f"{name!r} ({count} cases)"
+        for name, count in counts.items()
+        if count > 1 and PLACEHOLDER.fullmatch(name.casefold()) and not name.isdecimal()
+    ]
     return [
         f"{path.name}: patient_id is empty for {shorten(unnamed, _MAX_HINTS)}: each counts as a "
         "patient of its own, so that one may be trained on and another test: fill it in"
-    ] * bool(unnamed)
+    ] * bool(unnamed) + [
+        f"{path.name}: patient_id is {shorten(shared, _MAX_HINTS)}, and cases of one patient_id "
+        "count as one patient: give each patient one, or leave it empty"
+    ] * bool(shared)
 
 
 def _leads_out(text: str, root: Path) -> bool:

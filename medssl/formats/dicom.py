@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.readers import START, split_series, starts_dicom
+from medssl.formats.readers import PLACEHOLDER, START, split_series, starts_dicom
 from medssl.formats.scan import Scan, check_place, guard, keep_quiet
 from medssl.transforms.geometry import MAX_SHEAR, Affine, Header, Shape
 
@@ -50,9 +50,6 @@ _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positi
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
 _UNPLACED = "it does not say where it lies (no ImagePositionPatient)"
 _LISTED = 30  # series in a message
-_PLACEHOLDER = re.compile(  # of a PatientID, in lower case, after anonymization
-    r"an+on(?:ymi[sz]ed|ymous|ym)?|de-?identified|unknown|none|null|n/?a|removed|patient|[0x*?_.-]+"
-)
 _DIFFERING = (  # what tells images at one position apart
     *("EchoTime", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex"),
     *("TriggerTime", "DiffusionBValue", "NominalPercentageOfCardiacPhase", "FlipAngle"),
@@ -272,7 +269,7 @@ def _keep_telling(ids: Sequence[str]) -> list[str]:
     """Return ids for comparison, empty where they tell no patients apart."""
     folded = [one.strip(" \0").casefold() for one in ids]
     is_shared = len(set(folded)) == 1
-    return ["" if is_shared or _PLACEHOLDER.fullmatch(one) else one for one in folded]
+    return ["" if is_shared or PLACEHOLDER.fullmatch(one) else one for one in folded]
 
 
 def open_scan(path: Path) -> Scan:

@@ -44,6 +44,7 @@ from medssl.data.predictions import (
     Record,
     SomeFailedError,
     append_audit,
+    locate_scan,
     plan_predictions,
     read_audit,
 )
@@ -715,7 +716,8 @@ def predict_files(
             as `medssl train` reads them.
         out: Folder of <scan>.nii.gz, and of <scan>_probs and <scan>_uncertainty if asked for. The
             mask of a picture has its format (PNG for a JPEG), its maps are TIFF files. What stands
-            there and was not written by a prediction, or was changed since, is not replaced.
+            there and was not written by a prediction, was changed since, or is the mask of another
+            scan, is not replaced.
         probs: Write class probabilities, (I, J, K, num_classes); a TIFF has the pages (C, K).
         uncertainty: Write the predictive entropy of MC dropout, in nats.
         fidelity: Of its passes, by `sample_uncertainty` or, fast, by `estimate_uncertainty`.
@@ -825,6 +827,7 @@ class _Outputs:
             written = _write_prediction(self.model.info, mask, name, prediction, probs, self.record)
             images = self.plan.scans[name]
             about = identify_prediction(self.model, images, uncertainty, fidelity)
+            about["places"] = locate_scan(images)
             append_audit(self.out / AUDIT, scan=name, **about, output=written)
         except Exception as error:
             self._fail(name, error)

@@ -19,7 +19,7 @@ from medssl.data.cases import (
     select_test_with_labels,
     split_cases,
 )
-from medssl.data.files import explain_files, walk_files, write_draft
+from medssl.data.files import explain_files, note_crossed_labels, walk_files, write_draft
 from medssl.data.layouts import list_files, read_dataset
 from medssl.data.predictions import find_scans
 
@@ -376,6 +376,21 @@ def test_an_empty_patient_among_others_is_noted(tmp_path, column):
     )
 
 
+@pytest.mark.parametrize(
+    ("patients", "words"),
+    [
+        (("nan", "nan"), "patient_id is 'nan' (2 cases)"),
+        (("1.23457E+12", "1.23457E+12"), "patient_id is '1.23457E+12' (2 cases)"),
+        (("unknown", "P1"), ""),
+        (("0", "0"), ""),
+    ],
+)
+def test_a_patient_id_that_stands_for_none_is_noted_where_cases_share_it(tmp_path, patients, words):
+    rows = "x,a.nii.gz,{}\ny,b.nii.gz,{}\n".format(*patients)
+    notes = read_dataset(write_list(tmp_path, f"case_id,image,patient_id\n{rows}")).notes
+    assert words in "".join(notes) if words else not notes
+
+
 def test_an_empty_patient_of_a_dataset_json_is_noted_and_0_is_a_patient(tmp_path):
     touch(tmp_path, *(f"{name}.nii.gz" for name in "ab"))
     entries = [{"image": "a.nii.gz", "patient_id": 0}, {"image": "b.nii.gz"}]
@@ -409,6 +424,53 @@ def test_files_that_cases_share_are_noted(tmp_path, rows, expected):
     write_rows(tmp_path, rows)
     (note,) = read_dataset(tmp_path).notes
     assert note.startswith(expected.format(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["m/b.nii", "m/a_seg.nii"], "x (m/b.nii, as y), y (m/a_seg.nii, as x);"),
+        (["m/a.nii", "m/a_seg.nii"], "y (m/a_seg.nii, as x);"),
+    ],
+)
+def test_labels_that_are_called_as_the_image_of_another_case_are_noted(tmp_path, labels, expected):
+    touch(tmp_path, "a.nii", "b.nii", *labels)
+    text = "case_id,image,label\nx,a.nii,{}\ny,b.nii,{}\n".format(*labels)
+    (tmp_path / "cases.csv").write_text(text)
+    text = " ".join(read_dataset(tmp_path).notes).replace(f"{tmp_path}/", "")
+    assert text.startswith(f"labels that are called as the image of another case: {expected}")
+
+
+@pytest.mark.parametrize(
+    "labels", [("a_seg.nii", "b_mask.nii"), ("1.nii", "2.nii"), ("a_seg.nii", "a_seg.nii")]
+)
+def test_labels_of_other_names_or_that_two_images_share_are_not_called_as_anothers(
+    tmp_path, labels
+):
+    images = (tmp_path / "a.nii", tmp_path / "b.nii")
+    cases = [
+        Case(name, (image,), tmp_path / label, name)
+        for name, image, label in zip("xy", images, labels, strict=True)
+    ]
+    assert note_crossed_labels(cases) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"0": "background", "1": "liver"}, ""),
+        ({"1": "liver"}, ""),
+        ({"0": "Clear Label", "1": "liver"}, ""),
+        ({"0": "liver", "1": "Background"}, "value 1 is called background"),
+        ({"0": "liver", "1": "tumor"}, "value 0 is called liver"),
+    ],
+)
+def test_a_background_that_is_not_0_is_noted(tmp_path, labels, words):
+    touch(tmp_path, "a.nii")
+    content = {"labels": labels, "cases": [{"case_id": "a", "image": "a.nii"}]}
+    write_json(tmp_path / "cases.json", content)
+    text = " ".join(read_dataset(tmp_path).notes)
+    assert words in text if words else not text
 
 
 def write_rows(root: Path, rows: list[str]) -> None:

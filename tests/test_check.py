@@ -449,6 +449,17 @@ def test_blank_scans_are_no_copies_of_each_other_and_are_named(scans):
     assert only(result.warnings).endswith(f": {', '.join(names)}")
 
 
+@pytest.mark.parametrize("part", ["labeled", "unlabeled", "test"])
+def test_an_image_of_as_few_values_as_a_mask_is_named_unless_most_are_so(scans, part):
+    other = scans.add("labeled")
+    mask = scans.add(part, image=3.0 * make_label())
+    text = only([t for t in scans.check().warnings if "as masks have" in t])
+    assert f"{mask} (2 values, " in text
+    assert other not in text
+    scans.add("unlabeled", image=1.0 * make_label())
+    assert not [t for t in scans.check().warnings if "as masks have" in t]
+
+
 def make_ct(rise: float, has_air: bool = True) -> np.ndarray:
     """Return air, soft tissue and bone, in HU and so much above."""
     image = np.full(SHAPE, -1000.0 if has_air else -80.0)
@@ -577,6 +588,20 @@ def test_a_value_that_one_label_has_is_not_made_a_class_without_a_word(scans):
     scans.add("labeled", label=stray)
     assert "205 in 1 of 4 labels" in only(scans.check(labels=None).warnings)
     assert scans.check(labels={**LABELS, 205: "cyst"}).warnings == ()
+
+
+def test_values_that_never_stand_in_one_label_may_be_those_of_two_sites(scans):
+    both = make_label()
+    both[0, 0, 0] = 2
+    for label in (both, both, 127 * both, 127 * both):
+        scans.add("labeled", label=label)
+    text = only(scans.check(labels=None).warnings)
+    assert "either the values 1, 2 (2 labels) or 127, 254 (2 labels)" in text
+    named = {**LABELS, 2: "cyst", 127: "kidney", 254: "stone"}
+    assert scans.check(labels=named).warnings == ()
+    both[0, 0, 1] = 127
+    scans.add("labeled", label=both)
+    assert scans.check(labels=None).warnings == ()
 
 
 def test_scans_that_may_be_of_one_patient_are_asked_about(scans):

@@ -659,6 +659,24 @@ def test_a_mask_is_finished_if_nothing_has_changed_that_it_was_made_of(
     assert finished == (["a"] if change == "nothing" else [])
 
 
+@pytest.mark.parametrize("change", ["other", "copy", "mended", "gone", "overwrite"])
+def test_the_mask_of_another_scan_of_the_same_name_is_not_replaced(oracle, tmp_path, change):
+    first, second, out = tmp_path / "p1" / "ct.nii", tmp_path / "p2" / "ct.nii", tmp_path / "out"
+    write_scan(first)
+    predict_files(oracle, [first], out, report=lambda text: None)
+    write_scan(first if change == "mended" else second, bright=60.0 if change == "copy" else 50.0)
+    if change == "copy":
+        second.write_bytes(first.read_bytes())
+    if change == "gone":
+        (out / "ct.nii.gz").unlink()
+    inputs = [first if change == "mended" else second]
+    if change == "other":
+        with pytest.raises(InputError, match=r"those of other scans: ct \(.*p2"):
+            plan_predictions(inputs, out, 1)
+    else:
+        assert plan_predictions(inputs, out, 1, overwrite=change == "overwrite").scans
+
+
 def test_what_a_kill_left_among_the_masks_is_removed(oracle, tmp_path, leave):
     write_scan(tmp_path / "a.nii")
     left, deeper = leave(tmp_path / "out", "a.nii.gz"), leave(tmp_path / "out" / "more", "a.nii.gz")

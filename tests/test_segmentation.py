@@ -125,6 +125,14 @@ def test_a_mask_comes_back_on_the_same_voxels(tmp_path, slices, kind, make):
     assert names == NAMES
 
 
+def test_frames_that_begin_within_a_byte_come_back(tmp_path):
+    mask = np.where(MASK == 7, 5, MASK)[:, :13]  # 247 bits a frame: some reach into 32 bytes
+    scan = make_folder(tmp_path / "scan", make_slices(np.zeros(mask.shape, np.int16), OBLIQUE))
+    write_seg(tmp_path / "mask.dcm", mask, scan.header, NAMES)
+    values = {"liver": 1, "kidney_left": 5}
+    np.testing.assert_array_equal(read_segments(tmp_path / "mask.dcm", scan, values)[0], mask)
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_classes_are_numbered_as_they_come_where_no_values_are_asked_for(written, scan, kind):
     label, names = read_segments(written / f"{kind}.dcm", scan)

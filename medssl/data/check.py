@@ -1,8 +1,8 @@
 """The gate that data pass before anything is trained: one look at every scan, all faults at once.
 
 Images of all cases are opened, labels of labeled and validation cases only. Test images are
-hashed, so that a duplicate among the others is found, and searched for NaN, and their headers for
-contradictions; nothing else of them is looked at.
+hashed, so that a duplicate among the others is found, and searched for NaN and for the few values
+of a mask, and their headers for contradictions; nothing else of them is looked at.
 Legend: C channels, I J K voxel axes.
 """
 
@@ -49,6 +49,7 @@ from medssl.transforms.preprocess import MOST_VOXELS, is_ct_moved
 PERCENTILES = (0.5, 50.0, 99.5)
 
 _MAX_SAMPLES = 500_000  # voxels of a channel that its percentiles are taken from
+_FEW_VALUES = 16  # of an image: it is a mask, where most others have more
 _MAX_CLASSES = 100  # more label values than this are an image, not a label
 _FEWEST_VOLUMES = 4  # of a class, from which on one of them can be unusual
 _UNUSUAL_SPREADS, _UNUSUAL_FACTOR = 5.0, 8.0  # both are passed by the volume that is named
@@ -68,11 +69,12 @@ _NUM_THREADS = 2  # each holds one scan in memory
 class CaseFacts:
     """What is known of one case; of a test case only its hashes and problems.
 
-    `percentiles` has one tuple per channel, at `PERCENTILES`. `volumes_ml` maps label values to
-    volumes, None if no label was opened; for a picture, which has no spacing, they are areas in
-    pixels, and `colors` are those of its label values. `label_origin` says which output of a model
-    the label is (`pseudo-mask`), if nobody has changed it since. A blank scan has one value in each
-    channel. `contradictions` are those of the headers (`find_contradictions`), also of the label.
+    `percentiles` has one tuple per channel, at `PERCENTILES`. `num_values` counts the values of
+    each channel; 17 stands for more. `volumes_ml` maps label values to volumes, None if no label
+    was opened; for a picture, which has no spacing, they are areas in pixels, and `colors` are
+    those of its label values. `label_origin` says which output of a model the label is
+    (`pseudo-mask`), if nobody has changed it since. A blank scan has one value in each channel.
+    `contradictions` are those of the headers (`find_contradictions`), also of the label.
     """
 
     case_id: str
@@ -82,6 +84,7 @@ class CaseFacts:
     shape: Shape | None = None
     spacing: Spacing | None = None
     percentiles: tuple[tuple[float, ...], ...] = ()
+    num_values: tuple[int, ...] = ()
     volumes_ml: dict[int, float] | None = None
     num_voxels: dict[int, int] | None = None
     has_identity_affine: bool = False
@@ -203,7 +206,7 @@ def check_dataset(
     warnings += _warn_of_volumes(dataset, facts, labels, ignore)
     problems += _refuse_origins(facts)
     warnings += [text] if (text := describe_origins(facts)) else []
-    warnings += _warn_of_grids(facts) + _warn_of_ct(facts)
+    warnings += _warn_of_grids(facts) + _warn_of_ct(facts) + _warn_of_masks(dataset, facts)
     return CheckResult(
         dataset,
         splits,
@@ -251,6 +254,7 @@ def _look(case: Case, part: Part, num_channels: int, ignore: int | None) -> Case
         case.case_id,
         part,
         *hashes,
+        num_values=tuple(_count_values(channel) for channel in volume.array),
         is_blank=all(bool((channel == channel.flat[0]).all()) for channel in volume.array),
         contradictions=find_contradictions(volume),
         problems=tuple(problems),
@@ -278,11 +282,24 @@ def _hash_voxels(array: NDArray[np.float32]) -> str:
     return digest.hexdigest()
 
 
-def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
-    """Return the percentiles of a channel, of a large one from evenly spaced voxels."""
+def _sample(channel: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the finite ones among the voxels (n,) of a channel, of a large one evenly spaced."""
     values = channel.reshape(-1)
     values = values[:: -(-values.size // _MAX_SAMPLES)]
-    values = values[np.isfinite(values)]
+    return values[np.isfinite(values)]
+
+
+def _count_values(channel: NDArray[np.float32]) -> int:
+    """Return how many values a channel has, or `_FEW_VALUES` + 1 for more."""
+    values, count = _sample(channel), 0
+    while values.size and count <= _FEW_VALUES:
+        values, count = values[values != values[0]], count + 1
+    return count
+
+
+def _measure_percentiles(channel: NDArray[np.float32]) -> tuple[float, ...]:
+    """Return the percentiles of a channel, of a large one from evenly spaced voxels."""
+    values = _sample(channel)
     if values.size == 0:
         return (float("nan"),) * len(PERCENTILES)
     return tuple(float(value) for value in np.percentile(values, PERCENTILES))
@@ -563,6 +580,16 @@ def _warn_of_labels(
             f"label values that hardly any label has: {', '.join(rare)}; every value found is a "
             "class: name the classes that are meant, as data.labels.1=liver, if this is a slip"
         )
+    groups = {} if declared else _group_values(opened, ignore)
+    if len(groups) > 1 and min(groups.values()) > 1:
+        listed = " or ".join(
+            f"{', '.join(map(str, sorted(values)))} ({count} labels)"
+            for values, count in groups.items()
+        )
+        warnings.append(
+            f"labels hold either the values {listed}, never those of both: if they are the same "
+            "structures under other values, as from another site, give them one value"
+        )
     lost = [f"{name} ({value})" for value, name in labels.items() if value and value not in counts]
     if lost and opened:
         warnings.append(
@@ -570,6 +597,18 @@ def _warn_of_labels(
             "class cannot be learned"
         )
     return warnings
+
+
+def _group_values(facts: Iterable[CaseFacts], ignore: int | None) -> dict[frozenset[int], int]:
+    """Return the values that stand in labels together, directly or by others, and of how many."""
+    groups: dict[frozenset[int], int] = {}
+    for entry in facts:
+        values, count = frozenset(entry.num_voxels or ()) - {0, ignore}, 1
+        for group in [group for group in groups if group & values]:
+            values, count = values | group, count + groups.pop(group)
+        if values:
+            groups[values] = count
+    return groups
 
 
 def describe_origins(facts: Iterable[CaseFacts], with_names: bool = True) -> str:
@@ -634,6 +673,26 @@ def _warn_of_grids(facts: Sequence[CaseFacts]) -> list[str]:
         ("images of a single value (99 % of the voxels at least)", flat),
     )
     return [f"{text}: {_shorten(names)}" for text, names in texts if names]
+
+
+def _warn_of_masks(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
+    """Warn of images with as few values as a mask has, where most of their channel have more."""
+    warnings = []
+    images = {case.case_id: case.images for case in dataset.cases}
+    for channel in range(len(dataset.channels)):
+        counts = {entry.case_id: entry.num_values[channel] for entry in facts if entry.num_values}
+        few = {case_id: count for case_id, count in counts.items() if count <= _FEW_VALUES}
+        names = [
+            f"{case_id} ({count} values, {images[case_id][min(channel, len(images[case_id]) - 1)]})"
+            for case_id, count in few.items()
+            if count > 1
+        ]
+        if names and 2 * len(few) <= len(counts):
+            warnings.append(
+                f"images of at most {_FEW_VALUES} different values, as masks have: "
+                f"{_shorten(names)}; if they are masks, put the scans in their place"
+            )
+    return warnings
 
 
 def _warn_of_ct(facts: Sequence[CaseFacts]) -> list[str]:

@@ -397,6 +397,26 @@ def note_masks(images: Sequence[Path], suspects: Iterable[Path]) -> list[str]:
     ] * bool(names)
 
 
+def note_crossed_labels(cases: Sequence[Case]) -> list[str]:
+    """Name the cases whose label is called as the image of another case, and not as their own.
+
+    So it is where the rows of two columns were sorted differently.
+    """
+    owners: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        for stem in {_bare_stem(path) for path in case.images}:
+            owners[stem].append(case)
+    crossed = []
+    for case in cases:
+        others = owners.get(_bare_stem(case.label), []) if case.label else []
+        if others and not any(other is case or other.label == case.label for other in others):
+            crossed.append(f"{case.case_id} ({case.label}, as {others[0].case_id})")
+    return [
+        f"labels that are called as the image of another case: {shorten(crossed, _NUM_SHOWN)}; "
+        "correct the list, unless the names are misleading"
+    ] * bool(crossed)
+
+
 def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[Path]]:
     """Group scans into cases by their names; returns the cases and the masks that fit to none.
 

@@ -29,6 +29,7 @@ from medssl.data.files import (
     is_scan,
     list_scans,
     name_patients,
+    note_crossed_labels,
     note_masks,
     walk_files,
     walk_scans,
@@ -37,6 +38,7 @@ from medssl.formats.readers import (
     DICOM,
     KINDS,
     NIFTI,
+    PLACEHOLDER,
     explain_kind,
     find_reader,
     has_spacing,
@@ -45,6 +47,11 @@ from medssl.formats.readers import (
     strip_suffix,
 )
 
+_NOTHING = {
+    *("background", "bg", "none", "nothing", "no label", "unlabeled", "unlabelled", "clear label"),
+    *("void", "empty", "air", "outside", "other", "others", "rest", "normal", "healthy"),
+}
+"""Names of the background."""
 _COLORS = ("red", "green", "blue")
 _MOST_OPENED = 25  # pictures whose headers tell the kind of all
 _MAX_HINTS = 20  # missing files, or images, for which a near name is looked for
@@ -90,12 +97,30 @@ def read_dataset(
     masks = note_masks(images, [case.images[0] for case in dataset.cases if case.label is None])
     shared = _find_shared_files(dataset.cases)[1]
     notes = (*dataset.notes, *_find_left_out(dataset), *masks, *shared)
+    notes = (*notes, *note_crossed_labels(dataset.cases), *_note_background(dataset.labels or {}))
     if opens_files:
         dataset = _name_modality(_name_segments(dataset))
         cases, unclear = name_patients(dataset.cases)
         dataset, notes = replace(dataset, cases=tuple(cases)), (*notes, *unclear)
     cases = sorted(dataset.cases, key=lambda case: case.case_id)
     return replace(dataset, cases=tuple(cases), notes=notes)
+
+
+def _note_background(labels: Mapping[int, str]) -> list[str]:
+    """Name a background that is not 0, and a 0 that is called as if it were none."""
+    moved = [str(value) for value, name in labels.items() if value and fold_name(name) in _NOTHING]
+    notes = []
+    if moved:
+        notes.append(
+            f"the label value {', '.join(moved)} is called background and is learned as a class, "
+            "as 0 alone is the background: change the values in the files, or give it another name"
+        )
+    if fold_name(labels.get(0, "background")) not in _NOTHING:
+        notes.append(
+            f"the label value 0 is called {labels[0]} and is the background, which is not learned: "
+            "if it is a structure, give it another value in the files"
+        )
+    return notes
 
 
 def _name_modality(dataset: Dataset) -> Dataset:
@@ -444,16 +469,28 @@ def _read_decathlon(path: Path) -> Dataset:
 
 
 def _note_unnamed_patients(cases: Sequence[Case], has_names: bool, path: Path) -> list[str]:
-    """Name the cases of a list that say no patient where others do; headers of DICOM may."""
+    """Name the cases of a list that say no patient where others do; headers of DICOM may.
+
+    So do those whose patient is a word that stands for none, as they count as one.
+    """
     unnamed = [
         case.case_id
         for case in cases
         if has_names and not case.patient_id and find_reader(case.images[0]) is not DICOM
     ]
+    counts = Counter(case.patient_id for case in cases)
+    shared = [
+        f"{name!r} ({count} cases)"
+        for name, count in counts.items()
+        if count > 1 and PLACEHOLDER.fullmatch(name.casefold()) and not name.isdecimal()
+    ]
     return [
         f"{path.name}: patient_id is empty for {shorten(unnamed, _MAX_HINTS)}: each counts as a "
         "patient of its own, so that one may be trained on and another test: fill it in"
-    ] * bool(unnamed)
+    ] * bool(unnamed) + [
+        f"{path.name}: patient_id is {shorten(shared, _MAX_HINTS)}, and cases of one patient_id "
+        "count as one patient: give each patient one, or leave it empty"
+    ] * bool(shared)
 
 
 def _leads_out(text: str, root: Path) -> bool:

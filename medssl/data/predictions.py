@@ -23,6 +23,7 @@ from medssl.data.cases import format_count, shorten
 from medssl.data.files import (
     find_scan,
     find_unread,
+    hash_source,
     is_scan,
     keep_scans,
     note_masks,
@@ -43,7 +44,15 @@ from medssl.formats.readers import (
     name_scan,
     strip_suffix,
 )
-from medssl.runs import check_writable, hash_file, hold_lock, read_json, tell_full_disk, write_json
+from medssl.runs import (
+    check_writable,
+    hash_file,
+    hash_json,
+    hold_lock,
+    read_json,
+    tell_full_disk,
+    write_json,
+)
 
 RECORD = "predictions.json"
 AUDIT = "predictions.jsonl"
@@ -98,7 +107,7 @@ def plan_predictions(
 
     Raises:
         InputError: No scan was found, masks would lie among their scans, or files that no
-            prediction wrote would be replaced.
+            prediction wrote, or masks of other scans, would be replaced.
     """
     problems: list[str] = []
     notes: list[str] = []
@@ -126,6 +135,8 @@ def plan_predictions(
         problems, notes = [], []
     written = [file for files in targets.values() for file in files]
     protect_files(out, written, overwrite, [p for paths in scans.values() for p in paths])
+    if not overwrite:
+        _protect_other_scans(out, scans)
     paths = {name: [out / file for file in files] for name, files in targets.items()}
     masks = {name: files[0] for name, files in paths.items()}
     return PlannedPredictions(scans, masks, paths, tuple(problems), tuple(notes))
@@ -206,6 +217,38 @@ def protect_files(
             f"after it: {shorten(sorted(foreign), _NUM_SHOWN)}; name another folder, or give "
             f"{OVERWRITE} to replace them"
         )
+
+
+def _protect_other_scans(out: Path, scans: Scans) -> None:
+    """Refuse to replace the mask of a scan of the same name from another place.
+
+    A copy of a scan is the same one, and so is what lies in its place: it was mended.
+
+    Raises:
+        InputError: Some would be replaced; names the first of them, and the flag.
+    """
+    entries = {entry.get("scan"): entry for entry in read_audit(out / AUDIT)}
+    others = []
+    for name, images in scans.items():
+        entry = entries.get(name, {})
+        if entry.get("places") in (None, locate_scan(images)):
+            continue
+        with contextlib.suppress(InputError, TypeError, KeyError):
+            hashes = [source["sha256"] for source in entry["input"]]
+            stands = any((out / str(file)).exists() for file in entry["output"])
+            if stands and hashes != [hash_source(path) for path in images]:
+                others.append(f"{name} ({images[0]})")
+    if others:
+        raise InputError(
+            f"{out}: nothing was computed, for the masks there of these names are those of other "
+            f"scans: {shorten(sorted(others), _NUM_SHOWN)}; name another folder for each, or give "
+            f"{OVERWRITE} to replace them"
+        )
+
+
+def locate_scan(images: Sequence[Path]) -> list[str]:
+    """Return a hash of where each file of a scan lies, which shows no name."""
+    return [hash_json(os.path.realpath(path)) for path in images]
 
 
 def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:

@@ -20,7 +20,7 @@ import importlib
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.config import InputError
-from medssl.formats.readers import START, split_series, starts_dicom
+from medssl.formats.readers import PLACEHOLDER, START, split_series, starts_dicom
 from medssl.formats.scan import Result, Scan, check_place, guard, keep_quiet
 from medssl.transforms.geometry import MAX_SHEAR, Affine, Header, Shape
 
@@ -49,9 +49,6 @@ _UNEVEN = 0.01  # share of a step, and mm, by which two steps may differ: positi
 _CROOKED = 0.1  # pixels by which a slice may lie off the line of the stack
 _UNPLACED = "it does not say where it lies (no ImagePositionPatient)"
 _LISTED = 30  # series in a message
-_PLACEHOLDER = re.compile(  # of a PatientID, in lower case, after anonymization
-    r"an+on(?:ymi[sz]ed|ymous|ym)?|de-?identified|unknown|none|null|n/?a|removed|patient|[0x*?_.-]+"
-)
 _DIFFERING = (  # what tells images at one position apart
     *("EchoTime", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex"),
     *("TriggerTime", "DiffusionBValue", "NominalPercentageOfCardiacPhase", "FlipAngle"),
@@ -270,7 +267,7 @@ def _keep_telling(ids: Sequence[str]) -> list[str]:
     """Return ids for comparison, empty where they tell no patients apart."""
     folded = [one.strip(" \0").casefold() for one in ids]
     is_shared = len(set(folded)) == 1
-    return ["" if is_shared or _PLACEHOLDER.fullmatch(one) else one for one in folded]
+    return ["" if is_shared or PLACEHOLDER.fullmatch(one) else one for one in folded]
 
 
 def open_scan(path: Path) -> Scan:
@@ -791,6 +788,17 @@ def _refuse_more(place: Place, dataset: Any) -> None:
         )
 
 
+def _unpack_bits(dataset: Any, indices: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
+    """Yield frames (J, I) of one bit a pixel that begin within a byte, which pydicom cuts short."""
+    count = int(dataset.Rows) * int(dataset.Columns)
+    packed = np.frombuffer(dataset.PixelData, np.uint8)
+    for index in indices:
+        first, skipped = divmod(index * count, 8)
+        last = first + -(-(skipped + count) // 8)
+        bits = np.unpackbits(packed[first:last], bitorder="little")[skipped : skipped + count]
+        yield bits.reshape(int(dataset.Rows), int(dataset.Columns))
+
+
 def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[NDArray[Any]]:
     """Yield the stored values (J, I) of some frames of a file.
 
@@ -799,7 +807,13 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
     """
     pixels = load_package("pydicom.pixels")
     guard_dicom(place, partial(_refuse_more, place, dataset))
-    frames = pixels.iter_pixels(dataset, indices=[plane.frame for plane in planes])
+    indices = [plane.frame for plane in planes]
+    count = int(dataset.Rows) * int(dataset.Columns)
+    is_split = dataset.get("BitsAllocated") == 1 and count % 8 > 0  # a byte is of two frames
+    if is_split and not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+        frames = _unpack_bits(dataset, indices)
+    else:
+        frames = pixels.iter_pixels(dataset, indices=indices)
     for plane in planes:
         try:
             array: NDArray[Any] = next(frames)

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -121,6 +122,13 @@ FORMATS = {
 
 KINDS = f"{', '.join(reader.name for reader in READERS[:-1])} or {READERS[-1].name}"
 """The kinds that are read, in words."""
+
+PLACEHOLDER = re.compile(
+    r"an+on(?:ymi[sz]ed|ymous|ym)?|de-?identified|unknown|none|null|nan|n/?a|removed|patient|"
+    r"[0x*?_.-]+|\d[.,]\d+e\+\d+"
+)
+"""What stands, in lower case, in place of the number of a patient: after anonymization, or where a
+spreadsheet has rounded it (1.23E+12)."""
 
 _SLICER = "convert it by 3D Slicer or ITK-SNAP (save as .nii.gz)"
 _OTHER_SCANS = {

@@ -24,6 +24,7 @@ from PIL import Image
 from medssl.config import InputError
 from medssl.runs import read_json, write_json
 from medssl.tracking import Mirror, find_default_uri, send, serve_runs, server, store, sync_run
+from medssl.tracking import mirror as mirror_module
 
 CLASSES = ("anterior", "posterior")
 SECRETS = ("anna", "schmidt", "hospital", "ward7", "swordfish")
@@ -585,6 +586,18 @@ def test_a_process_that_dies_is_started_again(runs: Path) -> None:
     mirror.close(60)
     sync_run(run)
     assert count_points(runs) == count_journal(run)
+
+
+def test_a_process_that_takes_too_long_is_said_to_be_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What its end says to the thread that waits for it is no reason."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    monkeypatch.setattr(mirror_module, "_start_process", lambda _: subprocess.Popen(sleep, **pipes))
+    for _ in range(5):
+        Mirror(tmp_path).close(timeout_s=0.3)
+        assert "no answer within 0.3 s" in capsys.readouterr().out
 
 
 def test_uri_none_mirrors_nothing(tmp_path: Path) -> None:

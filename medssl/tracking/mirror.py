@@ -60,12 +60,12 @@ class Mirror:
         self._closing.set()
         self._news.set()
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._problem = f"no answer within {timeout_s:g} s"
+        is_late = self._thread.is_alive()  # what it says of the process that ends now is no reason
+        problem = f"no answer within {timeout_s:g} s" if is_late else self._problem
         self._end_process()
-        if self._problem:
+        if problem:
             print(
-                f"MLflow has not got all of this run ({self._problem}); "
+                f"MLflow has not got all of this run ({problem}); "
                 f"`medssl sync {self._run_dir}` uploads it later"
             )
 

@@ -40,6 +40,7 @@ from medssl.data.io import (
 )
 from medssl.data.layouts import fold_name, read_dataset
 from medssl.data.predictions import (
+    OVERWRITE,
     Record,
     append_audit,
     protect_files,
@@ -155,6 +156,8 @@ def evaluate_model(
     masks = [_name_mask(case) for case in labeled]
     scans = [image for case in labeled for image in case.images]
     protect_files(out, [*tables, *masks], overwrite, scans)
+    if not overwrite:
+        _refuse_other_tables(out, about or {})
     _check_labels(labeled, model.info, ignore)
     measuring = _Measuring(model, labeled, ignore, tolerance, out, masks_in=out)
     num_windows = _forecast([measuring], out, report) if forecast else 0
@@ -371,6 +374,22 @@ def evaluate_run(
             summary |= verdict
         write_tables(folders[name], rows, summary)
     return summary
+
+
+def _refuse_other_tables(out: Path, about: Mapping[str, Any]) -> None:
+    """Refuse to replace the tables of another model, or of other data.
+
+    Raises:
+        InputError: They stand in the folder.
+    """
+    path = out / "summary.json"
+    before = read_json(path) if path.is_file() else {}
+    for key in ("model", "dataset"):
+        if key in before and key in about and before[key] != about[key]:
+            raise InputError(
+                f"{out}: has the tables of {key} {before[key]}, and this is {about[key]}; name "
+                f"another folder, or give {OVERWRITE} to replace them"
+            )
 
 
 def _remove_tables(folder: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -847,6 +848,27 @@ def test_a_folder_with_files_of_somebody_is_not_evaluated_into(
     assert model.predicted == []
     evaluate_model(model, cases, tmp_path / "out", overwrite=True, report=quiet)
     evaluate_model(model, cases, tmp_path / "out", report=quiet)
+
+
+@pytest.mark.parametrize(("key", "folder"), [("dataset", "others"), ("model", "scans")])
+def test_tables_of_another_model_or_of_other_data_are_not_replaced_unasked(
+    data: Path, model: Any, tmp_path: Path, key: str, folder: str
+) -> None:
+    shutil.copytree(data, tmp_path / "others")
+    for image in (tmp_path / "others" / "images").iterdir():
+        image.rename(image.with_name(f"x{image.name}"))
+    for label in (tmp_path / "others" / "labels").iterdir():
+        label.rename(label.with_name(f"x{label.name}"))
+    again = tmp_path / ("one" if key == "dataset" else "two")
+    out = tmp_path / "out"
+    evaluate_data(tmp_path / "one", data, out, report=quiet)
+    evaluate_data(tmp_path / "one", data, out, report=quiet)
+    before = (out / "per_case.csv").read_bytes()
+    with pytest.raises(InputError, match=f"has the tables of {key} .*--overwrite"):
+        evaluate_data(again, tmp_path / folder, out, report=quiet)
+    assert (out / "per_case.csv").read_bytes() == before
+    summary = evaluate_data(again, tmp_path / folder, out, overwrite=True, report=quiet)
+    assert summary[key] in (str(again), folder)
 
 
 def test_a_corrected_mask_of_a_run_s_evaluation_is_kept(model: Any, make_run: RunMaker) -> None:

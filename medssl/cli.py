@@ -329,7 +329,7 @@ def _train(
         list_folds(prepared, cross_check)
     if dry_run:
         print(f"settings given, `medssl config` lists all:\n{render(prepared.resolved, True)}\n")
-    print(_describe_plan(prepared, folder, 1 + cross_check), flush=True)
+    print(_describe_plan(prepared, folder, cross_check), flush=True)
     if dry_run:
         return None
     stop = StopFlag(folder, max_hours)
@@ -350,10 +350,9 @@ def _train(
         outcome = run_training(
             prepared, folder, stop, restart, predict_unlabeled, round_0, finish=finish
         )
-    if outcome.delivered is None:
-        print(f"\n{outcome.message}")
-        return outcome
     print(f"\n{outcome.message}")
+    if outcome.delivered is None:
+        return outcome
     if folds is not None:
         print(f"measured:  {folds['statement']}")
     print(f"report:    {folder / 'report.html'}")
@@ -394,8 +393,8 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
     return Path(data.root)
 
 
-def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
-    """Return the plan with its reasons and the costs of one or several trainings as text."""
+def _describe_plan(prepared: Any, folder: Path, num_folds: int) -> str:
+    """Return the plan with its reasons, and what it costs with the trainings of folds, as text."""
     from medssl.plan import describe_steps
 
     plan, splits = prepared.plan, prepared.splits
@@ -408,14 +407,14 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
-    folds = f" with {trainings - 1} folds" if trainings > 1 else ""
+    folds = f" with {num_folds} folds" if num_folds else ""
     is_new = not (folder / "plan.json").exists()  # later much of it is there
     is_full = is_new and estimate["disk_mb"] / 1000 > free
     warning = f"\nwarning: the disk has only {free:.0f} GB left" if is_full else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
         f"  - round 0 on labels alone and {rounds} rounds of students, {steps}: "
-        f"about {trainings * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
+        f"about {(1 + num_folds) * estimate.get('hours', 0) * 60:.0f} minutes{folds}, "
         f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
         f"{_describe_sharing(plan)}run folder: {folder}{warning}"
     )
@@ -591,8 +590,9 @@ def _evaluate(
     try:
         with lock_run(model, is_shared) if is_run else contextlib.nullcontext():
             if data is not None and out is not None:
-                options["data"] = settings
-                summary = evaluate_data(model, data, out, overwrite=overwrite, **options)
+                summary = evaluate_data(
+                    model, data, out, data=settings, overwrite=overwrite, **options
+                )
             elif round_number is None:
                 summary = evaluate_run(model, overwrite=overwrite, **options)
             else:

@@ -587,14 +587,6 @@ def test_a_process_that_dies_is_started_again(runs: Path) -> None:
     assert count_points(runs) == count_journal(run)
 
 
-def test_uri_none_mirrors_nothing(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "runs" / "mine")
-    mirror = Mirror(run, "none")
-    mirror.notify()
-    mirror.close()
-    assert not (run / "tracking.json").exists()
-
-
 @pytest.mark.slow
 def test_four_simultaneous_first_starts_all_succeed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"

@@ -332,7 +332,7 @@ def _train(
         list_folds(prepared, cross_check)
     if dry_run:
         print(f"settings given, `medssl config` lists all:\n{render(prepared.resolved, True)}\n")
-    print(_describe_plan(prepared, folder, 1 + cross_check), flush=True)
+    print(_describe_plan(prepared, folder, cross_check), flush=True)
     if dry_run:
         return None
     stop = StopFlag(folder, max_hours)
@@ -354,15 +354,17 @@ def _train(
             prepared, folder, stop, restart, predict_unlabeled, round_0, finish=finish
         )
     print(f"\n{outcome.message}")
-    if folds is not None:
-        print(f"measured:  {folds['statement']}")
     if outcome.delivered is not None:
-        _print_next_steps(outcome, prepared, folder)
+        _print_next_steps(outcome, prepared, folder, folds)
     return outcome
 
 
-def _print_next_steps(outcome: Outcome, prepared: Any, folder: Path) -> None:
-    """Print what may be done with a model that was delivered."""
+def _print_next_steps(
+    outcome: Outcome, prepared: Any, folder: Path, folds: Mapping[str, Any] | None
+) -> None:
+    """Print what folds have measured, and what may be done with a model that was delivered."""
+    if folds is not None:
+        print(f"measured:  {folds['statement']}")
     if outcome.status == "stopped_by_gate":
         print(f"look at:   {folder / 'round_*' / 'pseudo_masks'}, the masks that the gate judged")
     print(f"report:    {folder / 'report.html'}")
@@ -402,8 +404,9 @@ def _check_training(resolved: Resolved, cross_check: int, round_0: Path | None) 
     return Path(data.root)
 
 
-def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
-    """Return the plan with its reasons and the costs of one or several trainings as text."""
+def _describe_plan(prepared: Any, folder: Path, num_folds: int) -> str:
+    """Return the plan with its reasons, and what it costs with the trainings of folds, as text."""
+    from medssl.data.cases import format_count
     from medssl.plan import describe_steps
 
     plan, splits = prepared.plan, prepared.splits
@@ -416,15 +419,15 @@ def _describe_plan(prepared: Any, folder: Path, trainings: int = 1) -> str:
     names = ", ".join(name for index, name in plan.labels.items() if index)
     rounds = prepared.resolved.config.train.rounds if splits.unlabeled else 0
     steps = describe_steps(plan.steps)
-    minutes = round(trainings * estimate.get("hours", 0) * 60)
-    folds = f" with {trainings - 1} folds" if trainings > 1 else ""
+    minutes = round((1 + num_folds) * estimate.get("hours", 0) * 60)
+    folds = f" with {format_count(num_folds, 'fold')}" if num_folds else ""
     is_new = not (folder / "plan.json").exists()  # later much of it is there
     is_full = is_new and estimate["disk_mb"] / 1000 > free
     warning = f"\nwarning: the disk has only {free:.0f} GB left" if is_full else ""
     return (
         f"{prepared.dataset.name}: {counts}; classes: {names}\nplan:\n{reasons}\n"
-        f"  - round 0 on labels alone and {rounds} round{'s' * (rounds != 1)} of students, "
-        f"{steps}: about {minutes} minute{'s' * (minutes != 1)}{folds}, "
+        f"  - round 0 on labels alone and {format_count(rounds, 'round')} of students, {steps}: "
+        f"about {format_count(minutes, 'minute')}{folds}, "
         f"{estimate['disk_mb'] / 1000:.2f} GB of disk ({free:.0f} GB free)\n"
         f"{_describe_sharing(plan)}run folder: {folder}{warning}"
     )
@@ -602,8 +605,9 @@ def _evaluate(
     try:
         with lock_run(model, is_shared) if is_run else contextlib.nullcontext():
             if data is not None and out is not None:
-                options["data"] = settings
-                summary = evaluate_data(model, data, out, overwrite=overwrite, **options)
+                summary = evaluate_data(
+                    model, data, out, data=settings, overwrite=overwrite, **options
+                )
             elif round_number is None:
                 summary = evaluate_run(model, overwrite=overwrite, **options)
             else:

@@ -27,7 +27,7 @@ from medssl.metrics import case_metrics
 from medssl.predict import MC_PASSES, Model, choose_parts, count_views, find_flags
 from medssl.transforms.geometry import Affine, Shape, WayBack, cache_grid, grid_spacing
 from medssl.transforms.preprocess import count_bytes, preprocess_image
-from medssl.windows import SLICES, slide_window
+from medssl.windows import slide_window
 
 SIDE = 48  # voxels of the made-up scan of the probe
 TRIES = 4  # of each step of it
@@ -141,10 +141,7 @@ def _probe(model: Model, affine: Affine) -> _Rates:
     """Segment a made-up scan whose voxels are as large as those of a real one, step by step."""
     info, network = model.info, model.network
     generator = torch.Generator().manual_seed(0)
-    size = list(info.window.extent)
-    if info.slice_axis is not None:
-        size[info.slice_axis] = SLICES
-    image = torch.randn((1, len(info.channels), *size), generator=generator)
+    image = torch.randn((1, len(info.channels), *info.window.pass_shape), generator=generator)
     before = _read_status("VmRSS")
     _forget_peak()
     window = _measure(lambda: [slab.cpu() for slab in slide_window(network, image, info.window)])

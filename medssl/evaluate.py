@@ -160,12 +160,7 @@ def evaluate_model(
         _refuse_other_tables(out, about or {})
     _check_labels(labeled, model.info, ignore)
     measuring = _Measuring(model, labeled, ignore, tolerance, out, masks_in=out)
-    num_windows = _forecast([measuring], out, report) if forecast else 0
-    _remove_tables(out)
-    with show_bar(num_windows) as bar:
-        _measure(measuring, bar, report)
-    _wait_for_others()
-    rows, summary = _merge(measuring)
+    [(rows, summary)] = _measure_models([measuring], [out], forecast, report)
     summary = {**(about or {}), **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
     record_predictions(out, [out / name for name in tables])
@@ -286,12 +281,7 @@ def evaluate_round(
     _check_labels(labeled, model.info, ignore)
     out = run_dir / "evaluation" / name
     measuring = _Measuring(model, labeled, ignore, tolerance, run_dir / "evaluation")
-    num_windows = _forecast([measuring], out, report) if forecast else 0
-    _remove_tables(out)
-    with show_bar(num_windows) as bar:
-        _measure(measuring, bar, report)
-    _wait_for_others()
-    rows, summary = _merge(measuring)
+    [(rows, summary)] = _measure_models([measuring], [out], forecast, report)
     about = {"model": str(run_dir / name), "dataset": dataset.name}
     summary = {**about, **summary, "without_label": unlabeled}
     write_tables(out, rows, summary)
@@ -348,19 +338,13 @@ def evaluate_run(
             tolerance,
             out,
             masks_in=out if name == "model" else None,
+            title=str(path),
         )
         for name, path in paths.items()
         if firsts[hashes[name]] == name
     }
-    num_windows = _forecast(list(measurings.values()), out, report) if forecast else 0
-    for folder in folders.values():
-        _remove_tables(folder)
-    with show_bar(num_windows) as bar:
-        for name, measuring in measurings.items():
-            report(f"{paths[name]}: {len(measuring.dealt)} test cases")
-            _measure(measuring, bar, report)
-    _wait_for_others()
-    measured = {hashes[name]: _merge(measuring) for name, measuring in measurings.items()}
+    results = _measure_models(list(measurings.values()), list(folders.values()), forecast, report)
+    measured = {hashes[name]: result for name, result in zip(measurings, results, strict=True)}
     tables = {name: measured[value][0] for name, value in hashes.items()}
     verdict = {
         "delivered": run_summary["delivered"],
@@ -392,17 +376,12 @@ def _refuse_other_tables(out: Path, about: Mapping[str, Any]) -> None:
             )
 
 
-def _remove_tables(folder: Path) -> None:
-    """Remove the tables of an earlier evaluation, which would not fit the new masks."""
-    for name in ("summary.json", "per_case.csv"):
-        (folder / name).unlink(missing_ok=True)
-
-
 class _Measuring:
     """The measuring of cases by a model: what a call before this one has done, and what is left.
 
     The log has the row of each finished case, with a hash of all that it depends on; masks are
-    written into predictions/ of a folder where one is given. ``failed`` says why a case has none.
+    written into predictions/ of a folder where one is given. ``failed`` says why a case has none,
+    and ``title`` of several models which one is measured.
     """
 
     def __init__(
@@ -413,8 +392,10 @@ class _Measuring:
         tolerance: float | None,
         log_in: Path,
         masks_in: Path | None = None,
+        title: str = "",
     ) -> None:
         self.model, self.cases, self.ignore, self.tolerance = model, cases, ignore, tolerance
+        self.title = title
         rank, count = ranks.find_rank()
         self.log = log_in / (f"{MEASURED}.{rank}.jsonl" if count > 1 else f"{MEASURED}.jsonl")
         self.masks_in = masks_in
@@ -460,6 +441,32 @@ class _Measuring:
             return True
         path = self.masks_in / _name_mask(case)
         return path.is_file() and entry.get("mask") == hash_file(path)
+
+
+def _measure_models(
+    measurings: Sequence[_Measuring], folders: Sequence[Path], forecast: bool, report: Report
+) -> list[tuple[list[Row], dict[str, Any]]]:
+    """Measure models, and return for each of them the rows of all cases, and what they say.
+
+    Tables of an earlier evaluation in the folders, which would not fit the new masks, are removed.
+
+    Raises:
+        CasesLeft: Another process writes the tables.
+        InputError: A model could measure no case.
+    """
+    num_windows = _forecast(measurings, folders[0], report) if forecast else 0
+    for folder in folders:
+        for name in ("summary.json", "per_case.csv"):
+            (folder / name).unlink(missing_ok=True)
+    with show_bar(num_windows) as bar:
+        for measuring in measurings:
+            if measuring.title:
+                report(f"{measuring.title}: {len(measuring.dealt)} test cases")
+            _measure(measuring, bar, report)
+    ranks.meet()
+    if not ranks.may_merge():
+        raise CasesLeft("the first process writes the tables of all cases")
+    return [_merge(measuring) for measuring in measurings]
 
 
 def _forecast(measurings: Sequence[_Measuring], out: Path, report: Report) -> int:
@@ -509,13 +516,6 @@ def _measure(measuring: _Measuring, bar: tqdm[Any], report: Report) -> None:
                 measuring.finished[case.case_id] = entry
             if record is not None:
                 record.add_files([record.out / _name_mask(case)])
-
-
-def _wait_for_others() -> None:
-    """Wait for the processes of this command that have met; the first of them goes on."""
-    ranks.meet()
-    if not ranks.may_merge():
-        raise CasesLeft("the first process writes the tables of all cases")
 
 
 def _merge(measuring: _Measuring) -> tuple[list[Row], dict[str, Any]]:

@@ -50,6 +50,7 @@ ID_COLUMNS = ("case_id", "patient_id")
 Values = Iterable[float | None]
 
 NUM_RESAMPLES = 10_000
+SEED = 0  # of the resampling: the same table has the same interval
 _MOST_TOLERATED = 4.0  # median spacings: 1 mm down to 0.25 mm, as in scans of people
 MIN_CASES_FOR_VERDICT = 8
 """Patients, each with a case that was not trained on, from which on a verdict is given."""
@@ -270,7 +271,7 @@ def _compare_surfaces(
     prediction: Mask, reference: Mask, ignored: Mask, size: NDArray[np.float64], tolerance: float
 ) -> tuple[float, float]:
     """Return hd95 and surface_dice of two masks that are not empty."""
-    box = _bounding_box(prediction | reference)
+    box = _join_boxes(find_objects((prediction | reference).view(np.uint8)), prediction.ndim)
     prediction, reference, ignored = prediction[box], reference[box], ignored[box]
     surfaces = [_find_surface(mask, ignored) for mask in (prediction, reference)]
     if not all(len(points) for points in surfaces):  # every border lies against ignored voxels
@@ -285,16 +286,6 @@ def _compare_surfaces(
     return hd95, num_close / (len(there) + len(back))
 
 
-def _bounding_box(mask: Mask) -> tuple[slice, ...]:
-    """Return the slices that hold a mask which is not empty, with one voxel around it."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
-        filled = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 2))
-    return tuple(box)
-
-
 def _find_surface(mask: Mask, ignored: Mask) -> NDArray[np.int64]:
     """Return the indices (n, 3) of voxels with a face outside the mask, ignored ones not counted.
 
@@ -304,9 +295,7 @@ def _find_surface(mask: Mask, ignored: Mask) -> NDArray[np.int64]:
     return np.argwhere(mask & ~binary_erosion(mask | ignored))
 
 
-def bootstrap_mean(
-    values: Values, seed: int = 0, patients: Sequence[str] | None = None
-) -> Estimate:
+def bootstrap_mean(values: Values, patients: Sequence[str] | None = None) -> Estimate:
     """Return the mean of one value per case with its 95 % interval.
 
     Percentile bootstrap over patients, with all of their cases, 10,000 resamples. It assumes
@@ -315,19 +304,16 @@ def bootstrap_mean(
 
     Args:
         values: One value a case; None and NaN are left out and counted.
-        seed: Of the resampling.
         patients: The patient of each case; None: each case is of another one.
 
     Returns:
         ``mean, low, high`` (None without a value; no interval from a single patient), ``n`` values
         used, their ``num_patients``, ``num_dropped``. Source: Efron & Tibshirani 1993, chapter 13.
     """
-    return _estimate(_to_array(values), seed, patients)[0]
+    return _estimate(_to_array(values), patients)[0]
 
 
-def paired_difference(
-    a: Values, b: Values, seed: int = 0, patients: Sequence[str] | None = None
-) -> Difference:
+def paired_difference(a: Values, b: Values, patients: Sequence[str] | None = None) -> Difference:
     """Return the mean of a - b over cases, with the 95 % interval of the paired bootstrap.
 
     Args:
@@ -335,7 +321,6 @@ def paired_difference(
             is that of ``compare_cases``.
         b: The same cases in the same order; see the policy above for n/a. Pairs without a value on
             both sides are left out and counted.
-        seed: Of the resampling.
         patients: As in ``bootstrap_mean``.
 
     Returns:
@@ -349,7 +334,7 @@ def paired_difference(
     if left.shape != right.shape:
         raise ValueError(f"pairs need the same cases, got {len(left)} and {len(right)}")
     left, right = (_to_array(side) for side in fill_absent((left.tolist(), right.tolist())))
-    estimate, means = _estimate(left - right, seed, patients)
+    estimate, means = _estimate(left - right, patients)
     if len(means) == 0:
         return {**estimate, "p": None}
     smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
@@ -373,9 +358,7 @@ class DrawDifference(TypedDict):
     p: float | None
 
 
-def draw_difference(
-    differences: Sequence[Values], patients: Sequence[str], seed: int = 0
-) -> DrawDifference:
+def draw_difference(differences: Sequence[Values], patients: Sequence[str]) -> DrawDifference:
     """Return the mean difference of two arms over draws of the labeled cases.
 
     Which cases are labeled is the largest source of chance, so an interval over the test cases of
@@ -384,7 +367,6 @@ def draw_difference(
     Args:
         differences: For each draw the paired differences of the same test cases; None or NaN: n/a.
         patients: The patient of each test case.
-        seed: Of the resampling.
 
     Raises:
         ValueError: There is no draw with a value, or one has other numbers of cases than patients.
@@ -406,7 +388,7 @@ def draw_difference(
 
     sums, counts = add(np.where(known, table, 0.0)), add(known.astype(float))
     per_draw = (sums.sum(1) / counts.sum(1)).tolist()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     shape = (NUM_RESAMPLES, len(table))
     draws, totals, numbers = np.empty(shape, int), np.empty(shape), np.empty(shape)
     for index in range(NUM_RESAMPLES):
@@ -496,14 +478,14 @@ def judge(difference: Difference | None) -> Verdict:
     return "gain" if low is not None and low > 0 else "no gain"
 
 
-def format_estimate(estimate: Estimate | Difference, sign: str = "", digits: int = 3) -> str:
+def format_estimate(estimate: Estimate | Difference, sign: str = "") -> str:
     """Return ``0.806 [0.780, 0.831]``; a sign of "+" is for differences."""
     if estimate["mean"] is None:
         return "n/a"
-    text = f"{estimate['mean']:{sign}.{digits}f}"
+    text = f"{estimate['mean']:{sign}.3f}"
     if estimate["low"] is None or estimate["high"] is None:
         return text
-    return f"{text} [{estimate['low']:{sign}.{digits}f}, {estimate['high']:{sign}.{digits}f}]"
+    return f"{text} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
 
 
 def read_table(path: Path) -> list[Row]:
@@ -535,7 +517,7 @@ def _to_array(values: Values) -> NDArray[np.float64]:
 
 
 def _estimate(
-    values: NDArray[np.float64], seed: int, patients: Sequence[str] | None
+    values: NDArray[np.float64], patients: Sequence[str] | None
 ) -> tuple[Estimate, NDArray[np.float64]]:
     """Return the estimate over finite values and the resampled means (empty below two patients)."""
     is_known = np.isfinite(values)
@@ -544,7 +526,7 @@ def _estimate(
     _, owner = np.unique(names[is_known], return_inverse=True)
     sums = np.asarray(np.bincount(owner, known), dtype=np.float64)
     sizes = np.bincount(owner)
-    means = _resample_means(sums, sizes, seed) if len(sums) > 1 else np.empty(0)
+    means = _resample_means(sums, sizes) if len(sums) > 1 else np.empty(0)
     low, high = np.percentile(means, [2.5, 97.5]).tolist() if len(means) else (None, None)
     estimate = Estimate(
         mean=float(known.mean()) if len(known) else None,
@@ -557,17 +539,14 @@ def _estimate(
     return estimate, means
 
 
-def _resample_means(
-    sums: NDArray[np.float64], sizes: NDArray[np.int_], seed: int
-) -> NDArray[np.float64]:
+def _resample_means(sums: NDArray[np.float64], sizes: NDArray[np.int_]) -> NDArray[np.float64]:
     """Return the means over cases of NUM_RESAMPLES resamples of as many patients, with replacement.
 
     Args:
         sums: (P,), the sum over the cases of each patient.
         sizes: (P,), how many cases these are.
-        seed: Of the resampling.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     num_patients = len(sums)
     step = max(1, 2_000_000 // num_patients)  # bounds the memory of one block of resamples
     blocks = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,36 +107,9 @@ def render_overlay(
     if title:
         figure.text(0.008, 1 - 0.13 / height, title, va="center", **style)
     if legend:
-        _plot_legend(figure, indices, names or {}, reference is not None, _has_ignore(others))
-    return _save_png(figure)
-
-
-def write_overlay(
-    image: Array,
-    classes: Array,
-    path: Path,
-    title: str = "",
-    reference: Array | None = None,
-    spacing: tuple[float, float, float] | None = None,
-    names: Mapping[int, str] | None = None,
-    is_picture: bool = False,
-) -> None:
-    """Write ``render_overlay`` of a case to ``path`` (PNG); its folder is made if need be.
-
-    Raises:
-        ValueError: If the shapes differ or are not (I, J, K).
-    """
-    data = render_overlay(
-        image,
-        classes,
-        title=title,
-        reference=reference,
-        spacing=spacing,
-        names=names,
-        is_picture=is_picture,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+        has_ignore = bool((classes == IGNORE).any())
+        _plot_legend(figure, indices, names or {}, reference is not None, has_ignore)
+    return save_png(figure)
 
 
 def _find_foreground(maps: list[Array]) -> Array:
@@ -146,11 +118,6 @@ def _find_foreground(maps: list[Array]) -> Array:
     for classes in maps:
         foreground |= (classes != 0) & (classes != IGNORE)
     return foreground if foreground.any() else np.ones_like(foreground)
-
-
-def _has_ignore(maps: list[Array]) -> bool:
-    """Return whether a voxel of the first map is not trusted."""
-    return bool((maps[0] == IGNORE).any())
 
 
 def _find_largest(foreground: Array, axis: int) -> int:
@@ -216,8 +183,8 @@ def _plot_plane(
         interpolation="bilinear",
     )
     axes.set_axis_off()
-    if maps and (maps[0] == IGNORE).any():
-        _plot_hatching(axes, maps[0] == IGNORE)
+    if maps and (ignored := maps[0] == IGNORE).any():
+        _plot_hatching(axes, ignored)
     for index in indices:
         for is_reference, plane in zip((False, True), maps, strict=False):
             _plot_contour(axes, plane == index, pick_color(index), is_reference)
@@ -295,8 +262,8 @@ def _plot_legend(
         text.set_parse_math(False)
 
 
-def _save_png(figure: Figure) -> bytes:
-    """Return the figure as a PNG of 256 colors: a third of the size, no visible loss."""
+def save_png(figure: Figure) -> bytes:
+    """Return a figure as a PNG of 256 colors: a third of the size, no visible loss."""
     canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves draw and buffer_rgba untyped
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

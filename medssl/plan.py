@@ -652,16 +652,15 @@ def _choose_patch(
     """Return the patch size in voxels and the strides of the levels of a DynUNet."""
     is_flat = shapes.shape[1] == 2
     budget = _find_budget(is_flat, on_gpu)
-    target = np.median(shapes, axis=0)
     setting = config.plan.patch_size
-    if setting != "auto":
-        target = np.array(setting, dtype=float)
+    median = np.median(shapes, axis=0)
+    target = median.copy() if setting == "auto" else np.array(setting, dtype=float)
     most = config.network.depth if config.network.depth != "auto" else _MOST_LEVELS[is_flat, on_gpu]
     while True:
         size, strides = _fit_patch(target, spacing, most)
         if setting != "auto" or size.prod() <= budget:
             break
-        target[np.argmax(target / np.median(shapes, axis=0) * target)] *= 0.9
+        target[np.argmax(target / median * target)] *= 0.9
     if config.network.depth != "auto" and len(strides) < config.network.depth:
         raise InputError(
             f"network.depth={config.network.depth}: a patch of {'x'.join(str(n) for n in size)} "
@@ -678,7 +677,6 @@ def _choose_patch(
             f"plan.patch_size={size.tolist()}: after {len(strides)} levels one voxel of a patch is "
             "left; give larger ones"
         )
-    median = np.median(shapes, axis=0)
     _explain_patch(size, median, budget, "pixels" if is_flat else "voxels", reasons)
     return tuple(size.tolist()), strides
 

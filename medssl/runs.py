@@ -296,8 +296,8 @@ def _is_running(number: int) -> bool:
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
-        return True
+    except OSError:  # it is another user's
+        pass
     return True
 
 
@@ -562,10 +562,9 @@ class Journal:
         with tell_full_disk(self.path), self.path.open("a+b") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
-                line = (
-                    line if file.read() == b"\n" else "\n" + line
-                )  # a kill cut the last one short
-            file.write((line + "\n").encode())
+                if file.read() != b"\n":  # a kill cut the last one short
+                    line = f"\n{line}"
+            file.write(f"{line}\n".encode())
 
     def read(self) -> list[dict[str, Any]]:
         """Return all entries; a line that a kill cut short, or that is damaged, is left out."""
@@ -576,12 +575,10 @@ class Journal:
 
     def cut(self, round_index: int, step: int) -> None:
         """Drop what came after a checkpoint, so that a resumed run writes nothing twice."""
-        if not ranks.is_first():
+        if not ranks.is_first() or not self.path.is_file():
             return
-        entries = self.read()
-        earlier = [e for e in entries if (e["round"], e["step"]) <= (round_index, step)]
-        if len(earlier) < len(entries) or self.path.is_file():
-            write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in earlier))
+        earlier = [e for e in self.read() if (e["round"], e["step"]) <= (round_index, step)]
+        write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in earlier))
 
 
 def parse_entry(line: bytes) -> dict[str, Any] | None:

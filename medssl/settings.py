@@ -162,31 +162,22 @@ def load_config(
     """
     problems: list[str] = []
     by_user: dict[str, tuple[Any, str]] = {}
-    layers: list[tuple[dict[str, Any], str]] = []
     if first is not None and str(first).endswith((".yaml", ".yml")):
-        layers.append((_spell_out(_read_yaml(Path(first)), problems), str(first)))
+        values = _spell_out(_read_yaml(Path(first)), problems)
+        by_user = {key: (value, str(first)) for key, value in values.items()}
     elif first is not None:
-        layers.append(({"data.root": str(first)}, "command line"))
-    layers.append((_parse_overrides(overrides, problems), "command line"))
-    for values, source in layers:
-        by_user.update({key: (value, source) for key, value in values.items()})
-    method = by_user.get("method", ("default", "default"))[0]
-    preset, preset_name = _read_method(str(method), problems)
-    merged = {key: (value, f"method {preset_name}") for key, value in preset.items()}
-    merged.update(by_user)
-    tree = _unflatten({key: value for key, (value, _) in merged.items()}, problems)
-    config = _validate(tree, problems)
-    sources = {key: merged.get(key, (None, "default"))[1] for key in _flatten(dump(config))}
-    for key, value in plan.items():
-        if _flatten(dump(config)).get(key) == "auto":
-            merged[key] = (value, "plan")
-            sources[key] = "plan"
+        by_user = {"data.root": (str(first), "command line")}
+    values = _parse_overrides(overrides, problems)
+    by_user |= {key: (value, "command line") for key, value in values.items()}
+    method = str(by_user.get("method", ("default", "default"))[0])
+    preset = _read_method(method, problems)
+    merged = {key: (value, f"method {method}") for key, value in preset.items()} | by_user
+    config = _validate(merged, problems)
     if plan:
-        tree = _unflatten({key: value for key, (value, _) in merged.items()}, problems)
-        config = _validate(tree, problems)
-    for key in list(sources):
-        sources[key] = _find_source(key, merged)
-    return Resolved(config, sources)
+        values = _flatten(dump(config))
+        merged |= {key: (value, "plan") for key, value in plan.items() if values.get(key) == "auto"}
+        config = _validate(merged, problems)
+    return Resolved(config, {key: _find_source(key, merged) for key in _flatten(dump(config))})
 
 
 def _find_source(key: str, merged: Mapping[str, tuple[Any, str]]) -> str:
@@ -282,7 +273,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_method(name: str, problems: list[str]) -> tuple[dict[str, Any], str]:
+def _read_method(name: str, problems: list[str]) -> dict[str, Any]:
     """Read the preset of a method, given by name or by file."""
     if name.endswith((".yaml", ".yml")):
         values = _spell_out(_read_yaml(Path(name).expanduser()), problems)
@@ -291,7 +282,7 @@ def _read_method(name: str, problems: list[str]) -> tuple[dict[str, Any], str]:
                 f"{name}: method={values['method']}: a preset builds on no other one; write out "
                 "what it shall have of that"
             )
-        return values, name
+        return values
     methods = list_methods()
     if name not in methods:
         near = difflib.get_close_matches(name, methods)
@@ -299,9 +290,9 @@ def _read_method(name: str, problems: list[str]) -> tuple[dict[str, Any], str]:
         problems.append(
             f"method: unknown preset {show_value(name)}; {hint}there are: {', '.join(methods)}"
         )
-        return {}, name
+        return {}
     values = _flatten(_read_yaml(methods[name]))
-    return {key: value for key, value in values.items() if not key.startswith("about.")}, name
+    return {key: value for key, value in values.items() if not key.startswith("about.")}
 
 
 def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
@@ -372,8 +363,9 @@ def _unflatten(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     return tree
 
 
-def _validate(tree: dict[str, Any], problems: list[str]) -> Config:
+def _validate(merged: Mapping[str, tuple[Any, str]], problems: list[str]) -> Config:
     """Build the configuration, or raise one error that names every mistake."""
+    tree = _unflatten({key: value for key, (value, _) in merged.items()}, problems)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -506,7 +498,7 @@ _PINNED = ("default", "dice_ce")
 """A preset that named the loss of its students, which was that of round 0, and that loss."""
 
 
-def _list_deciding(config: Config, ignore: Sequence[str] = ()) -> dict[str, Any]:
+def _list_deciding(config: Config, ignore: Sequence[str]) -> dict[str, Any]:
     """Return the settings that decide the result, by dotted key."""
     values = _flatten(dump(config))
     skipped: tuple[str, ...] = (

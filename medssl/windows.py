@@ -57,6 +57,15 @@ class Window(NamedTuple):
         return i, j, k
 
     @property
+    def pass_shape(self) -> tuple[int, int, int]:
+        """The voxels along I, J, K that go through a network at once: in 2D some slices."""
+        size = list(self.extent)
+        if self.slice_axis is not None:
+            size[self.slice_axis] = SLICES
+        i, j, k = size
+        return i, j, k
+
+    @property
     def mirrorings(self) -> list[tuple[int, ...]]:
         """The axes that are mirrored in each view that is averaged over, none first."""
         sizes = range(len(self.flips) + 1)
@@ -169,7 +178,6 @@ def slide_turned(
     window: Window,
     matrix: NDArray[np.float64],
     box: Box | None = None,
-    advance: Callable[[int], object] = int,
 ) -> Iterator[Tensor]:
     """Yield probs of an image in slabs, of which each window sees its part turned.
 
@@ -182,7 +190,6 @@ def slide_turned(
         window: Its flips do not count.
         matrix: Of ``medssl.transforms.spatial.draw_turn``.
         box: The part of the image that is wanted; None for all of it.
-        advance: Is told how many windows have gone through the network.
 
     Yields:
         Probs (num_classes, I, J, K) float32 as `slide_window` does. Their sum is the share of a
@@ -193,7 +200,6 @@ def slide_turned(
     """
     shape = image.shape[2:]
     back = np.linalg.inv(matrix).astype(np.float64)
-
     share: Tensor | None = None
 
     def see(places: Sequence[Sequence[int]]) -> Tensor:
@@ -207,7 +213,7 @@ def slide_turned(
         inner.copy_(share * turn_volume(inner, back, "border"))
         return probs
 
-    yield from _slide(see, shape, window, (), box, advance)
+    yield from _slide(see, shape, window, (), box)
 
 
 def _slide(
@@ -216,7 +222,7 @@ def _slide(
     window: Window,
     mirrored: Sequence[int],
     box: Box | None,
-    advance: Callable[[int], object],
+    advance: Callable[[int], object] = int,
 ) -> Iterator[Tensor]:
     """Yield slabs of the weighted mean of what is seen (B, C, I, J, K) in windows at places."""
     extent = window.extent

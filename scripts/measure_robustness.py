@@ -256,13 +256,12 @@ class Ratio(NamedTuple):
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def compare_sums(tables: Sequence[Table], patients: Sequence[str], seed: int = 0) -> Ratio | None:
+def compare_sums(tables: Sequence[Table], patients: Sequence[str]) -> Ratio | None:
     """Return the mean over tables of the sum of our side as a multiple of that of the other one.
 
     Args:
         tables: NaN is in no sum. Those of which the other side has nothing are left out.
         patients: The patient of each case.
-        seed: Of the resampling.
 
     Returns:
         With the interval of the two-way bootstrap over draws and patients of
@@ -274,7 +273,7 @@ def compare_sums(tables: Sequence[Table], patients: Sequence[str], seed: int = 0
         return None
     people, place = np.unique(np.array(patients), return_inverse=True)
     sums = np.nan_to_num(tables) @ np.eye(len(people))[place]  # (table, side, draw, patient)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(metrics.SEED)
     times = [
         rng.multinomial(number, np.full(number, 1 / number), metrics.NUM_RESAMPLES)
         for number in sums.shape[2:]

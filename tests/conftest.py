@@ -233,7 +233,7 @@ def brief():
     Image.new("RGB", (8, 8)).save(blank, format="PNG")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "TRIED_SECONDS", 0.0)
-        patch.setattr(overlays, "_save_png", lambda figure: blank.getvalue())
+        patch.setattr(overlays, "save_png", lambda figure: blank.getvalue())
         patch.setattr(figures, "_save", lambda figure: blank.getvalue())
         yield
 

@@ -28,7 +28,7 @@ from medssl.config import InputError
 from medssl.data.io import write_map, write_mask
 from medssl.metrics import paired_difference
 from medssl.names import Names, choose_names
-from medssl.overlays import CLASS_COLORS, render_overlay, write_overlay
+from medssl.overlays import CLASS_COLORS, render_overlay
 from medssl.report import figures, scans, write_report
 from medssl.report.figures import _spread, pair_dice, plot_pairs
 from medssl.report.page import _describe_origin
@@ -742,10 +742,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "absent")
 
 
-def test_an_overlay_shows_both_contours_in_their_colors(tmp_path: Path) -> None:
+def test_an_overlay_shows_both_contours_in_their_colors() -> None:
     image, classes = draw_case(np.random.default_rng(0), (30, 34, 26))
-    write_overlay(image, classes, tmp_path / "a" / "x.png", "case $1", np.roll(classes, 2, 0))
-    with Image.open(tmp_path / "a" / "x.png") as picture:
+    png = render_overlay(image, classes, title="case $1", reference=np.roll(classes, 2, 0))
+    with Image.open(io.BytesIO(png)) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     for color in CLASS_COLORS[:2]:
         wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]

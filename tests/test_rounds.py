@@ -75,7 +75,7 @@ def start(data, tmp_path, monkeypatch, stop_at):
     """
     monkeypatch.setattr(teachers, "judge_model", lambda *_: Gate(True, ()))
     monkeypatch.setattr(loop, "estimate_run", lambda *_: {"hours": 0.01})
-    monkeypatch.setattr(label, "write_overlay", lambda *_, **__: None)
+    monkeypatch.setattr(label, "render_overlay", lambda *_, **__: b"")
     monkeypatch.setattr(students, "TRANSPORT_STEPS", 20)
     accept = students.read_review
     monkeypatch.setattr(

@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import nibabel as nib
 import numpy as np
@@ -14,12 +15,12 @@ from PIL import Image
 from torch import nn
 
 from medssl.cli import app
-from medssl.config import InputError
+from medssl.config import InputError, PlaneNetwork
 from medssl.data.cases import Case, Dataset
 from medssl.data.io import read_label
 from medssl.data.loaders import PatchDataset, Sampling
 from medssl.evaluate import evaluate_model
-from medssl.networks.build import PLANE_NETWORKS, NetworkSpec, build_network
+from medssl.networks.build import NetworkSpec, build_network
 from medssl.networks.noise import DROPOUTS, DropBranch, sample_dropout
 from medssl.objective import Objective
 from medssl.plan import Plan, list_decisions, make_plan
@@ -131,7 +132,7 @@ def test_flips_are_of_the_axes_of_the_volume_in_the_plane():
     "name",
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name not in ("unet", "deeplabv3plus")))
-        for name in PLANE_NETWORKS
+        for name in get_args(PlaneNetwork)
     ],
 )
 def test_every_architecture_gives_one_head_of_any_size_and_has_dropout(name):

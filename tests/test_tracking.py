@@ -600,14 +600,6 @@ def test_a_process_that_takes_too_long_is_said_to_be_late(
         assert "no answer within 0.3 s" in capsys.readouterr().out
 
 
-def test_uri_none_mirrors_nothing(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "runs" / "mine")
-    mirror = Mirror(run, "none")
-    mirror.notify()
-    mirror.close()
-    assert not (run / "tracking.json").exists()
-
-
 @pytest.mark.slow
 def test_four_simultaneous_first_starts_all_succeed(tmp_path: Path) -> None:
     runs = tmp_path / "runs"

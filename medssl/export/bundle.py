@@ -18,7 +18,6 @@ import torch
 
 from medssl import __version__
 from medssl.export.exchange import find_multiples, save_script, trace_network
-from medssl.networks.build import NetworkSpec
 from medssl.predict import Model, ModelInfo
 from medssl.runs import write_file, write_json, write_text
 from medssl.windows import OVERLAP, SLICES
@@ -93,42 +92,19 @@ def _write_network(model: Model, folder: Path) -> dict[str, Any]:
         write_file(folder / "model.ts", functools.partial(save_script, script))
         load = "$torch.jit.load(@bundle_root + '/models/model.ts', map_location=@device)"
         return {"network": load, "initialize": ["$@network.eval()"]}
-    definition = describe_dynunet(model.info.network)
+    arguments = model.info.network.describe_dynunet()  # with the heads that its weights have
     weights = rename_weights(model.network.state_dict())
     from monai.networks.nets import DynUNet
 
-    arguments = {k: v for k, v in definition.items() if k != "_target_"}
     DynUNet(**arguments).load_state_dict(weights)  # strictly, before anything is written
     write_file(folder / "model.pt", functools.partial(torch.save, weights))
-    is_3d = definition["spatial_dims"] == 3
+    is_3d = arguments["spatial_dims"] == 3
     layout = ".to(memory_format=torch.channels_last_3d)" if is_3d else ""
     load = "torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)"
     return {
-        "network_def": definition,
+        "network_def": {"_target_": "DynUNet", **arguments},
         "network": f"$@network_def.to(@device){layout}",
         "initialize": [f"$@network.load_state_dict({load})", "$@network.eval()"],
-    }
-
-
-def describe_dynunet(spec: NetworkSpec) -> dict[str, Any]:
-    """Return what MONAI makes the DynUNet of a specification from, for inference.
-
-    Deep supervision stays, for the weights of its heads to fit.
-    """
-    num_heads = min(2, len(spec.filters) - 2) if spec.deep_supervision else 0
-    return {
-        "_target_": "DynUNet",
-        "spatial_dims": len(spec.strides[0]),
-        "in_channels": spec.in_channels,
-        "out_channels": spec.num_classes,
-        "kernel_size": [list(size) for size in spec.kernels],
-        "strides": [list(size) for size in spec.strides],
-        "upsample_kernel_size": [list(size) for size in spec.strides[1:]],
-        "filters": list(spec.filters),
-        "norm_name": ["INSTANCE", {"affine": True}],
-        "res_block": True,
-        "deep_supervision": num_heads > 0,
-        "deep_supr_num": max(1, num_heads),
     }
 
 

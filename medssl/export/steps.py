@@ -255,29 +255,23 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 class Predictd:
-    """Add what a network says of a scan: probs (num_classes, I, J, K), on the grid of `ToGridd`.
+    """Add what a network says of a scan as ``pred``: probs (C, I, J, K), on the grid of `ToGridd`.
 
     Args:
         key: Of the scan.
         inferer: A `MirroredInferer`.
         network: In evaluation mode.
         device: That it is on.
-        pred_key: Where the probs go.
     """
 
-    def __init__(
-        self, key: str, inferer: Any, network: Any, device: Any, pred_key: str = "pred"
-    ) -> None:
+    def __init__(self, key: str, inferer: Any, network: Any, device: Any) -> None:
         self.key = key
         self.inferer, self.network, self.device = inferer, network, device
-        self.pred_key = pred_key
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Return the data with the probs."""
-        return {
-            **data,
-            self.pred_key: self.inferer(data[self.key][None].to(self.device), self.network)[0],
-        }
+        probs = self.inferer(data[self.key][None].to(self.device), self.network)
+        return {**data, "pred": probs[0]}
 
 
 class ToNatived:

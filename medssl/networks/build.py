@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ LEAST_SIDE = 64  # pixels: below, one pixel is left, of which an instance has no
 FIRST_DROPPED = 2  # halvings from which on features are dropped
 GROUP_NORM_VOXELS = 1024  # of features, from which on torch's group norm is fast: its own constant
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the axes of a tensor
-PLANE_NETWORKS: tuple[str, ...] = get_args(PlaneNetwork)
 Count = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -61,6 +60,27 @@ class NetworkSpec(BaseModel):
         elif not self.encoder or self.filters or self.kernels or self.strides:
             raise ValueError(f"{self.name} needs an encoder in place of filters, kernels, strides")
         return self
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the deep supervision of a DynUNet, below full resolution."""
+        return min(2, len(self.strides) - 2) if self.deep_supervision else 0
+
+    def describe_dynunet(self) -> dict[str, Any]:
+        """Return the arguments of MONAI's DynUNet."""
+        return {
+            "spatial_dims": len(self.strides[0]),
+            "in_channels": self.in_channels,
+            "out_channels": self.num_classes,
+            "kernel_size": self.kernels,
+            "strides": self.strides,
+            "upsample_kernel_size": self.strides[1:],
+            "filters": self.filters,
+            "norm_name": ("INSTANCE", {"affine": True}),
+            "res_block": True,
+            "deep_supervision": self.num_heads > 0,
+            "deep_supr_num": max(1, self.num_heads),
+        }
 
 
 class SegmentationNetwork(nn.Module):
@@ -189,25 +209,11 @@ class DynamicUNet(SegmentationNetwork):
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
-        levels = len(spec.filters)
-        dimension = len(spec.strides[0])
-        self.num_heads = min(2, levels - 2) if spec.deep_supervision else 0
-        self.dynunet = DynUNet(
-            spatial_dims=dimension,
-            in_channels=spec.in_channels,
-            out_channels=spec.num_classes,
-            kernel_size=spec.kernels,
-            strides=spec.strides,
-            upsample_kernel_size=spec.strides[1:],
-            filters=spec.filters,
-            norm_name=("INSTANCE", {"affine": True}),
-            res_block=True,
-            deep_supervision=self.num_heads > 0,
-            deep_supr_num=max(1, self.num_heads),
-        )
+        self.num_heads = spec.num_heads
+        self.dynunet = DynUNet(**spec.describe_dynunet())
         _replace_norm(self.dynunet)
         _replace_pointwise(self.dynunet)
-        _place_dropout(self.dynunet, spec.dropout, dimension)
+        _place_dropout(self.dynunet, spec.dropout, len(spec.strides[0]))
         if spec.stochastic_depth < 1.0:
             add_stochastic_depth(self.dynunet, spec.stochastic_depth)
 

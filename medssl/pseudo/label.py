@@ -31,7 +31,7 @@ from medssl.data.pseudo_labels import (
     read_stability,
     write_pseudo_label,
 )
-from medssl.overlays import show_channels, write_overlay
+from medssl.overlays import render_overlay, show_channels
 from medssl.pseudo.gates import (
     CaseReview,
     Expectation,
@@ -40,7 +40,7 @@ from medssl.pseudo.gates import (
     review_case,
     trust_voxels,
 )
-from medssl.runs import write_text
+from medssl.runs import write_file, write_text
 from medssl.transforms.geometry import WayBack
 
 NUM_OVERLAYS = 4  # fixed cases, pictured after each round
@@ -149,15 +149,16 @@ def _finish_case(
     review = review_case(case.case_id, slabs, agreement, *about)
     _write_mask(folder, case, iterate_pseudo_label(target), label_values, section)
     if has_overlay:
-        write_overlay(
+        picture = render_overlay(
             show_channels(np.asarray(case.image(), np.float32), not case.has_spacing),
             classes,
-            folder / "overlays" / f"{case.case_id}.png",
             title=f"{folder.name.replace('_', ' ')}, pseudo-mask",
             spacing=case.spacing if case.has_spacing else None,
             names=names,
             is_picture=not case.has_spacing,
         )
+        path = folder / "overlays" / f"{case.case_id}.png"
+        write_file(path, lambda temporary: temporary.write_bytes(picture))
     return replace(review, stability=read_stability(target))
 
 

@@ -6,7 +6,6 @@ dark blue. Lines are named where they end, so that no legend has to be matched.
 
 from __future__ import annotations
 
-import io
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
-from PIL import Image
 
 from medssl.metrics import Row, compare_cases
-from medssl.overlays import pick_color
+from medssl.overlays import pick_color, save_png
 from medssl.run_folder import Point, RoundFolder, RunFolder, parse_number
 
 INK, MUTED, GRID = "#1F2933", "#5F6B76", "#E3E7EB"
@@ -210,7 +207,7 @@ def plot_curves(run: RunFolder) -> bytes:
             for entry, points in lines:
                 color = _choose_round_color(entry.index, len(run.rounds))
                 _plot_line(axes, points, color, smooth=metric.startswith("losses/"))
-            _name_lines(axes, [(e.index, p, len(run.rounds)) for e, p in lines])
+            _name_rounds(axes, lines, len(run.rounds))
             axes.set_xlabel("step of the round")
             axes.margins(x=0.01)
         return _save(figure)
@@ -395,10 +392,13 @@ def _choose_round_color(index: int, num_rounds: int) -> str:
     return f"#{red:02X}{green:02X}{blue:02X}"
 
 
-def _name_lines(axes: Axes, lines: Sequence[tuple[int, Sequence[Point], int]]) -> None:
+def _name_rounds(
+    axes: Axes, lines: Sequence[tuple[RoundFolder, Sequence[Point]]], num_rounds: int
+) -> None:
     """Write the number of its round at the end of each line."""
     ends = [
-        (*_end(points), f" {index}", _choose_round_color(index, n)) for index, points, n in lines
+        (*_end(points), f" {entry.index}", _choose_round_color(entry.index, num_rounds))
+        for entry, points in lines
     ]
     for step in {end[0] for end in ends}:
         _place_labels(axes, step, [end[1:] for end in ends if end[0] == step])
@@ -465,13 +465,8 @@ def _shorten(text: str, length: int = 28) -> str:
 
 
 def _save(figure: Figure) -> bytes:
-    """Return the figure as a PNG of at most 256 colors."""
+    """Return the figure as a PNG, whatever letters its names have."""
     figure.set_dpi(_DPI)
-    canvas: Any = FigureCanvasAgg(figure)  # matplotlib leaves draw and buffer_rgba untyped
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    buffer = io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+        return save_png(figure)

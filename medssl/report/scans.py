@@ -124,17 +124,14 @@ def _render_case(
         classes, _ = read_label(mask, run.label_values, untrusted)
         reference = None
         if with_reference and case.label is not None:
-            reference, _ = read_label(case.label, run.label_values, _find_ignore(run), case)
+            label, _ = read_label(case.label, run.label_values, _find_ignore(run), case)
+            reference = _to_ras(label, volume.affine)
         scan = show_channels(volume.array, not volume.has_spacing)
-        arrays = [scan, classes, *([] if reference is None else [reference])]
-        turned = [_to_ras(array, volume.affine) for array in arrays]
-        image, prediction, *label = turned
-        spacing = _find_spacing(volume.affine)
         png = render_overlay(
-            image,
-            prediction,
-            reference=label[0] if label else None,
-            spacing=spacing,
+            _to_ras(scan, volume.affine),
+            _to_ras(classes, volume.affine),
+            reference=reference,
+            spacing=_find_spacing(volume.affine),
             names=run.classes,
             legend=False,
             width=width,

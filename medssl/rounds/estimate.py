@@ -175,18 +175,14 @@ def _build(spec: NetworkSpec) -> SegmentationNetwork:
 
 def make_case(plan: Plan, folder: Path, seed: int) -> CachedCase:
     """Write a made-up scan of noise with a box of each class, its label and a pseudo-label."""
-    axes = [axis for axis in range(3) if axis != plan.slice_axis]
-    shape = [SLICES] * 3
-    for axis, size in zip(axes, plan.patch_size, strict=True):
-        shape[axis] = size
+    shape = plan.window.pass_shape
     rng = np.random.default_rng(seed)
     image = rng.standard_normal((len(plan.channels), *shape)).astype(np.float16)
     label = np.zeros(shape, np.uint8)
     for index in range(1, plan.num_classes):
         place = [int(rng.integers(0, max(1, n - n // 4))) for n in shape]
-        label[tuple(slice(p, p + max(1, n // 4)) for p, n in zip(place, shape, strict=True))] = (
-            index
-        )
+        box = tuple(slice(p, p + max(1, n // 4)) for p, n in zip(place, shape, strict=True))
+        label[box] = index
     voxels = {str(i): np.argwhere(label == i).astype(np.int32) for i in range(1, plan.num_classes)}
     one_hot = (np.arange(plan.num_classes)[:, None, None, None] == label[None]) * np.uint8(255)
     folder.mkdir(parents=True)
@@ -195,19 +191,16 @@ def make_case(plan: Plan, folder: Path, seed: int) -> CachedCase:
     np.save(folder / "probs.npy", one_hot)
     np.save(folder / "uncertainty.npy", np.zeros(shape, np.float16))
     np.savez(folder / "class_voxels.npz", **voxels)  # type: ignore[arg-type]  # names of arrays
-    i, j, k = shape
     percentiles = ((-3.0, 0.0, 3.0),) * len(plan.channels)
-    where = ((i, j, k), np.eye(4), (i, j, k), np.eye(4))
+    where = (shape, np.eye(4), shape, np.eye(4))
     return CachedCase(folder.name, folder, *where, percentiles, folder)
 
 
 def measure_window(plan: Plan) -> float:
     """Return the seconds of a window at prediction."""
     count = 1 if plan.slice_axis is None else SLICES
-    size = list(plan.window.extent)
-    if plan.slice_axis is not None:
-        size[plan.slice_axis] = SLICES
-    image = torch.zeros(1, plan.network.in_channels, *size, device=plan.device)
+    shape = (1, plan.network.in_channels, *plan.window.pass_shape)
+    image = torch.zeros(shape, device=plan.device)
     network = _build(plan.network).to(plan.device).eval()
     times = []
     for _ in range(2):

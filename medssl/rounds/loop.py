@@ -235,9 +235,7 @@ def run_training(
     ranks.meet()
     mirror = None
     if config.tracking.uri != "none" and ranks.is_first():
-        uri = choose_store(run_dir.parent, config.tracking.uri)
-        name = config.tracking.experiment
-        mirror = Mirror(run_dir, uri, prepared.dataset.name if name == "auto" else name)
+        mirror = Mirror(run_dir, choose_store(run_dir.parent, config.tracking.uri))
     labeled, unlabeled, val = (
         tuple(cached[case.case_id] for case in part) for part in cases.values()
     )

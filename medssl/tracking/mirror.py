@@ -26,28 +26,20 @@ class Mirror:
 
     Args:
         run_dir: The run folder.
-        uri: As in ``sync_run``; "none" mirrors nothing.
-        experiment: As in ``sync_run``.
+        uri: As in ``sync_run``.
         pause_s: Seconds between two mirrorings.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        uri: str | None = None,
-        experiment: str | None = None,
-        pause_s: float = PAUSE_S,
-    ) -> None:
+    def __init__(self, run_dir: Path, uri: str | None = None, pause_s: float = PAUSE_S) -> None:
         self._run_dir = run_dir
-        self._arguments = json.dumps([str(run_dir.resolve()), uri, experiment])
+        self._arguments = json.dumps([str(run_dir.resolve()), uri])
         self._pause_s = pause_s
         self._news = threading.Event()
         self._closing = threading.Event()
         self._process: subprocess.Popen[str] | None = None
         self._problem = ""
         self._thread = threading.Thread(target=self._work, name="mlflow mirror", daemon=True)
-        if uri != "none":
-            self._thread.start()
+        self._thread.start()
 
     def notify(self) -> None:
         """Say that the run folder has something new; returns at once."""
@@ -55,8 +47,6 @@ class Mirror:
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Mirror the last state within ``timeout_s`` seconds; one line says if that failed."""
-        if not self._thread.is_alive():
-            return
         self._closing.set()
         self._news.set()
         self._thread.join(timeout_s)
@@ -127,7 +117,7 @@ def _start_process(arguments: str) -> subprocess.Popen[str]:
 def answer_requests() -> None:
     """Mirror the run folder once for each line of standard input; the end of it is the end."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's end: the training still has a say
-    run_dir, uri, experiment = json.loads(sys.argv[1])
+    run_dir, uri = json.loads(sys.argv[1])
     with contextlib.suppress(OSError, AttributeError):
         os.nice(10)
     answers = os.fdopen(os.dup(1), "w")
@@ -135,7 +125,7 @@ def answer_requests() -> None:
     for _ in sys.stdin:
         answer = ""
         try:
-            sync_run(Path(run_dir), uri, experiment)
+            sync_run(Path(run_dir), uri)
         except Exception as error:  # whatever it is, the training goes on and is told in a line
             answer = f"{type(error).__name__}: {error}".removeprefix("InputError: ")
         print(json.dumps(answer), file=answers, flush=True)

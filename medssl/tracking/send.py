@@ -55,13 +55,12 @@ _RUN_STATUS = {
 }
 
 
-def sync_run(run_dir: Path, uri: str | None = None, experiment: str | None = None) -> None:
+def sync_run(run_dir: Path, uri: str | None = None) -> None:
     """Bring MLflow up to what the run folder holds; twice is the same as once.
 
     Args:
         run_dir: The run folder; only its files are read, and RUN/tracking.json is written.
         uri: The MLflow store; None or "auto": the configured one, else the folder's own.
-        experiment: Its name there; None or "auto": the configured one, else the data set's.
 
     Raises:
         InputError: This is no run folder, or MLflow did not take it; nothing is lost then.
@@ -69,7 +68,7 @@ def sync_run(run_dir: Path, uri: str | None = None, experiment: str | None = Non
     folder = read_folder(run_dir.resolve())
     configured = folder.config.get("tracking", {})
     uri = choose_store(folder.path.parent, uri, configured.get("uri"))
-    name = choose_value(experiment, configured.get("experiment")) or folder.dataset
+    name = choose_value(configured.get("experiment")) or folder.dataset
     os.environ.update({k: v for k, v in ENVIRONMENT.items() if k not in os.environ})
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow.exceptions import MlflowException

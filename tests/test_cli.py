@@ -107,4 +107,4 @@ def test_one_round_and_one_minute_are_not_several(tmp_path, rounds, hours, words
     config = SimpleNamespace(train=SimpleNamespace(rounds=rounds))
     resolved, dataset = SimpleNamespace(config=config), SimpleNamespace(name="scans")
     prepared = SimpleNamespace(dataset=dataset, splits=splits, plan=plan, resolved=resolved)
-    assert words in cli._describe_plan(prepared, tmp_path)
+    assert words in cli._describe_plan(prepared, tmp_path, 0)

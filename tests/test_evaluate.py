@@ -720,7 +720,7 @@ def test_cases_that_a_run_was_trained_on_are_left_out_and_their_labels_unopened(
         if path.name == "model":
             (path / "model").mkdir()
             (path / "model" / "weights.safetensors").write_text("0 0")
-        summary = evaluate_data(path, data, tmp_path / "out", report=lines.append)
+        summary = evaluate_data(path, data, tmp_path / path.name / "out", report=lines.append)
         assert summary["trained_on"] == ["case00", "case01", "case02", "case12"]
         assert summary["num_cases"] == 9
     assert any("4 cases are left out: the run was trained on them" in line for line in lines)
@@ -735,7 +735,7 @@ def test_another_file_of_a_trained_case_s_name_is_remarked(
     assert len(evaluate_data(run, copy, tmp_path / "out", report=quiet)["trained_on"]) == 4
     copy.unlink()
     data.rename(copy)
-    summary = evaluate_data(run, copy, tmp_path / "out", report=quiet)
+    summary = evaluate_data(run, copy, tmp_path / "later", report=quiet)
     assert summary["num_cases"] == 12
     assert "if they are the same scans or the same people, this is no test" in summary["remarks"][0]
 

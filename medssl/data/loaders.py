@@ -159,12 +159,13 @@ class PatchDataset(Dataset[Batch]):
         each = max(LEAST_SHARE_PATCHES, round(most / len(self.labeled)))
         counts = torch.zeros(num_classes, dtype=torch.float64)
         share = self.sampling.unlabeled_foreground
+        is_placed = any(case.places for case in self.unlabeled)
         with _draw_alike():
             for index in range(each * len(self.labeled)):
                 case = self.labeled[index % len(self.labeled)]
                 seed = self._seed(index, 0, "share")
                 operations = self._draw_operations(np.random.default_rng(seed + 1))
-                voxels = case.class_voxels() if self.unlabeled[0].places else {}
+                voxels = case.class_voxels() if is_placed else {}
                 draw = self._draw(seed, case, voxels, share, operations)
                 classes = draw.sample(_open_label(case)[None], nearest=True)
                 counted = (draw.find_inside(case.shape) > 0) & (classes != IGNORE)

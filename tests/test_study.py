@@ -402,7 +402,7 @@ def test_an_unknown_arm_is_named(study):
 
 
 @pytest.mark.slow
-def test_the_report_says_what_the_committed_study_found(study):
+def test_report_and_readme_say_what_the_committed_study_found(study):
     path = ROOT / "docs" / "confirm_acdc_3.csv"
     arms, patients = study.read_arms(path)
     assert study.pick_better(arms)[0] == "labels"
@@ -418,6 +418,9 @@ def test_the_report_says_what_the_committed_study_found(study):
     interval = f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
     by_t = f"[{found['t_low']:+.3f}, {found['t_high']:+.3f}]"
     assert f": {interval}, by Student's t {by_t}" in EVIDENCE
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"reaches {after:.3f} Dice" in readme
+    assert f"reach {before:.3f}: {interval}, by Student's t {by_t}" in readme
 
 
 def test_arms_are_compared_class_by_class_before_the_mean(study, tmp_path):

@@ -207,15 +207,12 @@ class TeacherSection(Section):
     mean probs are the pseudo-labels. ``probs: clean`` is the network without its noise;
     pseudo-labels that are saved are averaged over mirrorings. ``probs: sampled`` is the mean of the
     passes of ``filter.uncertainty``, each with dropout and another mirroring, and for saved
-    pseudo-labels with a small rotation and scale too. An online teacher with ``geometry: plain``
-    sees each patch as it lies in the scan, and what it says is turned, scaled and bent as the
-    views of the student are; with ``shared`` it sees it as they do.
+    pseudo-labels with a small rotation and scale too.
     """
 
     source: Annotated[tuple[Literal["previous_round", "ema", "self"], ...], Distinct] = ("ema",)
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     probs: Literal["clean", "sampled"] = "sampled"
-    geometry: Literal["shared", "plain", "both"] = "shared"
     ensemble: Annotated[int, Field(ge=1, le=16)] = 1
 
 

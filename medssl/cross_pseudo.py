@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medssl.config import Config
 from medssl.networks.build import SegmentationNetwork
-from medssl.objective import Objective, predict_unlabeled
+from medssl.objective import Objective, predict_still
 
 OF_EACH = {
     "student": "second",
@@ -93,7 +93,7 @@ def add_probs(
     """Return the unlabeled patches with what a student says of their weak view as probs."""
     if unlabeled is None:
         return None
-    return {**unlabeled, "probs": predict_unlabeled(network, unlabeled)}
+    return {**unlabeled, "probs": predict_still(network, unlabeled["weak"])}
 
 
 def share_statistics(

@@ -40,7 +40,6 @@ from medssl.pseudo.thresholds import ClassThresholds, measure_coverage
 from medssl.pseudo.transport import RunningTransport, assign
 from medssl.pseudo.uncertainty import combine_slab, find_limit
 from medssl.transforms.mixing import draw_boxes, draw_cubes, paste
-from medssl.transforms.spatial import map_patch
 
 Loss = Callable[..., Tensor]
 
@@ -182,9 +181,7 @@ class Objective(nn.Module):
                 is pretrained on pseudo-labels alone.
             unlabeled: weak and the strong views (B, C, I, J, K), weight (B, 1, I, J, K) and, with
                 an offline teacher, probs (B, num_classes, I, J, K) and uncertainty
-                (B, 1, I, J, K); for an online one that sees them as the scan lies also plain
-                (B, C, I, J, K), and the grid (B, I, J, K, 3) of the views in it. None in round 0
-                and in a fine-tune.
+                (B, 1, I, J, K); None in round 0 and in a fine-tune.
             progress: t in [0, 1] within the round.
             generator: Source of the mixing draws, on the CPU.
         """
@@ -201,7 +198,7 @@ class Objective(nn.Module):
 
         valid = unlabeled["weight"] > 0
         wants_online = "probs" not in unlabeled or losses.consistency.weight > 0
-        g_w, u_w = self._teach(unlabeled, generator) if wants_online else (None, None)
+        g_w, u_w = self._teach(unlabeled["weak"], generator) if wants_online else (None, None)
         probs = self._assign(unlabeled.get("probs", g_w), valid)
         accepted = self._filter(probs, self._measure_uncertainty(unlabeled, u_w), valid, t)
         q = self.read_target(probs)
@@ -290,49 +287,38 @@ class Objective(nn.Module):
         return f_l, f_v
 
     def _teach(
-        self, unlabeled: Mapping[str, Tensor], generator: torch.Generator
+        self, weak: Tensor, generator: torch.Generator
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the probs of the online teacher where the views lie, and their uncertainty.
+        """Return the probs of the online teacher on the weak view, and their uncertainty in nats.
 
         The probs are those of the un-noised teacher, or the mean of its sampled passes, which tell
-        the uncertainty in nats too; None where there is no online teacher, or no passes.
+        the uncertainty too; None where there is no online teacher, or no passes.
         """
         source = self.config.teacher.source
         if not {"ema", "self"} & set(source):
             return None, None
         network: nn.Module = self.teacher if "ema" in source else self.student
         if self.config.teacher.probs == "clean":
-            return predict_unlabeled(network, unlabeled), None
-        return self._sample(network, unlabeled, generator)
+            return predict_still(network, weak), None
+        return self._sample(network, weak, generator)
 
     @torch.no_grad()
     def _sample(
-        self,
-        network: nn.Module,
-        unlabeled: Mapping[str, Tensor],
-        generator: torch.Generator | None,
+        self, network: nn.Module, weak: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Return mean probs and uncertainty of MC-dropout passes, where the views lie.
+        """Return mean probs and uncertainty of MC-dropout passes.
 
-        With a generator each pass after the first sees the patch under a drawn mirroring, which is
+        With a generator each pass after the first sees the view under a drawn mirroring, which is
         taken back; all passes are one batch.
         """
         section = self.config.filter.uncertainty
         count = section.passes if section.online_passes == "auto" else section.online_passes
         turns = draw_mirrorings(count, self.flips, generator)
-        geometry = self.config.teacher.geometry
-        is_plain = [
-            "plain" in unlabeled and (number % 2 or geometry == "plain") for number in range(count)
-        ]
-        images = [unlabeled["plain" if plain else "weak"] for plain in is_plain]
-        views = torch.cat([image.flip(turn) for image, turn in zip(images, turns, strict=True)])
+        views = torch.cat([weak.flip(turn) for turn in turns])
         with sample_dropout(network):
             probs = predict_probs(network, views).chunk(count)
-        passes = [part.flip(turn) for part, turn in zip(probs, turns, strict=True)]
-        mean, entropy, information, _ = combine_slab(
-            map_patch(part, unlabeled["grid"]) if plain else part
-            for part, plain in zip(passes, is_plain, strict=True)
-        )
+        passes = (part.flip(turn) for part, turn in zip(probs, turns, strict=True))
+        mean, entropy, information, _ = combine_slab(passes)
         return mean, information if section.measure == "mutual_information" else entropy
 
     def assign(self, probs: Tensor) -> Tensor:
@@ -367,7 +353,7 @@ class Objective(nn.Module):
         if u_w is not None:
             return u_w
         network = self.teacher if "ema" in self.config.teacher.source else self.student
-        return self._sample(network, unlabeled, None)[1]
+        return self._sample(network, unlabeled["weak"], None)[1]
 
     def _read_labeled(self, labeled: Mapping[str, Tensor]) -> Patches:
         """Return labeled patches with one-hot targets."""
@@ -550,17 +536,6 @@ def follow(
 def _list_state(network: nn.Module) -> list[Tensor]:
     """Return parameters and buffers."""
     return [*network.parameters(), *network.buffers()]
-
-
-def predict_unlabeled(network: nn.Module, unlabeled: Mapping[str, Tensor]) -> Tensor:
-    """Return the probs of a network without its noise on unlabeled patches, where the views lie."""
-    image = unlabeled.get("plain", unlabeled["weak"])
-    return move_to_views(predict_still(network, image), unlabeled)
-
-
-def move_to_views(values: Tensor, unlabeled: Mapping[str, Tensor]) -> Tensor:
-    """Return what a teacher says of a patch where the student's views lie in it."""
-    return map_patch(values, unlabeled["grid"]) if "grid" in unlabeled else values
 
 
 @torch.no_grad()

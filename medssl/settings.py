@@ -478,7 +478,6 @@ def list_changes(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[s
 _ADDED = {
     "data.unlabeled": "all",
     "teacher.probs": "clean",
-    "teacher.geometry": "shared",
     "filter.uncertainty.online_passes": "auto",
     "filter.uncertainty.fidelity": "full",
     "train.student_lr": "auto",

@@ -16,7 +16,6 @@ from medssl.data.loaders import (
     explain_killed_loader,
     iterate_batches,
 )
-from medssl.transforms.spatial import map_patch
 
 
 def assert_same(first, second):
@@ -312,23 +311,6 @@ def test_without_an_offline_teacher_a_patch_has_views_and_no_targets(cached_case
     sampling = Sampling(0, 1, (8, 8, 8), 1, 2, 0.5, 1.0, ())
     part = PatchDataset(labeled, online, sampling)[0]["unlabeled"]
     assert set(part) == {"weak", "strong", "weight"}
-
-
-def test_a_teacher_may_see_a_patch_as_the_scan_lies(make_dataset):
-    """What it knows of a plain patch, moved by the grid, is what the views of the student show."""
-    part, without = (
-        make_dataset(num_unlabeled=6, patch_size=(16, 16, 16), plain=plain)[0]["unlabeled"]
-        for plain in (True, False)
-    )
-    assert part.keys() - without.keys() == {"plain", "grid"}
-    for view in ("weak", "strong", "probs"):
-        assert torch.equal(part[view], without[view])
-    assert (part["weight"] <= without["weight"]).all()
-    assert not torch.equal(part["plain"], part["weak"])
-    moved, used = map_patch(part["plain"], part["grid"]), part["weight"] > 0
-    assert used.float().mean() > 0.5
-    pair = torch.stack([moved[used], part["weak"][used]])
-    assert pair.corrcoef()[0, 1] > 0.9  # interpolated once more
 
 
 def test_what_a_patch_costs_does_not_grow_with_the_number_of_cases(make_dataset, monkeypatch):

@@ -11,7 +11,6 @@ from torch import nn
 
 from medssl import objective as objective_module
 from medssl.config import IGNORE, InputError
-from medssl.cross_pseudo import add_probs
 from medssl.losses.supervised import ce as cross_entropy
 from medssl.networks.build import NetworkSpec, build_network
 from medssl.networks.noise import sample_dropout
@@ -714,7 +713,7 @@ def test_uncertainty_of_an_online_teacher_is_that_of_mc_dropout_under_a_rising_l
     uncertainty = objective._measure_uncertainty(unlabeled, None)
     assert uncertainty.shape == unlabeled["weight"].shape
     assert 0 <= uncertainty.min() < uncertainty.max() <= math.log(3) + 1e-6
-    q, passes = objective._teach(unlabeled, torch.Generator())
+    q, passes = objective._teach(unlabeled["weak"], torch.Generator())
     assert passes is None
     valid = torch.ones_like(uncertainty, dtype=torch.bool)
     for progress in (0.0, 0.5, 1.0):
@@ -851,7 +850,7 @@ def test_without_offline_labels_the_potentials_follow_the_batches():
     objective = make_objective(config, None, student=VoxelNetwork())
     _, unlabeled = make_batch(config)
     before = objective.transport.log_v.clone()
-    probs, _ = objective._teach(unlabeled, torch.Generator())
+    probs, _ = objective._teach(unlabeled["weak"], torch.Generator())
     objective._assign(probs, unlabeled["weight"] > 0)
     assert not torch.equal(objective.transport.log_v, before)
 
@@ -863,7 +862,7 @@ def sample_teacher(spec, *overrides, flips=(), seed=0):
     objective = load_objective(config.objective)(build_network(spec), config, NAMES, flips=flips)
     weak = make_batch(config)[1]["weak"]
     torch.manual_seed(1)
-    probs, doubt = objective._teach({"weak": weak}, torch.Generator().manual_seed(2))
+    probs, doubt = objective._teach(weak, torch.Generator().manual_seed(2))
     return objective.train(), weak, probs, doubt
 
 
@@ -894,24 +893,6 @@ def test_a_sampled_teacher_says_the_mean_of_its_passes(dropout_spec):
     assert not probs.requires_grad
 
 
-@pytest.mark.parametrize("probs", ["clean", "sampled"])
-def test_a_teacher_that_sees_patches_as_they_lie_says_what_is_where_the_views_are(tiny_spec, probs):
-    """The views are a patch mirrored along I: of them it says the mirror image of what it sees."""
-    config = configure("uamt", f"teacher.probs={probs}")
-    objective = make_objective(config, tiny_spec.model_copy(update={"dropout": 1e-6}))
-    unlabeled = make_batch(config)[1]
-    plain = unlabeled["weak"].flip(2)
-    mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0]))  # grid_sample wants K, J, I
-    theta = torch.cat([mirror, torch.zeros(3, 1)], dim=1).expand(len(plain), 3, 4)
-    grid = nn.functional.affine_grid(theta, list(plain.shape), align_corners=True)
-    batch = {**unlabeled, "weak": torch.zeros_like(plain), "plain": plain, "grid": grid}
-    expected = objective_module.predict_still(objective.teacher, plain).flip(2)
-    assert torch.allclose(objective._teach(batch, torch.Generator())[0], expected, atol=1e-4)
-    assert torch.allclose(add_probs(objective.teacher, batch)["probs"], expected, atol=1e-4)
-    uncertainty = objective._measure_uncertainty(batch, None)
-    assert torch.allclose(uncertainty, entropy_of(expected), atol=1e-3)
-
-
 def test_a_pass_under_a_mirroring_is_brought_back(dropout_spec):
     """A network of single voxels with dropout 0 would say the same under every mirroring."""
 
@@ -928,7 +909,7 @@ def test_a_pass_under_a_mirroring_is_brought_back(dropout_spec):
     student = Dropping()
     objective = load_objective(config.objective)(student, config, NAMES, flips=(0, 2))
     weak = make_batch(config)[1]["weak"]
-    probs, doubt = objective._teach({"weak": weak}, torch.Generator().manual_seed(2))
+    probs, doubt = objective._teach(weak, torch.Generator().manual_seed(2))
     alone = objective_module.predict_still(objective.teacher, weak)
     assert torch.allclose(probs, alone, atol=1e-6)  # whatever the mirroring, voxel by voxel
     assert torch.allclose(doubt, entropy_of(alone), atol=1e-5)

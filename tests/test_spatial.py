@@ -5,13 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from medssl.transforms.spatial import (
-    SpatialDraw,
-    draw_spatial,
-    draw_turn,
-    map_patch,
-    turn_volume,
-)
+from medssl.transforms.spatial import SpatialDraw, draw_spatial, draw_turn, turn_volume
 
 SHAPE = (13, 11, 9)
 PATCH = (8, 8, 8)
@@ -59,23 +53,6 @@ def test_a_patch_without_augmentation_contains_its_target(seed, target):
     found = draw(seed, target=target, strength=0.0)
     distance = (found.coordinates - torch.tensor(target, dtype=torch.float32)).norm(dim=-1)
     assert distance.min() == 0
-
-
-@pytest.mark.parametrize(("shape", "patch"), [(SHAPE, PATCH), ((40, 30), (16, 12))])
-@pytest.mark.parametrize("seed", range(5))
-def test_what_is_known_of_a_plain_patch_is_moved_to_the_augmented_one(seed, shape, patch):
-    turned = draw(seed, shape, patch, flips=(0,))
-    plain = draw(seed, shape, patch, flips=(), strength=0.0)
-    grid, covered = turned.locate(plain)
-    known = plain.coordinates.movedim(-1, 0)  # where its voxels lie
-    moved = map_patch(known[None], grid[None])[0].movedim(0, -1)
-    first, last = (getattr(known.flatten(1), end)(1).values for end in ("min", "max"))
-    deep = ((turned.coordinates >= first) & (turned.coordinates <= last)).all(-1)
-    assert deep.float().mean() > 0.3
-    assert torch.allclose(moved[deep], turned.coordinates[deep], atol=1e-3)
-    assert covered[0].bool()[deep].all()
-    far = ((turned.coordinates < first - 0.6) | (turned.coordinates > last + 0.6)).any(-1)
-    assert not covered[0].bool()[far].any()
 
 
 @pytest.mark.parametrize("seed", range(20))

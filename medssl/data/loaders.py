@@ -68,13 +68,11 @@ class Sampling:
     """What decides the patches of a round besides the cases.
 
     ``foreground`` and ``unlabeled_foreground`` are the shares of patches around a voxel of a
-    structure, as labels or a teacher say; ``strong`` scales the strong
-    views, of which ``views`` names the ones that are made. With ``plain`` there is one for an
-    online teacher too, cut as the scan lies. ``flips`` are the axes of the volume that may be
-    mirrored; ``num_unlabeled`` counts unlabeled patches per step. ``slice_axis`` is the axis along
-    which slices are taken in 2D; then ``patch_size`` has the two others. From step
-    ``fine_tune_from`` on there are labeled patches only, not augmented; ``pretrain`` leaves them
-    out before it.
+    structure, as labels or a teacher say; ``strong`` scales the strong views, of which ``views``
+    names the ones that are made; ``flips`` are the axes of the volume that may be mirrored;
+    ``num_unlabeled`` counts unlabeled patches per step. ``slice_axis`` is the axis along which
+    slices are taken in 2D; then ``patch_size`` has the two others. From step ``fine_tune_from`` on
+    there are labeled patches only, not augmented; ``pretrain`` leaves them out before it.
     """
 
     seed: int
@@ -86,7 +84,6 @@ class Sampling:
     strong: float
     flips: tuple[int, ...]
     views: tuple[str, ...] = ("strong",)
-    plain: bool = False
     unlabeled_foreground: float = 0.0
     randaugment: RandAugmentSection = field(default_factory=RandAugmentSection)
     fine_tune_from: int | None = None
@@ -198,12 +195,6 @@ class PatchDataset(Dataset[Batch]):
         weak = draw.sample(case.cached.image(), nearest=False)
         inside = draw.find_inside(case.cached.shape)
         patch = {"weak": weak * inside, "weight": inside}
-        if self.sampling.plain:
-            plain = self._draw(seed, case.cached, voxels, share, plain=True)
-            image = plain.sample(case.cached.image(), nearest=False)
-            patch["plain"] = image * plain.find_inside(case.cached.shape)
-            patch["grid"], covered = draw.draw.locate(plain.draw)
-            patch["weight"] = inside * covered
         if "strong" in self.sampling.views:
             patch["strong"] = self._disturb(weak, operations, seed) * inside
         if "strong_2" in self.sampling.views:
@@ -216,7 +207,7 @@ class PatchDataset(Dataset[Batch]):
         total = sampled.sum(0, keepdim=True)
         patch["probs"] = torch.where(total > 0, sampled / total.clamp(min=1.0), sampled)
         patch["uncertainty"] = draw.sample(uncertainty[None], nearest=False)
-        patch["weight"] = patch["weight"] * (total > 0)
+        patch["weight"] = inside * (total > 0)
         return patch
 
     def _draw_operations(self, rng: np.random.Generator) -> tuple[Operation, ...]:

@@ -72,8 +72,8 @@ from medssl.settings import Resolved, dump, hash_config, list_changes, load_conf
 from medssl.tracking import Mirror, check_uri, choose_store
 
 STUDENT_KEYS = (
-    "method", "objective", "teacher.source", "teacher.probs", "teacher.geometry",
-    "teacher.ensemble", "views", "target.", "filter.",
+    "method", "objective", "teacher.source", "teacher.probs", "teacher.ensemble", "views",
+    "target.", "filter.",
     "noise.mixing", "noise.mixing_probability", "noise.strong", "noise.randaugment.",
     "noise.dropout", "noise.stochastic_depth", "losses.supervised.student",
     "losses.pseudo_label.", "losses.entropy.", "losses.consistency.", "network.width",

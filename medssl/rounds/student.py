@@ -499,7 +499,6 @@ def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampli
         flips=plan.flips,
         views=config.views,
         unlabeled_foreground=find_foreground(config),
-        plain=config.teacher.geometry != "shared" and config.teacher.source != ("previous_round",),
         randaugment=noise.randaugment,
         fine_tune_from=round(steps * (1 - tuned)) if tuned else None,
         pretrain=train_section.schedule == "pretrain",

@@ -84,35 +84,11 @@ class SpatialDraw:
             )
         return self._places[shape]
 
-    def locate(self, plain: SpatialDraw) -> tuple[Tensor, Tensor]:
-        """Return where the patch lies in one that is cut plainly, from whole voxels on.
-
-        Args:
-            plain: That other patch.
-
-        Returns:
-            The grid (I, J, K, 3) float32 that `map_patch` wants, and (1, I, J, K) float32: 1 where
-            the other patch covers this one.
-        """
-        first = plain.coordinates.flatten(0, -2).amin(0)
-        last = plain.coordinates.flatten(0, -2).amax(0)
-        place = 2 * (self.coordinates - first) / (last - first).clamp(min=1) - 1
-        covered = ((self.coordinates > first - 0.5) & (self.coordinates < last + 0.5)).all(-1)
-        return place.flip(-1), covered.float()[None]
-
     def find_inside(self, shape: Sequence[int]) -> Tensor:
         """Return (1, I, J, K) float32: 1 where the patch lies inside the volume, 0 in padding."""
         limit = torch.tensor([float(n) - 1 for n in shape])
         inside = ((self.coordinates > -0.5) & (self.coordinates < limit + 0.5)).all(-1)
         return inside.float()[None]
-
-
-def map_patch(values: Tensor, grid: Tensor) -> Tensor:
-    """Return what is known of plain patches (B, C, I, J, K) where a `grid` (B, I, J, K, 3) says.
-
-    It is interpolated linearly; half a voxel beyond the border has what the border has.
-    """
-    return F.grid_sample(values, grid, padding_mode="border", align_corners=True)
 
 
 def draw_spatial(

@@ -453,9 +453,6 @@ class TrainSection(Section):
     ``unlabeled_ratio``, unlabeled to labeled patches, may have one entry per student round.
     ``start: warm`` begins a student with its teacher's weights; ``student_lr`` is its learning rate
     (``auto``: ``lr``). ``schedule: pretrain`` leaves the labels out until the fine-tune.
-    ``foreground`` is the share of labeled patches that are cut around a voxel of a structure, each
-    class as often; ``unlabeled_foreground`` that of unlabeled ones around a voxel that the model of
-    the round before takes for one (``auto``: the same with offline pseudo-labels, else none).
     """
 
     rounds: Annotated[int, Field(ge=0, le=20)] = 2
@@ -471,7 +468,6 @@ class TrainSection(Section):
     warmup: Fraction = 0.03
     grad_clip: Positive = 12.0
     foreground: Fraction = 0.5
-    unlabeled_foreground: Auto | Fraction = "auto"
     seed: Seed = 0
     device: Name = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

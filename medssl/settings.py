@@ -481,7 +481,6 @@ _ADDED = {
     "filter.uncertainty.online_passes": "auto",
     "filter.uncertainty.fidelity": "full",
     "train.student_lr": "auto",
-    "train.unlabeled_foreground": "auto",
 }
 """Settings that 0.1.0 did not have, with the values that mean what it did: its runs go on."""
 

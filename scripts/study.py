@@ -102,7 +102,6 @@ LEVERS = {
         *("losses.pseudo_label.weight=2", "losses.pseudo_label.ramp.name=constant"),
         *("losses.consistency.weight=2", "losses.consistency.ramp.name=constant"),
     ],
-    "teacher_places": ["train.unlabeled_foreground=0.5"],
     "pseudo_ce": ["losses.pseudo_label.name=ce", "losses.pseudo_label.weight=2"],
     "ce_students": ["losses.pseudo_label.name=ce", "losses.supervised.student=ce"],
     "transport": ["target.assignment=transport", "target.transport.prior=labeled"],
@@ -120,7 +119,7 @@ LEVERS = {
 METHODS = tuple(name for name in list_methods() if name not in ("default", "labels_only"))
 """Presets to hold the recipe against."""
 
-FORMER_LEVERS = ("filtered_target", "plain_teacher", "both_geometries")
+FORMER_LEVERS = ("filtered_target", "plain_teacher", "both_geometries", "teacher_places")
 """Levers whose setting is gone, since it cost more than it brought; their rows stand."""
 
 ALONE = ("round_0", "labels", "all")

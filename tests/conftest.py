@@ -189,7 +189,7 @@ def pseudo_labeled(cached_cases, tmp_path_factory):
         entropy = -(probs * np.log(np.maximum(probs, 1e-12))).sum(0)
         part = (np.s_[:, :, :], probs, entropy)
         write_pseudo_label(folder / case_id, probs.shape, [part], "teacher")
-        result.append(UnlabeledCase(case, folder / case_id, folder / case_id))
+        result.append(UnlabeledCase(case, folder / case_id))
     return tuple(result)
 
 
@@ -206,7 +206,6 @@ def make_dataset(cached_cases, pseudo_labeled):
             "batch": 2,
             "num_unlabeled": 2,
             "foreground": 0.5,
-            "unlabeled_foreground": 0.5,
             "strong": 1.0,
             "flips": (0, 1, 2),
             **changes,

@@ -74,7 +74,7 @@ def make_loader(slice_axis=2, **changes):
 
 def cut(dataset, seed):
     case = Ramp()
-    return dataset._draw(seed, case, case.class_voxels(), dataset.sampling.foreground)
+    return dataset._draw(seed, case, case.class_voxels())
 
 
 def test_a_batch_in_2d_has_the_axes_of_the_plane():

@@ -51,15 +51,13 @@ LEAST_SHARE_PATCHES = 4  # of each labeled case, however large they are
 class UnlabeledCase:
     """An unlabeled case and its pseudo-label.
 
-    ``folder`` holds probs.npy (num_classes, I, J, K) uint8 and uncertainty.npy (I, J, K) float16 on
-    the cache grid; None for a method whose targets are made online. ``places`` holds
-    class_voxels.npz, voxels of each class around which patches are cut; None for patches anywhere.
+    ``folder`` holds probs.npy (num_classes, I, J, K) uint8, uncertainty.npy (I, J, K) float16 and
+    class_voxels.npz, all on the cache grid; None for a method whose targets are made online.
     ``weight`` is how often patches are cut from it, relative to the others.
     """
 
     cached: CachedCase
     folder: Path | None
-    places: Path | None = None
     weight: float = 1.0
 
 
@@ -67,12 +65,12 @@ class UnlabeledCase:
 class Sampling:
     """What decides the patches of a round besides the cases.
 
-    ``foreground`` and ``unlabeled_foreground`` are the shares of patches around a voxel of a
-    structure, as labels or a teacher say; ``strong`` scales the strong views, of which ``views``
-    names the ones that are made; ``flips`` are the axes of the volume that may be mirrored;
-    ``num_unlabeled`` counts unlabeled patches per step. ``slice_axis`` is the axis along which
-    slices are taken in 2D; then ``patch_size`` has the two others. From step ``fine_tune_from`` on
-    there are labeled patches only, not augmented; ``pretrain`` leaves them out before it.
+    ``foreground`` is the share of patches around a foreground voxel; ``strong`` scales the strong
+    views, of which ``views`` names the ones that are made; ``flips`` are the axes of the volume
+    that may be mirrored; ``num_unlabeled`` counts unlabeled patches per step. ``slice_axis`` is the
+    axis along which slices are taken in 2D; then ``patch_size`` has the two others. From step
+    ``fine_tune_from`` on there are labeled patches only, not augmented; ``pretrain`` leaves them
+    out before it.
     """
 
     seed: int
@@ -84,7 +82,6 @@ class Sampling:
     strong: float
     flips: tuple[int, ...]
     views: tuple[str, ...] = ("strong",)
-    unlabeled_foreground: float = 0.0
     randaugment: RandAugmentSection = field(default_factory=RandAugmentSection)
     fine_tune_from: int | None = None
     pretrain: bool = False
@@ -155,15 +152,12 @@ class PatchDataset(Dataset[Batch]):
         most = min(SHARE_PATCHES, SHARE_VOXELS / math.prod(self.sampling.patch_size))
         each = max(LEAST_SHARE_PATCHES, round(most / len(self.labeled)))
         counts = torch.zeros(num_classes, dtype=torch.float64)
-        share = self.sampling.unlabeled_foreground
-        is_placed = any(case.places for case in self.unlabeled)
         with _draw_alike():
             for index in range(each * len(self.labeled)):
                 case = self.labeled[index % len(self.labeled)]
                 seed = self._seed(index, 0, "share")
                 operations = self._draw_operations(np.random.default_rng(seed + 1))
-                voxels = case.class_voxels() if is_placed else {}
-                draw = self._draw(seed, case, voxels, share, operations)
+                draw = self._draw(seed, case, {}, operations)
                 classes = draw.sample(_open_label(case)[None], nearest=True)
                 counted = (draw.find_inside(case.shape) > 0) & (classes != IGNORE)
                 counts += torch.bincount(classes[counted].long(), minlength=num_classes)
@@ -174,7 +168,7 @@ class PatchDataset(Dataset[Batch]):
         case = self.labeled[self._choose(len(self.labeled), "labeled", step, index)]
         label = _open_label(case)
         seed = self._seed(step, index, "labeled")
-        draw = self._draw(seed, case, case.class_voxels(), self.sampling.foreground, plain=plain)
+        draw = self._draw(seed, case, case.class_voxels(), plain=plain)
         image = draw.sample(case.image(), nearest=False)
         if not plain:
             image = apply_seeded(self._weak, image, seed)
@@ -187,11 +181,10 @@ class PatchDataset(Dataset[Batch]):
         """Cut one unlabeled patch with its weak and strong views and its pseudo-label."""
         case = self.unlabeled[self._choose(len(self.unlabeled), "unlabeled", step, index)]
         seed = self._seed(step, index, "unlabeled")
-        voxels = read_class_voxels(case.places) if case.places else {}
+        voxels = read_class_voxels(case.folder) if case.folder else {}
         rng = np.random.default_rng(seed + 1)
         operations = self._draw_operations(rng)
-        share = self.sampling.unlabeled_foreground
-        draw = self._draw(seed, case.cached, voxels, share, operations)
+        draw = self._draw(seed, case.cached, voxels, operations)
         weak = draw.sample(case.cached.image(), nearest=False)
         inside = draw.find_inside(case.cached.shape)
         patch = {"weak": weak * inside, "weight": inside}
@@ -226,7 +219,6 @@ class PatchDataset(Dataset[Batch]):
         seed: int,
         case: CachedCase,
         voxels: Mapping[int, object],
-        foreground: float,
         operations: Sequence[Operation] = (),
         plain: bool = False,
     ) -> Cut:
@@ -238,7 +230,7 @@ class PatchDataset(Dataset[Batch]):
         wants_foreground, which = rng.random(2)
         classes = [c for c, candidates in voxels.items() if c > 0 and len(np.asarray(candidates))]
         target = None
-        if classes and wants_foreground < foreground:
+        if classes and wants_foreground < self.sampling.foreground:
             candidates = np.asarray(voxels[classes[int(which * len(classes))]])
             target = candidates[rng.integers(len(candidates))]
         spacing = np.linalg.norm(case.affine[:3, :3], axis=0)

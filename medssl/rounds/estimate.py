@@ -156,7 +156,7 @@ def make_trial(
         for number in range(2):
             place = folder / f"unlabeled_{number}"
             case = make_case(plan, place, number)
-            unlabeled.append(UnlabeledCase(case, place if offline else None, place))
+            unlabeled.append(UnlabeledCase(case, place if offline else None))
     kind = load_objective(config.objective) if index else Objective
     names = [plan.labels[number] for number in range(plan.num_classes)]
     objective = kind(_build(spec), config, names, flips=find_patch_flips(plan))

@@ -78,7 +78,7 @@ STUDENT_KEYS = (
     "noise.dropout", "noise.stochastic_depth", "losses.supervised.student",
     "losses.pseudo_label.", "losses.entropy.", "losses.consistency.", "network.width",
     "train.rounds", "train.steps", "train.unlabeled_ratio", "train.start", "train.schedule",
-    "train.fine_tune.", "train.student_lr", "train.unlabeled_foreground",
+    "train.fine_tune.", "train.student_lr",
 )  # fmt: skip
 """What round 0 does not depend on; its network and its steps stand in the plan."""
 

@@ -441,13 +441,12 @@ def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
     """Return the pseudo-labeled cases that the student of a round learns from."""
     source, section = run.find_round_folder(teacher), run.config.filter.case
     offline = "previous_round" in run.config.teacher.source
-    is_placed = find_foreground(run.config) > 0
     rows = {row["case_id"]: row for row in read_review(source / "review.csv")}
     accepted = [row for row in rows.values() if row["accepted"] == "1"]
     changed = find_changed(source, read_json(source / "done.json", RoundMark))
     if rows.keys() != {case.case_id for case in run.unlabeled}:
         changed = [source / "review.csv"]
-    for case in run.unlabeled if offline or is_placed else ():
+    for case in run.unlabeled if offline else ():
         folder = source / "pseudo_labels" / case.case_id
         if case.case_id in rows and not is_whole(folder, (run.plan.num_classes, *case.shape)):
             changed.append(folder)
@@ -462,25 +461,15 @@ def _choose_cases(run: Run, index: int, teacher: int) -> list[UnlabeledCase]:
         accepted.sort(key=lambda row: (-float(row["stability"]), row["case_id"]))
         accepted = accepted[: max(1, round(share * len(accepted)))]
     weights = weigh_cases(accepted, section, run.class_names[1:])
-    labels = source / "pseudo_labels"
     return [
         UnlabeledCase(
             case,
-            labels / case.case_id if offline else None,
-            labels / case.case_id if is_placed else None,
+            source / "pseudo_labels" / case.case_id if offline else None,
             weights[case.case_id],
         )
         for case in run.unlabeled
         if case.case_id in weights
     ]
-
-
-def find_foreground(config: Config) -> float:
-    """Return the share of unlabeled patches around what the round before takes for a structure."""
-    section = config.train
-    if section.unlabeled_foreground != "auto":
-        return section.unlabeled_foreground
-    return section.foreground if "previous_round" in config.teacher.source else 0.0
 
 
 def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampling:
@@ -498,7 +487,6 @@ def choose_sampling(config: Config, plan: Plan, index: int, seed: int) -> Sampli
         strong=noise.strong,
         flips=plan.flips,
         views=config.views,
-        unlabeled_foreground=find_foreground(config),
         randaugment=noise.randaugment,
         fine_tune_from=round(steps * (1 - tuned)) if tuned else None,
         pretrain=train_section.schedule == "pretrain",

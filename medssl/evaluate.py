@@ -43,6 +43,7 @@ from medssl.data.predictions import (
     OVERWRITE,
     Record,
     append_audit,
+    locate_files,
     protect_files,
     read_audit,
     read_files,
@@ -232,6 +233,7 @@ def evaluate_data(
     about = {
         "model": str(path),
         "dataset": dataset.name,
+        "places": locate_files([path, root]),
         "trained_on": trained_on,
         "remarks": notes,
     }
@@ -366,14 +368,14 @@ def _refuse_other_tables(out: Path, about: Mapping[str, Any]) -> None:
     Raises:
         InputError: They stand in the folder.
     """
-    path = out / "summary.json"
-    before = read_json(path) if path.is_file() else {}
-    for key in ("model", "dataset"):
-        if key in before and key in about and before[key] != about[key]:
-            raise InputError(
-                f"{out}: has the tables of {key} {before[key]}, and this is {about[key]}; name "
-                f"another folder, or give {OVERWRITE} to replace them"
-            )
+    before: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # what a kill left
+        before = read_json(out / "summary.json")
+    if "places" in about and before.get("places", about["places"]) != about["places"]:
+        raise InputError(
+            f"{out}: has the tables of {before.get('model')} on {before.get('dataset')}, another "
+            f"model or other data; name another folder, or give {OVERWRITE} to replace them"
+        )
 
 
 class _Measuring:

@@ -44,7 +44,7 @@ from medssl.data.predictions import (
     Record,
     SomeFailedError,
     append_audit,
-    locate_scan,
+    locate_files,
     plan_predictions,
     read_audit,
 )
@@ -827,7 +827,7 @@ class _Outputs:
             written = _write_prediction(self.model.info, mask, name, prediction, probs, self.record)
             images = self.plan.scans[name]
             about = identify_prediction(self.model, images, uncertainty, fidelity)
-            about["places"] = locate_scan(images)
+            about["places"] = locate_files(images)
             append_audit(self.out / AUDIT, scan=name, **about, output=written)
         except Exception as error:
             self._fail(name, error)

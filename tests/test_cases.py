@@ -426,23 +426,23 @@ def test_files_that_cases_share_are_noted(tmp_path, rows, expected):
     assert note.startswith(expected.format(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        (["m/b.nii", "m/a_seg.nii"], "x (m/b.nii, as y), y (m/a_seg.nii, as x);"),
-        (["m/a.nii", "m/a_seg.nii"], "y (m/a_seg.nii, as x);"),
-    ],
-)
-def test_labels_that_are_called_as_the_image_of_another_case_are_noted(tmp_path, labels, expected):
-    touch(tmp_path, "a.nii", "b.nii", *labels)
-    text = "case_id,image,label\nx,a.nii,{}\ny,b.nii,{}\n".format(*labels)
-    (tmp_path / "cases.csv").write_text(text)
+def test_labels_that_are_called_as_the_image_of_another_case_are_noted(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii", "m/b.nii", "m/a_seg.nii")
+    rows = "case_id,image,label\nx,a.nii,m/b.nii\ny,b.nii,m/a_seg.nii\n"
+    (tmp_path / "cases.csv").write_text(rows)
     text = " ".join(read_dataset(tmp_path).notes).replace(f"{tmp_path}/", "")
+    expected = "x (m/b.nii, as y), y (m/a_seg.nii, as x);"
     assert text.startswith(f"labels that are called as the image of another case: {expected}")
 
 
 @pytest.mark.parametrize(
-    "labels", [("a_seg.nii", "b_mask.nii"), ("1.nii", "2.nii"), ("a_seg.nii", "a_seg.nii")]
+    "labels",
+    [
+        ("a_seg.nii", "b_mask.nii"),
+        ("1.nii", "2.nii"),
+        ("a_seg.nii", "a_seg.nii"),
+        ("1/a_seg.nii", "2/a_seg.nii"),  # two sites that number their labels alike
+    ],
 )
 def test_labels_of_other_names_or_that_two_images_share_are_not_called_as_anothers(
     tmp_path, labels
@@ -455,13 +455,25 @@ def test_labels_of_other_names_or_that_two_images_share_are_not_called_as_anothe
     assert note_crossed_labels(cases) == []
 
 
+def test_images_and_labels_of_one_name_in_a_folder_for_each_case_are_not_crossed(tmp_path):
+    cases = [
+        Case(name, (tmp_path / name / image,), tmp_path / name / "label.nii", name)
+        for name, image in (("x", "image.nii"), ("y", "ct.nii"))
+    ]
+    assert note_crossed_labels(cases) == []
+
+
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
         ({"0": "background", "1": "liver"}, ""),
         ({"1": "liver"}, ""),
         ({"0": "Clear Label", "1": "liver"}, ""),
-        ({"0": "liver", "1": "Background"}, "value 1 is called background"),
+        ({"0": "Unknown", "1": "healthy", "2": "other"}, ""),
+        ({"0": "No tumor", "1": "tumor"}, ""),
+        ({"0": "non-vessel", "1": "vessel"}, ""),
+        ({"0": "0", "1": "1"}, ""),
+        ({"0": "liver", "1": "Background"}, "value 1 is called Background"),
         ({"0": "liver", "1": "tumor"}, "value 0 is called liver"),
     ],
 )

@@ -864,7 +864,7 @@ def test_tables_of_another_model_or_of_other_data_are_not_replaced_unasked(
     evaluate_data(tmp_path / "one", data, out, report=quiet)
     evaluate_data(tmp_path / "one", data, out, report=quiet)
     before = (out / "per_case.csv").read_bytes()
-    with pytest.raises(InputError, match=f"has the tables of {key} .*--overwrite"):
+    with pytest.raises(InputError, match=r"another model or other data.*--overwrite"):
         evaluate_data(again, tmp_path / folder, out, report=quiet)
     assert (out / "per_case.csv").read_bytes() == before
     summary = evaluate_data(again, tmp_path / folder, out, overwrite=True, report=quiet)

@@ -692,7 +692,7 @@ def _warn_of_masks(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
                 f"images of at most {_FEW_VALUES} different values, as masks have: "
                 f"{_shorten(names)}; if they are masks, put the scans in their place"
             )
-    return warnings
+    return list(dict.fromkeys(warnings))  # of the colors of a picture the same
 
 
 def _warn_of_ct(facts: Sequence[CaseFacts]) -> list[str]:

@@ -404,12 +404,18 @@ def note_crossed_labels(cases: Sequence[Case]) -> list[str]:
     """
     owners: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
-        for stem in {_bare_stem(path) for path in case.images}:
+        for stem in {_bare_stem(path) for path in case.images} - {""}:
             owners[stem].append(case)
+
+    def find_owners(case: Case) -> list[Case]:  # of the images that its label is called as
+        return owners.get(_bare_stem(case.label), []) if case.label else []
+
     crossed = []
     for case in cases:
-        others = owners.get(_bare_stem(case.label), []) if case.label else []
-        if others and not any(other is case or other.label == case.label for other in others):
+        others = find_owners(case)
+        if any(other is case or other.label == case.label for other in others):
+            continue
+        if any(other not in find_owners(other) for other in others):  # sites may share names
             crossed.append(f"{case.case_id} ({case.label}, as {others[0].case_id})")
     return [
         f"labels that are called as the image of another case: {shorten(crossed, _NUM_SHOWN)}; "

@@ -47,11 +47,13 @@ from medssl.formats.readers import (
     strip_suffix,
 )
 
-_NOTHING = {
-    *("background", "bg", "none", "nothing", "no label", "unlabeled", "unlabelled", "clear label"),
-    *("void", "empty", "air", "outside", "other", "others", "rest", "normal", "healthy"),
-}
-"""Names of the background."""
+_BACKGROUND = ("background", "bg", "no label", "unlabeled", "unlabelled", "clear label", "void")
+"""Names of the background, and of nothing else."""
+_NOTHING = re.compile(
+    rf"(no|non|not|none|nothing)\b.*|\d*|{'|'.join(_BACKGROUND)}|back ground|unknown|exterior|"
+    "outside|empty|air|others?|rest|normal|healthy"
+)
+"""Names that 0 may have as the background."""
 _COLORS = ("red", "green", "blue")
 _MOST_OPENED = 25  # pictures whose headers tell the kind of all
 _MAX_HINTS = 20  # missing files, or images, for which a near name is looked for
@@ -108,14 +110,13 @@ def read_dataset(
 
 def _note_background(labels: Mapping[int, str]) -> list[str]:
     """Name a background that is not 0, and a 0 that is called as if it were none."""
-    moved = [str(value) for value, name in labels.items() if value and fold_name(name) in _NOTHING]
-    notes = []
-    if moved:
-        notes.append(
-            f"the label value {', '.join(moved)} is called background and is learned as a class, "
-            "as 0 alone is the background: change the values in the files, or give it another name"
-        )
-    if fold_name(labels.get(0, "background")) not in _NOTHING:
+    notes = [
+        f"the label value {value} is called {name} and is learned as a class, as 0 alone is the "
+        "background: change the values in the files, or give it another name"
+        for value, name in labels.items()
+        if value and fold_name(name) in _BACKGROUND
+    ]
+    if not _NOTHING.fullmatch(fold_name(labels.get(0, "background"))):
         notes.append(
             f"the label value 0 is called {labels[0]} and is the background, which is not learned: "
             "if it is a structure, give it another value in the files"

@@ -231,7 +231,7 @@ def _protect_other_scans(out: Path, scans: Scans) -> None:
     others = []
     for name, images in scans.items():
         entry = entries.get(name, {})
-        if entry.get("places") in (None, locate_scan(images)):
+        if entry.get("places") in (None, locate_files(images)):
             continue
         with contextlib.suppress(InputError, TypeError, KeyError):
             hashes = [source["sha256"] for source in entry["input"]]
@@ -246,9 +246,9 @@ def _protect_other_scans(out: Path, scans: Scans) -> None:
         )
 
 
-def locate_scan(images: Sequence[Path]) -> list[str]:
-    """Return a hash of where each file of a scan lies, which shows no name."""
-    return [hash_json(os.path.realpath(path)) for path in images]
+def locate_files(paths: Sequence[Path]) -> list[str]:
+    """Return a hash of where each file or folder lies, which shows no name."""
+    return [hash_json(os.path.realpath(path)) for path in paths]
 
 
 def _find_standing(out: Path, files: Iterable[str]) -> list[Path]:

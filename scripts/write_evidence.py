@@ -42,6 +42,7 @@ from medssl.runs import write_text
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SETS = {
     "confirm_acdc_3.csv": "Heart (ACDC), 3 patients labeled, fresh draws",
+    "confirm_acdc_7.csv": "Heart, 7 patients labeled, fresh draws",
     "acdc_3.csv": "Heart, draws that the recipe was made on",
     "spine_4_levers.csv": "Spine, 4 scans labeled",
     "hippocampus_4.csv": "Hippocampus, 4 scans labeled",

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from medssl.config import Fidelity, InputError
+from medssl.data.cases import format_count
 from medssl.data.io import read_geometry, read_image, write_map, write_mask
 from medssl.machine import count_free_memory
 from medssl.metrics import case_metrics
@@ -52,11 +53,10 @@ class Costs:
         minutes = self.seconds / 60
         duration = f"{self.seconds:.0f} seconds" if self.seconds >= 1.5 else "a second"
         duration = f"{minutes:.0f} minutes" if minutes >= 2 else duration
-        scans = "1 scan" if num_scans == 1 else f"{num_scans} scans"
         return (
-            f"{scans}, {self.num_windows} windows: about {duration}; {self.peak / 1e9:.1f} GB of "
-            f"memory, {free / 1e9:.1f} GB are free; at most {self.disk / 1e9:.2f} GB of disk, "
-            f"{disk / 1e9:.0f} GB are free"
+            f"{format_count(num_scans, 'scan')}, {self.num_windows} windows: about {duration}; "
+            f"{self.peak / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            f"at most {self.disk / 1e9:.2f} GB of disk, {disk / 1e9:.0f} GB are free"
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from study import compare_cases, format_markdown, pick_better, read_arms
+from study import format_markdown, pick_better, read_arms, subtract_arms
 from write_evidence import DOCS, SETS, replace_table
 
 from medssl import metrics
@@ -48,17 +48,10 @@ def read_gains(path: Path) -> NDArray[np.float64]:
     better = pick_better(arms)
     if better is None:
         raise ValueError(f"{path}: no draw has both the recipe and a control")
-    names = sorted(set(patients.values()))
-    rows = []
-    for draw in sorted(set(arms["recipe"]) & set(better[1])):
-        cases = sorted(arms["recipe"][draw])
-        ours, theirs = compare_cases(
-            [[arm[draw][case] for case in cases] for arm in (arms["recipe"], better[1])]
-        )
-        gains = np.array(ours, dtype=float) - np.array(theirs, dtype=float)
-        owners = np.array([patients[case] for case in cases])
-        rows.append([np.nanmean(gains[owners == name]) for name in names])
-    return np.array(rows)
+    table, cases = subtract_arms(arms["recipe"], better[1])
+    gains = np.array(table, dtype=float)
+    owners = np.array([patients[case] for case in cases])
+    return np.stack([np.nanmean(gains[:, owners == name], 1) for name in np.unique(owners)], 1)
 
 
 def estimate_deviations(table: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -509,16 +509,22 @@ def compare_arms(
     ours: Arm, theirs: Arm, patients: Mapping[str, str]
 ) -> tuple[DrawDifference, int] | None:
     """Return the difference of two arms over the draws that both have, and their number."""
-    draws = [draw for draw in ours if draw in theirs]
-    if not draws:
+    table, cases = subtract_arms(ours, theirs)
+    if not table:
         return None
-    cases = sorted(ours[draws[0]])
+    return draw_difference(table, [patients[case] for case in cases]), len(table)
+
+
+def subtract_arms(ours: Arm, theirs: Arm) -> tuple[list[list[float | None]], list[str]]:
+    """Return the differences of two arms, a list for each draw that both have, and their cases."""
+    draws = [draw for draw in ours if draw in theirs]
+    cases = sorted(ours[draws[0]]) if draws else []
     table = []
     for draw in draws:
         a, b = compare_cases([[arm[draw][case] for case in cases] for arm in (ours, theirs)])
         pairs = zip(a, b, strict=True)
         table.append([None if x is None or y is None else x - y for x, y in pairs])
-    return draw_difference(table, [patients[case] for case in cases]), len(draws)
+    return table, cases
 
 
 def pick_better(arms: Mapping[str, Arm]) -> tuple[str, Arm] | None:

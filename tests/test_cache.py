@@ -474,6 +474,22 @@ def test_builders_of_the_same_entry_do_no_harm(tmp_path):
     }
 
 
+def test_an_entry_that_another_process_makes_once_more_stays_whole(tmp_path, monkeypatch):
+    case = write_case(tmp_path / "data")
+    entry = build([case], tmp_path)["a"]
+    for path in (entry.folder / "image.npy", entry.label_folder / "label.npy"):
+        os.truncate(path, 200)
+    save, read = cache._save, []
+
+    def read_meanwhile(path, array):
+        save(path, array)
+        read.append([path.name, len(cache.read_sources(entry))])
+
+    monkeypatch.setattr(cache, "_save", read_meanwhile)
+    build([case], tmp_path)
+    assert read == [["image.npy", 2], ["label.npy", 2]]
+
+
 def test_scans_are_held_against_their_hashes_at_the_same_time(tmp_path, monkeypatch):
     cases = [write_case(tmp_path / "data", case_id=name) for name in ("a", "b")]
     first = build(cases, tmp_path)

@@ -7,8 +7,8 @@ scan of the same name, another label map or a corrected label never changes what
 its files. These are checked when a run starts, and what has changed is made anew. Sizes, times and
 inodes would be read faster than bytes, and do not do: a program that maps a file changes it without
 another time until the page is written back, and its old times may be put back.
-Files are replaced, never overwritten: several processes may build one entry, and open maps stay
-valid.
+Files are replaced, never overwritten or removed: several processes may build one entry while
+another reads it, and open maps stay valid.
 
 A file that another program has cut is reported by name when it is mapped, since its header says
 how long it must be; so it is mapped anew for each patch. If it is cut in the milliseconds between
@@ -368,7 +368,6 @@ def _make_image(
     image = preprocess_image(volume, recipe, overwrite=True)
     del volume  # its voxels are not needed any more
     meta |= {"shape": image.shape, "affine": image.affine.tolist()}
-    (entry / "meta.json").unlink(missing_ok=True)
     _save(entry / "image.npy", _cast_to_float16(image))
     _write_mark(entry / "meta.json", meta, "image.npy")
     return meta
@@ -403,7 +402,6 @@ def _open_label(
         refuse_other_grid(path, classes.shape, affine, "its scan", shape, native)
         # The scan's own affine: the gate has let pass what differs by a hair, voxels correspond.
         label = preprocess_label(classes, native, grid_shape, np.asarray(meta["affine"]))
-    (folder / "label.json").unlink(missing_ok=True)
     _save(folder / "label.npy", label)
     voxels: dict[str, Any] = _draw_voxels(label, seed_from("class_voxels", case.case_id))
     write_file(folder / "class_voxels.npz", lambda temporary: np.savez(temporary, **voxels))

@@ -127,7 +127,8 @@ def train_model(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         sum_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, config.train.grad_clip)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        optimizer.grad_scale = (norm / config.train.grad_clip).clamp(min=1)  # type: ignore[attr-defined]  # of AMP
         objective.skipped = ~torch.isfinite(loss.detach() + norm)
         optimizer.found_inf = objective.skipped.float()  # type: ignore[attr-defined]  # of AMP
         optimizer.step()

@@ -275,6 +275,21 @@ def test_a_skipped_step_moves_neither_student_nor_teacher_nor_optimizer(start, t
     assert_same(before["optimizer"]["state"], after["optimizer"]["state"])
 
 
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_gradients_beyond_the_limit_are_clipped_to_it_and_told_as_they_were(
+    train_in, tmp_path, tiny_config, tiny_plan, limit
+):
+    section = tiny_config.train.model_copy(update={"grad_clip": limit})
+    config = tiny_config.model_copy(update={"train": section})
+    plan = tiny_plan.model_copy(update={"steps": 1})
+    objective, _ = train_in(tmp_path, config=config, plan=plan)
+    gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+    norm = read_journal(tmp_path)[-1][2]["monitors/grad_norm"]
+    assert 1e-3 < norm < 1e3
+    applied = float(torch.nn.utils.get_total_norm(gradients))
+    assert applied == pytest.approx(min(norm, limit), rel=1e-4)
+
+
 def test_ten_non_finite_losses_in_a_row_stop_with_the_checkpoint_intact(start, tmp_path, tiny_plan):
     plan = tiny_plan.model_copy(update={"steps": 20})
     start(stop=3, plan=plan)

@@ -102,6 +102,6 @@ def _dice_loss(
     voxels = valid.float() if weight is None else replace_ignored(weight.detach().float(), valid)
     p, q = log_probs[:, 1:].exp(), target[:, 1:]
     axes = [0, *range(2, p.ndim)]
-    overlap = (voxels * torch.minimum(p, q)).sum(dim=axes)
+    overlap = (voxels * p.clamp(max=q)).sum(dim=axes)  # minimum would derive by q too
     total = (voxels * (p + q)).sum(dim=axes)
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()

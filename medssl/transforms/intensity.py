@@ -6,6 +6,7 @@ I J K voxel axes (K is absent in 2D).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from monai.transforms import (
     Compose,
@@ -67,7 +68,13 @@ def build_occlusion(patch_size: tuple[int, ...], strength: float) -> Compose:
 
 
 def apply_seeded(transform: Compose, patch: Tensor, seed: int) -> Tensor:
-    """Return the patch (C, I, J, K) under the draw that belongs to the seed."""
-    transform.set_random_state(seed=seed % 2**32)
+    """Return the patch (C, I, J, K) under the draw that belongs to the seed.
+
+    All transforms draw from one source: MONAI would seed one of each, which takes as long as to
+    apply them. It is of another kind than that of the geometry, whose seed may be the same.
+    """
+    source = np.random.RandomState(np.random.SFC64(seed))
+    for step in transform.transforms:
+        step.set_random_state(state=source)
     result = torch.as_tensor(transform(patch.clone()), dtype=torch.float32)
     return result.as_subclass(Tensor)

@@ -7,7 +7,6 @@ patch is cut from one slice and turned in its plane).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -122,7 +121,6 @@ def draw_spatial(
     """
     size = np.array(patch_size)
     start = _draw_start(rng, np.array(shape), size, target)
-    center = torch.as_tensor((size - 1) / 2, dtype=torch.float32)
     sides = np.ones(len(size)) if spacing is None else np.array(spacing, dtype=float)
     matrix = _draw_matrix(rng, strength, sides)
     for axis in range(len(size)):
@@ -132,8 +130,7 @@ def draw_spatial(
     place = start.astype(float)
     if extra is not None:
         matrix, place = extra[0] @ matrix, place + extra[1] * size
-    turn = torch.as_tensor(matrix.T, dtype=torch.float32)
-    offsets = _measure_offsets(tuple(patch_size)) @ turn
+    coordinates = _place_voxels(size, matrix, place + (size - 1) / 2)
     bent = rng.random() < 0.3 * min(strength, 1.0)
     dimension = len(size)
     nodes = rng.standard_normal((1, dimension, *[ELASTIC_NODES] * dimension))
@@ -142,16 +139,23 @@ def draw_spatial(
         field = torch.as_tensor(nodes, dtype=torch.float32)
         mode = "trilinear" if dimension == 3 else "bilinear"
         field = F.interpolate(field, size=tuple(patch_size), mode=mode, align_corners=True)
-        offsets = offsets + field[0].movedim(0, -1)
-    return SpatialDraw(offsets + center + torch.as_tensor(place, dtype=torch.float32))
+        coordinates = coordinates + field[0].movedim(0, -1)
+    return SpatialDraw(coordinates)
 
 
-@functools.lru_cache(maxsize=1)
-def _measure_offsets(patch_size: tuple[int, ...]) -> Tensor:
-    """Return how far each voxel of a patch lies from its center, (I, J, K, 3), in voxels."""
-    axes = [torch.arange(n, dtype=torch.float32) for n in patch_size]
-    center = torch.tensor([(n - 1) / 2 for n in patch_size], dtype=torch.float32)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1) - center
+def _place_voxels(
+    size: NDArray[np.int_], matrix: NDArray[np.float64], center: NDArray[np.float64]
+) -> Tensor:
+    """Return where the voxels of a turned patch lie around its center, (I, J, K, 3), in voxels.
+
+    Axis by axis, so that the last one alone costs a sum over all voxels.
+    """
+    coordinates = torch.as_tensor(center, dtype=torch.float32)
+    for axis, (length, column) in enumerate(zip(size.tolist(), matrix.T, strict=True)):
+        steps = torch.arange(length, dtype=torch.float32) - (length - 1) / 2
+        moved = steps[:, None] * torch.as_tensor(column, dtype=torch.float32)
+        coordinates = coordinates + moved.unflatten(0, (length, *[1] * (len(size) - 1 - axis)))
+    return coordinates
 
 
 def build_turn(num_axes: int, plane: tuple[int, int], angle: float) -> NDArray[np.float64]:

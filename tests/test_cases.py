@@ -577,6 +577,8 @@ def test_patient_folders_give_a_draft_that_reads_as_a_list(tmp_path, here):
         ("BraTS_1/BraTS_1_t1.nii.gz", "BraTS_1/BraTS_1_seg.nii.gz", "BraTS_1"),
         ("p1/scan.nii.gz", "p1/segmentation.nii.gz", "p1"),
         ("site/p1/t1.nii.gz", "site/p1/lesion_mask.nii.gz", "site_p1"),
+        ("sub-1/anat/sub-1_T1w.nii", "derivatives/a/sub-1/anat/sub-1_dseg.nii", "sub-1_anat"),
+        ("sub-1/anat/sub-1_T1w.nii", "derivatives/a/sub-1/anat/sub-1_mask.nii", "sub-1_anat"),
     ],
 )
 def test_masks_are_recognized_by_their_names(tmp_path, here, image, mask, case_id):
@@ -584,6 +586,22 @@ def test_masks_are_recognized_by_their_names(tmp_path, here, image, mask, case_i
     row = read_draft(draft(root, here))[case_id]
     assert Path(row["label"]) == root / mask
     assert Path(row["image"]) == root / image
+
+
+def test_a_processed_copy_of_a_scan_is_one_of_the_same_patient(tmp_path, here):
+    names = ["sub-1/anat/sub-1_T1w.nii", "derivatives/prep/sub-1/anat/sub-1_desc-prep_T1w.nii"]
+    rows = read_draft(draft(touch(tmp_path / "set", *names), here))
+    assert {case_id: row["patient_id"] for case_id, row in rows.items()} == {
+        "sub-1_anat": "sub-1",
+        "derivatives_prep_sub-1_anat": "sub-1",
+    }
+
+
+def test_of_two_masks_of_a_scan_a_person_chooses(tmp_path, here):
+    places = ["derivatives/a/sub-1/anat/sub-1_mask.nii", "derivatives/b/sub-1/anat/sub-1_mask.nii"]
+    root = touch(tmp_path / "set", "sub-1/anat/sub-1_T1w.nii", "sub-2/anat/sub-2_T1w.nii", *places)
+    assert f"Masks that fit to no scan: {', '.join(places)}" in refuse(root)
+    assert [row["label"] for row in read_draft(draft(root, here)).values()] == ["", ""]
 
 
 def test_scans_of_one_name_in_many_folders_keep_apart(tmp_path, here):

@@ -28,7 +28,7 @@ from medssl.formats.readers import (
 from medssl.runs import hash_file, hash_json
 
 _MASK_WORD = (
-    "(?:labels?|lbl|masks?|seg|segs|segm|segmentations?|gt|groundtruth|annotations?|rois?|manual)"
+    "(?:labels?|lbl|masks?|d?seg|segs|segm|segmentations?|gt|groundtruth|annotations?|rois?|manual)"
 )
 _MASK_NAME = re.compile(rf"(?:^|(?<=[^a-z0-9])){_MASK_WORD}(?=$|[^a-z0-9])", re.IGNORECASE)
 _MASK_FOLDER = re.compile(rf"^{_MASK_WORD}(?:tr|ts)?$", re.IGNORECASE)
@@ -442,8 +442,9 @@ def recognize_tree(root: Path, scans: Sequence[Path]) -> tuple[list[Case], list[
         else:
             images += own_images
             masks += own_masks
-    paired, unmatched = _match_by_stem(root, images, masks)
-    return sorted(cases + paired, key=lambda case: case.case_id), unmatched
+    paired, masks = _match_by_stem(root, images, masks)
+    cases, unmatched = _match_mirrored(root, cases + paired, masks)
+    return sorted(cases, key=lambda case: case.case_id), unmatched
 
 
 def _pair_series(root: Path, paths: Sequence[Path]) -> tuple[list[Case], list[Path]]:
@@ -480,7 +481,8 @@ def _read_patient_folder(
     """Make one case of a folder."""
     parts = folder.relative_to(root).parts
     names = [name for name in parts if not _COMMON_FOLDER.match(name)]
-    return Case("_".join(names), tuple(images), masks[0] if masks else None, names[0])
+    patient_id = next(filter(_PATIENT.match, names), names[0])
+    return Case("_".join(names), tuple(images), masks[0] if masks else None, patient_id)
 
 
 def _match_by_stem(
@@ -500,6 +502,28 @@ def _match_by_stem(
     repeated = {name for name, count in Counter(c.case_id for c in cases).items() if count > 1}
     cases = [_name_by_path(case, root) if case.case_id in repeated else case for case in cases]
     return cases, [mask for mask in masks if mask not in used]
+
+
+def _match_mirrored(
+    root: Path, cases: Sequence[Case], masks: Sequence[Path]
+) -> tuple[list[Case], list[Path]]:
+    """Pair masks with cases whose folders they repeat below others, as BIDS has derivatives/.
+
+    Only where one mask stands against one case: of two raters, or two structures, a person chooses.
+    """
+    by_folder: dict[tuple[str, ...], list[Case]] = defaultdict(list)
+    for case in cases:
+        by_folder[case.images[0].parent.relative_to(root).parts].append(case)
+    candidates: dict[str, list[Path]] = defaultdict(list)
+    for mask in masks:
+        parts = mask.parent.relative_to(root).parts
+        tails = [parts[start:] for start in range(1, len(parts))]
+        mirrored = next((by_folder[tail] for tail in tails if tail in by_folder), [])
+        if len(mirrored) == 1 and mirrored[0].label is None:
+            candidates[mirrored[0].case_id].append(mask)
+    labels = {case_id: same[0] for case_id, same in candidates.items() if len(same) == 1}
+    paired = [replace(case, label=labels.get(case.case_id, case.label)) for case in cases]
+    return paired, [mask for mask in masks if mask not in labels.values()]
 
 
 def _group_channels(images: Sequence[Path], masks: set[str]) -> list[tuple[str, tuple[Path, ...]]]:

@@ -216,6 +216,11 @@ def test_the_header_holds_the_images_in_order_and_no_name(tmp_path):
     }
 
 
+def test_values_in_the_upper_bits_are_refused_and_not_read_sixteen_times_too_large(tmp_path):
+    save(tmp_path, make_slices(ARRAY, AXIAL, BitsStored=12, HighBit=15))
+    refuse(tmp_path, "HighBit is 15, where 12 stored bits end at 11")
+
+
 # ---------------------------------------------------------------- several series
 
 

@@ -788,6 +788,16 @@ def _refuse_more(place: Place, dataset: Any) -> None:
         )
 
 
+def _refuse_shifted(place: Place, dataset: Any) -> None:
+    """Refuse pixels whose header lays them into the upper bits: pydicom would scale them by 2^n."""
+    stored, highest = dataset.get("BitsStored"), dataset.get("HighBit")
+    if None not in (stored, highest) and highest != stored - 1:
+        raise InputError(
+            f"{place}: HighBit is {highest}, where {stored} stored bits end at {stored - 1}: its "
+            "values would be of another scale; export the series again"
+        )
+
+
 def _unpack_bits(dataset: Any, indices: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
     """Yield frames (J, I) of one bit a pixel that begin within a byte, which pydicom cuts short."""
     count = int(dataset.Rows) * int(dataset.Columns)
@@ -807,6 +817,7 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
     """
     pixels = load_package("pydicom.pixels")
     guard_dicom(place, partial(_refuse_more, place, dataset))
+    _refuse_shifted(place, dataset)
     indices = [plane.frame for plane in planes]
     count = int(dataset.Rows) * int(dataset.Columns)
     is_split = dataset.get("BitsAllocated") == 1 and count % 8 > 0  # a byte is of two frames

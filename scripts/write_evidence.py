@@ -1,4 +1,4 @@
-"""Writes the tables and the figure of docs/evidence.md anew, from the CSVs that lie beside it.
+"""Writes the tables and the figure of docs/evidence.md and levers.md anew, from the CSVs there.
 
     python scripts/write_evidence.py
 
@@ -40,6 +40,7 @@ from study import (
 from medssl.runs import write_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = (DOCS / "evidence.md", DOCS / "levers.md")
 SETS = {
     "confirm_acdc_3.csv": "Heart (ACDC), 3 patients labeled, fresh draws",
     "confirm_acdc_7.csv": "Heart, 7 patients labeled, fresh draws",
@@ -60,10 +61,10 @@ CONTROLS = {"labels": "labels alone", "shadow": "the shadow run"}
 def main() -> None:
     """Write the tables and the figure."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    page = DOCS / "evidence.md"
-    for path in list_tables(page):
-        replace_table(page, path.name, tabulate(path))
-    replace_table(page, "power", tabulate_power([DOCS / name for name in SETS]))
+    for page in PAGES:
+        for path in list_tables(page):
+            replace_table(page, path.name, tabulate(path))
+    replace_table(PAGES[0], "power", tabulate_power([DOCS / name for name in SETS]))
     write_text(DOCS / "evidence.svg", draw_gains([DOCS / name for name in SETS]))
 
 

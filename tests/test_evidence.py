@@ -83,13 +83,12 @@ def test_power_is_of_sets_with_a_gain_in_two_draws(evidence, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_the_page_and_its_figure_are_those_of_the_committed_tables(evidence):
-    page = ROOT / "docs" / "evidence.md"
-    tables = evidence.list_tables(page)
+def test_the_pages_and_their_figure_are_those_of_the_committed_tables(evidence):
+    tables = {path: page for page in evidence.PAGES for path in evidence.list_tables(page)}
     assert {path.name for path in tables} > set(evidence.SETS)
-    for path in tables:
+    for path, page in tables.items():
         assert evidence.tabulate(path) in page.read_text(encoding="utf-8"), path.name
     power = evidence.tabulate_power([ROOT / "docs" / name for name in evidence.SETS])
-    assert power in page.read_text(encoding="utf-8")
+    assert power in evidence.PAGES[0].read_text(encoding="utf-8")
     figure = (ROOT / "docs" / "evidence.svg").read_text(encoding="utf-8")
     assert evidence.hash_contents([ROOT / "docs" / name for name in evidence.SETS]) in figure

@@ -258,7 +258,9 @@ def _compare_arms(
         pairs = _pair_tables(arms[index], arms[0])
         sides = [compare_cases([pick(ours), pick(theirs)]) for ours, theirs in pairs]
         difference = _find_difference(sides, patients) if index else None
-        is_judged = _are_paired(arms[index], arms[0])
+        verdict = judge(difference)
+        if verdict != "not measured" and not _are_paired(arms[index], arms[0]):
+            verdict = "no verdict"
         rows.append(
             {
                 "name": arms[index].name,
@@ -266,7 +268,7 @@ def _compare_arms(
                 "n": estimate["n"],
                 "dice": estimate,
                 "difference": difference,
-                "verdict": judge(difference if is_judged else None) if index else None,
+                "verdict": verdict if index else None,
                 "classes": {c: e[index] for c, e in zip(classes, entries, strict=True)},
             }
         )
@@ -370,7 +372,7 @@ def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Seque
         text, p = "", ""
         if difference is not None:
             text = format_estimate(difference, "+")
-            is_judged = difference["p"] is not None and row["verdict"] != "not measured"
+            is_judged = difference["p"] is not None and row["verdict"] in ("gain", "no gain")
             p = f"{difference['p']:.4f}" if is_judged else ""
         lines.append(
             f"{_label(row):<{NAME_WIDTH}}  {row['n']:>4}  {format_estimate(row['dice']):<20}"
@@ -390,11 +392,11 @@ def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Seque
                 f"  {'n/a' if distance is None else f'{distance:.2f}':>7}"
                 f"  {entry['num_missed']:>6g}"
             )
-    if any(row["verdict"] == "not measured" for row in rows):
+    if any(row["verdict"] == "no verdict" for row in rows):
         needs = f"a verdict needs {MIN_CASES_FOR_VERDICT} patients"
         if len({row["num_tables"] for row in rows} - {1}) > 1:
             needs += ", and of several runs as many as the first arm has, or one"
-        lines += ["", f"not measured: {needs}."]
+        lines += ["", f"no verdict: {needs}."]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -854,7 +854,7 @@ def _compare_to_baseline(
         statement = "not measured: no round after round_0 is done"
     else:
         why = f" of {paired['num_patients']} patients" * (paired["num_patients"] < paired["n"])
-        why += f", a verdict needs {MIN_CASES_FOR_VERDICT}" * (verdict == "not measured")
+        why += f", a verdict needs {MIN_CASES_FOR_VERDICT}" * (verdict == "no verdict")
         num_lost = len(set.union(*ids) - shared)
         why += f"; {num_lost} more that some round could not segment are left out" * (num_lost > 0)
         statement = (

@@ -55,7 +55,7 @@ _MOST_TOLERATED = 4.0  # median spacings: 1 mm down to 0.25 mm, as in scans of p
 MIN_CASES_FOR_VERDICT = 8
 """Patients, each with a case that was not trained on, from which on a verdict is given."""
 
-Verdict = Literal["gain", "no gain", "not measured"]
+Verdict = Literal["gain", "no gain", "no verdict", "not measured"]
 
 
 class Estimate(TypedDict):
@@ -466,14 +466,16 @@ def judge(difference: Difference | None) -> Verdict:
     """Return the verdict on a paired difference between a model and its baseline.
 
     "gain" needs cases of at least 8 patients that were not trained on and a 95 % interval above
-    zero.
+    zero; of fewer patients there is "no verdict".
 
     Args:
         difference: Of ``paired_difference``, over cases that were not trained on; None where
             there is nothing to compare.
     """
-    if difference is None or difference["num_patients"] < MIN_CASES_FOR_VERDICT:
+    if difference is None or difference["mean"] is None:
         return "not measured"
+    if difference["num_patients"] < MIN_CASES_FOR_VERDICT:
+        return "no verdict"
     low = difference["low"]
     return "gain" if low is not None and low > 0 else "no gain"
 

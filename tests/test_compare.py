@@ -78,8 +78,8 @@ def test_only_common_cases_are_compared_and_the_others_counted(tmp_path: Path) -
     assert [row["n"] for row in rows] == [6, 6]
     assert rows[1]["difference"]["mean"] == pytest.approx(0.2)
     assert "6 cases, evaluated in all 2 arms; 6 others only in some are left out" in text
-    assert rows[1]["verdict"] == "not measured"
-    assert re.search(r"\+0\.200 \[.*\] +not measured$", text, re.MULTILINE), "no p of six cases"
+    assert rows[1]["verdict"] == "no verdict"
+    assert re.search(r"\+0\.200 \[.*\] +no verdict$", text, re.MULTILINE), "no p of six cases"
     assert "a verdict needs 8 patients" in text
 
 
@@ -124,7 +124,7 @@ def test_runs_are_held_against_those_of_the_first_arm_one_by_one(tmp_path: Path)
     assert rows[1]["verdict"] == "gain"
     text, rows = compare([arms[0], f"b={after[0]},{after[1]}"])
     assert rows[1]["difference"]["mean"] == pytest.approx(0.0105 - 0.05)
-    assert rows[1]["verdict"] == "not measured"
+    assert rows[1]["verdict"] == "no verdict"
     assert "and of several runs as many as the first arm has, or one" in text
 
 

@@ -653,7 +653,7 @@ def test_the_delivered_model_is_predicted_once_where_it_is_a_round(
     [
         ([0, 1], 9, "no gain"),
         ([1, 1], 9, "no gain"),
-        ([2, 0], 7, "not measured"),
+        ([2, 0], 7, "no verdict"),
         ([0], 9, "not measured"),
     ],
 )

@@ -441,7 +441,7 @@ def test_many_scans_of_few_patients_are_no_evidence() -> None:
     base, better = [0.5] * 20, [0.6] * 20
     patients = [f"p{index % 2}" for index in range(20)]
     assert judge(paired_difference(better, base)) == "gain"
-    assert judge(paired_difference(better, base, patients=patients)) == "not measured"
+    assert judge(paired_difference(better, base, patients=patients)) == "no verdict"
 
 
 def test_too_few_values_give_no_interval() -> None:
@@ -515,8 +515,8 @@ def test_a_gain_needs_eight_cases_and_an_interval_above_zero() -> None:
     assert judge(paired_difference(base, better)) == "no gain"
     assert judge(paired_difference(mixed, base)) == "no gain"
     assert judge(paired_difference(base, base)) == "no gain"
-    assert judge(paired_difference(better[:7], base[:7])) == "not measured"
-    assert judge(paired_difference([None, *better[1:]], [None, *base[1:]])) == "not measured"
+    assert judge(paired_difference(better[:7], base[:7])) == "no verdict"
+    assert judge(paired_difference([None, *better[1:]], [None, *base[1:]])) == "no verdict"
     assert judge(None) == "not measured"
 
 

@@ -245,7 +245,7 @@ def write_evaluation(
     entry |= {"num_present": len(cases), "num_missed": 0}
     low = paired["low"]
     enough = len(cases) >= 8 and low is not None
-    verdict = ("gain" if low > 0 else "no gain") if enough else "not measured"
+    verdict = ("gain" if low > 0 else "no gain") if enough else "no verdict"
     summary = {
         "delivered": f"round_{num_rounds - 1}",
         "rounds": {f"round_{r}": float(np.mean(list(t.values()))) for r, t in enumerate(tables)},
@@ -430,7 +430,7 @@ def test_few_test_cases_give_a_number_but_no_verdict(tmp_path: Path) -> None:
     folder = write_run(tmp_path, num_test=5, gain=0.05, num_unlabeled=1, shape=(8, 8, 8))
     run = read_folder_with_tables(folder)
     verdict = write_verdict(run, "")
-    assert verdict.word == "Not measured"
+    assert verdict.word == "No verdict: too few patients"
     assert "on 5 test cases" in verdict.sentence
     assert "needs such cases of 8 patients" in verdict.sentence
 

@@ -103,7 +103,10 @@ def describe_status(run: RunFolder) -> str:
 
 @dataclass(frozen=True)
 class VerdictText:
-    """The verdict: ``kind`` is gain, loss, no gain or not measured; ``details`` are caveats."""
+    """The verdict, with caveats as ``details``.
+
+    ``kind`` is gain, loss, no gain, no verdict or not measured.
+    """
 
     kind: str
     word: str
@@ -129,6 +132,8 @@ def write_verdict(run: RunFolder, patients: str) -> VerdictText:
     low, high = parse_number(paired.get("low")), parse_number(paired.get("high"))
     measured = run.cross_check if in_folds else run.evaluation
     kind = str(measured.get("verdict") or "not measured")
+    if kind == "not measured" and not in_folds:  # as version 0.1.0 called it
+        kind = "no verdict"
     if kind == "no gain" and high is not None and high < 0:
         kind = "loss"
     amount = f"{format_number(abs(difference))} Dice {'above' if difference >= 0 else 'below'}"
@@ -148,11 +153,12 @@ def write_verdict(run: RunFolder, patients: str) -> VerdictText:
             f"over it to measure ({format_count(n, 'test case')})."
         )
         kind = "no gain"
-    if kind == "not measured":
+    if kind == "no verdict":
         sentence += f" A verdict needs such cases of {MIN_CASES_FOR_VERDICT} patients."
     if kind == "no gain" and low is not None and high is not None and low <= 0 <= high and low:
         sentence += " The interval includes zero."
     words = {"gain": "Gain", "no gain": "No gain", "loss": "No gain: worse than labels only"}
+    words["no verdict"] = "No verdict: too few patients"
     return VerdictText(kind, words.get(kind, "Not measured"), sentence, tuple(details))
 
 

@@ -60,7 +60,8 @@ CT_SCANS = 2  # that are looked at
 CT_AIR, CT_BONE = -900.0, 300.0  # HU; air is at -1000, and what lies outside of the tube lower
 LOOKS_LIKE_CT = "it looks like CT, with the air and bone of Hounsfield units"
 AXES = ("left-right", "back-front", "feet-head")
-CPU_STEPS = (2400, 1600)  # of round 0, where it levels off, and of a student that goes on from it
+CPU_STEPS = {2: (8000, 1600), 3: (2400, 1600)}
+"""By dimension, of round 0, which ends about where it levels off, and of a student after it."""
 GPU_STEPS = 10_000
 _LEVEL_OFF = "what a processor has time for, and where few labels level off"
 DEFAULT_ENCODER = "resnet18"
@@ -164,7 +165,8 @@ def make_plan(
     steps = config.train.steps
     if steps == "auto":
         goes_on = config.train.start == "warm"
-        steps = GPU_STEPS if on_gpu else CPU_STEPS if goes_on else CPU_STEPS[0]
+        on_cpu = CPU_STEPS[len(axes)] if goes_on else CPU_STEPS[len(axes)][0]
+        steps = GPU_STEPS if on_gpu else on_cpu
         why = "by default on a GPU, where none was measured" if on_gpu else _LEVEL_OFF
         reasons.append(f"{describe_steps(steps)}: {why}")
     precision = _choose_precision(config.train.precision, device, reasons)

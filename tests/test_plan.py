@@ -515,10 +515,12 @@ def test_the_estimate_of_the_disk_grows_with_unlabeled_scans(scans):
     )
 
 
-def test_a_student_from_scratch_has_the_steps_of_round_0(scans):
+@pytest.mark.parametrize(("dimension", "first"), [(2, 8000), (3, 2400)])
+def test_a_student_from_scratch_has_the_steps_of_round_0(scans, dimension, first):
     scans.add().add(labeled=False)
-    assert scans.plan("train.start=warm").steps == (2400, 1600)
-    assert scans.plan("train.start=scratch").steps == 2400
+    in_it = f"plan.dimension={dimension}"
+    assert scans.plan("train.start=warm", in_it).steps == (first, 1600)
+    assert scans.plan("train.start=scratch", in_it).steps == first
     assert scans.plan("train.start=scratch", "steps=[50, 20]").steps == (50, 20)
 
 

@@ -124,7 +124,7 @@ def test_evaluation_measures_the_own_test_cases_and_states_that_they_are_few(
     summary = json.loads((evaluated / "evaluation" / "summary.json").read_text())
     assert summary["num_cases"] == 3
     assert summary["verdict"] == "no verdict"
-    assert "no verdict" in (evaluated / "report.html").read_text()
+    assert "No verdict: too few patients" in (evaluated / "report.html").read_text()
 
 
 def test_one_round_is_measured_on_the_test_cases_of_its_run(evaluated: Path) -> None:

@@ -351,7 +351,7 @@ def test_an_exported_network_gives_the_logits_at_other_sizes(tmp_path, make_mode
         image = torch.randn(batch, 1, *size)
         with torch.no_grad():
             expected = network(image)
-            assert (logits(image) - expected).abs().max() <= 1e-4
+            assert (logits(image) - expected).abs().max() <= 3e-4  # of up to 4
             assert expected.std() > 0.1
     assert about["label_values"] == [0, 1, 5]
     assert about["preprocessing"]["spacing"] == 3 * [None if kind == "unet" else 1.0]

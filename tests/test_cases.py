@@ -597,6 +597,15 @@ def test_a_processed_copy_of_a_scan_is_one_of_the_same_patient(tmp_path, here):
     }
 
 
+def test_folders_of_two_visits_are_of_one_patient(tmp_path, here):
+    names = [f"{place}sub-1_ses-{n}/anat/T1w.nii" for place in ("", "site/") for n in (1, 2)]
+    names += [f"site/sub-2_ses-{n}/scans/t{k}.nii" for n in (1, 2) for k in range(9)]
+    rows = read_draft(draft(touch(tmp_path / "set", *names), here))
+    assert len(rows) == 22
+    for case_id, row in rows.items():
+        assert row["patient_id"] == ("sub-2" if "sub-2" in case_id else "sub-1"), case_id
+
+
 def test_of_two_masks_of_a_scan_a_person_chooses(tmp_path, here):
     places = ["derivatives/a/sub-1/anat/sub-1_mask.nii", "derivatives/b/sub-1/anat/sub-1_mask.nii"]
     root = touch(tmp_path / "set", "sub-1/anat/sub-1_T1w.nii", "sub-2/anat/sub-2_T1w.nii", *places)

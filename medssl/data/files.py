@@ -481,8 +481,8 @@ def _read_patient_folder(
     """Make one case of a folder."""
     parts = folder.relative_to(root).parts
     names = [name for name in parts if not _COMMON_FOLDER.match(name)]
-    patient_id = next(filter(_PATIENT.match, names), names[0])
-    return Case("_".join(names), tuple(images), masks[0] if masks else None, patient_id)
+    label = masks[0] if masks else None
+    return Case("_".join(names), tuple(images), label, _guess_from_folders(names))
 
 
 def _match_by_stem(
@@ -551,8 +551,15 @@ def _name_by_path(case: Case, root: Path) -> Case:
     """Name a case by its whole path, because its file name alone is not unique."""
     parts = case.images[0].relative_to(root).parts[:-1]
     case_id = "_".join((*parts, case.case_id))
-    patient_id = guess_patient(parts[0]) or parts[0] if parts else ""
-    return replace(case, case_id=case_id, patient_id=patient_id)
+    return replace(case, case_id=case_id, patient_id=_guess_from_folders(parts))
+
+
+def _guess_from_folders(names: Sequence[str]) -> str:
+    """Return the patient that folders name, from the outer one: else the outer one's name, if any.
+
+    So `sub-01` wherever it lies, and of `sub-01_ses-1` and `sub-01_ses-2` one patient.
+    """
+    return next(filter(None, map(guess_patient, names)), names[0] if names else "")
 
 
 def _bare_stem(path: Path) -> str:

@@ -671,11 +671,9 @@ def _finish_evaluation(text: str, summary: Mapping[str, Any]) -> None:
 
 def _take_device(name: str) -> str:
     """Return the device, and compute with as many threads as cores are free."""
-    import torch
+    from medssl.machine import choose_device, choose_threads, compute_with
 
-    from medssl.machine import choose_device, choose_threads
-
-    torch.set_num_threads(choose_threads())
+    compute_with(choose_threads())
     return choose_device(name)
 
 

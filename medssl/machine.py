@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
+import platform
 import resource
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +25,11 @@ SAMPLE_SECONDS = 0.3
 PROBE_SHAPE = (2, 16, 32, 32, 32)  # of the features that number formats are compared on
 PROBE_TURNS = 6  # of each number format; the first one warms up
 TORCH_THREADS = torch.get_num_threads()  # of torch, if nobody tells it otherwise
+MALLOC_LIMITS = {  # of glibc, by their numbers in malloc.h, in bytes
+    -3: 2**25,  # M_MMAP_THRESHOLD: the most that it takes; larger arrays go back at once
+    -1: 2**30,  # M_TRIM_THRESHOLD
+}
+MALLOC_SETTINGS = "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"
 
 
 def choose_device(name: str) -> str:
@@ -161,6 +168,22 @@ def choose_threads(recorded: int | None = None) -> int:
         return TORCH_THREADS
     most = min(TORCH_THREADS, count_cores())
     return min(most, max(1, recorded or round(count_free_cores())))
+
+
+def compute_with(threads: int) -> None:
+    """Compute with so many threads, and let each step have the memory of the one before.
+
+    glibc hands freed features back to the kernel, and each page of the next ones is a fault: a
+    tenth of a step. Up to 1 GiB is kept; whoever has set glibc's limits has them as they are.
+
+    Args:
+        threads: Of torch.
+    """
+    torch.set_num_threads(threads)
+    if platform.libc_ver()[0] == "glibc" and not set(MALLOC_SETTINGS) & set(os.environ):
+        libc = ctypes.CDLL(None)
+        for kind, size in MALLOC_LIMITS.items():
+            libc.mallopt(kind, size)
 
 
 def count_cores(root: Path = Path("/")) -> int:

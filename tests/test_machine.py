@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 from collections import namedtuple
@@ -158,3 +159,27 @@ def test_the_probe_compares_the_number_formats_it_says_it_does(monkeypatch):
     monkeypatch.setattr(machine, "PROBE_SHAPE", (1, 2, 3, 3, 3))
     assert machine.measure_bfloat16.__wrapped__() == pytest.approx(3.0)
     assert dtypes == machine.PROBE_TURNS * [torch.float32, torch.bfloat16]
+
+
+FAULTS = """
+import resource, numpy
+from medssl.machine import compute_with
+compute_with(1)
+for turn in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    features = [numpy.ones(3 * 2**18, dtype="float32") for _ in range(32)]
+    del features
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the limits are glibc's")
+@pytest.mark.parametrize(("given", "keeps"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "0"}, False)])
+def test_a_step_has_the_memory_of_the_one_before_unless_the_user_says_otherwise(given, keeps):
+    kept = {k: v for k, v in os.environ.items() if k not in machine.MALLOC_SETTINGS}
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**kept, **given}
+    )
+    assert (int(done.stdout) < 100) == keeps, done.stdout  # of 24,576 pages

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from medssl import ranks
@@ -31,7 +30,12 @@ from medssl.data.check import check_dataset, describe_origins
 from medssl.data.layouts import read_dataset
 from medssl.data.store import find_url
 from medssl.data.trained import write_trained_on
-from medssl.machine import choose_device, choose_threads, explain_out_of_memory
+from medssl.machine import (
+    choose_device,
+    choose_threads,
+    compute_with,
+    explain_out_of_memory,
+)
 from medssl.networks.sharing import share_steps
 from medssl.plan import LOOKS_LIKE_CT, Plan, list_decisions, make_plan
 from medssl.predict import ModelInfo, describe_model
@@ -138,7 +142,7 @@ def _renew(plan: Plan, config: Config) -> Plan:
     if config.train.workers != "auto":
         now["workers"] = config.train.workers
     plan = plan.model_copy(update=now)
-    torch.set_num_threads(plan.threads)
+    compute_with(plan.threads)
     return plan
 
 
@@ -159,7 +163,7 @@ def _make_plan(config: Config, dataset: Dataset, splits: Splits) -> Plan:
     origins = describe_origins(checked.facts, with_names=False)
     if origins:
         plan = plan.model_copy(update={"reasons": (*plan.reasons, origins)})
-    torch.set_num_threads(plan.threads)
+    compute_with(plan.threads)
     rounds = config.train.rounds if unlabeled else 0
     check_settings(config, plan, len(splits.val))
     return plan.model_copy(

@@ -10,8 +10,9 @@ have a hash of the settings, and none are added to those of others. Arms of a dr
 processes may work on one CSV, each on its own draws or arms; to the tasks of an array of
 scripts/slurm/study.sbatch the arms of all draws are dealt. As many tasks as draws have a draw each,
 twice as many halve its arms, and so on; whoever comes first to a draw trains its round 0, for which
-the others wait. What labels alone reach does not change with the recipe: --controls takes their
-rows from the CSV of a study of an earlier one. All arms train on the same labels:
+the others wait, but for `labels`, which have none. What labels alone reach does not change with the
+recipe: --controls takes their rows from the CSV of a study of an earlier one. All arms train on the
+same labels:
 
     round_0    labels alone, the steps of round 0
     labels     labels alone, one schedule, as many patch passes as the whole recipe (A)
@@ -195,7 +196,7 @@ def run_arm(study: Study, draw: int, arm: str) -> None:
         add_rows(study, draw, arm, folder, finish_run(study.data, folder, settings))
         return
     first = study.work / f"draw_{draw}_round_0"
-    if arm == "labels" and is_finished(study, draw, "round_0") and find_plans(study):
+    if arm == "labels" and find_plans(study):
         run_labels(study, draw, folder, settings)
         return
     with hold_lock(first.with_suffix(".lock")):  # the tasks of an array may share a draw

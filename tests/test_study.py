@@ -174,6 +174,8 @@ def test_labels_alone_have_as_many_passes_as_the_recipe(study, trained, tmp_path
     # by hand, of the tiny plan: 2 patches a step; a student's has 2 + 2 (1 + 2 passes / 3)
     passes = 100 * 2 + 2 * 30 * (2 + 2 * (1 + 2 / 3))
     assert trained[-1][1][-1] == f"steps={round(passes / 2)}"
+    study.run_arm(run, 1, "labels")  # the plan is known, so they wait for no round 0
+    assert [call[0] for call in trained] == ["draw_0_round_0", "draw_0_labels", "draw_1_labels"]
 
 
 def test_what_a_part_saves_of_passes_goes_into_longer_students(study, trained, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from medssl.config import InputError
+from medssl.data.trained import NO_TEST
 from medssl.metrics import (
     ID_COLUMNS,
     MIN_CASES_FOR_VERDICT,
@@ -44,6 +45,7 @@ class Arm:
         cases: The same, averaged over the evaluations within each case.
         patients: The patient of each case.
         num_left_out: Cases that only some of the evaluations have.
+        remarks: Of the evaluations, on cases that the model may have been trained on.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Arm:
     cases: Table
     patients: dict[str, str]
     num_left_out: int
+    remarks: tuple[str, ...] = ()
 
 
 def compare(paths: Sequence[str | Path]) -> tuple[str, list[dict[str, Any]]]:
@@ -60,7 +63,7 @@ def compare(paths: Sequence[str | Path]) -> tuple[str, list[dict[str, Any]]]:
         paths: Each a run, a round (``RUN/round_0``) or an evaluation folder that holds
             ``per_case.csv``; ``arm=path1,path2`` takes several seeds or draws as one arm: averages
             within each case, and differences run by run, in the order given, to as many of the
-            first arm, or to its only one.
+            first arm, or to its only one, whose own chance no interval shows then.
 
     Returns:
         The table as text, at most 100 columns wide, and one row per arm: ``name, num_tables, n,
@@ -97,6 +100,7 @@ def compare(paths: Sequence[str | Path]) -> tuple[str, list[dict[str, Any]]]:
         for arm in arms
         if arm.num_left_out
     ]
+    notes += [f"{arm.name}: {remark}" for arm in arms for remark in arm.remarks]
     return _render(rows, classes, notes), rows
 
 
@@ -130,12 +134,39 @@ def _name_apart(texts: Sequence[str], named: Sequence[str]) -> list[str]:
 
 def _read_arm(name: str, paths: Sequence[str]) -> Arm:
     """Read the evaluations of an arm and average them within each case."""
-    read = [_read_cases(_find_table(Path(path))) for path in paths]
+    places = [_find_table(Path(path)) for path in paths]
+    read = [_read_cases(place) for place in places]
     tables = [table for table, _ in read]
+    patients = _join_patients([patients for _, patients in read])
+    remarks = dict.fromkeys(remark for place in places for remark in _read_remarks(place))
     every = {case_id for table in tables for case_id in table}
     shared = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
     cases = {case_id: _average([table[case_id] for table in tables]) for case_id in shared}
-    return Arm(name, tuple(tables), cases, read[0][1], len(every) - len(shared))
+    return Arm(name, tuple(tables), cases, patients, len(every) - len(shared), tuple(remarks))
+
+
+def _read_remarks(table: Path) -> list[str]:
+    """Return what the evaluation of a table said of cases that the model may have seen."""
+    path = table.with_name("summary.json")
+    return [str(r) for r in read_json(path).get("remarks") or []] if path.is_file() else []
+
+
+def _join_patients(named: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Return the patient of each case; cases are of one patient if any of the tables says so.
+
+    Args:
+        named: The patient by case_id, of each table.
+    """
+    joined: dict[str, str] = {}
+    for patients in named:
+        known: dict[str, str] = {}  # by the name in this table, that in the joined one
+        for case_id, patient in patients.items():
+            new = joined.setdefault(case_id, case_id)
+            old = known.setdefault(patient, new)
+            if old != new:
+                joined = {case: old if name == new else name for case, name in joined.items()}
+                known = {case: old if name == new else name for case, name in known.items()}
+    return joined
 
 
 def _find_table(path: Path) -> Path:
@@ -220,17 +251,17 @@ def _find_classes(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
 
 
 def _check_references(arms: Sequence[Arm], shared: Sequence[str], classes: Sequence[str]) -> None:
-    """Refuse arms whose references of the same case_id have other volumes: other labels."""
-    first = arms[0]
-    for arm in arms[1:]:
+    """Refuse evaluations whose references of a case_id have other volumes: other labels."""
+    first = arms[0].tables[0]
+    for arm, table in ((arm, table) for arm in arms for table in arm.tables):
         for case_id in shared:
             for name in classes:
-                ours, theirs = (_get_reference(a.cases[case_id], name) for a in (first, arm))
+                ours, theirs = (_get_reference(t[case_id], name) for t in (first, table))
                 if ours is None or theirs is None or np.isclose(ours, theirs, rtol=1e-3):
                     continue
-                unit = "ml" if f"reference_ml/{name}" in first.cases[case_id] else "pixels"
+                unit = "ml" if f"reference_ml/{name}" in first[case_id] else "pixels"
                 raise InputError(
-                    f"{case_id}: the reference of {name!r} is {ours:.4g} {unit} in {first.name} "
+                    f"{case_id}: the reference of {name!r} is {ours:.4g} {unit} in {arms[0].name} "
                     f"and {theirs:.4g} {unit} in {arm.name}: not the same label; evaluate both on "
                     "the same data"
                 )
@@ -250,7 +281,8 @@ def _compare_arms(
     def pick(table: Table) -> list[dict[str, Cell]]:
         return [{c: table[i][c] for c in columns} for i in shared]
 
-    patients = [arms[0].patients[case_id] for case_id in shared]
+    joined = _join_patients([arm.patients for arm in arms])
+    patients = [joined[case_id] for case_id in shared]
     entries = [_compare_class(arms, shared, patients, name) for name in classes]
     rows = []
     for index, dice in enumerate(compare_cases([pick(arm.cases) for arm in arms])):
@@ -259,7 +291,7 @@ def _compare_arms(
         sides = [compare_cases([pick(ours), pick(theirs)]) for ours, theirs in pairs]
         difference = _find_difference(sides, patients) if index else None
         verdict = judge(difference)
-        if verdict != "not measured" and not _are_paired(arms[index], arms[0]):
+        if verdict != "not measured" and not _are_comparable(arms[index], arms[0]):
             verdict = "no verdict"
         rows.append(
             {
@@ -273,6 +305,16 @@ def _compare_arms(
             }
         )
     return rows
+
+
+def _are_comparable(ours: Arm, theirs: Arm) -> bool:
+    """Return whether a verdict may be given: as many evaluations, of cases that are new to all.
+
+    An only run that several are held against has its luck in every pair alike, where no spread
+    shows it.
+    """
+    is_test = not any(NO_TEST in remark for arm in (ours, theirs) for remark in arm.remarks)
+    return is_test and len(ours.tables) == len(theirs.tables)
 
 
 def _are_paired(ours: Arm, theirs: Arm) -> bool:
@@ -394,8 +436,10 @@ def _render(rows: Sequence[dict[str, Any]], classes: Sequence[str], notes: Seque
             )
     if any(row["verdict"] == "no verdict" for row in rows):
         needs = f"a verdict needs {MIN_CASES_FOR_VERDICT} patients"
-        if len({row["num_tables"] for row in rows} - {1}) > 1:
-            needs += ", and of several runs as many as the first arm has, or one"
+        if len({row["num_tables"] for row in rows}) > 1:
+            needs += ", and as many runs as the first arm has"
+        if any(NO_TEST in note for note in notes):
+            needs += ", and cases that no model was trained on"
         lines += ["", f"no verdict: {needs}."]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -18,9 +18,9 @@ from medssl.data.cases import Case, Splits, select_cases
 from medssl.metrics import (
     Row,
     compare_cases,
+    fold_difference,
     format_estimate,
     judge,
-    paired_difference,
     read_table,
 )
 from medssl.runs import DeliveredSummary, StopFlag, read_json
@@ -128,6 +128,7 @@ def cross_check_run(
 
     rows: list[Row] = []
     before: list[Row] = []
+    folds: list[int] = []
     delivered: list[str] = []
     failed: list[str] = []
     for number, fold in enumerate(list_folds(prepared, count), start=1):
@@ -146,33 +147,39 @@ def cross_check_run(
         ids = {row["case_id"] for row in ours} & {row["case_id"] for row in theirs}
         rows += [row for row in ours if row["case_id"] in ids]
         before += [row for row in theirs if row["case_id"] in ids]
+        folds += [number] * len(ids)
     if failed:
         report(f"not measured, and in no figure: {', '.join(failed)}")
-    summary = {**summarize_folds(rows, before, delivered), "failed": failed}
+    summary = {**summarize_folds(rows, before, folds, delivered), "failed": failed}
     write_tables(run_dir / FOLDER, rows, summary)
     return summary
 
 
 def summarize_folds(
-    rows: Sequence[Row], before: Sequence[Row], delivered: Sequence[str]
+    rows: Sequence[Row], before: Sequence[Row], folds: Sequence[int], delivered: Sequence[str]
 ) -> dict[str, Any]:
     """Return the summary of all folds together.
 
     Args:
         rows: Of the delivered models, one a labeled case.
         before: Of round 0 of the same folds, in the same order.
+        folds: The fold of each row.
         delivered: The round that each fold delivered.
     """
     from medssl.evaluate import summarize_rows
 
     patients = [str(row["patient_id"]) for row in rows]
     ours, theirs = compare_cases([rows, before])
-    paired = paired_difference(ours, theirs, patients=patients)
+    paired = fold_difference(ours, theirs, patients, folds)
     students = sum(name != "round_0" for name in delivered)
     verdict = judge(paired) if students else "not measured"
+    if verdict == "no gain" and paired["low"] is None:
+        verdict = "no verdict"  # one fold
     summary = summarize_rows(rows)
-    measured = f"dice {format_estimate(summary['dice'])} on {paired['n']} labeled scans of "
-    measured += f"{paired['num_patients']} patients, each measured by models that had not seen it"
+    measured = (
+        f"dice {format_estimate(summary['dice'])} on {summary['dice']['n']} labeled scans of "
+    )
+    measured += f"{len(set(patients))} patients, each measured by models that had not seen it"
     gain = f"minus labels only {format_estimate(paired, '+')}"
     statement = (
         f"{verdict}: {students} of {len(delivered)} folds delivered a student; "

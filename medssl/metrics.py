@@ -445,6 +445,40 @@ def _find_crossed_error(
     return math.sqrt(total / (draws * patients)), freedom
 
 
+def fold_difference(
+    a: Values, b: Values, patients: Sequence[str], folds: Sequence[int]
+) -> Difference:
+    """Return the mean of a - b over the cases of several folds, with the fold as the unit.
+
+    The cases of a fold are measured by one training, whose luck they share. Interval and p are
+    Student's t over the means of the folds, each weighed by its cases; None with one fold.
+
+    Args:
+        a: As in ``paired_difference``.
+        b: The same cases in the same order.
+        patients: Of each case.
+        folds: The fold of each case.
+    """
+    result = paired_difference(a, b, patients)
+    sides = fill_absent((a, b))
+    pairs = [
+        (fold, x - y)
+        for x, y, fold in zip(*sides, folds, strict=True)
+        if x is not None and y is not None
+    ]
+    _, owner = np.unique([fold for fold, _ in pairs], return_inverse=True)
+    sizes, freedom = np.bincount(owner), len(set(owner.tolist())) - 1
+    if result["mean"] is None or freedom < 1:
+        return {**result, "low": None, "high": None, "p": None}
+    mean = result["mean"]
+    rest = np.bincount(owner, [value for _, value in pairs]) - mean * sizes
+    error = math.sqrt((freedom + 1) * float((rest**2).sum()) / freedom) / len(pairs)
+    reach = float(stats.t.ppf(0.975, freedom)) * error
+    shift = abs(mean) / error if error else math.inf if mean else 0.0
+    p = 2.0 * float(stats.t.sf(shift, freedom))
+    return {**result, "low": mean - reach, "high": mean + reach, "p": p}
+
+
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number, in the given order.
 

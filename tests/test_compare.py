@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from medssl.compare import compare
 from medssl.config import InputError
+from medssl.data.cases import Dataset
+from medssl.data.trained import find_trained_on
 from medssl.metrics import format_estimate
 
 BASE = [0.50, 0.60, 0.70, 0.40, 0.55, 0.65, 0.80, 0.75, 0.60, 0.70]
@@ -23,16 +26,19 @@ def write_table(
     first: int = 0,
     classes: Sequence[str] = ("organ", "tumor"),
     reference: float = 2.0,
+    patients: Sequence[str] = (),
 ) -> Path:
     """Write a per_case.csv in which every class of a case has the same dice."""
     metrics = ("dice", "hd95_mm", "reference_ml", "missed")
-    lines = [",".join(["case_id", *(f"{m}/{c}" for m in metrics for c in classes), "dice"])]
+    ids = ["case_id", *["patient_id"] * bool(patients)]
+    lines = [",".join([*ids, *(f"{m}/{c}" for m in metrics for c in classes), "dice"])]
     for index, value in enumerate(dice, first):
         cell = "" if value is None else str(value)
         distance = "" if value is None else "3.5"
         missed = int(value == 0.0)
         cells = [v for v in (cell, distance, str(reference), str(missed)) for _ in classes]
-        lines.append(",".join([f"case{index:02d}", *cells, cell]))
+        patient = [*patients[index - first : index - first + 1]]
+        lines.append(",".join([f"case{index:02d}", *patient, *cells, cell]))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "per_case.csv").write_text("\n".join(lines) + "\n")
     return folder
@@ -105,7 +111,9 @@ def test_seeds_that_disagree_are_no_gain_however_alike_their_mean_is(tmp_path: P
     )
     assert difference["low"] == pytest.approx(0.01 - 12.7062 * 0.18)
     assert difference["p"] > 0.9
-    assert row["verdict"] == "no gain"
+    assert row["verdict"] == "no verdict"  # the luck of the only first run is in both alike
+    copy = write_table(tmp_path / "base_1", BASE)
+    assert compare([f"base={base},{copy}", f"student={up},{down}"])[1][1]["verdict"] == "no gain"
     assert "student (x2)" in text
     assert "of several runs Student's t over runs and patients" in " ".join(text.split())
 
@@ -125,7 +133,7 @@ def test_runs_are_held_against_those_of_the_first_arm_one_by_one(tmp_path: Path)
     text, rows = compare([arms[0], f"b={after[0]},{after[1]}"])
     assert rows[1]["difference"]["mean"] == pytest.approx(0.0105 - 0.05)
     assert rows[1]["verdict"] == "no verdict"
-    assert "and of several runs as many as the first arm has, or one" in text
+    assert "and as many runs as the first arm has" in text
 
 
 def test_a_false_alarm_of_one_of_two_seeds_is_half_a_false_alarm(tmp_path: Path) -> None:
@@ -177,6 +185,43 @@ def test_the_same_case_id_with_another_reference_is_refused(tmp_path: Path) -> N
     b = write_table(tmp_path / "b", BASE, reference=2.5)
     with pytest.raises(InputError, match="case00: the reference of 'organ' is 2 ml in a"):
         compare([a, b])
+
+
+def test_references_are_those_of_each_run_and_not_of_their_average(tmp_path: Path) -> None:
+    a1, b1 = (write_table(tmp_path / name, BASE) for name in ("a1", "b1"))
+    a2, b2 = (write_table(tmp_path / name, BASE, reference=4.0) for name in ("a2", "b2"))
+    with pytest.raises(InputError, match="is 2 ml in A and 4 ml in A: not the same label"):
+        compare([f"A={a1},{a2}", f"B={b1},{b2}"])
+
+
+def test_cases_are_of_one_patient_if_any_arm_says_so(tmp_path: Path) -> None:
+    gains = [0.1, 0.1, 0.1, -0.05, -0.05, -0.05, 0.1, 0.1, 0.1, -0.05]
+    two = ["p0"] * 3 + ["p1"] * 3 + ["p0"] * 3 + ["p1"]
+    four = [f"q{index // 3}" for index in range(10)]
+    a = write_table(tmp_path / "a", BASE)
+    b = write_table(tmp_path / "b", [v + g for v, g in zip(BASE, gains, strict=True)], patients=two)
+    c = write_table(tmp_path / "c", BASE, patients=four)
+    for arms in ([a, b], [b, a]):
+        row = compare(arms)[1][1]
+        assert row["difference"]["num_patients"] == 2
+        assert row["verdict"] == "no verdict"
+    assert compare([a, c])[1][1]["difference"]["num_patients"] == 4
+    assert compare([c, b])[1][1]["difference"]["num_patients"] == 2  # q0 and q2 are p0
+
+
+def test_there_is_no_verdict_where_a_model_may_have_seen_the_cases(tmp_path: Path) -> None:
+    a = write_table(tmp_path / "a", BASE)
+    b = write_table(tmp_path / "b", [v + 0.1 for v in BASE])
+    assert compare([a, b])[1][1]["verdict"] == "gain"
+    remark = find_trained_on(
+        tmp_path / "copied", Dataset("", tmp_path, "csv", (), None, ("mr",)), list
+    )[1]
+    (b / "summary.json").write_text(json.dumps({"remarks": remark}))
+    text, rows = compare([a, b])
+    assert rows[1]["verdict"] == "no verdict"
+    assert "b: " in text
+    assert "lies in no run" in text
+    assert "cases that no model was trained on" in " ".join(text.split())
 
 
 def test_a_path_without_an_evaluation_is_refused_with_the_command(tmp_path: Path) -> None:

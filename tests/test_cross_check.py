@@ -12,6 +12,7 @@ from medssl.cross_check import deal_folds, list_folds, summarize_folds
 from medssl.data.cases import Case, Dataset, Splits
 from medssl.data.io import write_mask
 from medssl.data.phantoms import write_phantoms
+from medssl.metrics import fold_difference
 from medssl.report import write_report
 from medssl.rounds.loop import PreparedRun
 from medssl.runs import read_json
@@ -130,13 +131,41 @@ def make_rows(dice):
     ]  # fmt: skip
 
 
+FOLDS = [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_folds_that_disagree_are_no_gain_however_many_patients_they_have():
+    folds = [fold for fold in (1, 2, 3) for _ in range(20)]
+    after = [0.5 + {1: 0.10, 2: 0.12, 3: -0.05}[fold] for fold in folds]
+    found = summarize_folds(make_rows(after), make_rows([0.5] * 60), folds, ["round_2"] * 3)
+    assert found["paired"]["mean"] == pytest.approx(0.17 / 3)
+    assert found["verdict"] == "no gain"
+    sizes = fold_difference([1.0, 1.0, 1.0, 0.0], [0.0] * 4, list("abcd"), [1, 1, 1, 2])
+    # means 1 and 0 of 3 cases and 1: the sums are 0.75 off what the mean of 0.75 lets expect
+    assert sizes["high"] - sizes["mean"] == pytest.approx(12.7062 * (2 * 2 * 0.75**2) ** 0.5 / 4)
+    one = fold_difference([1.0, 0.9], [0.0, 0.0], list("ab"), [1, 1])
+    assert (one["mean"], one["low"], one["p"]) == (0.95, None, None)
+
+
+def test_the_number_of_scans_is_that_of_the_mean_beside_it():
+    rows = make_rows([0.7] * 3)
+    empty = [{**row, "case_id": f"e{i}", "dice/organ": None, "dice": None, "hd95_mm/organ": None,
+              "surface_dice/organ": None} for i, row in enumerate(rows)]  # fmt: skip
+    alarms = [{**row, "dice/organ": 0.0, "dice": 0.0} for row in empty]
+    found = summarize_folds(rows + empty, rows + alarms, [1, 2, 3] * 2, ["round_1"] * 3)
+    assert found["paired"]["n"] == 6
+    assert "dice 0.700 [0.700, 0.700] on 3 labeled scans" in found["statement"]
+
+
 def test_the_gain_out_of_fold_is_paired_and_needs_students():
     before, after = [0.5 + 0.01 * i for i in range(9)], [0.6 + 0.012 * i for i in range(9)]
-    found = summarize_folds(make_rows(after), make_rows(before), ["round_2"] * 3)
+    found = summarize_folds(make_rows(after), make_rows(before), FOLDS, ["round_2"] * 3)
     assert found["paired"]["mean"] == pytest.approx(0.108)
+    # folds of 0.102, 0.108 and 0.114; by the patients alone the interval would be 0.105 to 0.111
+    assert found["paired"]["low"] == pytest.approx(0.108 - 4.3027 * 0.006 / 3**0.5, abs=1e-6)
     assert found["verdict"] == "gain"
     assert "3 of 3 folds delivered a student" in found["statement"]
-    none = summarize_folds(make_rows(before), make_rows(before), ["round_0"] * 3)
+    none = summarize_folds(make_rows(before), make_rows(before), FOLDS, ["round_0"] * 3)
     assert none["verdict"] == "not measured"
     assert "minus labels only" not in none["statement"]
 
@@ -149,5 +178,6 @@ def test_out_of_fold_too_classes_are_paired_before_their_mean():
         row = {**row, **more, "dice/organ": organ, "dice/lesion": lesion}
         return [{**row, "case_id": f"c{i}", "patient_id": f"p{i}"} for i in range(9)]
 
-    found = summarize_folds(rows(0.44, None), rows(0.90, 0.0), ["round_1"])
+    found = summarize_folds(rows(0.44, None), rows(0.90, 0.0), [1] * 9, ["round_1"])
     assert found["paired"]["mean"] == pytest.approx(0.27)
+    assert found["verdict"] == "no verdict"

@@ -30,6 +30,7 @@ from medssl.runs import (
 from medssl.settings import load_config
 
 RECORD = "trained_on.json"
+NO_TEST = "this is no test"  # in remarks that leave open whether a model has seen the cases
 _ZIPPED = {"weights.safetensors": 2**34, "model.json": 2**26}  # and the bytes that each may have
 _unpacked: dict[tuple[Path, int], tempfile.TemporaryDirectory[str]] = {}
 
@@ -200,7 +201,7 @@ def find_trained_on(
     if not runs:
         return [], [
             f"{path} lies in no run that says which cases it was trained on: if some of these are "
-            "among them, this is no test"
+            f"among them, {NO_TEST}"
         ]
     splits, data = read_splits(runs[0])
     trained = {*splits.labeled, *splits.unlabeled, *splits.val}
@@ -249,7 +250,7 @@ def _find_same_patients(
     if any(case.case_id in patients for case in same):
         return [], [
             f"{len(same)} cases bear the case_id or patient of a scan that the run was trained on "
-            f"({names}): if they are the same scans or the same people, this is no test"
+            f"({names}): if they are the same scans or the same people, {NO_TEST}"
         ]
     return [case.case_id for case in same], [
         f"{len(same)} of the cases that are left out are other scans of patients that the run was "

@@ -171,7 +171,7 @@ def _describe_folds(check: Mapping[str, Any], gain: str, interval: str) -> str:
         f"{format_number(dice.get('mean'))} Dice ({format_number(dice.get('low'))} to "
         f"{format_number(dice.get('high'))})"
     )
-    scans = format_count(int(parse_number(paired.get("n")) or 0), "labeled scan")
+    scans = format_count(int(parse_number(dice.get("n")) or 0), "labeled scan")
     how = f"on {scans}, each measured by models that had not seen it or another of its patient"
     if not students:
         return (
@@ -183,7 +183,7 @@ def _describe_folds(check: Mapping[str, Any], gain: str, interval: str) -> str:
         f"Out of {format_count(len(delivered), 'fold')}{rest}, models of the same recipe have "
         f"{quality} and are {gain}: paired difference "
         f"{format_number(paired.get('mean'), sign=True)}, 95 % interval "
-        f"{interval}, {how}. The delivered model has learned from all of them."
+        f"{interval} (each fold is one training), {how}. The delivered model has learned from all of them."
     )
 
 

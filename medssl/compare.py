@@ -253,7 +253,7 @@ def _find_classes(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
 def _check_references(arms: Sequence[Arm], shared: Sequence[str], classes: Sequence[str]) -> None:
     """Refuse evaluations whose references of a case_id have other volumes: other labels."""
     first = arms[0].tables[0]
-    for arm, table in ((arm, table) for arm in arms for table in arm.tables):
+    for arm, table in [(each, table) for each in arms for table in each.tables]:
         for case_id in shared:
             for name in classes:
                 ours, theirs = (_get_reference(t[case_id], name) for t in (first, table))

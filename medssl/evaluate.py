@@ -640,7 +640,8 @@ def summarize_rows(rows: Sequence[Row]) -> dict[str, Any]:
         "classes": classes,
         "notes": [
             "Intervals: percentile bootstrap over patients with all of their cases (10,000 "
-            "resamples), which assumes independent patients.",
+            "resamples), which assumes independent patients. Of few it is too narrow: of 8 it "
+            "holds the truth in 89 of 100 cases, of 40 in 94.",
             "A missed structure and a false alarm count as dice 0 and hd95 = diagonal of the "
             "image; a class absent in reference and prediction is n/a and in no mean, but beside a "
             "model with a false alarm there it counts as dice 1.",
@@ -739,18 +740,21 @@ def _describe(metrics: Mapping[int, ClassMetrics], names: Mapping[int, str]) -> 
 def _read_label(
     case: Case, label_values: tuple[int, ...], ignore: int | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Read the label of a case and refuse one on another grid than its scan."""
+    """Return the classes of a case and the affine of its scan, and refuse a label off its grid.
+
+    Of a slice the label may not know how thick it is.
+    """
     assert case.label is not None, "cases without a label were left out"
     label, affine = read_label(case.label, label_values, ignore, case)
     shape, image_affine = read_geometry(case.images[0])
     refuse_other_grid(case.label, label.shape, affine, str(case.images[0]), shape, image_affine)
-    shear = measure_shear(shape, affine)
+    shear = measure_shear(shape, image_affine)
     if shear > MAX_SHEAR:
         raise InputError(
             f"{case.images[0]}: its axes are {shear:.1f} degrees off right angles, so mm and ml "
             f"of it would be wrong; {STRAIGHTEN}"
         )
-    return label, affine
+    return label, image_affine
 
 
 def _check_labels(cases: Sequence[Case], info: ModelInfo, ignore: int | None) -> None:

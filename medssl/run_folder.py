@@ -44,7 +44,7 @@ _FINISHED = ("delivered", "stopped_by_gate")
 _CROSS_CHECK = "cross_check/summary.json"
 _DESCRIPTIONS = (
     *("plan.json", "splits.json", "provenance.json", "state.json", "summary.json"),
-    *("evaluation/summary.json", "pseudonyms.json"),
+    *("evaluation/summary.json", _CROSS_CHECK, "pseudonyms.json"),
 )
 
 
@@ -129,9 +129,15 @@ class RunFolder:
         return {case_id: value for case_id, value in values.items() if value is not None}
 
     @property
+    def measured(self) -> Mapping[str, Any]:
+        """What holds the verdict: the evaluation of the test cases, else the folds, else empty."""
+        is_open = not self.evaluation.get("paired") and self.cross_check.get("paired")
+        return self.cross_check if is_open else self.evaluation
+
+    @property
     def paired(self) -> Mapping[str, Any]:
         """The paired difference to labels only: on the test cases, else out of fold, else empty."""
-        return self.evaluation.get("paired") or self.cross_check.get("paired") or {}
+        return self.measured.get("paired") or {}
 
     @property
     def delivered(self) -> str:
@@ -211,7 +217,6 @@ def read_folder_with_tables(path: Path) -> RunFolder:
         edited = tuple(find_edited(path))
     return replace(
         folder,
-        cross_check=load(_CROSS_CHECK, partial(read_json, shape=SHAPES[_CROSS_CHECK]), {}),
         rows=load_table(),
         rounds=rounds,
         classes={int(k): str(v) for k, v in (model.get("labels") or {}).items() if k.isdecimal()},
@@ -241,6 +246,7 @@ def _read_descriptions(path: Path, damaged: list[str] | None) -> RunFolder:
         state=files["state.json"],
         summary=files["summary.json"],
         evaluation=files["evaluation/summary.json"],
+        cross_check=files[_CROSS_CHECK],
         pseudonyms=files["pseudonyms.json"],
         rounds=rounds,
     )

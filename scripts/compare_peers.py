@@ -346,6 +346,7 @@ def tabulate_reach(path: Path, like: Path, reach: Sequence[float]) -> list[dict[
     rows = []
     for family in (family for family in (*OURS, *PEERS) if family in points):
         row: dict[str, Any] = {"minutes to a mean Dice of": family}
+        row["draws"] = ", ".join(map(str, sorted(draws)))
         longest = max(minutes for minutes, _ in points[family])
         for least in reach:
             enough = [minutes for minutes, dice in points[family] if dice >= least]

@@ -578,6 +578,10 @@ def tabulate_arms(path: Path) -> list[dict[str, Any]]:
             like = FIRST_STUDENTS.get(other, other) if is_first else other
             difference = compare_arms(arm, arms.get(like, {}), patients) if name != other else None
             row[f"minus {other}"] = "" if difference is None else format_difference(difference[0])
+            if difference and difference[1] < len(arm):
+                shared = sorted(set(arm) & set(arms[like]))
+                word = "draws" if len(shared) > 1 else "draw"
+                row[f"minus {other}"] += f"; {word} {', '.join(map(str, shared))} alone"
             if difference and other == "round_0" and has_another_start(starts, name):
                 row["minus round_0"] += "; another start"
             if (

@@ -159,6 +159,19 @@ def test_a_perfect_model_scores_1_and_0(data: Path, model: Any, tmp_path: Path) 
     assert "organ" in render_summary(summary)
 
 
+def test_a_slice_is_as_thick_as_its_scan_and_not_as_its_label(
+    data: Path, model: Any, tmp_path: Path
+) -> None:
+    slice_ = draw_label(0)[:, :, 4:5]
+    thick, thin = np.diag([1.0, 1.0, 8.0, 1.0]), np.eye(4)
+    nib.save(nib.Nifti1Image(slice_.astype(np.float32), thick), data / "images" / "case00.nii.gz")
+    write_mask(data / "labels" / "case00.nii.gz", slice_, thin, VALUES)
+    evaluate_model(model, read_dataset(data).cases[:1], tmp_path / "out", report=quiet)
+    (row,) = read_table(tmp_path / "out" / "per_case.csv")
+    assert row["reference_ml/organ"] == row["volume_ml/organ"]
+    assert row["reference_ml/organ"] == pytest.approx((slice_ == 1).sum() * 8 / 1000, abs=1e-4)
+
+
 def make_case(index: int) -> Case:
     """Return a case that is a name only."""
     return Case(str(index), (), None, str(index))

@@ -295,9 +295,9 @@ def test_the_least_minutes_are_those_of_all_draws(peers, tmp_path, like):
     path = write_rows(tmp_path / "peers.csv", [*arms, (0, "monai@1", 9, 1.0, 0.9)])
     rows = peers.tabulate_reach(path, like, [0.4, 0.7, 0.85])
     assert [list(row.values()) for row in rows] == [
-        ["labels", "15.0", "not in 75.0", "not in 75.0"],
-        ["recipe", "60.0", "60.0", "not in 60.0"],
-        ["monai", "5.0", "5.0", "not in 9.5"],
+        ["labels", "0, 1", "15.0", "not in 75.0", "not in 75.0"],
+        ["recipe", "0, 1", "60.0", "60.0", "not in 60.0"],
+        ["monai", "0, 1", "5.0", "5.0", "not in 9.5"],
     ]
 
 
@@ -307,7 +307,7 @@ def test_the_command_prints_the_tables(peers, tmp_path, like, phantoms, monkeypa
     monkeypatch.setattr("sys.argv", ["compare_peers.py", *options, "--reach", "0.65"])
     peers.main()
     printed = capsys.readouterr().out
-    assert "| monai | 60.0 |" in printed
+    assert "| monai | 0, 1 | 60.0 |" in printed
     assert "| monai | 0, 1 | 60.0 | 0.7000 |" in printed
     with pytest.raises(peers.argparse.ArgumentTypeError, match="no arm; there are labels"):
         peers.split_families("monay")

@@ -242,7 +242,7 @@ def write_evaluation(
     paired = paired_difference(list(tables[-1].values()), list(base.values()))
     estimate = {"mean": 0.8, "low": 0.77, "high": 0.83, "n": len(cases), "num_dropped": 0}
     entry = {"dice": estimate, "hd95_mm": {"mean": 3.214}, "surface_dice": {"mean": 0.91}}
-    entry |= {"num_present": len(cases), "num_missed": 0}
+    entry |= {"num_present": len(cases), "num_missed": 0, "num_false_alarms": 47}
     low = paired["low"]
     enough = len(cases) >= 8 and low is not None
     verdict = ("gain" if low > 0 else "no gain") if enough else "no verdict"
@@ -411,6 +411,8 @@ def test_headline_and_verdict_say_what_was_measured_on_what(run: Path) -> None:
     assert "Validation labels count as labels" in text
     assert "Each scan counts as a patient" in text
     assert "A missed structure counts as dice 0." in text
+    assert "missed false alarms organ" in " ".join(text.split())
+    assert " 9 0 47 " in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -820,6 +822,7 @@ def test_a_class_that_is_not_there_is_not_called_distrusted() -> None:
     assert "lesion" not in explain_row(old, ["organ", "lesion"], Names())
     there = {**old, "volume_ml/lesion": "1.5"}
     assert explain_row(there, ["organ", "lesion"], Names()) == "only 0% of lesion is trusted"
+    assert explain_row({"coverage/organ": "0.9", "volume_ml/organ": "1"}, ["organ"], Names()) == ""
 
 
 def test_before_and_after_are_paired_class_by_class() -> None:

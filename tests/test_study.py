@@ -377,6 +377,10 @@ def test_the_table_has_differences_over_draws(study, trained, tmp_path):
     assert rows["first_round"]["minus recipe"].startswith("-0.0500")
     assert rows["labels"]["minus labels"] == ""
     assert study.pick_better(study.read_arms(run.csv)[0])[0] == "labels"
+    study.run_arm(run, 2, "recipe")  # of which labels alone have nothing
+    rows = {row["arm"]: row for row in study.tabulate_arms(run.csv)}
+    assert rows["recipe"]["minus labels"].endswith("; draws 0, 1 alone")
+    assert rows["labels"]["minus recipe"].count("alone") == 0
 
 
 def test_tables_of_a_csv_that_is_missing_are_a_mistake(study, tmp_path, monkeypatch, capsys):

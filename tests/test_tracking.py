@@ -219,6 +219,53 @@ def test_a_run_is_a_parent_with_a_child_per_round(runs: Path) -> None:
     assert ask(runs, "select alias from registered_model_aliases") == [("champion",)]
 
 
+def read_columns(runs: Path) -> dict[str, float]:
+    """Return the latest values of the parent's metrics that an evaluation gives; NaN as such."""
+    rows = ask(runs, "select key, value, is_nan from latest_metrics where key like '%/%'")
+    picked = ("test/", "cross_check/")
+    return {k: math.nan if nan else v for k, v, nan in rows if k.startswith(picked)}
+
+
+def test_no_figure_stands_of_an_evaluation_that_is_gone(runs: Path) -> None:
+    run = write_run(runs / "mine")
+    write_evaluation(run)
+    sync_run(run)
+    assert read_columns(runs)["test/gain"] == pytest.approx(0.02)
+    shutil.rmtree(run / "evaluation")  # as a run does that goes on to another model
+    sync_run(run)
+    columns = read_columns(runs)
+    assert len(columns) == 6
+    assert all(math.isnan(value) for value in columns.values())
+    (path,) = (runs / "mlartifacts").rglob("evaluation.json")
+    assert json.loads(path.read_text()) == {}
+    write_evaluation(run, 0.03)
+    sync_run(run)
+    assert read_columns(runs)["test/gain"] == pytest.approx(0.03)
+    assert not any(math.isnan(value) for value in read_columns(runs).values())
+
+
+def test_what_was_measured_out_of_fold_is_said(runs: Path) -> None:
+    run = write_run(runs / "mine")
+    paired = {"mean": 0.054, "low": 0.052, "high": 0.055, "n": 12, "p": 0.01}
+    statement = "gain: 3 of 3 folds delivered a student; minus labels only +0.054"
+    folds = {"verdict": "gain", "paired": paired, "statement": statement, "dice": {"mean": 0.8}}
+    write_json(run / "cross_check" / "summary.json", folds)
+    sync_run(run)
+    tags = dict(ask(runs, "select key, value from tags where key in ('verdict')"))
+    assert tags == {"verdict": "gain"}
+    note = ask(runs, "select value from tags where key = 'mlflow.note.content'")[0][0]
+    assert f"Out of fold: {statement}." in note
+    assert "has not been measured" not in note
+    assert read_columns(runs) == pytest.approx(
+        {"cross_check/gain": 0.054, "cross_check/gain_low": 0.052, "cross_check/gain_high": 0.055,
+         "cross_check/dice": 0.8}
+    )  # fmt: skip
+    write_evaluation(run)  # what the delivered model itself reached says more
+    sync_run(run)
+    note = ask(runs, "select value from tags where key = 'mlflow.note.content'")[0][0]
+    assert "On the test cases: gain" in note
+
+
 def test_syncing_twice_doubles_nothing(runs: Path) -> None:
     run = write_run(runs / "mine")
     write_evaluation(run)

@@ -210,6 +210,7 @@ def _tabulate_classes(run: RunFolder) -> list[dict[str, str]]:
                 "unit": unit,
                 "surface": format_number((entry.get("surface_dice") or {}).get("mean")),
                 "missed": str(entry.get("num_missed", sentences.MISSING)),
+                "alarms": str(entry.get("num_false_alarms", sentences.MISSING)),
                 "present": str(entry.get("num_present", sentences.MISSING)),
             }
         )
@@ -415,7 +416,7 @@ def _show_annotate(cache: FigureCache, names: Names) -> dict[str, Any]:
         f"From the review of round {last.index}: {len(rows)} of "
         f"{format_count(len(ranked), 'unlabeled scan')}, the most uncertain first."
     )
-    if len(shared) == 1 and len(rows) > 1:  # what all have in common is said once
+    if len(shared) == 1 and len(rows) > 1 and "" not in shared:  # what all have is said once
         note += f" Of all of them: {shared.pop()}."
         rows = [{**row, "why": ""} for row in rows]
     if len(problems) == 1 and "" not in problems:  # the same for all: say it once

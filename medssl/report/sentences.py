@@ -183,7 +183,8 @@ def _describe_folds(check: Mapping[str, Any], gain: str, interval: str) -> str:
         f"Out of {format_count(len(delivered), 'fold')}{rest}, models of the same recipe have "
         f"{quality} and are {gain}: paired difference "
         f"{format_number(paired.get('mean'), sign=True)}, 95 % interval "
-        f"{interval} (each fold is one training), {how}. The delivered model has learned from all of them."
+        f"{interval} (each fold is one training), {how}. The delivered model has learned from all "
+        "of them."
     )
 
 
@@ -340,7 +341,7 @@ def _describe_material(known: Mapping[str, Any]) -> str:
 
 
 def explain_row(row: Mapping[str, str], classes: Iterable[str], names: Names) -> str:
-    """Return why a scan is worth annotating, from its row of review.csv."""
+    """Return what speaks for annotating a scan beside its rank, from its row of review.csv."""
     reasons = []
     if parse_number(row.get("accepted")) == 0.0:
         why = names.clean_text(row.get("reason") or "")
@@ -357,7 +358,7 @@ def explain_row(row: Mapping[str, str], classes: Iterable[str], names: Names) ->
         name = min(known, key=lambda key: known[key])
         if known[name] < 0.7:
             reasons.append(f"only {known[name]:.0%} of {name} is trusted")
-    return "; ".join(reasons) or "the model is less certain than on other scans"
+    return "; ".join(reasons)
 
 
 def _spell(name: str) -> str:

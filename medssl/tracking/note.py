@@ -22,7 +22,7 @@ def describe_training(folder: RunFolder) -> dict[str, str]:
         **{f"{part}_cases": len(splits[part]) for part in _PARTS if part in splits},
         "status": folder.status,
         "delivered": str(folder.summary.get("delivered") or "").replace("_", " "),
-        "verdict": folder.evaluation.get("verdict") or ("not measured" * folder.is_finished),
+        "verdict": folder.measured.get("verdict") or ("not measured" * folder.is_finished),
     }
     return {key: str(value) for key, value in facts.items() if value not in (None, "")}
 
@@ -75,8 +75,9 @@ def _say_outcome(folder: RunFolder) -> str:
             f"Baseline: labels only, {summary['baseline'].get('steps', '?')} steps; the whole run "
             f"took {summary['total_steps']}."
         )
-    if folder.evaluation.get("statement"):
-        sentences.append(f"On the test cases: {folder.evaluation['statement']}.")
+    if folder.measured.get("statement"):
+        where = "On the test cases" if folder.measured is folder.evaluation else "Out of fold"
+        sentences.append(f"{where}: {folder.measured['statement']}.")
     elif folder.is_finished and delivered == "round_0":
         sentences.append("Labels only: a baseline for others.")
     elif folder.is_finished:

@@ -7,6 +7,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -45,6 +46,7 @@ _OF_A_ROUND = (
     "monitors/uncertainty",
     "monitors/gate",
 )
+_GAIN = {"": "mean", "_low": "low", "_high": "high"}  # of a paired difference, by column
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5FD0", "#8C6D31")
 _RUN_STATUS = {
     "running": "RUNNING",
@@ -341,23 +343,50 @@ def _send_round_metrics(target: _Target) -> None:
 
 
 def _send_test_metrics(target: _Target) -> None:
-    """Send to the parent what `evaluate` measured: rounds as a curve, the verdict as columns."""
+    """Send to the parent what `evaluate` measured: rounds as a curve, the verdict as columns.
+
+    Out of fold there are columns alone, under a name of their own.
+    """
     path = target.folder.path / "evaluation" / "summary.json"
-    evaluation = target.folder.evaluation
+    evaluation, folds = target.folder.evaluation, target.folder.cross_check
+    if folds:
+        gain = folds.get("paired") or {}
+        columns = {f"cross_check/gain{end}": gain.get(key) for end, key in _GAIN.items()}
+        columns["cross_check/dice"] = (folds.get("dice") or {}).get("mean")
+        _send_summary(target, 0, target.folder.path / "cross_check" / "summary.json", columns)
     for name, value in evaluation.get("rounds", {}).items():
         _send_summary(target, _round_of(name), path, {"test/dice": value})
     if not evaluation:
+        _withdraw_test_metrics(target)
         return
     rounds, paired = evaluation.get("rounds", {}), evaluation.get("paired") or {}
     delivered = str(evaluation.get("delivered"))
     columns = {
         "test/dice_labels_only": rounds.get("round_0"),
         "test/dice_delivered": rounds.get(delivered),
-        "test/gain": paired.get("mean"),
-        "test/gain_low": paired.get("low"),
-        "test/gain_high": paired.get("high"),
+        **{f"test/gain{end}": paired.get(key) for end, key in _GAIN.items()},
     }
     _send_summary(target, len(rounds), path, columns)  # a later evaluation has no fewer rounds
+
+
+def _withdraw_test_metrics(target: _Target) -> None:
+    """Let no figure stand of an evaluation that is gone: it was of another model."""
+    from mlflow.entities import Metric
+
+    sent = target.record["sent"]
+    names = [name for name in sent if name.startswith("evaluation/")]
+    last: dict[str, int] = {}
+    for name in names:
+        step = int(name.split("/")[1])
+        last.update({key: max(step, last.get(key, step)) for key in sent[name]})
+    if not last:
+        return
+    stamp = int(1000 * time.time())
+    metrics = [Metric(key, math.nan, stamp, step) for key, step in last.items()]
+    target.client.log_batch(target.parent, metrics=metrics)
+    for name in names:
+        del sent[name]
+    target.save()
 
 
 def _round_of(name: str) -> int:
@@ -414,10 +443,11 @@ def _send_documents(target: _Target) -> None:
         "plan.json": target.names.clean_tree(folder.plan),
         "summary.json": target.names.clean_tree(folder.summary),
         "evaluation.json": target.names.clean_tree(folder.evaluation),
+        "cross_check.json": target.names.clean_tree(folder.cross_check),
     }
     for name, content in documents.items():
-        if not content:
-            continue
+        if not content and name not in target.record["sent"]:
+            continue  # what has been sent and is gone is sent as empty
         text = json.dumps(content, indent=1)
         if name.endswith(".yaml"):
             text = yaml.safe_dump(content, sort_keys=False)

@@ -64,7 +64,7 @@ def hash_models(run: Path) -> dict[str, str]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve labeled phantoms, of which the settings keep three labels."""
     folder = tmp_path_factory.mktemp("data")
-    write_phantoms(folder, num_labeled=12, num_unlabeled=0, num_test=0, shape=(28, 28, 28))
+    write_phantoms(folder, num_labeled=12, num_unlabeled=0, num_test=0, shape=(28, 24, 24))
     with (folder / "cases.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     with (folder / "cases.csv").open("w", newline="") as file:
@@ -269,7 +269,7 @@ def mixed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dic
     scans = folder / "scans"
     shutil.copytree(data, scans)
     others = folder / "others"
-    write_phantoms(others, 0, 2, 0, shape=(28, 28, 28), family="vessels")
+    write_phantoms(others, 0, 2, 0, shape=(28, 24, 24), family="vessels")
     rng = np.random.default_rng(0)
     with (scans / "cases.csv").open("a", newline="") as file:
         for index, path in enumerate(sorted((scans / "images").iterdir())[:2]):

@@ -560,3 +560,43 @@ def test_real_oddities_are_refused_by_what_is_odd(real, name, words):
 def test_real_single_files_are_read(real, name, low, high):
     values, _ = read(real / "oddities" / name)
     assert (values.min(), values.max()) == (low, high)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 400, 900])
+def test_a_slice_that_was_cut_off_as_it_was_copied_is_refused(tmp_path, content):
+    save(tmp_path, make_slices(ARRAY, AXIAL))
+    last = max(tmp_path.iterdir(), key=lambda path: read_place(path))
+    whole = last.read_bytes()
+    last.write_bytes(content if isinstance(content, bytes) else whole[:content])
+    assert last.name in refuse(tmp_path, "copy")
+    last.unlink()
+    (tmp_path / "readme.txt").write_text("no slice")
+    assert open_scan(tmp_path).shape == (7, 5, 3)  # of a scan without it nobody can know
+
+
+def read_place(path):
+    return pydicom.dcmread(path).ImagePositionPatient[2]
+
+
+def test_a_mosaic_is_no_slice(tmp_path):
+    slices = make_slices(ARRAY[..., :1], AXIAL, ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"])
+    save(tmp_path, slices)
+    refuse(tmp_path, "mosaic")
+
+
+def test_a_uid_that_others_begin_with_is_its_own_series(tmp_path):
+    for uid, patient in (("1.2.3.10", "J"), ("1.2.3.1", "A")):
+        slices = make_slices(ARRAY, AXIAL, SeriesInstanceUID=uid, PatientID=patient)
+        for index, one in enumerate(slices):
+            one.save_as(tmp_path / f"{patient == 'A':d}_{index}.dcm", enforce_file_format=True)
+    for uid, patient in (("1.2.3.10", "J"), ("1.2.3.1", "A")):
+        assert dicom._read_first(Path(f"{tmp_path}#{uid}")).PatientID == patient
+
+
+def test_a_lookup_table_without_values_is_an_error_of_that_file(tmp_path):
+    slices = make_slices(ARRAY, AXIAL)
+    for one in slices:
+        del one.RescaleSlope, one.RescaleIntercept
+        one.ModalityLUTSequence = [pydicom.Dataset()]
+    save(tmp_path, slices)
+    refuse(tmp_path, "cannot be read as DICOM")

@@ -372,7 +372,7 @@ def is_mask(path: Path, root: Path) -> bool:
 
         return any(one.modality in ("SEG", "RTSTRUCT") for one in list_series(path))
     stem = name_scan(path)
-    folders = path.relative_to(root).parts[:-1]
+    folders = relate(path, root).parts[:-1]
     return bool(_MASK_NAME.search(stem)) or any(_MASK_FOLDER.match(name) for name in folders)
 
 
@@ -459,8 +459,9 @@ def _pair_series(root: Path, paths: Sequence[Path]) -> tuple[list[Case], list[Pa
         uids = list_references(path)
         ranked = sorted(masks, key=lambda mask: (-len(masks[mask] & uids), str(mask)))
         label = ranked[0] if ranked and masks[ranked[0]] & uids else None
-        parts = [part for part in path.relative_to(root).parts if not _COMMON_FOLDER.match(part)]
-        names = [name_scan(Path(part)).replace("#", "_") for part in parts] or [root.name]
+        parts = [part for part in relate(path, root).parts if not _COMMON_FOLDER.match(part)]
+        names = [name_scan(Path(part)).replace("#", "_").strip("_") for part in parts]
+        names = names or [root.name]
         patient_id = names[0] if len(names) > 1 else guess_patient(names[0])
         cases.append(Case("_".join(names), (path,), label, patient_id))
     used = {case.label for case in cases}
@@ -513,7 +514,7 @@ def _match_mirrored(
     """
     by_folder: dict[tuple[str, ...], list[Case]] = defaultdict(list)
     for case in cases:
-        by_folder[case.images[0].parent.relative_to(root).parts].append(case)
+        by_folder[relate(case.images[0], root).parent.parts].append(case)
     candidates: dict[str, list[Path]] = defaultdict(list)
     for mask in masks:
         parts = mask.parent.relative_to(root).parts
@@ -549,7 +550,7 @@ def _group_channels(images: Sequence[Path], masks: set[str]) -> list[tuple[str, 
 
 def _name_by_path(case: Case, root: Path) -> Case:
     """Name a case by its whole path, because its file name alone is not unique."""
-    parts = case.images[0].relative_to(root).parts[:-1]
+    parts = relate(case.images[0], root).parts[:-1]
     case_id = "_".join((*parts, case.case_id))
     return replace(case, case_id=case_id, patient_id=_guess_from_folders(parts))
 
@@ -729,4 +730,14 @@ def _describe_case(case: Case, root: Path) -> str:
 
 def _show(path: Path, root: Path) -> str:
     """Return a path relative to the root, `.` for the root itself."""
-    return str(path.relative_to(root))
+    return str(relate(path, root))
+
+
+def relate(path: Path, root: Path) -> Path:
+    """Return a path as it lies below a folder; of a series in the folder itself `#UID` is left."""
+    text = str(path)
+    return (
+        Path(text.removeprefix(str(root)))
+        if text.startswith(f"{root}#")
+        else path.relative_to(root)
+    )

@@ -31,6 +31,7 @@ from medssl.data.files import (
     name_patients,
     note_crossed_labels,
     note_masks,
+    relate,
     walk_files,
     walk_scans,
 )
@@ -247,7 +248,7 @@ def _find_left_out(dataset: Dataset) -> list[str]:
     if any(find_reader(path) is DICOM for path in used):
         left_out += _find_series_left_out(root, used)
     counts = Counter(
-        str(path.parent.relative_to(root))
+        str(relate(path, root).parent)
         for path in left_out
         if has_spacing(path) == are_scans and os.path.realpath(path) not in known
     )

@@ -17,6 +17,7 @@ Source: DICOM PS3.3, C.7.6.2 (image plane), C.7.6.16 (functional groups), C.11.1
 
 import functools
 import importlib
+import os
 import re
 import zipfile
 from collections import defaultdict
@@ -304,6 +305,7 @@ def read_planes(path: Path) -> tuple[list[Plane], Affine]:
     """
     group = _choose_series(path, _read_headers(path))
     _refuse_unplaced(path, group)
+    _refuse_damaged(path, group)
     planes = [
         plane
         for place, header in group
@@ -402,13 +404,19 @@ def _read_headers(path: Path) -> dict[str, list[tuple[Place, Any]]]:
 
 
 def _read_first(path: Path) -> Any:
-    """Return the header of the first image of a series; empty if there is none."""
+    """Return the header of the first image of a series; empty if there is none.
+
+    A UID that another one begins with is its own series all the same.
+    """
     _, uid = split_series(path)
+    first: Any = {}
     for _, header in _iterate_headers(path):
-        is_named = str(header.get("SeriesInstanceUID", "")).startswith(uid)
-        if is_named and not _name_other(header):
-            return header
-    return {}
+        name = str(header.get("SeriesInstanceUID", ""))
+        if name.startswith(uid) and not _name_other(header):
+            if uid in ("", name):
+                return header
+            first = first or header
+    return first
 
 
 def _name_other(header: Any) -> str:
@@ -419,6 +427,8 @@ def _name_other(header: Any) -> str:
         return others.get(modality, f"it has no pixels ({modality or 'no modality'})")
     if "LOCALIZER" in (header.get("ImageType") or ()):
         return "a localizer"
+    if "MOSAIC" in (header.get("ImageType") or ()):
+        return "a mosaic of slices (convert it with dcm2niix)"
     if header.get("SamplesPerPixel", 1) != 1 or "MONO" not in header.get(
         "PhotometricInterpretation", "MONOCHROME2"
     ):
@@ -601,6 +611,32 @@ def _refuse_unplaced(path: Path, group: list[tuple[Place, Any]]) -> None:
         )
 
 
+def _refuse_damaged(path: Path, group: list[tuple[Place, Any]]) -> None:
+    """Refuse slices that were cut or emptied as they were copied: the others would be a scan."""
+    slices = {str(place): header for place, header in group if not _name_other(header)}
+    kinds = {str(header.get("Modality", "")) for header in slices.values()}
+    damaged = [
+        str(place)
+        for place, header in group
+        if "Rows" not in header and str(header.get("Modality", "")) in kinds
+    ]
+    homes = {(os.path.dirname(name), Path(name).suffix) for name in slices}
+    for place in _list_files(split_series(path)[0]):
+        name = str(place)
+        if (os.path.dirname(name), Path(name).suffix) in homes and name not in slices:
+            with place.open("rb") as file:
+                begin = file.read(START)
+            is_slice = Path(name).suffix != "" or not begin.strip(b"\0")
+            if is_slice and not starts_dicom(begin):
+                damaged.append(name)
+    if damaged:
+        raise InputError(
+            f"{path}: {len(damaged)} files beside its slices are cut off or empty, such as "
+            f"{Path(damaged[0]).name}, and would be left out: copy the series again, or remove "
+            "them if they are no slices"
+        )
+
+
 def _stack(path: Path, planes: list[Plane]) -> tuple[list[Plane], Affine]:
     """Put slices in order and return their grid, if they have one."""
     _refuse_mixed(path, planes)
@@ -769,7 +805,8 @@ def _iterate_values(planes: list[Plane]) -> Iterator[NDArray[Any]]:
         dataset = read_dataset(place, with_pixels=True)
         for plane, stored in zip(frames, decode_frames(place, dataset, frames), strict=True):
             if plane.rescale is None:
-                yield load_package("pydicom.pixels").apply_modality_lut(stored, dataset).ravel()
+                apply = load_package("pydicom.pixels").apply_modality_lut
+                yield guard_dicom(place, partial(apply, stored, dataset)).ravel()
             else:
                 slope, intercept = plane.rescale
                 yield (stored * slope + intercept).ravel()
@@ -817,7 +854,7 @@ def decode_frames(place: Place, dataset: Any, planes: list[Plane]) -> Iterator[N
     """
     pixels = load_package("pydicom.pixels")
     guard_dicom(place, partial(_refuse_more, place, dataset))
-    _refuse_shifted(place, dataset)
+    guard_dicom(place, partial(_refuse_shifted, place, dataset))
     indices = [plane.frame for plane in planes]
     count = int(dataset.Rows) * int(dataset.Columns)
     is_split = dataset.get("BitsAllocated") == 1 and count % 8 > 0  # a byte is of two frames

@@ -38,6 +38,7 @@ _NOTE, _SOFTWARE = "Software", 305  # the chunk of a PNG and the tag of a TIFF
 _PREVIEW_OR_MASK = 1 | 4  # bits of _NEW_SUBFILE
 _DEFLATED, _PLACES = ("tiff_adobe_deflate", "tiff_deflate"), ((273, 279), (324, 325))
 """Compressions of a TIFF that have a checksum; tags of the offsets and sizes of strips or tiles."""
+_IMAGE_DEPTH = 32997  # tag of slices within one page
 _METAMORPH = range(33628, 33632)  # tags of a stack whose planes have one page entry
 _SAVE_AGAIN = "save it as NIfTI, or as a TIFF with a page for each slice, channels and times apart"
 
@@ -422,6 +423,8 @@ def _refuse_other_axes(path: Path, image: Image.Image) -> None:
         return
     if any(tag in tags for tag in _METAMORPH):
         raise InputError(f"{path}: a MetaMorph stack, whose planes are not found: {_SAVE_AGAIN}")
+    if int(tags.get(_IMAGE_DEPTH, 1)) > 1:
+        raise InputError(f"{path}: slices lie within a page (ImageDepth): {_SAVE_AGAIN}")
     try:
         axes = _read_axes(str(tags.get(_DESCRIPTION, "")), image, num_pages)
     except (ValueError, TypeError, ArithmeticError):

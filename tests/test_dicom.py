@@ -14,6 +14,7 @@ from series import LPS, NAME, join_frames, make_slices, save
 
 from medssl.config import InputError
 from medssl.data.io import find_contradictions, read_image
+from medssl.data.layouts import read_dataset
 from medssl.formats import dicom
 from medssl.formats.dicom import list_series, open_scan, read_modality
 from medssl.formats.scan import keep_quiet
@@ -600,3 +601,11 @@ def test_a_lookup_table_without_values_is_an_error_of_that_file(tmp_path):
         one.ModalityLUTSequence = [pydicom.Dataset()]
     save(tmp_path, slices)
     refuse(tmp_path, "cannot be read as DICOM")
+
+
+def test_series_that_lie_in_the_folder_itself_are_listed(tmp_path):
+    for uid in ("1.2.3.10", "1.2.3.1"):
+        for index, one in enumerate(make_slices(ARRAY, AXIAL, SeriesInstanceUID=uid)):
+            one.save_as(tmp_path / f"{uid}_{index}.dcm", enforce_file_format=True)
+    with pytest.raises(InputError, match=r"2 cases, 0 with a mask"):
+        read_dataset(tmp_path)
